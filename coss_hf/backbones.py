@@ -1,0 +1,276 @@
+"""Any vision network as a teacher or a student: its pooling, its own pre-processing, its embeddings."""
+
+import contextlib
+import copy
+import hashlib
+import inspect
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import AutoModel, PreTrainedModel
+
+from coss_hf.decoding import _to_rgb
+from coss_hf.features import POOLINGS, Features, Layout, pool
+from coss_hf.preprocessing import Preprocessing, flag
+
+logger = logging.getLogger(__name__)
+
+# Classification checkpoints of these do not train the dense pooler, and their classifier reads the class token.
+_CLASS_TOKEN_TYPES = {"vit", "deit", "vit_msn", "vit_mae"}
+# Entries of a configuration that an embedding does not depend on, or that its fingerprint holds in another form.
+_NAMES = {"_name_or_path", "architectures", "auto_map", "dtype", "embedding_pooling", "id2label", "label2id"}
+_NAMES |= {"label_names", "num_classes", "pretrained_cfg", "torch_dtype", "transformers_version"}
+
+
+class Backbone:
+    """A vision network with all that its embedding needs.
+
+    The pooling is written into the network's configuration (``embedding_pooling``), where ``auto`` finds it again.
+
+    Args:
+        model: a network in memory; a classifier or a text tower around it is left out.
+        processor: its image processor; None where only pixel values will be embedded.
+        pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
+        missing: names of weights that its checkpoint did not contain.
+        size: side of the input in pixels; by default the image processor's. ``(h, w)`` where there is no processor.
+        interpolate_pos_encoding: stretch position embeddings, where the network has them and can do it.
+        argument: the command-line flag that errors name.
+
+    Attributes:
+        model: the network, without a classifier.
+        name: where it came from.
+        pooling: ``cls``, ``mean``, ``pooler`` or ``gap``.
+        dim: dimension d of the embedding.
+        size: ``(h, w)`` of its input, in pixels.
+        processor: its image processor.
+        missing: names of weights that its checkpoint did not contain.
+        unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
+
+    Raises:
+        ValueError: a network that is not of images, a pooling or size that it cannot do, missing weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor,
+        *,
+        pooling: str = "auto",
+        missing: set[str] = frozenset(),
+        size: int | tuple[int, int] | None = None,
+        interpolate_pos_encoding: bool = False,
+        argument: str = "",
+    ):
+        self.name = model.name_or_path or type(model).__name__
+        self.model, self.missing = _vision_tower(model, argument), set(missing)
+        self.preprocessing, self.processor, self.size = None, None, size
+        if processor is not None:
+            self.preprocessing = Preprocessing(processor, size, argument)
+            self.processor, self.size = self.preprocessing.processor, self.preprocessing.size
+        takes = inspect.signature(self.model.forward).parameters
+        self._can_interpolate = "interpolate_pos_encoding" in takes
+        # Teacher and student get the same flag: a ResNet that needs no such thing takes its size without.
+        interpolate = interpolate_pos_encoding and self._can_interpolate
+        self._kwargs = {"interpolate_pos_encoding": True} if interpolate else {}
+        self._probe(pooling, argument)
+        # Read by `embed` and by anybody who reloads the network.
+        self.model.config.embedding_pooling = self.pooling
+
+    def _probe(self, pooling: str, argument: str) -> None:
+        """Finds layout, pooling, dimension and unused parameters from shapes and graph alone, without arithmetic."""
+        pooling = getattr(self.model.config, "embedding_pooling", "auto") if pooling == "auto" else pooling
+        if pooling not in (*POOLINGS, "auto"):
+            raise ValueError(
+                f"{flag(argument, 'pooling')}={pooling!r} is unknown: choose one of auto, {', '.join(POOLINGS)}."
+            )
+        with torch.inference_mode(False), torch.enable_grad(), _shape_twin(self.model) as twin:
+            self._probe_twin(twin, pooling, argument)
+
+    def _probe_twin(self, twin: PreTrainedModel, pooling: str, argument: str) -> None:
+        output = self._shapes(twin, argument)
+        hidden, pooler = output.last_hidden_state, getattr(output, "pooler_output", None)
+        self.layout = _layout(self.model, hidden, self.size)
+        parameters = dict(twin.named_parameters())
+
+        def reached(embedding: Tensor) -> set[str]:
+            grads = torch.autograd.grad(
+                embedding.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
+            )
+            return {name for name, grad in zip(parameters, grads) if grad is not None}
+
+        usable = pooler is not None and not reached(pooler) & self.missing
+        if pooling == "auto":
+            pooling = self._auto(usable)
+        given = f"{flag(argument, 'pooling')}={pooling}: {self.name}"
+        if pooling == "pooler" and not usable:
+            why = "has no pooler" if pooler is None else "has a pooler whose weights are not in the checkpoint"
+            raise ValueError(f"{given} {why}; use auto, cls, mean or gap.")
+        if pooling == "cls" and not (self.layout.tokens and self.layout.prefix):
+            raise ValueError(f"{given} has no class token; use auto, mean or gap.")
+        embedding = pool(output, pooling, self.layout)
+        used = reached(embedding)
+        # Running means and variances, which no gradient reaches.
+        statistics = {name for name, value in self.model.state_dict().items() if value.is_floating_point()}
+        lost = sorted((used | statistics - set(parameters)) & self.missing)
+        if lost:
+            raise ValueError(
+                f"{flag(argument)}={self.name}: the checkpoint lacks weights that the embedding needs "
+                f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
+            )
+        self.pooling, self.dim, self.unused = pooling, embedding.shape[1], set(parameters) - used
+
+    def _shapes(self, twin: PreTrainedModel, argument: str):
+        """Output of two images of the network's input size; errors where it cannot take them."""
+        first = next(twin.parameters())
+        try:
+            output = twin(pixel_values=torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype), **self._kwargs)
+            if 0 in output.last_hidden_state.shape:
+                raise ValueError("nothing is left of them in its last map")
+        except AttributeError as error:
+            raise ValueError(
+                f"{flag(argument)}={self.name}: {type(self.model).__name__} gives no last_hidden_state; give the "
+                f"backbone alone, as AutoModel loads it."
+            ) from error
+        except Exception as error:  # each network refuses images in its own way
+            own = getattr(self.model.config, "image_size", None)
+            stretch = " or use --interpolate_pos_encoding" if self._can_interpolate and not self._kwargs else ""
+            raise ValueError(
+                f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
+                f"cannot take images of this size ({str(error).splitlines()[0].rstrip('.')}); give "
+                f"{flag(argument, 'size')} as it was trained{f' ({own})' if own else ''}{stretch}."
+            ) from error
+        return output
+
+    def _auto(self, pooler_usable: bool) -> str:
+        config = self.model.config
+        if config.model_type in _CLASS_TOKEN_TYPES and self.layout.prefix:
+            return "cls"
+        if pooler_usable:
+            return "pooler"
+        if not self.layout.tokens:
+            return "gap"
+        return "cls" if self.layout.prefix and not getattr(config, "use_mean_pooling", False) else "mean"
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.name} ({type(self.model).__name__}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
+            f"embedding {self.dim}, {self.num_parameters():,} parameters"
+        )
+
+    def num_parameters(self) -> int:
+        """Number of parameters that the embedding depends on."""
+        return sum(p.numel() for name, p in self.model.named_parameters() if name not in self.unused)
+
+    def features(self, pixel_values: Tensor) -> Features:
+        """Embeds a batch of normalised images ``(b, 3, h, w)``; gradients and mode are the caller's."""
+        output = self.model(pixel_values=pixel_values, **self._kwargs)
+        return Features(pool(output, self.pooling, self.layout))
+
+    def preprocess(self, images: list[Image.Image]) -> Tensor:
+        """The full image processor: RGB images to ``(b, 3, h, w)``, as in evaluation and neighbour search."""
+        return self.preprocessing.full(images)
+
+    def normalize(self, views: Tensor) -> Tensor:
+        """Views ``(b, 3, H, W)`` uint8 to this network's own input: size, scale, mean and std. Runs on any device."""
+        return self.preprocessing.normalize(views)
+
+    def freeze(self) -> "Backbone":
+        """As a teacher: evaluation mode, no gradients."""
+        self.model.eval().requires_grad_(False)
+        return self
+
+    def fingerprint(self) -> str:
+        """Hash of everything that the embedding of an image depends on: weights, pooling, pre-processing."""
+        digest = hashlib.blake2b(digest_size=16)
+        digest.update(json.dumps([self.pooling, self.size, sorted(self._kwargs), type(self.model).__name__]).encode())
+        digest.update(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _shape_twin(model: PreTrainedModel):
+    """The same network without storage where its code allows that, else the network itself, left as it was."""
+    twin = None
+    try:
+        with torch.device("meta"):
+            twin = type(model)._from_config(model.config)
+    except Exception as error:  # code of any origin may refuse the meta device in any way
+        logger.debug("no meta twin of %s: %s", type(model).__name__, error)
+    if twin is not None and [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]:
+        yield twin.eval().requires_grad_(True)
+        return
+    flags = [p.requires_grad for p in model.parameters()]
+    with _evaluating(model):
+        yield model.requires_grad_(True)
+    for parameter, flag in zip(model.parameters(), flags):
+        parameter.requires_grad_(flag)
+
+
+@contextlib.contextmanager
+def _evaluating(model: torch.nn.Module):
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
+
+
+def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:
+    timm_model = getattr(model, "timm_model", None)
+    if hidden.dim() == 4:
+        return Layout(tokens=False, channels_last=getattr(timm_model, "output_fmt", "NCHW") == "NHWC")
+    if hidden.dim() != 3:
+        raise ValueError(f"{type(model).__name__} returns features of shape {tuple(hidden.shape)}, not a vision backbone.")
+    if timm_model is not None:
+        return Layout(tokens=True, prefix=getattr(timm_model, "num_prefix_tokens", 0))
+    patch = getattr(model.config, "patch_size", None)
+    height, width = (patch, patch) if isinstance(patch, int) else patch or (0, 0)
+    patches = (size[0] // height) * (size[1] // width) if height else hidden.shape[1]
+    return Layout(tokens=True, prefix=max(hidden.shape[1] - patches, 0))
+
+
+@torch.no_grad()
+def embed_dataset(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    description: str = "Embedding",
+) -> Tensor:
+    """Embeddings of processed images, in evaluation mode.
+
+    Args:
+        backbone: the network, on any device.
+        dataset: items ``(3, h, w)`` float32, what ``backbone.preprocess`` gives for an image.
+        batch_size: images a forward pass.
+        num_workers: processes that decode.
+        device: where the network runs; by default where it is.
+        description: of the progress bar.
+
+    Returns:
+        ``(n, d)`` float32 on the CPU.
+    """
+    device = torch.device(device or next(backbone.model.parameters()).device)
+    dtype = next(backbone.model.parameters()).dtype
+    backbone.model.to(device)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    rows, start = torch.empty(len(dataset), backbone.dim), 0
+    with _evaluating(backbone.model), tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
+        for pixel_values in loader:
+            embedding = backbone.features(pixel_values.to(device, dtype, non_blocking=True)).embedding
+            rows[start : start + len(embedding)] = embedding.float().cpu()
+            start += len(embedding)
+            progress.update(len(embedding))
+    return rows

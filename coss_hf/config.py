@@ -1,0 +1,270 @@
+"""Arguments of a run, with the method's defaults, from YAML files and the command line."""
+
+import contextlib
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from coss_hf.loading import DTYPES, INITS
+from coss_hf.losses import LOSSES
+from coss_hf.modeling import HEADS
+
+
+@dataclass
+class ModelArguments:
+    """Teacher and student."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Hub name or folder of the frozen network."})
+    student: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or folder of the network to train; with --student_init random also a CIFAR network "
+            "(resnet20, resnet8x4, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
+        },
+    )
+    teacher_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
+    student_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
+    teacher_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
+    student_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
+    interpolate_pos_encoding: bool = field(
+        default=False, metadata={"help": "Stretch position embeddings of transformers whose input size was changed."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    teacher_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
+    student_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let checkpoints run their own code."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2, for teacher and student."}
+    )
+    student_init: str = field(
+        default="pretrained",
+        metadata={"help": "teacher_layers: every n-th layer of a transformer teacher.", "choices": list(INITS)},
+    )
+    student_config_overrides: list[str] = field(
+        default_factory=list, metadata={"help": "Entries key=value of the student's configuration.", "nargs": "*"}
+    )
+
+    def overrides(self) -> dict:
+        """``student_config_overrides`` as a dictionary, values read as YAML."""
+        pairs = [entry.partition("=") for entry in self.student_config_overrides]
+        for key, equals, _ in pairs:
+            if not equals:
+                raise ValueError(f"--student_config_overrides={key!r} must be of the form key=value.")
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+    def loading(self, role: str) -> dict:
+        """Keyword arguments of ``load_backbone`` that teacher and student both have."""
+        shared = {name: getattr(self, name) for name in ("trust_remote_code", "attn_implementation")}
+        own = {name: getattr(self, f"{role}_{name}") for name in ("pooling", "size", "revision", "dtype")}
+        return {"name": getattr(self, role), "argument": role, **shared, **own}
+
+
+@dataclass
+class DataArguments:
+    """Images, which need no labels."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, image folder, parquet file(s) or save_to_disk folder."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    train_split: str | None = field(default=None, metadata={"help": "Default: train."})
+    test_split: str | None = field(default=None, metadata={"help": "Default: test, else validation, if any."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
+    label_column: str | None = field(default=None, metadata={"help": "For evaluation only; never used in training."})
+    validation_size: float = field(
+        default=0, metadata={"help": "Images (a count, or a share below 1) held out of train before anything else."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
+    on_bad_image: str = field(default="error", metadata={"help": "Unreadable files.", "choices": ["error", "skip"]})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
+    neighbors_cache: str | None = field(
+        default=None, metadata={"help": "Folder of computed neighbours; default: in the datasets cache."}
+    )
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with the method's own defaults, and what distillation adds."""
+
+    output_dir: str = field(default="student", metadata={"help": "Where the student and its checkpoints go."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start afresh where a run already is."})
+    dry_run: bool = field(default=False, metadata={"help": "Resolve and print everything, then stop."})
+
+    method: str = field(default="coss", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    beta: float | None = field(default=None, metadata={"help": "Scale of the loss; default: the method's."})
+    lambda_ss: float = field(default=1.0, metadata={"help": "Weight of space similarity (coss)."})
+    head: str = field(default="auto", metadata={"help": "auto: mlp where dimensions differ.", "choices": list(HEADS)})
+    head_hidden_size: int = field(default=2048, metadata={"help": "Width of an mlp head."})
+
+    augmentation: str = field(
+        default="imagenet", metadata={"help": "none, cifar, imagenet or moco.", "choices": ["none", "cifar", "imagenet", "moco"]}
+    )
+    view_size: int | None = field(default=None, metadata={"help": "Pixels of a view; default: the larger input."})
+    neighbors_k: int = field(default=0, metadata={"help": "Neighbours drawn beside each anchor; 0: none."})
+    neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image, to draw from."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Length of the run in images seen, anchors and neighbours alike."}
+    )
+
+    # The paper trains with SGD, and clips nothing: stock clipping at 1.0 would act at every step.
+    optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
+    momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "See weight_decay_on."})
+    weight_decay_on: str = field(
+        default="all",
+        metadata={"help": "all parameters (the paper), or Trainer's choice: no norms, no biases.", "choices": ["all", "matrices"]},
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs at which the rate is multiplied by lr_gamma, instead of a schedule."}
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "Factor at each milestone."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Anchors a device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
+    eval_bank_size: int = field(
+        default=10_000, metadata={"help": "Train images that serve as k-NN bank in evaluations during training."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    # Hides a loss that is not finite; here it stops the run.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows hold images and indices."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in LOSSES:
+            raise ValueError(f"--method={self.method!r} is unknown: choose one of {', '.join(LOSSES)}.")
+        for name in ("logging_nan_inf_filter", "remove_unused_columns"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is one of whole "
+                "batches; leave both out."
+            )
+        if self.n_gpu > 1:
+            raise ValueError(f"{self.n_gpu} GPUs in one process: start with `accelerate launch` to use them.")
+        if self.num_images is not None and self.max_steps > 0:
+            raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
+        if self.neighbors_k < 0 or self.neighbors_k > self.neighbors_pool:
+            raise ValueError(
+                f"--neighbors_k={self.neighbors_k} must lie between 0 and --neighbors_pool={self.neighbors_pool}."
+            )
+        if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
+            raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
+        if self.images_per_step < 2:
+            raise ValueError(
+                f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
+                f"one image: space similarity compares dimensions over a batch, use at least 2."
+            )
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimiser step over all processes, neighbours included."""
+        anchors = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
+        return anchors * (1 + self.neighbors_k)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message.replace('argument ', '')}; see --help.")
+
+
+def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
+    """Dataclasses from ``--config FILE.yaml`` and the command line, which overrides the file.
+
+    Args:
+        dataclass_types: one dataclass or several.
+        argv: default ``sys.argv[1:]``.
+
+    Raises:
+        ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
+    """
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))
+    if "--config" in argv:
+        position = argv.index("--config")
+        path = argv[position + 1 : position + 2]
+        argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
+    *parsed, _, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    for word in rest:
+        close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)
+        hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
+        raise ValueError(f"{word} is no argument of this command.{hint}")
+    return tuple(parsed)
+
+
+def _bare_resume(argv: list[str]) -> list[str]:
+    """``--resume_from_checkpoint`` without a value means ``auto``."""
+    flag = "--resume_from_checkpoint"
+    if flag in argv:
+        after = argv.index(flag) + 1
+        if after == len(argv) or argv[after].startswith("--"):
+            argv.insert(after, "auto")
+    return argv
+
+
+def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
+    """A YAML file as command-line words: typed and checked like them."""
+    if not path or not Path(path[0]).is_file():
+        raise ValueError(f"--config {' '.join(path)}: no such file.")
+    try:
+        content = yaml.safe_load(Path(path[0]).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path[0]} must hold `argument: value` lines.")
+    words = []
+    for key, value in content.items():
+        if key not in known or key == "config":
+            close = difflib.get_close_matches(str(key), known, n=2)
+            raise ValueError(
+                f"--config {path[0]}: {key!r} is no argument of this command."
+                + (f" Did you mean {' or '.join(close)}?" if close else "")
+            )
+        if value is None:
+            continue
+        if key == "student_config_overrides" and isinstance(value, dict):
+            value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
+        if isinstance(value, bool):
+            # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
+            choices = key.endswith("_strategy")
+            words += [f"--{key}", ("no" if choices and not value else str(value).lower())]
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        else:
+            words += [f"--{key}={value}"]
+    return words
+
+
+def to_dict(*parsed) -> dict:
+    """What a run was given, for its record; secrets left out."""
+    return {
+        f.name: getattr(p, f.name) for p in parsed for f in fields(p) if f.init and not f.name.endswith("token")
+    }
+
+
+@contextlib.contextmanager
+def bad_input_exits():
+    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None

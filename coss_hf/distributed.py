@@ -1,0 +1,35 @@
+"""Differentiable reductions over the processes of a run."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Number of processes of the run, 1 without ``torch.distributed``."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous().clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Every process computes the same global loss from the sum, so the gradient of the *summed* losses, which DDP
+        # then averages, reaches each summand once from every process.
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of ``x`` (any shape, the same on every process) over all processes, with a gradient.
+
+    A loss computed from the result is the global loss on every process; DistributedDataParallel's averaging of
+    gradients then gives exactly the gradient of one process that sees the whole batch.
+    """
+    return _AllReduceSum.apply(x) if world_size() > 1 else x

@@ -1,0 +1,99 @@
+"""Evaluation of embeddings: weighted k-NN and a linear probe where there are labels, agreement with the teacher."""
+
+from torch import Tensor
+
+from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
+from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
+from coss_hf.evaluation.probe import linear_probe
+
+__all__ = [
+    "evaluate_embeddings",
+    "knn_accuracy",
+    "knn_predict",
+    "linear_probe",
+    "mean_cosine",
+    "nearest",
+    "neighbor_overlap",
+    "table",
+]
+
+KS = (10, 20)
+OVERLAP_K = 10
+
+
+def evaluate_embeddings(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    student_bank: Tensor | None = None,
+    bank_labels: Tensor | None = None,
+    test_labels: Tensor | None = None,
+    projected: Tensor | None = None,
+) -> dict[str, float | None]:
+    """All metrics of one network.
+
+    Args:
+        student: ``(m, d_s)`` embeddings of the test images.
+        teacher: ``(m, d_t)`` the teacher's embeddings of the same images.
+        student_bank: ``(n, d_s)`` the student's embeddings of the un-augmented training images.
+        bank_labels: ``(n,)`` class numbers of the bank.
+        test_labels: ``(m,)`` class numbers of the test images.
+        projected: ``(m, d_t)`` the student's embeddings through its head, for the cosine.
+
+    Returns:
+        ``eval_overlap10`` and ``eval_cosine``, and where the bank and both labels are given ``eval_knn10``,
+        ``eval_knn20`` and ``eval_probe``. Fractions in [0, 1], the cosine in [-1, 1]. None for what is not defined:
+        the cosine of different dimensions, neighbours where there are not enough images.
+
+    Raises:
+        ValueError: rows, dimensions or labels that do not match.
+    """
+    results: dict[str, float | None] = {}
+    if student_bank is not None and bank_labels is not None and test_labels is not None:
+        ks = tuple(k for k in KS if k <= len(student_bank))
+        scores = knn_accuracy(student_bank, bank_labels, student, test_labels, ks) if ks else {}
+        results |= {f"eval_knn{k}": scores.get(f"knn{k}") for k in KS}
+        results["eval_probe"] = linear_probe(student_bank, bank_labels, student, test_labels)["accuracy"]
+    enough = len(student) > OVERLAP_K
+    results[f"eval_overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
+    aligned = student if projected is None else projected
+    results["eval_cosine"] = mean_cosine(aligned, teacher) if aligned.shape[1] == teacher.shape[1] else None
+    return results
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+COLUMNS = {
+    "parameters": ("parameters", lambda value: f"{value:,}"),
+    "eval_knn10": ("k-NN 10", _percent),
+    "eval_knn20": ("k-NN 20", _percent),
+    "eval_probe": ("linear probe", _percent),
+    "eval_overlap10": ("overlap 10", _percent),
+    "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
+}
+
+
+def table(results: dict[str, dict]) -> str:
+    """A Markdown table, aligned to be read as plain text too.
+
+    Args:
+        results: for each row's name (teacher, student, ...) what :func:`evaluate_embeddings` returned, with the
+            network's number of ``parameters`` where it has any.
+
+    Returns:
+        Rows in the given order; of the columns those that some row has. Percent, except the cosine and the number
+        of parameters; ``-`` for None or missing. Entries that are none of these are left out.
+    """
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in results.values())}
+    cells = [["", *(title for title, _ in columns.values())]]
+    for name, row in results.items():
+        values = [(row.get(key), text) for key, (_, text) in columns.items()]
+        cells.append([name, *("-" if value is None else text(value) for value, text in values)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    lines = [
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in cells
+    ]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

@@ -1,0 +1,102 @@
+"""Students against one teacher on one set of images."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import set_seed
+
+from coss_hf.backbones import Backbone, embed_dataset
+from coss_hf.evaluation import evaluate_embeddings
+from coss_hf.images import ProcessedImages
+
+
+class Evaluator:
+    """Embeds images un-augmented, each network through its full image processor, and measures.
+
+    The teacher's embeddings are computed once.
+
+    Args:
+        teacher: compared with.
+        queries: images of test or validation, as from ``load_images``.
+        image_column: of ``queries`` and ``bank``.
+        label_column: class numbers for k-NN and probe; without it, or without a bank, only agreement is measured.
+        bank: training images, the k-NN bank and the probe's training set.
+        batch_size: images a forward pass.
+        num_workers: processes that decode.
+    """
+
+    def __init__(
+        self,
+        teacher: Backbone,
+        queries: Dataset,
+        image_column: str,
+        *,
+        label_column: str | None = None,
+        bank: Dataset | None = None,
+        batch_size: int = 256,
+        num_workers: int = 0,
+    ):
+        self.teacher, self.queries, self.image_column = teacher, queries, image_column
+        self.bank = bank if label_column else None
+        self.options = {"batch_size": batch_size, "num_workers": num_workers}
+        self.labels = {}
+        if self.bank is not None:
+            names = {"test_labels": queries, "bank_labels": bank}
+            self.labels = {name: torch.as_tensor(rows[label_column][:]) for name, rows in names.items()}
+        self._teacher_queries = None
+
+    def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
+        """Embeddings ``(n, d)`` of ``images``."""
+        rows = ProcessedImages(images, self.image_column, backbone.preprocess)
+        return embed_dataset(backbone, rows, description=description, **self.options)
+
+    @property
+    def teacher_queries(self) -> Tensor:
+        """The teacher's embeddings of the queries ``(m, d)``."""
+        if self._teacher_queries is None:
+            self._teacher_queries = self.embed(self.teacher, self.queries, "Teacher")
+        return self._teacher_queries
+
+    def __call__(
+        self, student: Backbone, project: Callable[[Tensor], Tensor] | None = None
+    ) -> tuple[dict[str, float | None], Tensor]:
+        """Metrics of ``student`` (see ``evaluate_embeddings``) and its embeddings of the queries.
+
+        Args:
+            student: the network, the teacher itself included.
+            project: its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one.
+        """
+        queries = self.teacher_queries if student is self.teacher else self.embed(student, self.queries, "Student")
+        bank = self.embed(student, self.bank, "Bank") if self.bank is not None else None
+        with torch.no_grad():
+            projected = project(queries) if project else None
+        metrics = evaluate_embeddings(
+            queries, self.teacher_queries, student_bank=bank, projected=projected, **self.labels
+        )
+        return metrics, queries if projected is None else projected
+
+
+def random_weights(backbone: Backbone, seed: int = 0) -> Backbone:
+    """The same network before any training: the control of every comparison."""
+    twin = copy.copy(backbone)
+    set_seed(seed)
+    twin.model = type(backbone.model)._from_config(backbone.model.config).to(backbone.model.device)
+    return twin
+
+
+def compare(
+    evaluator: Evaluator, student: Backbone, project: Callable[[Tensor], Tensor] | None = None, seed: int = 0
+) -> dict[str, dict]:
+    """Metrics and ``parameters`` of ``teacher``, ``student`` and ``random``, the student at random weights."""
+    rows = {
+        "teacher": (evaluator.teacher, None),
+        "student": (student, project),
+        "random": (random_weights(student, seed), None),
+    }
+    return {
+        name: {"name": network.name, "parameters": network.num_parameters(), **evaluator(network, head)[0]}
+        for name, (network, head) in rows.items()
+    }

@@ -1,0 +1,59 @@
+"""Features of any vision backbone: what the losses compare, and the one place that pools a network's output."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POOLINGS = ("cls", "mean", "pooler", "gap")
+
+
+class Features(NamedTuple):
+    """What a network says of a batch.
+
+    Attributes:
+        embedding: ``(b, d)``.
+        maps: intermediate feature maps, each ``(b, c, h, w)``; empty unless a method asks for them.
+        logits: ``(b, classes)`` where the network has a classifier, else None.
+    """
+
+    embedding: Tensor
+    maps: tuple[Tensor, ...] = ()
+    logits: Tensor | None = None
+
+
+class Layout(NamedTuple):
+    """Where a network's ``last_hidden_state`` holds what, found once by running its shapes.
+
+    Attributes:
+        tokens: True for ``(b, n, d)``, False for a map.
+        prefix: number of class, register or distillation tokens before the patch tokens.
+        channels_last: True for a map ``(b, h, w, d)``, False for ``(b, d, h, w)``.
+    """
+
+    tokens: bool
+    prefix: int = 0
+    channels_last: bool = False
+
+
+def pool(output, pooling: str, layout: Layout) -> Tensor:
+    """One embedding an image from a backbone's output.
+
+    Args:
+        output: what a Transformers backbone returns, with ``last_hidden_state`` and maybe ``pooler_output``.
+        pooling: ``cls`` (first token), ``mean`` or ``gap`` (mean over positions, class and register tokens left out)
+            or ``pooler`` (the network's own ``pooler_output``).
+        layout: of ``last_hidden_state``.
+
+    Returns:
+        ``(b, d)``.
+    """
+    hidden = output.last_hidden_state
+    if pooling == "pooler":
+        # (b, d) for ViT, (b, d, 1, 1) for ResNet.
+        return output.pooler_output.flatten(1)
+    if pooling == "cls":
+        return hidden[:, 0]
+    if layout.tokens:
+        return hidden[:, layout.prefix :].mean(1)
+    return hidden.mean((1, 2) if layout.channels_last else (2, 3))

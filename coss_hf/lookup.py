@@ -1,0 +1,67 @@
+"""Whether a dataset's name exists, before `datasets` is asked for it, and names like it where it does not."""
+
+import logging
+from difflib import SequenceMatcher
+from pathlib import Path
+
+import datasets
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+
+logger = logging.getLogger(__name__)
+
+
+def find_dataset(dataset: str, revision: str | None):
+    """Asks the Hub once, where `load_dataset` retries for 20 seconds; without network the local cache will do.
+
+    Raises:
+        ValueError: unknown, with similar names from its folder, the cache and the Hub's search; or out of reach.
+    """
+    hub_cache, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
+    names = [folder.name.removeprefix("datasets--").replace("--", "/") for folder in hub_cache.glob("datasets--*")]
+    names += [folder.name.replace("___", "/") for folder in cache.glob("*___*")]
+    is_cached = dataset in names
+    parent = Path(dataset).expanduser().parent
+    names += [str(parent / file.name) for file in parent.iterdir()] if parent.is_dir() else []
+    try:
+        HfApi().dataset_info(dataset, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"--dataset {dataset} has no revision {revision} on the Hub; leave it out for main."
+        ) from error
+    except GatedRepoError as error:
+        raise ValueError(f"--dataset {dataset} is gated: ask for access on its page, then `hf auth login`.") from error
+    except HFValidationError as error:
+        raise _unknown(dataset, "no such file or folder", names) from error
+    except RepositoryNotFoundError as error:
+        reason = "no such file or folder, nor a dataset on the Hub (if it is private: `hf auth login`)"
+        raise _unknown(dataset, reason, names + _search_hub(dataset)) from error
+    except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
+        if not is_cached:
+            reason = f"no such file or folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]})"
+            raise _unknown(dataset, reason, names) from error
+        logger.warning("The Hub is out of reach: loading %s from the cache (sooner with HF_HUB_OFFLINE=1).", dataset)
+
+
+def _search_hub(dataset: str) -> list[str]:
+    try:
+        return [found.id for found in HfApi().list_datasets(search=dataset.split("/")[-1], limit=20)]
+    except Exception as error:  # noqa: BLE001 - a suggestion is not worth another error
+        logger.debug("No suggestions from the Hub: %s", error)
+        return []
+
+
+def _unknown(dataset: str, reason: str, names: list[str]) -> ValueError:
+    similar = similar_names(dataset, names)
+    return ValueError(f"--dataset {dataset}: {reason}." + (f" Did you mean {' or '.join(similar)}?" if similar else ""))
+
+
+def similar_names(wanted: str, names: list[str], count: int = 3) -> list[str]:
+    """The names (or paths) whose last part is most like the wanted one's; the rest breaks ties."""
+
+    def likeness(name):
+        pairs = ((wanted.rstrip("/").split("/")[-1], name.split("/")[-1]), (wanted, name))
+        return [SequenceMatcher(None, a.lower(), b.lower()).ratio() for a, b in pairs]
+
+    ranked = sorted(((likeness(name), name) for name in set(names)), reverse=True)
+    return [name for (last_part, _), name in ranked[:count] if last_part > 0.6]

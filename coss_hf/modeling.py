@@ -1,0 +1,85 @@
+"""What is trained: student, projection head and the learnable parts of the loss, in one forward pass."""
+
+import torch
+from torch import Tensor, nn
+
+from coss_hf.backbones import Backbone
+from coss_hf.features import Features
+from coss_hf.losses.coss import mean_cosines
+
+HEADS = ("auto", "none", "linear", "mlp")
+
+
+def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: int = 2048) -> nn.Module | None:
+    """Head from the student's to the teacher's dimension; not part of the published student.
+
+    Args:
+        kind: ``linear``; ``mlp``: Linear(s, hidden) - ReLU - Linear(hidden, t), as in the paper's public code, without
+            batch norm; ``none``; ``auto``: ``none`` where the dimensions are equal, else ``mlp``.
+
+    Raises:
+        ValueError: an unknown kind, or ``none`` with dimensions that differ.
+    """
+    if kind not in HEADS:
+        raise ValueError(f"--head={kind!r} is unknown: choose one of {', '.join(HEADS)}.")
+    if kind == "auto":
+        kind = "none" if student_dim == teacher_dim else "mlp"
+    if kind == "none":
+        if student_dim != teacher_dim:
+            raise ValueError(
+                f"--head=none, but the student's embedding has {student_dim} dimensions and the teacher's "
+                f"{teacher_dim}: use --head mlp or --head linear."
+            )
+        return None
+    if kind == "linear":
+        return nn.Linear(student_dim, teacher_dim)
+    return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
+
+
+class DistillationModel(nn.Module):
+    """Student, head and criterion as one module, so that every trainable part is reached by one forward pass.
+
+    Attributes:
+        student: the published network.
+        head: projection to the teacher's dimension, or None.
+        criterion: the loss, with what it learns.
+    """
+
+    # Trainer would take any network that swallows keyword arguments for one that scales its loss by itself.
+    accepts_loss_kwargs = False
+    main_input_name = "pixel_values"
+
+    def __init__(self, student: Backbone, criterion: nn.Module, head: nn.Module | None = None):
+        super().__init__()
+        self.backbone = student
+        self.student, self.head, self.criterion = student.model, head, criterion
+        for name, parameter in self.student.named_parameters():
+            parameter.requires_grad_(name not in student.unused)
+
+    def project(self, embedding: Tensor) -> Tensor:
+        """Student embeddings ``(b, s)`` in the teacher's space ``(b, t)``."""
+        return embedding if self.head is None else self.head(embedding)
+
+    def forward(self, pixel_values: Tensor, teacher: Features, index: Tensor) -> dict[str, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            pixel_values: views ``(b, 3, H, W)``, uint8.
+            teacher: its features of the same views.
+            index: ``(b,)`` dataset row of each view.
+
+        Returns:
+            ``loss`` and its named parts, and ``cosine_sample`` and ``cosine_dimension``, the mean cosine similarity to
+            the teacher per image and per feature dimension.
+        """
+        features = self.backbone.features(self.backbone.normalize(pixel_values))
+        student = features._replace(embedding=self.project(features.embedding))
+        output = self.criterion(student, teacher, index)
+        if "l_co" in output:
+            cosines = -output["l_co"].detach(), -output["l_ss"].detach()
+        elif student.embedding.shape == teacher.embedding.shape:
+            with torch.no_grad():
+                cosines = mean_cosines(student.embedding, teacher.embedding)
+        else:
+            return output
+        return output | dict(zip(("cosine_sample", "cosine_dimension"), cosines))

@@ -1,0 +1,137 @@
+"""Pictures of a run: nearest neighbours side by side, and the loss over the images seen."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+SHARED, OTHER = "#12805c", "#d0d4d9"
+TEXT, MUTED, WRONG = "#22272e", "#68707a", "#c0392b"
+
+
+def _figure(width: float, height: float):
+    # Not pyplot: no global state, no display, nothing to close.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def neighbor_picture(
+    path: str | Path,
+    images: Sequence,
+    query_rows: Sequence[int],
+    student_neighbors: np.ndarray,
+    teacher_neighbors: np.ndarray,
+    labels: Sequence | None = None,
+) -> None:
+    """Write a PNG with one row per query: the query, the teacher's and the student's nearest images, best first.
+
+    Images in both lists of a row have a thick frame. Small images are enlarged without smoothing.
+
+    Args:
+        path: of the PNG.
+        images: PIL images, indexed by row; only those shown are read.
+        query_rows: rows of the q queries.
+        student_neighbors: ``(q, n)`` rows of ``images``.
+        teacher_neighbors: ``(q, n)``.
+        labels: what to write below each image, indexed as ``images``, in red where it is not the query's; nothing by
+            default.
+
+    Raises:
+        ValueError: neighbours that are not (q, n) for both networks.
+    """
+    student_neighbors, teacher_neighbors = np.asarray(student_neighbors), np.asarray(teacher_neighbors)
+    expected = (len(query_rows), *student_neighbors.shape[1:])
+    if student_neighbors.ndim != 2 or not student_neighbors.shape == teacher_neighbors.shape == expected:
+        raise ValueError(
+            f"student_neighbors and teacher_neighbors must both be (q, n) for q={len(query_rows)} queries, got "
+            f"{student_neighbors.shape} and {teacher_neighbors.shape}."
+        )
+    q, n = student_neighbors.shape
+    gap, tile, header = 0.45, 1.0 if labels is None else 1.22, 0.75
+    columns = 1 + gap + n + gap + n
+    figure = _figure(0.85 * (columns + 0.4), 0.85 * (q * tile + header + 0.45))
+    width, height = figure.get_size_inches() / 0.85  # in tiles
+
+    def text(x: float, y: float, string: str, **style) -> None:
+        figure.text(x / width, 1 - y / height, string, color=style.pop("color", TEXT), **style)
+
+    def show(x: float, y: float, row: int, query: int, color: str, line: float) -> None:
+        axes = figure.add_axes((x / width, 1 - (y + 0.88) / height, 0.88 / width, 0.88 / height))
+        picture = images[int(row)]
+        smooth = "nearest" if max(picture.size) < 100 else "antialiased"
+        axes.imshow(np.asarray(picture.convert("RGB")), interpolation=smooth)
+        axes.set(xticks=[], yticks=[])
+        for spine in axes.spines.values():
+            spine.set(color=color, linewidth=line)
+        if labels is not None:
+            color = MUTED if labels[int(row)] == labels[int(query)] else WRONG
+            axes.set_xlabel(str(labels[int(row)]), fontsize=7, color=color, labelpad=3)
+
+    starts = {"Query": 0.2, "Teacher": 0.2 + 1 + gap, "Student": 0.2 + 1 + gap + n + gap}
+    text(starts["Query"], 0.5, "Query", fontsize=10, weight="bold")
+    for name in ("Teacher", "Student"):
+        text(starts[name], 0.5, f"{name}’s {n} nearest", fontsize=10, weight="bold")
+    for i, query in enumerate(query_rows):
+        y = header + i * tile
+        show(starts["Query"], y, query, query, TEXT, 0.8)
+        for name, ours, others in (
+            ("Teacher", teacher_neighbors[i], student_neighbors[i]),
+            ("Student", student_neighbors[i], teacher_neighbors[i]),
+        ):
+            for column, row in enumerate(ours):
+                frame = (SHARED, 2.6) if row in others else (OTHER, 0.8)
+                show(starts[name] + column, y, row, query, *frame)
+    shared = np.mean([np.isin(s, t).mean() for s, t in zip(student_neighbors, teacher_neighbors, strict=True)])
+    text(
+        starts["Query"],
+        height - 0.14,
+        f"Green frame: in both lists ({100 * shared:.0f} % here)",
+        fontsize=8,
+        color=SHARED,
+    )
+    figure.savefig(path, format="png")
+
+
+def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
+    """Write a PNG of the training loss, and below it one panel for each named part, over the images seen.
+
+    Args:
+        path: of the PNG.
+        log_history: ``trainer.state.log_history``. Entries with ``loss`` are read; parts are the entries ``l_*`` and
+            ``loss_*``, the horizontal axis is ``images_seen``, or ``step`` where that is not logged.
+
+    Raises:
+        ValueError: a history without ``loss``.
+    """
+    entries = [entry for entry in log_history if "loss" in entry]
+    if not entries:
+        raise ValueError("log_history holds no entry with 'loss': log at least once (--logging_steps).")
+    axis = "images_seen" if all("images_seen" in entry for entry in entries) else "step"
+    names = ["loss", *sorted({key for entry in entries for key in entry if key.startswith(("l_", "loss_"))})]
+    figure = _figure(7, 2.6 + 1.5 * (len(names) - 1))
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False, height_ratios=[1.6] + [1] * (len(names) - 1))[
+        :, 0
+    ]
+    for name, axes in zip(names, panels, strict=True):
+        points = [(entry[axis], entry[name]) for entry in entries if name in entry]
+        axes.plot(
+            *zip(*points, strict=True),
+            color=SHARED,
+            linewidth=1.5,
+            marker="o" if len(points) < 30 else None,
+            markersize=3,
+        )
+        axes.set_title(name, loc="left", fontsize=10, color=TEXT, weight="bold" if name == "loss" else "normal")
+        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        axes.tick_params(labelsize=8, colors=MUTED, length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(OTHER)
+        axes.margins(x=0.01)
+    panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panels[-1].set_xlabel(axis.replace("_", " "), fontsize=9, color=MUTED)
+    figure.tight_layout()
+    figure.savefig(path, format="png")

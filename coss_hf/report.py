@@ -1,0 +1,52 @@
+"""What a run leaves on disk beside the student: its record and its pictures."""
+
+import json
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from coss_hf.decoding import decode
+from coss_hf.evaluation import nearest
+from coss_hf.plots import loss_curve, neighbor_picture
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that figures depend on."""
+    return {name: version(name) for name in ("torch", "torchvision", "transformers", "accelerate", "datasets")}
+
+
+def write_record(output_dir, trainer, results: dict, arguments: dict, bad_images: list[str]) -> None:
+    """Writes ``run.json``: command, arguments, what was resolved, images seen, results."""
+    record = {
+        "command": shlex.join(sys.argv),
+        "images_seen": trainer.images_seen,
+        "teacher": repr(trainer.teacher),
+        "student": repr(trainer.student),
+        "results": results,
+        "bad_images": bad_images,
+        "versions": versions(),
+        "arguments": arguments,
+    }
+    Path(output_dir, "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6) -> None:
+    """Writes ``loss.png`` and, with an evaluator, ``neighbors.png``."""
+    if any("loss" in line for line in trainer.state.log_history):
+        loss_curve(Path(output_dir, "loss.png"), trainer.state.log_history)
+    if evaluator is None or len(evaluator.queries) <= neighbors + 1:
+        return
+    teacher = evaluator.teacher_queries
+    student = evaluator.embed(trainer.student, evaluator.queries, "Picture")
+    rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
+    found = []
+    for embeddings in (student, teacher):
+        _, candidates = nearest(embeddings, embeddings[rows], neighbors + 1)
+        # The image itself is left out by its row: exact duplicates tie with it.
+        found.append(np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)]))
+    column = evaluator.queries[evaluator.image_column]
+    images = {row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}}
+    neighbor_picture(Path(output_dir, "neighbors.png"), images, rows.tolist(), *found)

@@ -1,0 +1,191 @@
+"""Views of images for training: augmentation, each anchor's group with its neighbours, collation."""
+
+import struct
+from hashlib import blake2b
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from coss_hf.decoding import decode
+from coss_hf.images import image_rows
+
+AUGMENTATIONS = ("none", "cifar", "imagenet", "moco")
+DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
+
+
+class Fit(torch.nn.Module):
+    """Shorter side to `size` and centre crop; images of that size pass untouched."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+
+    def forward(self, image: Image.Image) -> Image.Image:
+        return image if image.size == (self.size, self.size) else self.crop(image)
+
+
+class SeparableBlur(v2.GaussianBlur):
+    """`v2.GaussianBlur` in two passes, which is five times as fast at 224 pixels (results differ by rounding)."""
+
+    def transform(self, inpt: Tensor, params: dict) -> Tensor:
+        width, height = self.kernel_size
+        blurred = F.gaussian_blur(inpt.float(), [width, 1], params["sigma"])
+        return F.gaussian_blur(blurred, [1, height], params["sigma"]).round_().to(inpt.dtype)
+
+
+def augmentation(name: str, size: int) -> v2.Transform:
+    """Random change of an RGB image to a uint8 tensor (3, size, size), drawn from torch's global generator only.
+
+    `none`: shorter side to size, centre crop. `cifar`: the same, then a crop out of size/8 zero padding and a flip.
+    `imagenet`: random resized crop (8-100 % of the area) and flip. `moco`: MoCo v2 (arXiv:2003.04297), with SimCLR's
+    blur kernel of a tenth of the size.
+
+    Raises:
+        ValueError: another name, or a size below 1.
+    """
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"--augmentation {name}: choose one of {', '.join(AUGMENTATIONS)}.")
+    if size < 1:
+        raise ValueError(f"--view_size {size}: give the side of a view in pixels, 1 or more.")
+    to_tensor, flip = v2.PILToTensor(), v2.RandomHorizontalFlip()
+    if name == "none":
+        return v2.Compose([Fit(size), to_tensor])
+    if name == "cifar":
+        return v2.Compose([Fit(size), v2.RandomCrop(size, padding=size // 8), flip, to_tensor])
+    if name == "imagenet":
+        return v2.Compose([to_tensor, v2.RandomResizedCrop(size), flip])
+    # Colours on the PIL image: faster, and no sum whose rounding depends on the number of threads.
+    jitter = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+    blur = v2.RandomApply([SeparableBlur(2 * (size // 20) + 1, (0.1, 2.0))], p=0.5)
+    return v2.Compose([v2.RandomResizedCrop(size, (0.2, 1.0)), jitter, v2.RandomGrayscale(0.2), to_tensor, blur, flip])
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """Groups of views for training: the anchor's and those of k of its neighbours.
+
+    Neighbours and views are pure functions of (seed, epoch, anchor, slot in the group): they depend neither on workers
+    nor on what was drawn before, and an image drawn for two anchors gets two views.
+
+    Args:
+        dataset: n rows as `load_images` returns them.
+        image_column: their images.
+        augmentation_name, size: see `augmentation`.
+        seed: of all draws.
+        neighbors: (n, K) row numbers of each image's neighbours; -1 is padding, never drawn.
+        k: neighbours drawn without replacement from an anchor's K (with, where padding leaves fewer than k).
+
+    Raises:
+        ValueError: an unknown augmentation, or neighbours that do not fit.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        augmentation_name: str,
+        size: int,
+        *,
+        seed: int = 0,
+        neighbors: np.ndarray | None = None,
+        k: int = 0,
+    ):
+        self.augment = augmentation(augmentation_name, size)
+        self.rows = image_rows(dataset.select_columns(image_column), image_column)
+        self.image_column = image_column
+        self.size, self.seed, self.k = size, seed, k
+        self.neighbors = neighbors if k else None
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if k < 0:
+            raise ValueError(f"--neighbors_k {k}: give 0 (no neighbours) or more.")
+        if k:
+            self._check_neighbors()
+
+    def _check_neighbors(self):
+        n, shape = len(self.rows), None if self.neighbors is None else self.neighbors.shape
+        if shape is None or len(shape) != 2 or shape[0] != n:
+            raise ValueError(f"--neighbors_k {self.k} needs the neighbours of each of {n} images, (n, K), not {shape}.")
+        if shape[1] < self.k:
+            raise ValueError(
+                f"--neighbors_k {self.k} is more than the {shape[1]} neighbours known: compute a larger pool."
+            )
+        if self.neighbors.max() >= n or self.neighbors.min() < -1:
+            raise ValueError(
+                f"--neighbors_k {self.k}: neighbours outside rows 0..{n - 1}; compute them on these images."
+            )
+        without = np.flatnonzero((self.neighbors < 0).all(1))
+        if len(without):
+            raise ValueError(
+                f"--neighbors_k {self.k}: {len(without)} images have no neighbour (first: row {without[0]})."
+            )
+
+    @property
+    def epoch(self) -> int:
+        """Held in shared memory: a change reaches loader workers that are already running."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, anchor: int) -> dict[str, Tensor]:
+        return self.__getitems__([anchor])[0]
+
+    def __getitems__(self, anchors: list[int]) -> list[dict[str, Tensor]]:
+        """One item an anchor: `pixel_values` uint8 (1+k, 3, size, size) and `index` int64 (1+k,), the anchor first."""
+        epoch = self.epoch
+        groups = [self._group(anchor, epoch) for anchor in anchors]
+        records = iter(self.rows[[index for group in groups for index in group]][self.image_column])
+        items = []
+        with torch.random.fork_rng(devices=[]):
+            for anchor, group in zip(anchors, groups, strict=True):
+                pixels = torch.empty(len(group), 3, self.size, self.size, dtype=torch.uint8)
+                for slot in range(len(group)):
+                    pixels[slot] = self._view(next(records), epoch, anchor, slot)
+                items.append({"pixel_values": pixels, "index": torch.tensor(group)})
+        return items
+
+    def names(self, indices: list[int]) -> list[str]:
+        """What to call images in messages: their path, else their row."""
+        records = self.rows[indices][self.image_column]
+        return [record["path"] or f"row {index}" for index, record in zip(indices, records, strict=True)]
+
+    def view(self, anchor: int, slot: int, epoch: int | None = None) -> tuple[Tensor, int]:
+        """Computes one view again: uint8 (3, size, size), and the row of its image. `epoch`: the current one."""
+        epoch = self.epoch if epoch is None else epoch
+        index = self._group(anchor, epoch)[slot]
+        with torch.random.fork_rng(devices=[]):
+            return self._view(self.rows[index][self.image_column], epoch, anchor, slot), index
+
+    def _group(self, anchor: int, epoch: int) -> list[int]:
+        if not 0 <= anchor < len(self.rows):
+            raise IndexError(f"anchor {anchor} of {len(self.rows)} images")
+        if not self.k:
+            return [int(anchor)]
+        pool = self.neighbors[anchor]
+        pool = pool[pool >= 0]
+        generator = np.random.default_rng(self._key(epoch, anchor, DRAW))
+        return [int(anchor), *generator.choice(pool, self.k, replace=len(pool) < self.k).tolist()]
+
+    def _view(self, record: dict, epoch: int, anchor: int, slot: int) -> Tensor:
+        # Not torch.manual_seed, which would reseed the accelerators' generators as well.
+        torch.default_generator.manual_seed(self._key(epoch, anchor, slot))
+        return self.augment(decode(record))
+
+    def _key(self, epoch: int, anchor: int, slot: int) -> int:
+        """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
+        return int.from_bytes(
+            blake2b(struct.pack("<4q", self.seed, epoch, anchor, slot), digest_size=4).digest(), "little"
+        )
+
+
+def collate_views(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """b groups of 1+k to `pixel_values` uint8 (b*(1+k), 3, S, S) and `index` int64 (b*(1+k),), group by group."""
+    return {key: torch.cat([item[key] for item in items]) for key in ("pixel_values", "index")}

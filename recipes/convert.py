@@ -1,0 +1,27 @@
+"""Writes a CIFAR-10 checkpoint of github.com/akamaster/pytorch_resnet_cifar10 as a transformers model.
+
+    python recipes/convert.py FOLDER --output OUT
+
+FOLDER holds its state dict as model.safetensors, OUT receives the model, its code and the image processor.
+"""
+
+import argparse
+
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from coss_hf.models import cifar_image_processor, convert_akamaster
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder with model.safetensors")
+    parser.add_argument("--output", required=True, help="folder to write")
+    args = parser.parse_args(arguments)
+    model = convert_akamaster(args.folder)
+    model.save_pretrained(args.output)
+    cifar_image_processor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).save_pretrained(args.output)
+    print(f"resnet{model.config.depth}, {model.num_parameters():,} parameters, written to {args.output}")
+
+
+if __name__ == "__main__":
+    main()
