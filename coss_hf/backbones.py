@@ -6,17 +6,14 @@ import hashlib
 import inspect
 import json
 import logging
-from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 
-from coss_hf.decoding import _to_rgb
 from coss_hf.features import POOLINGS, Features, Layout, pool
 from coss_hf.preprocessing import Preprocessing, flag
 
@@ -69,7 +66,7 @@ class Backbone:
         argument: str = "",
     ):
         self.name = model.name_or_path or type(model).__name__
-        self.model, self.missing = _vision_tower(model, argument), set(missing)
+        self.model, self.missing = vision_tower(model, argument), set(missing)
         self.preprocessing, self.processor, self.size = None, None, size
         if processor is not None:
             self.preprocessing = Preprocessing(processor, size, argument)
@@ -129,15 +126,12 @@ class Backbone:
     def _shapes(self, twin: PreTrainedModel, argument: str):
         """Output of two images of the network's input size; errors where it cannot take them."""
         first = next(twin.parameters())
+        images = torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype)
         try:
-            output = twin(pixel_values=torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype), **self._kwargs)
-            if 0 in output.last_hidden_state.shape:
+            output = twin(pixel_values=images, **self._kwargs)
+            hidden = getattr(output, "last_hidden_state", None)
+            if hidden is not None and not hidden.numel():
                 raise ValueError("nothing is left of them in its last map")
-        except AttributeError as error:
-            raise ValueError(
-                f"{flag(argument)}={self.name}: {type(self.model).__name__} gives no last_hidden_state; give the "
-                f"backbone alone, as AutoModel loads it."
-            ) from error
         except Exception as error:  # each network refuses images in its own way
             own = getattr(self.model.config, "image_size", None)
             stretch = " or use --interpolate_pos_encoding" if self._can_interpolate and not self._kwargs else ""
@@ -146,6 +140,11 @@ class Backbone:
                 f"cannot take images of this size ({str(error).splitlines()[0].rstrip('.')}); give "
                 f"{flag(argument, 'size')} as it was trained{f' ({own})' if own else ''}{stretch}."
             ) from error
+        if hidden is None:
+            raise ValueError(
+                f"{flag(argument)}={self.name}: {type(self.model).__name__} gives no last_hidden_state; give the "
+                f"backbone alone, as AutoModel loads it."
+            )
         return output
 
     def _auto(self, pooler_usable: bool) -> str:
@@ -187,42 +186,77 @@ class Backbone:
         return self
 
     def fingerprint(self) -> str:
-        """Hash of everything that the embedding of an image depends on: weights, pooling, pre-processing."""
+        """Hash of everything that the embedding of an image depends on: network, weights, pooling, pre-processing."""
         digest = hashlib.blake2b(digest_size=16)
-        digest.update(json.dumps([self.pooling, self.size, sorted(self._kwargs), type(self.model).__name__]).encode())
-        digest.update(json.dumps(self.processor.to_dict(), sort_keys=True, default=str).encode())
+        config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NAMES}
+        settings = [type(self.model).__name__, config, self.pooling, self.size, sorted(self._kwargs)]
+        digest.update(json.dumps([*settings, self.processor.to_dict()], sort_keys=True, default=str).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
+def backbone_classes(config) -> tuple[type, ...]:
+    """What ``AutoModel`` makes of a configuration; empty for code that is not of Transformers."""
+    found = AutoModel._model_mapping.get(type(config), ())
+    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+
+def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
+    """The part of a network that embeds images, without its classifier or text tower."""
+    tower = model
+    if getattr(model.config, "vision_config", None) is not None:
+        tower = getattr(model, "vision_model", model)
+    elif not isinstance(model, backbone_classes(model.config)):
+        tower = model.base_model
+    if not isinstance(tower, PreTrainedModel):
+        raise ValueError(
+            f"{flag(argument)}: the backbone cannot be taken out of a {type(model).__name__}; give it alone, as "
+            f"AutoModel loads it."
+        )
+    if tower.main_input_name != "pixel_values":
+        raise ValueError(f"{flag(argument)}: {type(tower).__name__} reads {tower.main_input_name}, not images.")
+    if tower.config.model_type == "vit_mae" and tower.config.mask_ratio:
+        raise ValueError(
+            f"{flag(argument)}: this ViT-MAE hides a random part of each image; set config.mask_ratio = 0."
+        )
+    return tower
+
+
 @contextlib.contextmanager
 def _shape_twin(model: PreTrainedModel):
     """The same network without storage where its code allows that, else the network itself, left as it was."""
-    twin = None
+    twin, config = None, copy.deepcopy(model.config)
+    if config._attn_implementation not in (None, "sdpa"):
+        config._attn_implementation = "eager"  # other kernels need a device
     try:
         with torch.device("meta"):
-            twin = type(model)._from_config(model.config)
+            twin = type(model)._from_config(config)
     except Exception as error:  # code of any origin may refuse the meta device in any way
         logger.debug("no meta twin of %s: %s", type(model).__name__, error)
-    if twin is not None and [n for n, _ in twin.named_parameters()] == [n for n, _ in model.named_parameters()]:
+    shapes = [
+        [(name, value.shape) for name, value in net.named_parameters()] for net in (twin, model) if net is not None
+    ]
+    if twin is not None and shapes[0] == shapes[1]:
         yield twin.eval().requires_grad_(True)
         return
-    flags = [p.requires_grad for p in model.parameters()]
-    with _evaluating(model):
+    with evaluating(model):
         yield model.requires_grad_(True)
-    for parameter, flag in zip(model.parameters(), flags):
-        parameter.requires_grad_(flag)
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module):
-    training = model.training
+def evaluating(model: torch.nn.Module):
+    """Evaluation mode; mode and ``requires_grad`` of every part are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield model.eval()
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
+        for parameter, requires_grad in flags:
+            parameter.requires_grad_(requires_grad)
 
 
 def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:
@@ -230,7 +264,7 @@ def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> La
     if hidden.dim() == 4:
         return Layout(tokens=False, channels_last=getattr(timm_model, "output_fmt", "NCHW") == "NHWC")
     if hidden.dim() != 3:
-        raise ValueError(f"{type(model).__name__} returns features of shape {tuple(hidden.shape)}, not a vision backbone.")
+        raise ValueError(f"model: {type(model).__name__} gives features of shape {tuple(hidden.shape)}, not of images.")
     if timm_model is not None:
         return Layout(tokens=True, prefix=getattr(timm_model, "num_prefix_tokens", 0))
     patch = getattr(model.config, "patch_size", None)
@@ -267,7 +301,7 @@ def embed_dataset(
     backbone.model.to(device)
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     rows, start = torch.empty(len(dataset), backbone.dim), 0
-    with _evaluating(backbone.model), tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
+    with evaluating(backbone.model), tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
         for pixel_values in loader:
             embedding = backbone.features(pixel_values.to(device, dtype, non_blocking=True)).embedding
             rows[start : start + len(embedding)] = embedding.float().cpu()

@@ -47,7 +47,7 @@ class ModelArguments:
         metadata={"help": "teacher_layers: every n-th layer of a transformer teacher.", "choices": list(INITS)},
     )
     student_config_overrides: list[str] = field(
-        default_factory=list, metadata={"help": "Entries key=value of the student's configuration.", "nargs": "*"}
+        default_factory=list, metadata={"help": "Entries key=value of the student's configuration."}
     )
 
     def overrides(self) -> dict:

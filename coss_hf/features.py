@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 POOLINGS = ("cls", "mean", "pooler", "gap")

@@ -16,6 +16,7 @@ from datasets.fingerprint import Hasher
 
 from coss_hf.decoding import decode, encoded_bytes
 from coss_hf.lookup import find_dataset
+from coss_hf.lookup import similar_names as similar_names
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +228,8 @@ def _check(
     if len(rows) < len(todo):
         todo = todo.select(rows)
     # What can be decoded depends on Pillow. The default place for the cache would be the user's own folder.
-    fingerprint = Hasher.hash(("checked images, version 1", todo._fingerprint, PIL.__version__))
+    key = ("checked images, version 1", todo._fingerprint, _file_states(images, column), PIL.__version__)
+    fingerprint = Hasher.hash(key)
     store = Path(datasets.config.HF_DATASETS_CACHE, "coss_hf", "checked", f"{fingerprint}.arrow")
     store.parent.mkdir(parents=True, exist_ok=True)
     checked = todo.map(
@@ -263,6 +265,14 @@ def _check(
         if len(part) and not len(good):
             raise ValueError(f"--on_bad_image skip: no image is left of the {len(part)} taken from split {split}.")
     return [images if len(good) == len(images) else images.select(good) for good in kept], names
+
+
+def _file_states(images: Dataset, column: str) -> list[tuple[int, int] | None]:
+    """Size and time of the files of rows without bytes, so that a repaired file is checked again."""
+    chunks = images.data.column(column).chunks
+    missing = [chunk.filter(chunk.field("bytes").is_null()) for chunk in chunks if chunk.field("bytes").null_count]
+    paths = [Path(path or "") for chunk in missing for path in chunk.field("path").to_pylist()]
+    return [(path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else None for path in paths]
 
 
 def _check_batch(records: list[dict | None]) -> dict[str, list]:

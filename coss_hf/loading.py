@@ -1,19 +1,21 @@
 """Teachers and students by name: from the Hub, a folder, or random weights of an architecture."""
 
+import copy
 import difflib
-import json
 import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, scan_cache_dir
-from huggingface_hub.errors import CacheNotFound, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, TimmWrapperImageProcessor
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hf_logging
 
-from coss_hf.backbones import Backbone
+from coss_hf.backbones import Backbone, backbone_classes
 from coss_hf.models import CIFAR_NETWORKS, cifar_config
+from coss_hf.preprocessing import flag
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def load_backbone(
     name: str,
     *,
-    argument: str = "model",
+    argument: str = "",
     pooling: str = "auto",
     size: int | None = None,
     interpolate_pos_encoding: bool = False,
@@ -41,7 +43,7 @@ def load_backbone(
     Args:
         name: Hub name or folder. With ``init="random"`` also a CIFAR network of this package (``resnet20``) or a
             model type of Transformers (``vit``, ``timm_wrapper``).
-        argument: the command-line flag that errors name.
+        argument: the command-line flag that errors name, such as ``teacher``.
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         size: side of the input in pixels; by default the image processor's.
         interpolate_pos_encoding: stretch a transformer's position embeddings to ``size``.
@@ -58,194 +60,267 @@ def load_backbone(
             lacks needed weights, a size or pooling it cannot do.
     """
     if init not in INITS:
-        raise ValueError(f"--{argument}_init={init!r} is unknown: choose one of {', '.join(INITS)}.")
+        raise ValueError(f"{flag(argument, 'init')}={init!r} is unknown: choose one of {', '.join(INITS)}.")
     if config_overrides and init == "pretrained":
         raise ValueError(
-            f"--{argument}_config_overrides={config_overrides}: a pretrained checkpoint has its own shape; "
-            f"use --{argument}_init random (or teacher_layers)."
+            f"{flag(argument, 'config_overrides')}={config_overrides}: a pretrained checkpoint has its own shape; "
+            f"use {flag(argument, 'init')} random (or teacher_layers)."
         )
-    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    options = {"dtype": _dtype(dtype, argument), "attn_implementation": attn_implementation}
+    is_checkpoint = init != "teacher_layers" and not (init == "random" and _is_architecture(name))
+    hub = _hub(name, argument, revision, trust_remote_code) if is_checkpoint else {}
     missing = set()
-    if init == "teacher_layers":
-        model = _teacher_layers(teacher, config_overrides or {}, argument)
-    elif init == "random":
-        config = _images_only(_override(_architecture(name, argument, hub), config_overrides or {}, argument), argument)
-        model = AutoModel.from_config(
-            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, dtype=torch.float32
-        )
-        model.name_or_path = name
+    if init == "pretrained":
+        model, missing = _load(name, argument, hub, options)
     else:
-        config = _images_only(_config(name, argument, hub), argument)
-        try:
-            model, info = AutoModel.from_pretrained(
-                name,
-                config=config,
-                dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-                attn_implementation=attn_implementation,
-                output_loading_info=True,
-                **hub,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--{argument}={name}: cannot be loaded as a vision network: {_first_line(error)}") from error
-        missing = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
-    if model.main_input_name != "pixel_values":
-        raise ValueError(f"--{argument}={name}: {type(model).__name__} reads {model.main_input_name}, not images.")
-    return Backbone(
+        options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
+        if init == "random":
+            config = _images_only(_config(name, argument, hub) if is_checkpoint else _architecture(name), argument)
+            config = _rebuilt(config, config_overrides or {}, argument)
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **options)
+            model.name_or_path = name
+        else:
+            model = _teacher_layers(teacher, config_overrides or {}, options, argument)
+            missing = teacher.missing
+    if init == "teacher_layers":
+        processor = teacher.processor
+    else:
+        processor = find_processor(model, teacher, argument, hub)
+    backbone = Backbone(
         model,
-        _processor(name, model, init, teacher, argument, hub),
+        processor,
         pooling=pooling,
         missing=missing,
         size=size,
         interpolate_pos_encoding=interpolate_pos_encoding,
         argument=argument,
     )
+    if isinstance(backbone.processor, TimmWrapperImageProcessor):
+        # timm's are saved with the network, not beside it.
+        own = getattr(model.config, "pretrained_cfg", None) or {}
+        model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
+    return backbone
+
+
+def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
+    """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks."""
+    return _load(name, "", _hub(name, "", None, False), {"dtype": torch.float32})
+
+
+def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    config = _images_only(_config(name, argument, hub), argument)
+    try:
+        model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
+    except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
+        raise ValueError(
+            f"{flag(argument)}={name} cannot be loaded as a vision network ({_first_line(error)}); "
+            f"give a whole checkpoint of this architecture."
+        ) from error
+    return model, _missing(info)
+
+
+def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
+    """Names of weights that the checkpoint ``name``, which a network in memory came from, did not contain.
+
+    Reads no weights. Empty where there is no such checkpoint.
+    """
+    if not name:
+        return set()
+    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)  # its report was printed when the network was loaded
+    hf_logging.disable_progress_bar()
+    try:
+        _, info = type(model).from_pretrained(
+            name,
+            config=copy.deepcopy(model.config),
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            revision=getattr(model.config, "_commit_hash", None),
+            local_files_only=True,
+        )
+        return _missing(info)
+    except Exception as error:  # gone, renamed, or never a checkpoint
+        logger.debug("no checkpoint of %s: %s", name, error)
+        return set()
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if progress:
+            hf_logging.enable_progress_bar()
+
+
+def _missing(info: dict) -> set[str]:
+    return set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+
+
+def _dtype(dtype: str, argument: str) -> torch.dtype | str:
+    if dtype not in DTYPES:
+        raise ValueError(f"{flag(argument, 'dtype')}={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> dict:
+    """How to ask for files of ``name``: asks the Hub once, where ``from_pretrained`` retries for half a minute."""
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(name).exists():
+        return hub
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{flag(argument, 'revision')}={revision}: {name} has no such branch, tag or commit."
+        ) from error
+    except HFValidationError as error:
+        raise _unknown(name, argument, "is no folder, nor can it be the name of a model on the Hub") from error
+    except RepositoryNotFoundError as error:
+        reason = "is no folder, nor a model on the Hub (if it is private: hf auth login)"
+        raise _unknown(name, argument, reason) from error
+    except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
+        logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", _first_line(error), name)
+        return hub | {"local_files_only": True}
+    return hub
 
 
 def _config(name: str, argument: str, hub: dict):
     try:
         return AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError, HfHubHTTPError, json.JSONDecodeError) as error:
+    except Exception as error:  # damaged files, code of any origin
+        given = f"{flag(argument)}={name}"
         if "trust_remote_code" in str(error):
             raise ValueError(
-                f"--{argument}={name} brings code of its own; read it, then allow it with --trust_remote_code."
+                f"{given} brings code of its own; read it, then allow it with --trust_remote_code."
             ) from error
-        hint = suggestions(name, kind="model", known=list(CIFAR_NETWORKS))
-        hint = f" Did you mean {' or '.join(hint)}?" if hint else ""
-        raise ValueError(
-            f"--{argument}={name} is not a folder with a config.json nor a model found on the Hub "
-            f"({_first_line(error)}).{hint}"
-        ) from error
+        if "local_files_only" in hub:
+            reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
+            raise _unknown(name, argument, reason) from error
+        raise ValueError(f"{given} has no config.json of a known network ({_first_line(error)}).") from error
 
 
-def _architecture(name: str, argument: str, hub: dict):
-    """Configuration for random weights: a folder, a Hub name, a CIFAR network or a model type."""
-    if not Path(name).exists():
-        if name in CIFAR_NETWORKS:
-            return cifar_config(name)
-        if name in CONFIG_MAPPING:
-            return CONFIG_MAPPING[name]()
-    return _config(name, argument, hub)
+def _unknown(name: str, argument: str, reason: str) -> ValueError:
+    """Names are suggested out of this package, the folder beside, the local cache and, if it answers, the Hub."""
+    from coss_hf.images import similar_names  # with it comes `datasets`, of no use otherwise
+
+    text = f"{flag(argument)}={name} {reason}."
+    if _is_architecture(name):
+        return ValueError(
+            f"{text} It is an architecture without weights: {flag(argument, 'init')} random would build it."
+        )
+    names, parent = list(CIFAR_NETWORKS), Path(name).parent
+    names += [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    cached = Path(constants.HF_HUB_CACHE).glob("models--*")
+    names += [folder.name.removeprefix("models--").replace("--", "/") for folder in cached]
+    try:
+        names += [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)]
+    except Exception as error:  # a suggestion is not worth another error
+        logger.debug("no suggestions from the Hub: %s", error)
+    similar = similar_names(name, names)
+    return ValueError(text + (f" Did you mean {' or '.join(similar)}?" if similar else ""))
+
+
+def _is_architecture(name: str) -> bool:
+    return not Path(name).exists() and (name in CIFAR_NETWORKS or name in CONFIG_MAPPING)
+
+
+def _architecture(name: str):
+    return cifar_config(name) if name in CIFAR_NETWORKS else CONFIG_MAPPING[name]()
 
 
 def _images_only(config, argument: str):
     """The vision tower of a two-tower configuration; errors for networks of text or sound."""
     config = getattr(config, "vision_config", None) or config
-    mapped = type(config) in AutoModel._model_mapping.keys()
-    model_class = AutoModel._model_mapping[type(config)] if mapped else None
-    if isinstance(model_class, (list, tuple)):
-        model_class = model_class[0]
-    if model_class is not None and model_class.main_input_name != "pixel_values":
-        raise ValueError(
-            f"--{argument}: {model_class.__name__} ({config.model_type}) reads {model_class.main_input_name}, not "
-            f"images; give a vision backbone such as a ViT, DINOv2, ResNet or ConvNeXt."
-        )
+    for model_class in backbone_classes(config)[:1]:
+        if model_class.main_input_name != "pixel_values":
+            raise ValueError(
+                f"{flag(argument)}: {model_class.__name__} ({config.model_type}) reads {model_class.main_input_name}, "
+                f"not images; give a vision backbone such as a ViT, DINOv2, ResNet or ConvNeXt."
+            )
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # its pre-training hides a random part of each image
     return config
 
 
-def _override(config, overrides: dict, argument: str):
-    known = config.to_dict()
-    for key in overrides:
+def _rebuilt(config, changes: dict, argument: str):
+    """A configuration with other entries, built anew, so that entries derived from others follow and are checked."""
+    given, known = flag(argument, "config_overrides"), config.to_dict()
+    for key in changes:
         if key not in known:
             close = difflib.get_close_matches(key, known, n=3)
-            raise ValueError(
-                f"--{argument}_config_overrides: {type(config).__name__} has no entry {key!r}"
-                + (f"; did you mean {' or '.join(close)}?" if close else ".")
-            )
-    # Built anew, so that entries derived from others follow and are checked.
-    return type(config).from_dict({**known, **overrides})
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
+            raise ValueError(f"{given}: {type(config).__name__} has no entry {key!r}{hint}")
+    # Stages are named and numbered by depth, for uses other than as a backbone.
+    kept = {key: value for key, value in known.items() if key not in ("stage_names", "out_features", "out_indices")}
+    try:
+        return type(config).from_dict({**kept, **changes})
+    except Exception as error:  # each configuration checks in its own way
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{given}={changes}: {type(config).__name__} refuses this ({reason}).") from error
 
 
-def _teacher_layers(teacher: Backbone | None, overrides: dict, argument: str) -> PreTrainedModel:
+def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, argument: str) -> PreTrainedModel:
     """A student of every n-th layer of a transformer teacher, embeddings and norms included."""
+    given = f"{flag(argument, 'init')}=teacher_layers"
     if teacher is None:
-        raise ValueError(f"--{argument}_init=teacher_layers needs a teacher to take layers from.")
-    config = teacher.model.config
-    total = getattr(config, "num_hidden_layers", None)
-    stacks = [
-        (path, module)
-        for path, module in teacher.model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    ]
-    if not total or len(stacks) != 1:
-        raise ValueError(
-            f"--{argument}_init=teacher_layers: {teacher.name} ({config.model_type}) is no plain stack of transformer "
-            f"layers; use --{argument}_init random or pretrained."
-        )
+        raise ValueError(f"{given} needs a teacher to take layers from.")
     if set(overrides) - {"num_hidden_layers"}:
         raise ValueError(
-            f"--{argument}_config_overrides={overrides}: with teacher_layers only num_hidden_layers can differ."
+            f"{flag(argument, 'config_overrides')}={overrides}: with teacher_layers only num_hidden_layers can differ."
         )
-    kept = int(overrides.get("num_hidden_layers", max(total // 2, 1)))
-    if not 1 <= kept <= total:
-        raise ValueError(f"--{argument}_config_overrides: num_hidden_layers={kept} must lie in 1..{total}.")
-    student = type(teacher.model)(type(config).from_dict({**config.to_dict(), "num_hidden_layers": kept}))
+    config, source = teacher.model.config, teacher.model.state_dict()
+    total = getattr(config, "num_hidden_layers", None)
+    stacks = [path for path, module in teacher.model.named_modules() if _layers(module) == total]
+    refusal = ValueError(
+        f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
+        f"{flag(argument, 'init')} random or pretrained."
+    )
+    if not total or len(stacks) != 1:
+        raise refusal
+    kept = overrides.get("num_hidden_layers", max(total // 2, 1))
+    if not isinstance(kept, int) or not 1 <= kept <= total:
+        raise ValueError(f"{flag(argument, 'config_overrides')}: num_hidden_layers={kept} must lie in 1..{total}.")
+    student = type(teacher.model)._from_config(_rebuilt(config, {"num_hidden_layers": kept}, argument), **options)
+    if _layers(student.get_submodule(stacks[0])) != kept:  # Swin counts stages, whatever it is told
+        raise refusal
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
-    prefix = stacks[0][0] + "."
-    state = {}
-    for key, tensor in teacher.model.state_dict().items():
-        if key.startswith(prefix):
-            layer, rest = key.removeprefix(prefix).split(".", 1)
-            for position in (p for p, source in enumerate(chosen) if source == int(layer)):
-                state[f"{prefix}{position}.{rest}"] = tensor.float()
-        else:
-            state[key] = tensor.float()
+    state = {key: value for key, value in source.items() if not key.startswith(f"{stacks[0]}.")}
+    for position, layer in enumerate(chosen):
+        path = f"{stacks[0]}.{layer}."
+        state |= {
+            f"{stacks[0]}.{position}.{key.removeprefix(path)}": value
+            for key, value in source.items()
+            if key.startswith(path)
+        }
     student.load_state_dict(state)
     student.name_or_path = f"{teacher.name}, layers {chosen}"
-    logger.info("student takes layers %s of the teacher's %d", chosen, total)
+    logger.info("the student takes layers %s of the teacher's %d", chosen, total)
     return student
 
 
-def _processor(name: str, model: PreTrainedModel, init: str, teacher: Backbone | None, argument: str, hub: dict):
-    timm_model = getattr(model, "timm_model", None)
-    if init == "teacher_layers":
-        return teacher.processor
-    if timm_model is not None and not getattr(model.config, "pretrained_cfg", None):
-        # timm keeps pre-processing in the network's configuration, from where AutoImageProcessor reads it.
-        keys = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-        model.config.pretrained_cfg = {key: timm_model.pretrained_cfg[key] for key in keys}
-        from transformers import TimmWrapperImageProcessor
+def _layers(module: nn.Module) -> int | None:
+    return len(module) if isinstance(module, nn.ModuleList) else None
 
-        return TimmWrapperImageProcessor(model.config.pretrained_cfg, architecture=model.config.architecture)
+
+def find_processor(
+    model: PreTrainedModel, teacher: Backbone | None = None, argument: str = "", hub: dict | None = None
+):
+    """The image processor beside a network's checkpoint, else timm's own, else the teacher's."""
+    timm_model, name = getattr(model, "timm_model", None), model.name_or_path
+    if timm_model is not None:
+        # In the network's configuration; before it is saved for the first time, in timm.
+        settings = getattr(model.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+        return TimmWrapperImageProcessor(settings, architecture=model.config.architecture)
     try:
-        if init == "random" and not Path(name).exists() and (name in CIFAR_NETWORKS or name in CONFIG_MAPPING):
-            raise OSError(f"{name} is an architecture, not a checkpoint")
+        if not name or _is_architecture(name):
+            raise ValueError("it is not from a checkpoint")
+        hub = hub or _hub(name, argument, getattr(model.config, "_commit_hash", None), False)
         return AutoImageProcessor.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # also packages that are not installed
         if teacher is not None:
             logger.info("%s has no image processor: the teacher's is used", name)
             return teacher.processor
         raise ValueError(
-            f"--{argument}={name}: no image processor beside the weights; add its preprocessor_config.json "
-            f"({_first_line(error)})."
+            f"{flag(argument)}={name or type(model).__name__}: no image processor is beside its weights "
+            f"({_first_line(error)}); add a preprocessor_config.json."
         ) from error
-
-
-def suggestions(name: str, *, kind: str, known: list[str] = (), limit: int = 3) -> list[str]:
-    """Full names close to ``name``: among ``known``, folders beside it, the local cache, and the Hub if reachable.
-
-    Args:
-        name: what was asked for.
-        kind: ``model`` or ``dataset``.
-    """
-    path = Path(name)
-    candidates = list(known)
-    if path.parent.is_dir() and (path.parent != Path(".") or "/" not in name):
-        candidates += [str(path.parent / entry.name) for entry in path.parent.iterdir() if entry.is_dir()]
-    try:
-        candidates += [repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == kind]
-    except CacheNotFound:
-        pass
-    try:
-        search = HfApi().list_models if kind == "model" else HfApi().list_datasets
-        candidates += [repo.id for repo in search(search=path.name, limit=20)]
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, RuntimeError):
-        pass  # no network: what is here has to do
-    except Exception as error:  # huggingface_hub's HTTP library, and with it its errors, changes between versions
-        logger.debug("no suggestions from the Hub: %s", error)
-    by_tail = {candidate.rsplit("/", 1)[-1].lower(): candidate for candidate in reversed(candidates)}
-    close = difflib.get_close_matches(name, candidates, n=limit, cutoff=0.6)
-    close += [by_tail[tail] for tail in difflib.get_close_matches(path.name.lower(), by_tail, n=limit, cutoff=0.6)]
-    return list(dict.fromkeys(close))[:limit]
 
 
 def _first_line(error: Exception) -> str:

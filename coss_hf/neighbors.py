@@ -158,6 +158,9 @@ def add_neighbors(
     features = datasets.Features(
         {NEIGHBORS: datasets.List(datasets.Value("int32")), NEIGHBORS_HASH: datasets.Value("uint64")}
     )
+    dataset = dataset.remove_columns([name for name in features if name in dataset.column_names])
+    if dataset._indices is not None:  # joining columns writes a selection out anew: here, not in the user's own folder
+        dataset = dataset.flatten_indices(cache_file_name=str(folder.parent / f"{dataset._fingerprint}.arrow"))
     # Mapped over one narrow column and joined, since a map over all of them would write every image's bytes once more.
     columns = dataset.select_columns([IMAGE_HASH]).map(
         lambda _, rows: {NEIGHBORS: neighbors[rows], NEIGHBORS_HASH: row_hashes[rows]},
@@ -165,10 +168,10 @@ def add_neighbors(
         batched=True,
         remove_columns=[IMAGE_HASH],
         features=features,
+        keep_in_memory=True,
         new_fingerprint=hashlib.sha256(row_hashes.astype("<u8").tobytes()).hexdigest()[:16],
         desc="Adding neighbours",
     )
-    dataset = dataset.remove_columns([name for name in features if name in dataset.column_names])
     return datasets.concatenate_datasets([dataset, columns], split=dataset.split, axis=1)
 
 

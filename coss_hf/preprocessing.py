@@ -55,7 +55,11 @@ class Preprocessing:
             raise ValueError(
                 f"{flag(argument)}: its image processor ({kind}) gives images of "
                 f"{' and '.join(f'{h}x{w}' for h, w in sizes)} pixels, where one size is needed"
-                + (f" ({size}x{size}); correct its preprocessor_config.json." if size else f"; set {flag(argument, 'size')}.")
+                + (
+                    f" ({size}x{size}); correct its preprocessor_config.json."
+                    if size
+                    else f"; set {flag(argument, 'size')}."
+                )
             )
         self.size = sizes[0]
         self._measure(argument)

@@ -98,7 +98,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self.augment = augmentation(augmentation_name, size)
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self.image_column = image_column
-        self.size, self.seed, self.k = size, seed, k
+        self.seed, self.k = seed, k
         self.neighbors = neighbors if k else None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if k < 0:
@@ -146,10 +146,8 @@ class ViewDataset(torch.utils.data.Dataset):
         items = []
         with torch.random.fork_rng(devices=[]):
             for anchor, group in zip(anchors, groups, strict=True):
-                pixels = torch.empty(len(group), 3, self.size, self.size, dtype=torch.uint8)
-                for slot in range(len(group)):
-                    pixels[slot] = self._view(next(records), epoch, anchor, slot)
-                items.append({"pixel_values": pixels, "index": torch.tensor(group)})
+                views = [self._view(next(records), epoch, anchor, slot) for slot in range(len(group))]
+                items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
         return items
 
     def names(self, indices: list[int]) -> list[str]:

@@ -23,3 +23,22 @@ def shared() -> Path:
 def _one_thread():
     """Tiny tensors: a second thread only adds noise."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def image_parquet(tmp_path):
+    """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
+    import datasets
+
+    from tests.helpers import colour_images
+
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue", "grey"])}
+    )
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for split, count, seed in (("train", 48, 0), ("test", 24, 1)):
+        images, labels = colour_images(count, seed)
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder

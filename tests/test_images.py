@@ -180,6 +180,15 @@ def test_a_missing_record_and_a_missing_file_are_bad_images(tmp_path):
     assert hashes(splits.train) == [content_hash(png(1))]
 
 
+def test_a_file_that_a_table_points_to_is_checked_again_once_it_changes(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0)[:50])
+    pq.write_table(pa.table({"image": [str(tmp_path / "a.png")]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="a.png"):
+        load_images(str(tmp_path / "a.parquet"))
+    (tmp_path / "a.png").write_bytes(png(0))
+    assert hashes(load_images(str(tmp_path / "a.parquet")).train) == [content_hash(png(0))]
+
+
 def test_an_image_folder_with_a_truncated_file(tmp_path):
     write_folder(tmp_path / "d")
     broken = tmp_path / "d" / "train" / "class0" / "train_2.png"

@@ -1,6 +1,7 @@
 """Students against one teacher on one set of images."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from transformers import set_seed
 from coss_hf.backbones import Backbone, embed_dataset
 from coss_hf.evaluation import evaluate_embeddings
 from coss_hf.images import ProcessedImages
+
+logger = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -40,12 +43,15 @@ class Evaluator:
         num_workers: int = 0,
     ):
         self.teacher, self.queries, self.image_column = teacher, queries, image_column
-        self.bank = bank if label_column else None
         self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.labels = {}
-        if self.bank is not None:
-            names = {"test_labels": queries, "bank_labels": bank}
-            self.labels = {name: torch.as_tensor(rows[label_column][:]) for name, rows in names.items()}
+        self.bank, self.labels = None, {}
+        if label_column and bank is not None:
+            splits = {"test_labels": queries, "bank_labels": bank}
+            labels = {name: torch.as_tensor(rows[label_column][:]) for name, rows in splits.items()}
+            if all(numbers.min() >= 0 for numbers in labels.values()):
+                self.bank, self.labels = bank, labels
+            else:  # the Hub's way of keeping test labels back
+                logger.warning("Column %s has labels below 0: only agreement is measured.", label_column)
         self._teacher_queries = None
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:

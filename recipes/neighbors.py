@@ -1,0 +1,98 @@
+"""Find every training image's nearest neighbours as a teacher sees them, and keep them beside the images.
+
+    python recipes/neighbors.py --teacher facebook/dinov2-small --dataset path/to/images --neighbors_pool 31 \
+        --output images-with-neighbors
+
+The output is an ordinary dataset: it can be pushed (--push_to_hub USER/NAME) and given to recipes/distill.py as
+--dataset. Its train split has two columns more: `neighbors` and, to tell whether they still belong, `neighbors_hash`.
+Images that --validation_size holds out of train become its split `validation`.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+from accelerate import PartialState
+
+from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
+from coss_hf.images import ImageSplits, load_images
+from coss_hf.loading import load_backbone
+from coss_hf.neighbors import NEIGHBORS, NEIGHBORS_HASH, add_neighbors
+
+
+@dataclass
+class NeighborsArguments:
+    """The search, and where its result goes. Of the models only the teacher is read."""
+
+    output: str | None = field(default=None, metadata={"help": "New folder for the dataset."})
+    neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image."})
+    batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to push the result to."})
+
+
+def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments) -> datasets.DatasetDict:
+    """All splits, train with its neighbours; bad input is found before anything is computed."""
+    for name, value in (("teacher", models.teacher), ("dataset", data.dataset), ("output", args.output)):
+        if not value:
+            raise ValueError(f"--{name} is missing; see --help.")
+    if Path(args.output).exists():
+        raise ValueError(f"--output {args.output} exists already; remove it or give another folder.")
+    splits = load_images(
+        data.dataset,
+        name=data.dataset_name,
+        revision=data.dataset_revision,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        validation_size=data.validation_size,
+        max_train_samples=data.max_train_samples,
+        on_bad_image=data.on_bad_image,
+        num_proc=data.preprocessing_num_workers,
+    )
+    teacher = load_backbone(**models.loading("teacher"), interpolate_pos_encoding=models.interpolate_pos_encoding)
+    teacher.freeze().model.to(PartialState().device)
+    train = add_neighbors(
+        splits.train,
+        teacher,
+        splits.image_column,
+        k=args.neighbors_pool,
+        cache_dir=data.neighbors_cache,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    return to_dict(splits, train)
+
+
+def to_dict(splits: ImageSplits, train: datasets.Dataset) -> datasets.DatasetDict:
+    """One dataset of all splits. The Hub wants the same columns in each: null where there are no neighbours."""
+    result = {"train": train}
+    for name in ("validation", "test"):
+        split = getattr(splits, name)
+        if split is not None:
+            for column in (NEIGHBORS, NEIGHBORS_HASH):
+                if column in split.column_names:
+                    split = split.remove_columns(column)
+                split = split.add_column(column, [None] * len(split), feature=train.features[column])
+            result[name] = split
+    return datasets.DatasetDict(result).cast_column(splits.image_column, datasets.Image())
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with bad_input_exits():
+        models, data, args = parse((ModelArguments, DataArguments, NeighborsArguments))
+        result = find_neighbors(models, data, args)
+    result.save_to_disk(args.output)
+    sizes = ", ".join(f"{name} {len(split):,}" for name, split in result.items())
+    print(f"{args.output}: {sizes} images, each of train with its {args.neighbors_pool} nearest neighbours.")
+    pool = f"--neighbors_k {min(15, args.neighbors_pool)} --neighbors_pool {args.neighbors_pool}"
+    print(f"Next: recipes/distill.py --dataset {args.output} {pool} ...")
+    if args.push_to_hub:
+        result.push_to_hub(args.push_to_hub)
+
+
+if __name__ == "__main__":
+    main()
