@@ -138,7 +138,7 @@ def _load_splits(dataset: str, name: str | None, revision: str | None) -> dict[s
             reason = f"a split is empty ({reason})"
         raise ValueError(
             f"--dataset {dataset} cannot be loaded: {reason}. Give a Hub name (and its "
-            f"--dataset_config where it has several), a folder of images, parquet files, or a save_to_disk folder."
+            f"--dataset_name where it has several), a folder of images, parquet files, or a save_to_disk folder."
         ) from error
 
 

@@ -198,7 +198,7 @@ def _config(name: str, argument: str, hub: dict):
 
 def _unknown(name: str, argument: str, reason: str) -> ValueError:
     """Names are suggested out of this package, the folder beside, the local cache and, if it answers, the Hub."""
-    from coss_hf.images import similar_names  # with it comes `datasets`, of no use otherwise
+    from coss_hf.lookup import similar_names  # with it comes `datasets`, of no use otherwise
 
     text = f"{flag(argument)}={name} {reason}."
     if _is_architecture(name):

@@ -27,7 +27,7 @@ def find_dataset(dataset: str, revision: str | None):
         HfApi().dataset_info(dataset, revision=revision, timeout=10)
     except RevisionNotFoundError as error:
         raise ValueError(
-            f"--dataset {dataset} has no revision {revision} on the Hub; leave it out for main."
+            f"--dataset_revision {revision}: unknown to the Hub for --dataset {dataset}; leave it out for main."
         ) from error
     except GatedRepoError as error:
         raise ValueError(f"--dataset {dataset} is gated: ask for access on its page, then `hf auth login`.") from error

@@ -98,7 +98,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self.augment = augmentation(augmentation_name, size)
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self.image_column = image_column
-        self.seed, self.k = seed, k
+        self.size, self.seed, self.k = size, seed, k
         self.neighbors = neighbors if k else None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if k < 0:

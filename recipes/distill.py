@@ -116,7 +116,7 @@ def find_neighbors(splits: ImageSplits, teacher, data: DataArguments, args: Dist
             batch_size=args.per_device_eval_batch_size,
             num_workers=args.dataloader_num_workers,
         )
-    return check_neighbors(train, args.neighbors_pool)[:, : args.neighbors_pool]
+    return check_neighbors(train, args.neighbors_pool)
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def test_similar_names_compare_last_parts():
 @pytest.mark.parametrize(
     "error, message",
     [
-        (RevisionNotFoundError, "--dataset a/b has no revision v9"),
+        (RevisionNotFoundError, "--dataset_revision v9: unknown to the Hub for --dataset a/b"),
         (GatedRepoError, "--dataset a/b is gated: ask for access"),
     ],
 )

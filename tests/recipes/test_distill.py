@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,7 +63,7 @@ def world(tmp_path, image_parquet, monkeypatch):
 
 
 def test_every_stage(world, capsys):
-    world.run(neighbors_k=2, neighbors_pool=5, validation_size=8, eval_strategy="epoch")
+    world.run(neighbors_k=2, neighbors_pool=5, validation_size=8, eval_strategy="epoch", logging_steps=1)
     out = capsys.readouterr().out
     assert "pooling pooler" in out and "| student |" in out
     record = json.loads((world.out / "run.json").read_text())
@@ -182,6 +183,6 @@ def test_bad_input(world, tmp_path, capsys, case):
 
 def test_bad_input_from_the_shell(tmp_path):
     command = [sys.executable, "recipes/distill.py", "--teacher", "x", "--learning_rate", "fast", "--use_cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=None)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --learning_rate")
