@@ -191,7 +191,9 @@ class Backbone:
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NAMES}
         settings = [type(self.model).__name__, config, self.pooling, self.size, sorted(self._kwargs)]
         digest.update(json.dumps([*settings, self.processor.to_dict()], sort_keys=True, default=str).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
+        # A pooler that the checkpoint lacks is drawn anew at each loading: what is unused stays out.
+        state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.unused}
+        for name, tensor in sorted(state.items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

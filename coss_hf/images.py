@@ -62,7 +62,8 @@ def load_images(
         train_split: "train" by default, or the only split.
         test_split: by default the first there is of test, validation, valid, val.
         image_column, label_column: found by type, then by name. Labels are optional.
-        validation_size: images drawn from train before anything else, a number (1 or more) or a share (below 1).
+        validation_size: images drawn from train before anything else, a number (1 or more) or a share (below 1). With 0,
+            a split `validation` beside `test` is used where there is one.
         max_train_samples: a random subset of the rest, in the dataset's order; a smaller one is part of a larger one.
         seed: of these two draws.
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
@@ -103,11 +104,17 @@ def load_images(
     order = np.random.default_rng(seed).permutation(n)
     parts = [order[held_out:][:max_train_samples], order[:held_out]]
     (train, validation), bad_images = _check(train, train_split, image_column, parts, on_bad_image, num_proc)
+    validation = validation if held_out else None
     if test is not None:
-        everything = [np.arange(len(test))]
-        (test,), bad_test = _check(test, test_split, image_column, everything, on_bad_image, num_proc)
-        bad_images = bad_images + bad_test
-    return ImageSplits(train, validation if held_out else None, test, image_column, label_column, bad_images)
+        (test,), bad = _check(test, test_split, image_column, [np.arange(len(test))], on_bad_image, num_proc)
+        bad_images = bad_images + bad
+    # A set that brings its own validation images beside a test split need not give up training images.
+    own = next((key for key in TEST_NAMES if key in splits and key not in (train_split, test_split)), None)
+    if validation is None and own is not None and splits[own].column_names == splits[train_split].column_names:
+        every = [np.arange(len(splits[own]))]
+        (validation,), bad = _check(splits[own], own, image_column, every, on_bad_image, num_proc)
+        bad_images = bad_images + bad
+    return ImageSplits(train, validation, test, image_column, label_column, bad_images)
 
 
 def _load_splits(dataset: str, name: str | None, revision: str | None) -> dict[str, Dataset]:

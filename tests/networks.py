@@ -173,7 +173,13 @@ NETWORKS = {
     ),
     "efficientnet": Network(
         lambda: EfficientNetForImageClassification(
-            EfficientNetConfig(image_size=SIZE, width_coefficient=0.25, hidden_dim=320, num_block_repeats=[1] * 7)
+            EfficientNetConfig(
+                image_size=SIZE,
+                width_coefficient=0.25,
+                hidden_dim=320,
+                num_block_repeats=[1] * 7,
+                initializer_range=0.2,
+            )
         ),
         lambda: EfficientNetImageProcessor(size=SQUARE),
         "pooler",
@@ -238,10 +244,10 @@ NETWORKS = {
         lambda m, x: m.timm_model.forward_features(x).mean((2, 3)),
     ),
     "timm_vit": Network(
-        lambda: TimmWrapperModel(timm_config("test_vit")),
+        lambda: TimmWrapperModel(timm_config("vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2)),
         None,
         "pooler",
-        64,
+        32,
         lambda m, x: m.timm_model.forward_features(x)[:, 0],
     ),
     "timm_mobilenetv3": Network(
@@ -271,16 +277,19 @@ NETWORKS = {
 
 
 def build(name: str) -> PreTrainedModel:
-    """The published network, with batch-norm statistics and token embeddings that are not the initial zeros and ones."""
+    """The published network, with biases, class tokens and batch-norm statistics as if it had been trained."""
     torch.manual_seed(0)
-    model = NETWORKS[name].model().eval()
+    model = NETWORKS[name].model()
     with torch.no_grad():
-        for key, value in model.state_dict().items():
-            if value.is_floating_point() and not value.any():
-                value.normal_(std=0.1)
-            if key.endswith("running_var"):
-                value.uniform_(0.5, 1.5)
-    return model
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        if norms:
+            for norm in norms:
+                norm.momentum = None
+            model.train()(torch.randn(4, 3, SIZE, SIZE))
+    return model.eval()
 
 
 def save(name: str, folder: Path) -> PreTrainedModel:

@@ -56,35 +56,31 @@ def test_embedding_of(name, backbone):
     expected = network.value(build(name), pixels)
     embedding = loaded.features(pixels).embedding
     assert embedding.shape == (3, network.dim)
-    torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5)
-    assert expected.std(0).min() > 1e-6  # images differ, or the comparison would say little
+    torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max().clamp(min=1)))
+    assert expected.std(0).max() > 1e-4  # images differ, or the comparison would say little
     names = {name for name, _ in loaded.model.named_parameters()}
     assert loaded.unused == network.unused <= names
-    assert not [name for name in names if "classifier" in name or "text_model" in name or ".head." in f".{name}."[:6]]
+    dropped = ("classifier", "text_model", "timm_model.fc", "timm_model.head", "timm_model.classifier")
+    assert not [name for name in names if name.startswith(dropped)]
     assert loaded.num_parameters() == sum(
         p.numel() for n, p in loaded.model.named_parameters() if n not in loaded.unused
     )
 
 
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_registers": 5, "swin": 0, "data2vec": 1, "clip_two_towers": 1}
+PREFIX |= {"siglip_vision": 0, "timm_vit": 1, "convnext": None, "timm_swin": None}
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name, pooling", [(name, "gap") for name in NETWORKS] + [("vit", "mean"), ("deit", "mean")])
+@pytest.mark.parametrize("pooling", ["mean", "gap"])
+@pytest.mark.parametrize("name", PREFIX)
 def test_mean_over_positions_leaves_other_tokens_out(name, pooling, backbone):
-    prefix = {
-        "vit": 1,
-        "deit": 2,
-        "dinov2": 1,
-        "dinov2_registers": 5,
-        "beit": 1,
-        "beit_without_pooler": 1,
-        "data2vec": 1,
-    }
-    prefix |= {"clip_vision": 1, "clip_two_towers": 1, "timm_vit": 1}
     loaded = copy.copy(backbone(name))
     loaded._probe(pooling, "")
     pixels = loaded.preprocess(images())
     hidden = loaded.model(pixels).last_hidden_state
-    if hidden.dim() == 3:
-        expected = hidden[:, prefix.get(name, 0) :].mean(1)
+    if PREFIX[name] is not None:
+        expected = hidden[:, PREFIX[name] :].mean(1)
     else:
         expected = hidden.mean((1, 2) if name == "timm_swin" else (2, 3))
     torch.testing.assert_close(loaded.features(pixels).embedding, expected, rtol=1e-5, atol=1e-5)
@@ -177,7 +173,7 @@ def test_embed_takes_names_networks_and_backbones(name, checkpoint, backbone):
     assert torch.equal(embed(checkpoint(name), images()), expected)
     assert torch.equal(embed(AutoModel.from_pretrained(checkpoint(name)), images()), expected)
     pixels = backbone(name).preprocess(images())
-    assert torch.equal(embed(checkpoint(name), pixels.double(), batch_size=2), expected)
+    torch.testing.assert_close(embed(checkpoint(name), pixels.double(), batch_size=2), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["vit", "convnext", "siglip_two_towers", "beit"])

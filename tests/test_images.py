@@ -333,3 +333,12 @@ def test_cifar10(shared):
     splits = load_images(str(shared / "data" / "cifar10"), max_train_samples=100, test_split="test")
     assert len(splits.train) == 100 and len(splits.test) == 10_000 and splits.label_column == "label"
     assert decode(splits.train[0][splits.image_column]).size == (32, 32)
+
+
+def test_a_validation_split_beside_test_is_the_held_out_part(tmp_path):
+    for split, rows in (("train", range(6)), ("validation", range(10, 13)), ("test", range(20, 22))):
+        write_parquet(tmp_path / "d" / f"{split}.parquet", rows)
+    splits = load_images(str(tmp_path / "d"))
+    assert [len(rows) for rows in splits[:3]] == [6, 3, 2]
+    carved = load_images(str(tmp_path / "d"), validation_size=2)
+    assert [len(rows) for rows in carved[:3]] == [4, 2, 2]

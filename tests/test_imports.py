@@ -5,10 +5,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
-    {"features", "distributed", "decoding", "plots", "checkpoints"},
+    {"features", "distributed", "decoding", "plots", "checkpoints", "lookup"},
     {"losses", "models", "preprocessing", "images", "views"},
     {"backbones"},
     {"loading"},
+    {"embedding"},
     {"modeling", "config", "evaluation", "neighbors"},
     {"trainer"},
     {"report", "estimate"},

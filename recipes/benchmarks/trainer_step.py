@@ -1,0 +1,136 @@
+"""What a step through DistillationTrainer costs beyond the same step in a bare PyTorch loop.
+
+    python recipes/benchmarks/trainer_step.py --output trainer_step.json
+
+Both train resnet20 towards resnet56 on the same random tensors in memory. After every trainer step one bare step runs,
+so that each pair meets the machine in the same state; quote the medians.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from coss_hf.config import DistillationArguments
+from coss_hf.loading import load_backbone
+from coss_hf.models import CifarResNetModel, cifar_config, cifar_image_processor
+from coss_hf.trainer import DistillationTrainer
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class InMemory(torch.utils.data.Dataset):
+    """Views that cost nothing to make."""
+
+    size = 32
+
+    def __init__(self, count: int):
+        self.views = torch.randint(0, 256, (count, 1, 3, self.size, self.size), dtype=torch.uint8)
+
+    def __len__(self):
+        return len(self.views)
+
+    def __getitem__(self, index):
+        return {"pixel_values": self.views[index], "index": torch.tensor([index])}
+
+    def set_epoch(self, epoch):
+        pass
+
+
+class BareLoop(TrainerCallback):
+    """One step of a bare loop after every step of the trainer, both timed."""
+
+    def __init__(self, teacher, student, batch_size: int, views):
+        self.teacher, self.student, self.batch_size = teacher.model, student.model, batch_size
+        mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in IMAGENET)
+        self.mean, self.std, self.views = mean, std, views
+        self.optimizer = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+        self.pairs, self.start = [], None
+
+    def step(self) -> None:
+        rows = torch.randint(len(self.views), (self.batch_size,))
+        pixels = (self.views[rows, 0].float() - self.mean) / self.std
+        with torch.no_grad():
+            t = self.teacher(pixels).pooler_output.flatten(1)
+        s = self.student(pixels).pooler_output.flatten(1)
+        columns, rows = (nn.functional.cosine_similarity(s, t, dim=dim).mean() for dim in (0, 1))
+        loss = -50 * (rows + columns)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        reached = time.perf_counter()
+        self.step()
+        end = time.perf_counter()
+        if self.start is not None:
+            self.pairs.append((reached - self.start, end - reached))
+        self.start = time.perf_counter()
+
+
+def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict:
+    """Median seconds of trainer and bare steps, and the spread of their paired ratio."""
+    for name in (teacher_name, "resnet20"):
+        CifarResNetModel(cifar_config(name)).save_pretrained(f"{folder}/{name}")
+        cifar_image_processor(*IMAGENET).save_pretrained(f"{folder}/{name}")
+    teacher, student = load_backbone(f"{folder}/{teacher_name}"), load_backbone(f"{folder}/resnet20")
+    data = InMemory(batch_size * 8)
+    args = DistillationArguments(
+        output_dir=f"{folder}/out",
+        per_device_train_batch_size=batch_size,
+        max_steps=steps + 5,
+        save_strategy="no",
+        logging_steps=50,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
+    other = load_backbone(f"{folder}/resnet20")
+    bare = BareLoop(copy.copy(teacher).freeze(), other, batch_size, data.views)
+    other.model.train()
+    DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
+    pairs = bare.pairs[4:]
+    ratios = sorted(trainer / loop for trainer, loop in pairs)
+    return {
+        "teacher": teacher_name,
+        "student": "resnet20",
+        "batch_size": batch_size,
+        "steps": len(pairs),
+        "trainer_ms": round(1e3 * statistics.median(t for t, _ in pairs), 2),
+        "bare_ms": round(1e3 * statistics.median(b for _, b in pairs), 2),
+        "overhead_ms": round(1e3 * statistics.median(t - b for t, b in pairs), 2),
+        "ratio_median": round(statistics.median(ratios), 4),
+        "ratio_quartiles": [round(ratios[len(ratios) // 4], 4), round(ratios[3 * len(ratios) // 4], 4)],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="pairs at batch 128; ten times as many of short steps")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
+    parser.add_argument("--output", help="JSON file")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    set_seed(0)
+    result = {
+        "command": f"python recipes/benchmarks/trainer_step.py --steps {options.steps} --threads {options.threads}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        result["batch_128"] = measure(128, options.steps, folder, "resnet56")
+        result["short_step"] = measure(4, 10 * options.steps, folder, "resnet20")
+    print(json.dumps(result, indent=2))
+    if options.output:
+        Path(options.output).write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
