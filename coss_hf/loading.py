@@ -243,7 +243,7 @@ def _rebuilt(config, changes: dict, argument: str):
     """A configuration with other entries, built anew, so that entries derived from others follow and are checked."""
     given, known = flag(argument, "config_overrides"), config.to_dict()
     for key in changes:
-        if key not in known:
+        if key not in known and key not in config.attribute_map:
             close = difflib.get_close_matches(key, known, n=3)
             hint = f"; did you mean {' or '.join(close)}?" if close else "."
             raise ValueError(f"{given}: {type(config).__name__} has no entry {key!r}{hint}")
@@ -267,19 +267,16 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
         )
     config, source = teacher.model.config, teacher.model.state_dict()
     total = getattr(config, "num_hidden_layers", None)
-    stacks = [path for path, module in teacher.model.named_modules() if _layers(module) == total]
-    refusal = ValueError(
-        f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
-        f"{flag(argument, 'init')} random or pretrained."
-    )
-    if not total or len(stacks) != 1:
-        raise refusal
+    stacks = [path for path, module in teacher.model.named_modules() if _is_stack(module, total)]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
+            f"{flag(argument, 'init')} random or pretrained."
+        )
     kept = overrides.get("num_hidden_layers", max(total // 2, 1))
     if not isinstance(kept, int) or not 1 <= kept <= total:
         raise ValueError(f"{flag(argument, 'config_overrides')}: num_hidden_layers={kept} must lie in 1..{total}.")
     student = type(teacher.model)._from_config(_rebuilt(config, {"num_hidden_layers": kept}, argument), **options)
-    if _layers(student.get_submodule(stacks[0])) != kept:  # Swin counts stages, whatever it is told
-        raise refusal
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
     state = {key: value for key, value in source.items() if not key.startswith(f"{stacks[0]}.")}
     for position, layer in enumerate(chosen):
@@ -295,8 +292,11 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
     return student
 
 
-def _layers(module: nn.Module) -> int | None:
-    return len(module) if isinstance(module, nn.ModuleList) else None
+def _is_stack(module: nn.Module, count: int | None) -> bool:
+    if not isinstance(module, nn.ModuleList) or len(module) != count:
+        return False
+    shapes = [[parameter.shape for parameter in layer.parameters()] for layer in module]
+    return all(layer == shapes[0] for layer in shapes)  # unlike the stages of a Swin or ConvNeXt
 
 
 def find_processor(

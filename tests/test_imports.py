@@ -1,6 +1,8 @@
 """The direction of imports: a room knows only the rooms below it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,3 +67,12 @@ def test_no_file_is_longer_than_350_lines():
 
 def room_or_none(path: Path) -> str | None:
     return room(path) if (ROOT / "coss_hf") in path.parents else None
+
+
+def test_the_package_offers_its_public_names_without_importing_them_all():
+    program = (
+        "import sys, coss_hf; from coss_hf.losses import LOSSES; LOSSES['coss'](beta=50.0, lambda_ss=1.0); "
+        "assert not {'faiss', 'datasets', 'transformers'} & set(sys.modules), 'a loss needs torch alone'; "
+        "print([getattr(coss_hf, name).__class__.__name__ for name in coss_hf.__all__])"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -450,3 +450,23 @@ def test_state_file_is_json_that_resumes(tmp_path, image_parquet, networks):
     folder = tmp_path / "out" / "checkpoint-6"
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
     assert (folder / "head.safetensors").is_file() and not (folder / "criterion.safetensors").exists()
+
+
+def test_reports_to_wandb_and_tensorboard(tmp_path, image_parquet, networks, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "boards"))
+    trainer = h.make_trainer(
+        tmp_path, image_parquet, networks.teacher, networks.resnet, report_to=["wandb", "tensorboard"]
+    )
+    trainer.train()
+    import wandb
+
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    board = EventAccumulator(str(next((tmp_path / "boards").rglob("events*")).parent)).Reload()
+    names = {"loss", "l_co", "l_ss", "cosine_sample", "cosine_dimension", "images_seen", "images_per_second"}
+    assert {f"train/{name}" for name in names} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/images_seen")][:3] == [16, 32, 48]
