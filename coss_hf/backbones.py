@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 
 from coss_hf.features import POOLINGS, Features, Layout, pool
-from coss_hf.preprocessing import Preprocessing, flag
+from coss_hf.preprocessing import Preprocessing, first_line, flag
 
 logger = logging.getLogger(__name__)
 
@@ -94,15 +94,8 @@ class Backbone:
         output = self._shapes(twin, argument)
         hidden, pooler = output.last_hidden_state, getattr(output, "pooler_output", None)
         self.layout = _layout(self.model, hidden, self.size)
-        parameters = dict(twin.named_parameters())
-
-        def reached(embedding: Tensor) -> set[str]:
-            grads = torch.autograd.grad(
-                embedding.sum(), list(parameters.values()), retain_graph=True, allow_unused=True
-            )
-            return {name for name, grad in zip(parameters, grads) if grad is not None}
-
-        usable = pooler is not None and not reached(pooler) & self.missing
+        parameters = {parameter: name for name, parameter in twin.named_parameters()}
+        usable = pooler is not None and not _reached(pooler, parameters) & self.missing
         if pooling == "auto":
             pooling = self._auto(usable)
         given = f"{flag(argument, 'pooling')}={pooling}: {self.name}"
@@ -112,16 +105,16 @@ class Backbone:
         if pooling == "cls" and not (self.layout.tokens and self.layout.prefix):
             raise ValueError(f"{given} has no class token; use auto, mean or gap.")
         embedding = pool(output, pooling, self.layout)
-        used = reached(embedding)
+        used, names = _reached(embedding, parameters), set(parameters.values())
         # Running means and variances, which no gradient reaches.
         statistics = {name for name, value in self.model.state_dict().items() if value.is_floating_point()}
-        lost = sorted((used | statistics - set(parameters)) & self.missing)
+        lost = sorted((used | statistics - names) & self.missing)
         if lost:
             raise ValueError(
                 f"{flag(argument)}={self.name}: the checkpoint lacks weights that the embedding needs "
                 f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
             )
-        self.pooling, self.dim, self.unused = pooling, embedding.shape[1], set(parameters) - used
+        self.pooling, self.dim, self.unused = pooling, embedding.shape[1], names - used
 
     def _shapes(self, twin: PreTrainedModel, argument: str):
         """Output of two images of the network's input size; errors where it cannot take them."""
@@ -137,7 +130,7 @@ class Backbone:
             stretch = " or use --interpolate_pos_encoding" if self._can_interpolate and not self._kwargs else ""
             raise ValueError(
                 f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
-                f"cannot take images of this size ({str(error).splitlines()[0].rstrip('.')}); give "
+                f"cannot take images of this size ({first_line(error)}); give "
                 f"{flag(argument, 'size')} as it was trained{f' ({own})' if own else ''}{stretch}."
             ) from error
         if hidden is None:
@@ -259,6 +252,18 @@ def evaluating(model: torch.nn.Module):
             module.training = training
         for parameter, requires_grad in flags:
             parameter.requires_grad_(requires_grad)
+
+
+def _reached(output: Tensor, names: dict[Tensor, str]) -> set[str]:
+    """Which parameters an output depends on, by its graph."""
+    found, seen, todo = set(), set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [function for function, _ in node.next_functions]
+            found.add(names.get(getattr(node, "variable", None)))  # leaves of the graph hold one
+    return found - {None}
 
 
 def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:

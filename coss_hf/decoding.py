@@ -31,14 +31,14 @@ def decode(record: dict) -> Image.Image:
         image = Image.open(BytesIO(encoded_bytes(record)))
         image.load()
         orientation = image.getexif().get(0x0112)  # after load, since Pillow turns TIFF by itself
-        image = _to_rgb(image)
+        image = to_rgb(image)
         return image.transpose(Image.Transpose(UPRIGHT[orientation])) if orientation in UPRIGHT else image
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         path = (record or {}).get("path") or "without a path"
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     image.info.pop("transparency", None)  # Pillow would warn about palettes
     if image.mode == "RGB":
         return image

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from coss_hf.backbones import Backbone, evaluating, vision_tower
-from coss_hf.decoding import _to_rgb
+from coss_hf.decoding import to_rgb
 from coss_hf.loading import find_processor, load_network, missing_weights
 from coss_hf.preprocessing import Preprocessing
 
@@ -86,7 +86,7 @@ def _as_images(images) -> list[Image.Image]:
 def _as_image(image) -> Image.Image:
     if isinstance(image, Image.Image):
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:

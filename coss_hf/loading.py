@@ -15,7 +15,7 @@ from transformers.utils import logging as hf_logging
 
 from coss_hf.backbones import Backbone, backbone_classes
 from coss_hf.models import CIFAR_NETWORKS, cifar_config
-from coss_hf.preprocessing import flag
+from coss_hf.preprocessing import first_line, flag
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTraine
         model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
         raise ValueError(
-            f"{flag(argument)}={name} cannot be loaded as a vision network ({_first_line(error)}); "
+            f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
             f"give a whole checkpoint of this architecture."
         ) from error
     return model, _missing(info)
@@ -176,7 +176,7 @@ def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool
         reason = "is no folder, nor a model on the Hub (if it is private: hf auth login)"
         raise _unknown(name, argument, reason) from error
     except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
-        logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", _first_line(error), name)
+        logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", first_line(error), name)
         return hub | {"local_files_only": True}
     return hub
 
@@ -193,7 +193,7 @@ def _config(name: str, argument: str, hub: dict):
         if "local_files_only" in hub:
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
-        raise ValueError(f"{given} has no config.json of a known network ({_first_line(error)}).") from error
+        raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
 
 
 def _unknown(name: str, argument: str, reason: str) -> ValueError:
@@ -319,9 +319,5 @@ def find_processor(
             return teacher.processor
         raise ValueError(
             f"{flag(argument)}={name or type(model).__name__}: no image processor is beside its weights "
-            f"({_first_line(error)}); add a preprocessor_config.json."
+            f"({first_line(error)}); add a preprocessor_config.json."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

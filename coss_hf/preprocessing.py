@@ -18,6 +18,10 @@ def flag(argument: str, option: str = "") -> str:
     return f"--{argument}_{option}".rstrip("_") if argument else option or "model"
 
 
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 class Preprocessing:
     """What an image processor does, split for evaluation and for training.
 
@@ -41,9 +45,10 @@ class Preprocessing:
             self.processor = processor if size is None else _resized(processor, size)
             shapes = {tuple(self.full([_noise(*shape)]).shape[1:]) for shape in _PROBES}
         except Exception as error:  # processors of any origin fail in any way
+            at = f" at {size}x{size} pixels" if size else ""
             raise ValueError(
-                f"{flag(argument)}: its image processor ({kind}) fails on an RGB image"
-                f"{f' at {size}x{size} pixels' if size else ''} ({error}); correct its preprocessor_config.json."
+                f"{flag(argument)}: its image processor ({kind}) fails on an RGB image{at} ({first_line(error)}); "
+                f"correct its preprocessor_config.json."
             ) from error
         if any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
             raise ValueError(

@@ -178,7 +178,7 @@ NETWORKS = {
                 width_coefficient=0.25,
                 hidden_dim=320,
                 num_block_repeats=[1] * 7,
-                initializer_range=0.2,
+                initializer_range=0.12,
             )
         ),
         lambda: EfficientNetImageProcessor(size=SQUARE),

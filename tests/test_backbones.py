@@ -218,6 +218,13 @@ def test_a_pooler_that_was_never_in_a_checkpoint_counts_where_the_network_is_new
         torch.testing.assert_close(embed(beit, pixels), beit(pixels).pooler_output)
 
 
+def test_a_vit_is_read_at_its_class_token_even_with_a_pooler():
+    vit, pixels = ViTModel(ViTConfig(**SMALL)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(vit, pixels), vit(pixels).last_hidden_state[:, 0])
+        torch.testing.assert_close(embed(vit, pixels, "pooler"), vit(pixels).pooler_output)
+
+
 def test_embed_reads_every_kind_of_image(backbone):
     resnet, pictures = backbone("resnet"), images()
     expected = embed(resnet, pictures)
@@ -266,12 +273,14 @@ def test_embed_refuses_what_is_no_network():
         embed(torch.nn.Linear(2, 2), images())
 
 
-def test_a_network_that_hides_patches_at_random():
+def test_a_network_that_hides_patches_at_random(tmp_path):
     config = ViTMAEConfig(**SMALL, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=1)
     model, pixels = ViTMAEModel(config), torch.randn(2, 3, 32, 32)
     with pytest.raises(ValueError, match="mask_ratio = 0"):
         embed(model, pixels)
+    model.save_pretrained(tmp_path)
     config.mask_ratio = 0.0
+    torch.testing.assert_close(embed(tmp_path, pixels), embed(model, pixels))
     torch.testing.assert_close(embed(model, pixels), embed(model, pixels))
 
 
