@@ -33,10 +33,11 @@ def find_checkpoint(output_dir: str, asked: str | bool | None) -> str | None:
     Raises:
         ValueError: a folder that is not a complete checkpoint.
     """
-    if not asked:
+    if not asked or str(asked).lower() in ("false", "none"):
         return None
     if asked is True or str(asked).lower() in ("auto", "true"):
-        folders = sorted(Path(output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[-1]), reverse=True)
+        folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+        folders.sort(key=lambda folder: int(folder.name[11:]), reverse=True)
         return next((str(folder) for folder in folders if read_state(folder)), None)
     folder = Path(asked)
     if not read_state(folder):

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -10,9 +11,12 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from coss_hf.loading import DTYPES, INITS
+from coss_hf.backbones import Backbone
+from coss_hf.images import ImageSplits, load_images
+from coss_hf.loading import DTYPES, INITS, load_backbone
 from coss_hf.losses import LOSSES
 from coss_hf.modeling import HEADS
+from coss_hf.views import AUGMENTATIONS
 
 
 @dataclass
@@ -58,11 +62,23 @@ class ModelArguments:
                 raise ValueError(f"--student_config_overrides={key!r} must be of the form key=value.")
         return {key: yaml.safe_load(value) for key, _, value in pairs}
 
-    def loading(self, role: str) -> dict:
-        """Keyword arguments of ``load_backbone`` that teacher and student both have."""
-        shared = {name: getattr(self, name) for name in ("trust_remote_code", "attn_implementation")}
-        own = {name: getattr(self, f"{role}_{name}") for name in ("pooling", "size", "revision", "dtype")}
-        return {"name": getattr(self, role), "argument": role, **shared, **own}
+    def load_teacher(self) -> Backbone:
+        """The frozen network."""
+        return self._load("teacher").freeze()
+
+    def load_student(self, teacher: Backbone) -> Backbone:
+        """The network to train; random weights are drawn from torch's global generator."""
+        options = {"init": self.student_init, "config_overrides": self.overrides(), "teacher": teacher}
+        return self._load("student", **options)
+
+    def _load(self, role: str, **options) -> Backbone:
+        name = getattr(self, role)
+        if not name and options.get("init") != "teacher_layers":
+            raise ValueError(f"--{role} is missing; see --help.")
+        shared = ("trust_remote_code", "attn_implementation", "interpolate_pos_encoding")
+        options |= {key: getattr(self, key) for key in shared}
+        options |= {key: getattr(self, f"{role}_{key}") for key in ("pooling", "size", "revision", "dtype")}
+        return load_backbone(name, argument=role, **options)
 
 
 @dataclass
@@ -88,6 +104,24 @@ class DataArguments:
         default=None, metadata={"help": "Folder of computed neighbours; default: in the datasets cache."}
     )
 
+    def load(self) -> ImageSplits:
+        """The images, checked."""
+        if not self.dataset:
+            raise ValueError("--dataset is missing; see --help.")
+        return load_images(
+            self.dataset,
+            name=self.dataset_name,
+            revision=self.dataset_revision,
+            train_split=self.train_split,
+            test_split=self.test_split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            validation_size=self.validation_size,
+            max_train_samples=self.max_train_samples,
+            on_bad_image=self.on_bad_image,
+            num_proc=self.preprocessing_num_workers,
+        )
+
 
 @dataclass
 class DistillationArguments(TrainingArguments):
@@ -104,7 +138,7 @@ class DistillationArguments(TrainingArguments):
     head_hidden_size: int = field(default=2048, metadata={"help": "Width of an mlp head."})
 
     augmentation: str = field(
-        default="imagenet", metadata={"help": "none, cifar, imagenet or moco.", "choices": ["none", "cifar", "imagenet", "moco"]}
+        default="imagenet", metadata={"help": "none, cifar, imagenet or moco.", "choices": list(AUGMENTATIONS)}
     )
     view_size: int | None = field(default=None, metadata={"help": "Pixels of a view; default: the larger input."})
     neighbors_k: int = field(default=0, metadata={"help": "Neighbours drawn beside each anchor; 0: none."})
@@ -120,7 +154,10 @@ class DistillationArguments(TrainingArguments):
     weight_decay: float = field(default=5e-4, metadata={"help": "See weight_decay_on."})
     weight_decay_on: str = field(
         default="all",
-        metadata={"help": "all parameters (the paper), or Trainer's choice: no norms, no biases.", "choices": ["all", "matrices"]},
+        metadata={
+            "help": "all parameters (the paper), or Trainer's choice: no norms, no biases.",
+            "choices": ["all", "matrices"],
+        },
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
     lr_milestones: list[float] | None = field(
@@ -139,7 +176,9 @@ class DistillationArguments(TrainingArguments):
     save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off: rows hold images and indices."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: rows hold images and indices."}
+    )
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
 
     def __post_init__(self):
@@ -164,7 +203,19 @@ class DistillationArguments(TrainingArguments):
             )
         if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
             raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
-        if self.images_per_step < 2:
+        if self.resume_from_checkpoint in ("false", "False", "none", "None"):
+            self.resume_from_checkpoint = None
+        if not self.dataloader_drop_last:
+            raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
+        if self.eval_bank_size < 1:
+            raise ValueError(f"--eval_bank_size={self.eval_bank_size} must be at least 1.")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if processes != self.world_size:
+            raise ValueError(
+                f"{processes} processes were launched, but each would train alone and write the same folder; on a CPU "
+                f"add --use_cpu."
+            )
+        if self.images_per_batch < 2:
             raise ValueError(
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
                 f"one image: space similarity compares dimensions over a batch, use at least 2."
@@ -173,8 +224,12 @@ class DistillationArguments(TrainingArguments):
     @property
     def images_per_step(self) -> int:
         """Images of one optimiser step over all processes, neighbours included."""
-        anchors = self.per_device_train_batch_size * self.world_size * self.gradient_accumulation_steps
-        return anchors * (1 + self.neighbors_k)
+        return self.images_per_batch * self.gradient_accumulation_steps
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of one forward pass over all processes, neighbours included."""
+        return self.per_device_train_batch_size * self.world_size * (1 + self.neighbors_k)
 
 
 class _Parser(HfArgumentParser):
@@ -196,6 +251,7 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
     parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")
         path = argv[position + 1 : position + 2]
@@ -255,9 +311,7 @@ def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
 
 def to_dict(*parsed) -> dict:
     """What a run was given, for its record; secrets left out."""
-    return {
-        f.name: getattr(p, f.name) for p in parsed for f in fields(p) if f.init and not f.name.endswith("token")
-    }
+    return {f.name: getattr(p, f.name) for p in parsed for f in fields(p) if f.init and not f.name.endswith("token")}
 
 
 @contextlib.contextmanager
@@ -266,5 +320,6 @@ def bad_input_exits():
     try:
         yield
     except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # every process finds the same
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None

@@ -62,8 +62,8 @@ def load_images(
         train_split: "train" by default, or the only split.
         test_split: by default the first there is of test, validation, valid, val.
         image_column, label_column: found by type, then by name. Labels are optional.
-        validation_size: images drawn from train before anything else, a number (1 or more) or a share (below 1). With 0,
-            a split `validation` beside `test` is used where there is one.
+        validation_size: images drawn from train before anything else, a number (1 or more) or a share (below 1);
+            with 0 a split `validation` beside `test` is used where there is one.
         max_train_samples: a random subset of the rest, in the dataset's order; a smaller one is part of a larger one.
         seed: of these two draws.
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.

@@ -1,6 +1,9 @@
 """What is trained: student, projection head and the learnable parts of the loss, in one forward pass."""
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from coss_hf.backbones import Backbone
@@ -8,6 +11,7 @@ from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
 
 HEADS = ("auto", "none", "linear", "mlp")
+HEAD_FILE = "head.safetensors"
 
 
 def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: int = 2048) -> nn.Module | None:
@@ -36,6 +40,27 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
     return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
 
 
+def load_head(folder: str | Path) -> nn.Module | None:
+    """The projection head that a run left beside its student, in evaluation mode; None where there is none.
+
+    Raises:
+        ValueError: a file that holds no head of ``projection_head``.
+    """
+    path = Path(folder, HEAD_FILE)
+    if not path.is_file():
+        return None
+    tensors = load_file(path)
+    matrices = [tensor for name, tensor in sorted(tensors.items()) if name.endswith("weight")]
+    kind = {("bias", "weight"): "linear", ("0.bias", "0.weight", "2.bias", "2.weight"): "mlp"}.get(
+        tuple(sorted(tensors))
+    )
+    if kind is None:
+        raise ValueError(f"{path} holds {', '.join(sorted(tensors))}: no linear or mlp head; remove or replace it.")
+    head = projection_head(kind, matrices[0].shape[1], matrices[-1].shape[0], matrices[0].shape[0])
+    head.load_state_dict(tensors)
+    return head.eval()
+
+
 class DistillationModel(nn.Module):
     """Student, head and criterion as one module, so that every trainable part is reached by one forward pass.
 
@@ -58,7 +83,15 @@ class DistillationModel(nn.Module):
 
     def project(self, embedding: Tensor) -> Tensor:
         """Student embeddings ``(b, s)`` in the teacher's space ``(b, t)``."""
-        return embedding if self.head is None else self.head(embedding)
+        return embedding if self.head is None else self.head(embedding.to(next(self.head.parameters()).dtype))
+
+    def activation_checkpointing_enable(self, **kwargs) -> None:
+        """Called by Trainer on the module it trains."""
+        self.student.activation_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_enable(self, **kwargs) -> None:
+        """The same, as older versions of Transformers call it."""
+        self.student.gradient_checkpointing_enable(**kwargs)
 
     def forward(self, pixel_values: Tensor, teacher: Features, index: Tensor) -> dict[str, Tensor]:
         """Loss of a batch.
@@ -72,7 +105,8 @@ class DistillationModel(nn.Module):
             ``loss`` and its named parts, and ``cosine_sample`` and ``cosine_dimension``, the mean cosine similarity to
             the teacher per image and per feature dimension.
         """
-        features = self.backbone.features(self.backbone.normalize(pixel_values))
+        pixels = self.backbone.normalize(pixel_values).to(next(self.student.parameters()).dtype)
+        features = self.backbone.features(pixels)
         student = features._replace(embedding=self.project(features.embedding))
         output = self.criterion(student, teacher, index)
         if "l_co" in output:

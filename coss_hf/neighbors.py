@@ -53,7 +53,7 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int) -> np.ndarray:
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings: the shape is {tuple(embeddings.shape)}; give one row an image, (n, d).")
     n, dim = embeddings.shape
-    _check_k(k, n)
+    check_pool(k, n)
     chunks = embeddings.split(CHUNK)
     bad = torch.cat([~chunk.isfinite().all(dim=1) for chunk in chunks]).nonzero().flatten().tolist()
     if bad:
@@ -126,7 +126,7 @@ def add_neighbors(
     Raises:
         ValueError: k out of range, `image_hash` missing, or embeddings that are not finite.
     """
-    _check_k(k, len(dataset))
+    check_pool(k, len(dataset))
     image_hash = _hashes(dataset)
     key = hashlib.sha256(image_hash.astype("<u8").tobytes() + f"{backbone.fingerprint()} {k}".encode()).hexdigest()
     folder = Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf") / key[:32]
@@ -212,7 +212,8 @@ def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.
     return neighbors[:, :k_pool]
 
 
-def _check_k(k: int, n: int) -> None:
+def check_pool(k: int, n: int) -> None:
+    """Raises ValueError unless each of ``n`` images has ``k`` others."""
     if k < 1:
         raise ValueError(f"--neighbors_pool {k}: use 1 or more; --neighbors_k 0 switches neighbours off.")
     if k >= n:

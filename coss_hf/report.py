@@ -1,6 +1,7 @@
 """What a run leaves on disk beside the student: its record and its pictures."""
 
 import json
+import os
 import shlex
 import sys
 from importlib.metadata import version
@@ -18,10 +19,30 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "torchvision", "transformers", "accelerate", "datasets")}
 
 
+def command() -> str:
+    """The command line, its secrets hidden."""
+    words, hide = [], False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and name.endswith("token")
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    return shlex.join(words)
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes a file that is whole or not there, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(unfinished, path)
+
+
 def write_record(output_dir, trainer, results: dict, arguments: dict, bad_images: list[str]) -> None:
     """Writes ``run.json``: command, arguments, what was resolved, images seen, results."""
     record = {
-        "command": shlex.join(sys.argv),
+        "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
@@ -30,7 +51,7 @@ def write_record(output_dir, trainer, results: dict, arguments: dict, bad_images
         "versions": versions(),
         "arguments": arguments,
     }
-    Path(output_dir, "run.json").write_text(json.dumps(record, indent=2, default=str) + "\n")
+    write_json(Path(output_dir, "run.json"), record)
 
 
 def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6) -> None:
@@ -44,9 +65,13 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
     rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
     found = []
     for embeddings in (student, teacher):
-        _, candidates = nearest(embeddings, embeddings[rows], neighbors + 1)
+        _, candidates = nearest(embeddings[rows], embeddings, neighbors + 1)
         # The image itself is left out by its row: exact duplicates tie with it.
-        found.append(np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)]))
+        found.append(
+            np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)])
+        )
     column = evaluator.queries[evaluator.image_column]
-    images = {row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}}
+    images = {
+        row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}
+    }
     neighbor_picture(Path(output_dir, "neighbors.png"), images, rows.tolist(), *found)

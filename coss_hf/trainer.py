@@ -1,6 +1,5 @@
 """The trainer of every method."""
 
-import math
 import os
 import time
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from coss_hf.backbones import Backbone
@@ -17,11 +16,12 @@ from coss_hf.checkpoints import find_checkpoint, finished, read_state
 from coss_hf.config import DistillationArguments
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
-from coss_hf.losses import LOSSES
-from coss_hf.modeling import DistillationModel, projection_head
+from coss_hf.losses import build_loss
+from coss_hf.modeling import HEAD_FILE, DistillationModel, projection_head
+from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
 from coss_hf.views import ViewDataset, collate_views
 
-HEAD_FILE, CRITERION_FILE = "head.safetensors", "criterion.safetensors"
+CRITERION_FILE = "criterion.safetensors"
 
 
 class NonFiniteLoss(RuntimeError):
@@ -55,26 +55,16 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
-        anchors = args.images_per_step // (1 + args.neighbors_k)
-        if len(train_dataset) < anchors:
-            raise ValueError(
-                f"--per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {anchors} anchors, the "
-                f"training split has {len(train_dataset)} images; use a smaller batch or more images."
-            )
+        self.length = run_length(args, len(train_dataset))
         if args.num_images is not None:
-            args.max_steps = args.num_images // args.images_per_step
-            if args.max_steps < 1:
-                raise ValueError(
-                    f"--num_images={args.num_images} is less than one step of {args.images_per_step} images."
-                )
+            args.max_steps = self.length.steps_for(args.num_images)
         self.teacher = teacher.freeze()
+        # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head.
+        set_seed(args.seed)
         head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
-        model = DistillationModel(student, criterion or build_criterion(args), head)
+        model = DistillationModel(student, criterion or build_loss(args), head)
         self.evaluator = evaluator
-        self._parts: dict[str, Tensor] = {}
-        self._parts_steps = 0
-        self._suspects: list[tuple[int, Tensor, Tensor]] = []
-        self._clock = None
+        self.forget()
         super().__init__(
             model,
             args,
@@ -82,7 +72,7 @@ class DistillationTrainer(Trainer):
             train_dataset=train_dataset,
             eval_dataset=None if evaluator is None else evaluator.queries,
             processing_class=student.processor,
-            callbacks=[_Epochs(train_dataset), *(callbacks or [])],
+            callbacks=[EpochCallback(train_dataset), *(callbacks or [])],
             optimizers=optimizers,
         )
         self.teacher.model.to(args.device)
@@ -103,17 +93,20 @@ class DistillationTrainer(Trainer):
         """Student embeddings ``(n, d_s)`` in the teacher's space ``(n, d_t)``, on the CPU."""
         return self._unwrapped.project(embedding.to(self.args.device)).cpu()
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the anchors."""
-        batches = len(self.train_dataset) // (self.args.train_batch_size * self.args.world_size)
-        return math.ceil(batches / self.args.gradient_accumulation_steps)
+    def forget(self) -> None:
+        """Starts the running means, the clock and the watch over losses anew."""
+        self._parts: dict[str, Tensor] = {}
+        self._parts_steps = 0
+        self._suspects: list[tuple[int, Tensor, Tensor]] = []
+        self._clock = None
 
     # ---- a step ----
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         views = inputs["pixel_values"]
-        with torch.no_grad():
+        if self._clock is None:
+            self._clock = time.perf_counter(), self.images_seen
+        with torch.no_grad(), self.accelerator.autocast():
             dtype = next(self.teacher.model.parameters()).dtype
             teacher = self.teacher.features(self.teacher.normalize(views).to(dtype))
         outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"])
@@ -155,14 +148,9 @@ class DistillationTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.lr_scheduler is None and self.args.lr_milestones:
-            drops = [round(epoch * self.steps_per_epoch) for epoch in self.args.lr_milestones]
+            drops = [round(epoch * self.length.steps_per_epoch) for epoch in self.args.lr_milestones]
             warmup = self.args.get_warmup_steps(num_training_steps)
-
-            def factor(step: int) -> float:
-                rising = min(1.0, step / warmup) if warmup else 1.0
-                return rising * self.args.lr_gamma ** sum(step >= drop for drop in drops)
-
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = milestone_schedule(optimizer or self.optimizer, drops, self.args.lr_gamma, warmup)
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -171,7 +159,7 @@ class DistillationTrainer(Trainer):
     @property
     def images_seen(self) -> int:
         """Images of all optimiser steps so far, anchors and neighbours alike."""
-        return self.state.global_step * self.args.images_per_step
+        return self.length.images_after(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._stop_if_not_finite()
@@ -182,8 +170,7 @@ class DistillationTrainer(Trainer):
             logs |= dict(zip(names, means))
             self._parts, self._parts_steps = {}, 0
             now, seen = time.perf_counter(), self.images_seen
-            if self._clock:
-                logs["images_per_second"] = round((seen - self._clock[1]) / (now - self._clock[0]), 1)
+            logs["images_per_second"] = round((seen - self._clock[1]) / (now - self._clock[0]), 1)
             self._clock = now, seen
         logs["images_seen"] = self.images_seen
         super().log(logs, start_time)
@@ -208,13 +195,15 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _eval_loss(self, projected: Tensor) -> float:
         """Mean loss over held-out batches of the training size, un-augmented."""
-        size, criterion = min(self.args.images_per_step, len(projected)), self._unwrapped.criterion.eval()
-        student, teacher = (x.to(self.args.device) for x in (projected, self.evaluator.teacher_queries))
+        size, criterion = min(self.args.images_per_batch, len(projected)), self._unwrapped.criterion
+        training = criterion.training
+        rows = torch.arange(len(projected))
+        parts = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
+        criterion.eval()
         losses = [
-            criterion(Features(student[rows]), Features(teacher[rows]), rows)["loss"]
-            for rows in torch.arange(len(projected)).split(size)
-            if len(rows) == size
+            criterion(Features(s), Features(t), index)["loss"] for s, t, index in zip(*parts) if len(index) == size
         ]
+        criterion.train(training)
         return torch.stack(losses).mean().item()
 
     # ---- saving and resuming: the student is what is published, the rest is training state ----
@@ -231,12 +220,16 @@ class DistillationTrainer(Trainer):
         for key, tensor in state.items():
             part, name = key.split(".", 1)
             parts[part][name] = tensor
+            if not tensor.isfinite().all():
+                raise NonFiniteLoss(f"{key} is not finite at step {self.state.global_step}: nothing was saved.")
         model.student.save_pretrained(output_dir, state_dict=parts["student"])
         self.processing_class.save_pretrained(output_dir)
         for part, file in (("head", HEAD_FILE), ("criterion", CRITERION_FILE)):
+            path = Path(output_dir, file)
+            path.unlink(missing_ok=True)  # of an earlier run in this folder
             if parts[part]:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
-                save_file(tensors, os.path.join(output_dir, file), metadata={"format": "pt"})
+                save_file(tensors, path, metadata={"format": "pt"})
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -264,8 +257,9 @@ class DistillationTrainer(Trainer):
         if not finished(state, self.args):
             return super().train(resume_from_checkpoint=checkpoint, **kwargs)
         # Stock training would do one more step where a finished run ended in mid-epoch.
-        self._load_from_checkpoint(checkpoint)
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
         return TrainOutput(self.state.global_step, float("nan"), {})
 
     def create_model_card(self, **kwargs) -> None:
@@ -273,26 +267,27 @@ class DistillationTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         text = (
-            f"---\nlibrary_name: transformers\ntags: [distillation, coss]\n---\n\n# {Path(self.args.output_dir).name}\n\n"
-            f"Distilled without labels from `{self.teacher.name}` with `{self.args.method}`, {self.images_seen:,} images "
-            f"seen. Load it with `AutoModel.from_pretrained`; embedding: `{self.student.pooling}`.\n"
+            f"---\nlibrary_name: transformers\ntags: [distillation, coss]\n---\n\n"
+            f"# {Path(self.args.output_dir).name}\n\n"
+            f"Distilled without labels from `{self.teacher.name}` with `{self.args.method}`, {self.images_seen:,} "
+            f"images seen. Load it with `AutoModel.from_pretrained`; embedding: `{self.student.pooling}`.\n"
         )
         Path(self.args.output_dir, "README.md").write_text(text)
 
 
-class _Epochs(TrainerCallback):
-    """Tells the dataset the epoch: accelerate's own call reaches it at one process only, and not after a resume."""
+def run_length(args: DistillationArguments, images: int) -> RunLength:
+    """Length of an epoch over ``images`` training images.
 
-    def __init__(self, dataset: ViewDataset):
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
-
-
-def build_criterion(args: DistillationArguments) -> nn.Module:
-    """The loss that the arguments ask for."""
-    options = {"lambda_ss": args.lambda_ss} if args.method == "coss" else {}
-    if args.beta is not None:
-        options["beta"] = args.beta
-    return LOSSES[args.method](**options)
+    Raises:
+        ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
+    """
+    anchors = args.images_per_step // (1 + args.neighbors_k)
+    if images < anchors:
+        raise ValueError(
+            f"--per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {anchors} anchors, the "
+            f"training split has {images} images; use a smaller batch or more images."
+        )
+    if args.num_images is not None and args.num_images < args.images_per_step:
+        raise ValueError(f"--num_images={args.num_images} is less than one step of {args.images_per_step} images.")
+    batches = images // (args.per_device_train_batch_size * args.world_size)
+    return RunLength(batches, args.gradient_accumulation_steps, args.images_per_batch)

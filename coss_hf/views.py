@@ -98,11 +98,15 @@ class ViewDataset(torch.utils.data.Dataset):
         self.augment = augmentation(augmentation_name, size)
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self.image_column = image_column
-        self.size, self.seed, self.k = size, seed, k
-        self.neighbors = neighbors if k else None
+        self.size, self.seed = size, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.use_neighbors(neighbors, k)
+
+    def use_neighbors(self, neighbors: np.ndarray | None, k: int):
+        """Draws `k` of `neighbors` (n, K) beside each anchor from now on."""
         if k < 0:
             raise ValueError(f"--neighbors_k {k}: give 0 (no neighbours) or more.")
+        self.neighbors, self.k = neighbors if k else None, k
         if k:
             self._check_neighbors()
 

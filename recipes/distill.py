@@ -13,100 +13,80 @@ import logging
 import shutil
 from pathlib import Path
 
+import numpy as np
 from transformers import set_seed
 
+from coss_hf.checkpoints import find_checkpoint
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments, bad_input_exits, parse, to_dict
 from coss_hf.estimate import describe
 from coss_hf.evaluation import table
 from coss_hf.evaluation.evaluator import Evaluator, compare
-from coss_hf.images import ImageSplits, load_images
-from coss_hf.loading import load_backbone
-from coss_hf.neighbors import add_neighbors, check_neighbors
+from coss_hf.images import ImageSplits
+from coss_hf.neighbors import add_neighbors, check_neighbors, check_pool
 from coss_hf.report import write_pictures, write_record
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
 
 def prepare(models: ModelArguments, data: DataArguments, args: DistillationArguments):
-    """Everything up to the first training step; all bad input is found here."""
-    for name, value in (("teacher", models.teacher), ("dataset", data.dataset)):
-        if not value:
-            raise ValueError(f"--{name} is missing; see --help.")
-    if not models.student and models.student_init != "teacher_layers":
-        raise ValueError("--student is missing; see --help.")
+    """Everything up to the first training step; all bad input is found here, what is cheap to find first."""
     refuse_overwriting(args)
     with args.main_process_first(desc="images"):
-        splits = load_images(
-            data.dataset,
-            name=data.dataset_name,
-            revision=data.dataset_revision,
-            train_split=data.train_split,
-            test_split=data.test_split,
-            image_column=data.image_column,
-            label_column=data.label_column,
-            validation_size=data.validation_size,
-            max_train_samples=data.max_train_samples,
-            on_bad_image=data.on_bad_image,
-            num_proc=data.preprocessing_num_workers,
-        )
-    stretch = {"interpolate_pos_encoding": models.interpolate_pos_encoding}
-    teacher = load_backbone(**models.loading("teacher"), **stretch)
+        splits = data.load()
+    teacher = models.load_teacher()
     set_seed(args.seed)
-    student = load_backbone(
-        **models.loading("student"),
-        **stretch,
-        init=models.student_init,
-        config_overrides=models.overrides(),
-        teacher=teacher,
-    )
-    teacher.freeze().model.to(args.device)
-    with args.main_process_first(desc="neighbours"):
-        neighbors = find_neighbors(splits, teacher, data, args)
-    size = args.view_size or max(*teacher.size, *student.size)
-    views = ViewDataset(
-        splits.train,
-        splits.image_column,
-        args.augmentation,
-        size,
-        seed=args.seed,
-        neighbors=neighbors,
-        k=args.neighbors_k,
-    )
+    student = models.load_student(teacher)
     if args.eval_strategy != "no" and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"
         )
+    teacher.model.to(args.device)
+    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
+    views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
     watch = evaluator(splits, teacher, args, splits.validation, bank_size=args.eval_bank_size)
-    return DistillationTrainer(student, teacher, args, views, watch), splits
+    trainer = DistillationTrainer(student, teacher, args, views, watch)
+    if args.neighbors_k:
+        with args.main_process_first(desc="neighbours"):
+            views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
+    return trainer, splits
 
 
 def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries, bank_size: int | None = None):
-    """Evaluator of ``queries`` against the training images, or None without queries."""
+    """Evaluator of ``queries`` against training images (``bank_size`` of them at most), or None without queries."""
     if queries is None:
         return None
-    bank = splits.train if bank_size is None else splits.train.select(range(min(bank_size, len(splits.train))))
+    # Drawn, since folders of images are sorted by class.
+    drawn = np.sort(np.random.default_rng(0).permutation(len(splits.train))[:bank_size])
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
+    bank = splits.train.select(drawn)
     return Evaluator(teacher, queries, splits.image_column, label_column=splits.label_column, bank=bank, **options)
 
 
 def refuse_overwriting(args: DistillationArguments) -> None:
-    """A finished or interrupted run is not written over by mistake."""
+    """A finished or interrupted run is not written over by mistake; a checkpoint to resume from is there."""
     output = Path(args.output_dir)
+    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
     used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
-    if used and not (args.resume_from_checkpoint or args.overwrite_output_dir or args.dry_run):
+    if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):
+        resume = (
+            "it has no complete checkpoint to resume from"
+            if args.resume_from_checkpoint
+            else ("continue it with --resume_from_checkpoint")
+        )
         raise ValueError(
-            f"--output_dir={output} already holds a run: continue it with --resume_from_checkpoint, replace it with "
-            f"--overwrite_output_dir, or give another folder."
+            f"--output_dir={output} already holds a run: {resume}, replace it with --overwrite_output_dir, or give "
+            f"another folder."
         )
 
 
 def find_neighbors(splits: ImageSplits, teacher, data: DataArguments, args: DistillationArguments):
-    """Neighbour indices (n, K) of the training images, or None."""
-    if not args.neighbors_k:
-        return None
+    """Neighbour indices (n, K) of the training images: those that came with them, or the teacher's."""
     train = splits.train
     if "neighbors" not in train.column_names:
+        if args.dry_run:  # as many as would be, without looking
+            check_pool(args.neighbors_pool, len(train))
+            return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
         train = add_neighbors(
             train,
             teacher,
@@ -124,8 +104,9 @@ def main() -> None:
     with bad_input_exits():
         models, data, args = parse((ModelArguments, DataArguments, DistillationArguments))
         trainer, splits = prepare(models, data, args)
+    text = describe(trainer, splits, measure=args.dry_run)
     if args.process_index == 0:
-        print(describe(trainer, splits, measure=args.dry_run), flush=True)
+        print(text, flush=True)
     if args.dry_run:
         return
     if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:

@@ -16,8 +16,7 @@ import datasets
 from accelerate import PartialState
 
 from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
-from coss_hf.images import ImageSplits, load_images
-from coss_hf.loading import load_backbone
+from coss_hf.images import ImageSplits
 from coss_hf.neighbors import NEIGHBORS, NEIGHBORS_HASH, add_neighbors
 
 
@@ -34,26 +33,13 @@ class NeighborsArguments:
 
 def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments) -> datasets.DatasetDict:
     """All splits, train with its neighbours; bad input is found before anything is computed."""
-    for name, value in (("teacher", models.teacher), ("dataset", data.dataset), ("output", args.output)):
-        if not value:
-            raise ValueError(f"--{name} is missing; see --help.")
+    if not args.output:
+        raise ValueError("--output is missing; see --help.")
     if Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists already; remove it or give another folder.")
-    splits = load_images(
-        data.dataset,
-        name=data.dataset_name,
-        revision=data.dataset_revision,
-        train_split=data.train_split,
-        test_split=data.test_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        validation_size=data.validation_size,
-        max_train_samples=data.max_train_samples,
-        on_bad_image=data.on_bad_image,
-        num_proc=data.preprocessing_num_workers,
-    )
-    teacher = load_backbone(**models.loading("teacher"), interpolate_pos_encoding=models.interpolate_pos_encoding)
-    teacher.freeze().model.to(PartialState().device)
+    splits = data.load()
+    teacher = models.load_teacher()
+    teacher.model.to(PartialState().device)
     train = add_neighbors(
         splits.train,
         teacher,

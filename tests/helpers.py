@@ -52,7 +52,9 @@ def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2):
     return str(folder)
 
 
-def make_trainer(tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, **args):
+def make_trainer(
+    tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, **args
+):
     """A trainer on the tiny images; ``args`` override the defaults of a short, quiet run on the CPU."""
     options = {
         "output_dir": str(tmp_path / "out"),
@@ -70,7 +72,13 @@ def make_trainer(tmp_path, images, teacher: str, student: str, *, evaluator=None
     splits = load_images(str(images), validation_size=0)
     teacher, student = load_backbone(teacher, argument="teacher"), load_backbone(student, argument="student")
     views = ViewDataset(
-        splits.train, splits.image_column, args.augmentation, 16, seed=args.seed, neighbors=neighbors, k=args.neighbors_k
+        splits.train,
+        splits.image_column,
+        args.augmentation,
+        16,
+        seed=args.seed,
+        neighbors=neighbors,
+        k=args.neighbors_k,
     )
     evaluator = evaluator(splits, teacher) if evaluator else None
     return DistillationTrainer(student, teacher, args, views, evaluator, criterion)

@@ -59,6 +59,18 @@ def test_unknown_flag_suggests(tmp_path):
         parse(EVERYTHING, ["--neighbour_k", "3"])
 
 
+def test_config_with_an_equals_sign(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 0.123")
+    argv = [f"--config={tmp_path / 'run.yaml'}", "--use_cpu"]
+    assert parse((DistillationArguments,), argv)[0].learning_rate == 0.123
+
+
+def test_lone_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched.*--use_cpu"):
+        DistillationArguments(output_dir=str(tmp_path))
+
+
 def test_missing_config_file():
     with pytest.raises(ValueError, match="--config nowhere.yaml: no such file"):
         parse(EVERYTHING, ["--config", "nowhere.yaml"])

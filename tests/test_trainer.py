@@ -273,15 +273,23 @@ def test_length_in_images_counts_neighbours(tmp_path, image_parquet, networks):
 
     neighbors = np.array([[(i + j) % 48 for j in range(1, 6)] for i in range(48)], dtype=np.int32)
     options = {"neighbors_k": 2, "neighbors_pool": 5, "num_images": 100, "max_steps": -1}
-    trainer = h.make_trainer(
-        tmp_path, image_parquet, networks.teacher, networks.resnet, neighbors=neighbors, **options
-    )
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, neighbors=neighbors, **options)
     recorder = Recorder(trainer)
     trainer.train()
     assert trainer.state.global_step == 4 and trainer.images_seen == 96  # 4 steps of 8 anchors x 3
     for batch in recorder.batches:
         groups = batch["index"].view(8, 3)
         assert all(set(g[1:]) <= set(neighbors[g[0]]) for g in groups.tolist())
+
+
+def test_images_seen_where_the_last_step_of_an_epoch_is_short(tmp_path, image_parquet, networks):
+    options = {"gradient_accumulation_steps": 4, "num_images": 112, "max_steps": -1}  # 6 batches of 8 an epoch
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    recorder = Recorder(trainer)
+    trainer.train()
+    # Steps of 4, 2, 4 batches are 80 images; the next of 2 is 96, one of 4 more would be 128.
+    assert trainer.state.global_step == 4
+    assert trainer.images_seen == sum(len(batch["index"]) for batch in recorder.batches) == 96
 
 
 def test_logs(tmp_path, image_parquet, networks):
@@ -294,7 +302,7 @@ def test_logs(tmp_path, image_parquet, networks):
         assert line["cosine_sample"] == pytest.approx(-line["l_co"])
         assert line["cosine_dimension"] == pytest.approx(-line["l_ss"])
         assert line["learning_rate"] >= 0
-    assert lines[-1]["images_per_second"] > 0
+        assert line["images_per_second"] > 0
 
 
 class Poisoned(nn.Module):
@@ -332,6 +340,55 @@ def test_fewer_images_than_a_batch(tmp_path, image_parquet, networks):
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, per_device_train_batch_size=64)
 
 
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
+    with torch.no_grad():
+        next(trainer.model.parameters()).fill_(float("inf"))
+    with pytest.raises(NonFiniteLoss, match="not finite"):
+        trainer.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_seed_gives_one_head_whatever_was_drawn_before(tmp_path, image_parquet, networks):
+    heads = []
+    for draws in (0, 5):
+        torch.rand(draws)
+        heads.append(
+            h.state(h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small))["head.0.weight"]
+        )
+    assert torch.equal(*heads)
+
+
+def test_a_run_without_a_head_leaves_none_of_an_earlier_one(tmp_path, image_parquet, networks):
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small).save_model()
+    assert (tmp_path / "out" / "head.safetensors").exists()
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet).save_model()
+    assert not (tmp_path / "out" / "head.safetensors").exists()
+
+
+def test_half_precision_students_and_teachers(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, max_steps=2)
+    trainer.teacher.model.bfloat16()
+    trainer.student.model.bfloat16()
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] < 0
+
+
+def test_activation_checkpointing_reaches_the_student(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, gradient_checkpointing=True)
+    trainer.train()
+    assert trainer.student.model.is_gradient_checkpointing
+
+
+def test_the_teacher_runs_under_autocast(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, bf16=True, max_steps=1)
+    seen = []
+    trainer.teacher.model.conv1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    trainer.train()
+    assert seen == [torch.bfloat16]
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters())
+
+
 def test_wrapper_is_what_trainer_must_see(tmp_path, image_parquet, networks):
     model = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet).model
     assert model.main_input_name == "pixel_values" and model.accepts_loss_kwargs is False
@@ -344,7 +401,8 @@ def test_compiled_student_is_saved_with_clean_keys(tmp_path, image_parquet, netw
     )
     trainer.train()
     trainer.save_model()
-    assert load_file(tmp_path / "out/model.safetensors").keys() == load_file(f"{networks.resnet}/model.safetensors").keys()
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == load_file(f"{networks.resnet}/model.safetensors").keys()
 
 
 def test_model_card_needs_no_configuration_of_the_wrapper(tmp_path, image_parquet, networks):
@@ -414,6 +472,25 @@ def test_evaluation_without_labels_and_best_model(tmp_path, image_parquet, netwo
     h.assert_same(expected, trainer.student.model.state_dict())
 
 
+def test_a_finished_run_gives_its_best_model_again(tmp_path, image_parquet, networks):
+    options = {
+        "evaluator": lambda splits, teacher: Evaluator(teacher, splits.test, splits.image_column),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "cosine",
+        "greater_is_better": False,  # the first is the best
+    }
+    first = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    first.train()
+    again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    again.train(resume_from_checkpoint="auto")
+    h.assert_same(h.state(first), h.state(again))
+
+
 def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
     with pytest.raises(ValueError, match="--validation_size"):
@@ -435,6 +512,9 @@ def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):
         ({"neighbors_k": 4, "neighbors_pool": 3}, "--neighbors_k=4"),
         ({"method": "cos"}, "choose one of coss"),
         ({"lr_milestones": [3, 1]}, "must rise"),
+        ({"dataloader_drop_last": False}, "dataloader_drop_last"),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, "batch of one image"),
+        ({"eval_bank_size": 0}, "eval_bank_size"),
     ],
 )
 def test_arguments_that_are_refused(tmp_path, options, message):

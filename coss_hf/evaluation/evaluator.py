@@ -16,6 +16,11 @@ from coss_hf.images import ProcessedImages
 logger = logging.getLogger(__name__)
 
 
+def labelled(numbers: list[int | None]) -> bool:
+    """Whether every image has its class. The Hub keeps test labels back as -1; a folder without classes gives None."""
+    return all(number is not None and number >= 0 for number in numbers)
+
+
 class Evaluator:
     """Embeds images un-augmented, each network through its full image processor, and measures.
 
@@ -47,11 +52,11 @@ class Evaluator:
         self.bank, self.labels = None, {}
         if label_column and bank is not None:
             splits = {"test_labels": queries, "bank_labels": bank}
-            labels = {name: torch.as_tensor(rows[label_column][:]) for name, rows in splits.items()}
-            if all(numbers.min() >= 0 for numbers in labels.values()):
-                self.bank, self.labels = bank, labels
-            else:  # the Hub's way of keeping test labels back
-                logger.warning("Column %s has labels below 0: only agreement is measured.", label_column)
+            labels = {name: rows[label_column][:] for name, rows in splits.items()}
+            if all(labelled(numbers) for numbers in labels.values()):
+                self.bank, self.labels = bank, {name: torch.as_tensor(numbers) for name, numbers in labels.items()}
+            else:
+                logger.warning("Column %s lacks labels: only agreement is measured.", label_column)
         self._teacher_queries = None
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:

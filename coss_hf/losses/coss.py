@@ -34,9 +34,9 @@ def mean_cosines(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         # A row needs no other process, only the global count; a column is a sum over all of them.
         rows = _cosine(product.sum(1), s_squares.sum(1), t_squares.sum(1)).sum()
         columns = torch.stack([product.sum(0), s_squares.sum(0), t_squares.sum(0)])
-        count = rows.new_tensor(s.shape[0])
+        count = s.shape[0]
         if world_size() > 1:
-            rows, count = all_reduce_sum(torch.stack([rows, count])).unbind()
+            rows, count = all_reduce_sum(torch.stack([rows, rows.new_full((), count)])).unbind()
             columns = all_reduce_sum(columns)
         return rows / count, _cosine(*columns).mean()
 

@@ -96,6 +96,28 @@ def test_a_run_is_not_written_over(world, capsys):
     assert (world.out / "model.safetensors").read_bytes() != before
 
 
+def test_resuming_nothing_does_not_replace_a_student(world, capsys):
+    world.run(save_strategy="no")
+    before = (world.out / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit):
+        world.run("--resume_from_checkpoint", seed=7)
+    assert "no complete checkpoint" in capsys.readouterr().err
+    assert (world.out / "model.safetensors").read_bytes() == before
+
+
+def test_the_record_keeps_no_secret(world):
+    world.run("--hub_token", "SECRET", save_strategy="no")
+    assert "SECRET" not in (world.out / "run.json").read_text()
+
+
+def test_the_bank_during_training_is_drawn_from_all_classes(world):
+    splits = load_images(world.images, validation_size=4)
+    by_class = splits._replace(train=splits.train.sort("label"))
+    args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0)
+    bank = distill.evaluator(by_class, None, args, splits.validation, bank_size=16).bank
+    assert len(bank) == 16 and len(set(bank["label"])) > 2
+
+
 def test_dry_run_resolves_everything_and_writes_nothing(world, capsys):
     world.run("--dry_run", neighbors_k=2, neighbors_pool=5)
     out = capsys.readouterr().out
@@ -121,7 +143,9 @@ def test_dry_run_estimate_leaves_the_weights_alone(world, monkeypatch):
 
 def test_neighbours_that_came_with_the_dataset(world, tmp_path):
     rows = load_images(world.images).train
-    add_neighbors(rows, load_backbone(world.teacher), "image", k=6, cache_dir=tmp_path / "c").save_to_disk(tmp_path / "d")
+    add_neighbors(rows, load_backbone(world.teacher), "image", k=6, cache_dir=tmp_path / "c").save_to_disk(
+        tmp_path / "d"
+    )
     world.run(dataset=str(tmp_path / "d"), neighbors_k=2, neighbors_pool=6)
     assert not (tmp_path / "neighbours").exists(), "nothing had to be computed"
 
@@ -165,6 +189,9 @@ BAD = {
     "text model": (text_model, ["--teacher", "BertModel", "images"]),
     "no head for other dimensions": (lambda w, t: {"head": "none"}, ["--head", "8", "16"]),
     "evaluation without images": (lambda w, t: {"eval_strategy": "epoch"}, ["--validation_size"]),
+    "no such checkpoint": (lambda w, t: {"resume_from_checkpoint": str(t / "nowhere")}, ["--resume_from_checkpoint"]),
+    "views of no size": (lambda w, t: {"view_size": 0}, ["--view_size"]),
+    "too few images": (lambda w, t: {"num_images": 3}, ["--num_images=3"]),
     "no teacher": (lambda w, t: {"teacher": None}, ["--teacher is missing"]),
 }
 

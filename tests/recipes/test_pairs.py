@@ -107,5 +107,6 @@ def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
     pooling, found = json.loads(done.stdout)
     assert pooling == backbone.pooling
     torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-5, atol=1e-5)
-    losses = [line["loss"] for line in json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"] if "loss" in line]
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
+    losses = [line["loss"] for line in history if "loss" in line]
     assert len(losses) == 3 and all(abs(loss) < 1000 for loss in losses)

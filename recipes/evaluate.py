@@ -1,0 +1,103 @@
+"""Measure a teacher, a student, and the same student at random weights, on images that neither was trained on.
+
+    python recipes/evaluate.py --teacher google/vit-base-patch16-224 --student my-student --dataset path/to/images \
+        --output results.json
+
+Queries are the test split (else what --validation_size holds out of train), the bank is the un-augmented train split.
+Without labels only the agreement with the teacher is measured. A head that recipes/distill.py left in the student's
+folder brings its embeddings into the teacher's space, for the cosine. Also done at the end of recipes/distill.py.
+"""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerate import PartialState
+
+from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
+from coss_hf.evaluation import table
+from coss_hf.evaluation.evaluator import Evaluator, compare
+from coss_hf.images import load_images
+from coss_hf.loading import load_backbone
+from coss_hf.modeling import load_head
+from coss_hf.report import command, versions, write_json
+
+
+@dataclass
+class EvaluationArguments:
+    """Where the result goes, and how it is computed."""
+
+    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+    seed: int = field(default=0, metadata={"help": "Of the random weights."})
+    batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+
+
+def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> dict[str, dict]:
+    """Name, parameters and metrics of ``teacher``, ``student`` and ``random``."""
+    required = {"teacher": models.teacher, "student": models.student, "dataset": data.dataset, "output": args.output}
+    for name, value in required.items():
+        if not value:
+            raise ValueError(f"--{name} is missing; see --help.")
+    if Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    splits = load_images(
+        data.dataset,
+        name=data.dataset_name,
+        revision=data.dataset_revision,
+        train_split=data.train_split,
+        test_split=data.test_split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        validation_size=data.validation_size,
+        max_train_samples=data.max_train_samples,
+        on_bad_image=data.on_bad_image,
+        num_proc=data.preprocessing_num_workers,
+    )
+    queries = splits.test or splits.validation
+    if queries is None:
+        raise ValueError(
+            f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
+            f"of train with --validation_size."
+        )
+    stretch = {"interpolate_pos_encoding": models.interpolate_pos_encoding}
+    teacher = load_backbone(**models.loading("teacher"), **stretch)
+    student = load_backbone(
+        **models.loading("student"),
+        **stretch,
+        init=models.student_init,
+        config_overrides=models.overrides(),
+        teacher=teacher,
+    )
+    head = load_head(models.student)
+    if head is not None and next(head.parameters()).shape[1] != student.dim:
+        raise ValueError(
+            f"--student_pooling={student.pooling}: embeddings of {student.dim} dimensions do not fit the head beside "
+            f"--student={models.student}; use the pooling that it was trained with."
+        )
+    for network in (teacher, student):
+        network.freeze().model.to(PartialState().device)
+    evaluator = Evaluator(
+        teacher,
+        queries,
+        splits.image_column,
+        label_column=splits.label_column,
+        bank=splits.train,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    return compare(evaluator, student, head, seed=args.seed)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with bad_input_exits():
+        models, data, args = parse((ModelArguments, DataArguments, EvaluationArguments))
+        results = evaluate(models, data, args)
+    write_json(args.output, {**results, "command": command(), "seed": args.seed, "versions": versions()})
+    print(table(results))
+    print(f"Written to {args.output}.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tests.helpers as h
+from coss_hf.modeling import load_head, projection_head
+from tests.recipes.test_distill import ROOT, load_recipe
+
+evaluate = load_recipe("evaluate")
+METRICS = ("eval_knn10", "eval_knn20", "eval_probe", "eval_overlap10", "eval_cosine")
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Image folder with train (48 PNG of 4 colours) and test (24)."""
+    for split, count, seed in (("train", 48, 0), ("test", 24, 1)):
+        for i, (image, label) in enumerate(zip(*h.colour_images(count, seed))):
+            folder = tmp_path / "folder" / split / f"colour{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.save(folder / f"{i:02}.png")
+    return tmp_path / "folder"
+
+
+def call(monkeypatch, **options):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *(f"--{key}={value}" for key, value in options.items())])
+    evaluate.main()
+    return json.loads(open(options["output"]).read())
+
+
+def test_every_metric_of_every_network(tmp_path, image_folder, monkeypatch, capsys):
+    teacher, student = h.save_resnet(tmp_path / "teacher", seed=1), h.save_resnet(tmp_path / "student", seed=2)
+    options = {"teacher": teacher, "student": student, "dataset": image_folder, "output": tmp_path / "new" / "f.json"}
+    result = call(monkeypatch, **options, seed=4)
+    for name in ("teacher", "student", "random"):
+        row = result[name]
+        assert set(row) == {"name", "parameters", *METRICS} and row["parameters"] == result["student"]["parameters"] > 0
+        assert all(0 <= row[key] <= 1 for key in METRICS[:-1]) and -1 <= row["eval_cosine"] <= 1 + 1e-6
+        assert row["eval_knn10"] > 0.5  # four plain colours
+    assert result["teacher"]["eval_overlap10"] == 1 and result["teacher"]["eval_cosine"] == pytest.approx(1)
+    assert result["student"]["eval_overlap10"] < 1 and result["random"] != result["student"]
+    assert result["seed"] == 4 and "--seed=4" in result["command"]
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["f.json"]
+    out = capsys.readouterr().out
+    assert all(f"| {name} " in out for name in ("teacher", "student", "random")) and "k-NN 20" in out
+    # The teacher as its own student agrees with itself.
+    result = call(monkeypatch, **options | {"student": teacher})
+    assert result["student"] == result["teacher"]
+    assert result["random"] != call(monkeypatch, **options | {"student": teacher}, seed=5)["random"]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_the_head_beside_the_student(tmp_path, image_parquet, monkeypatch, kind):
+    teacher = h.save_resnet(tmp_path / "teacher", seed=1)
+    student = h.save_resnet(tmp_path / "student", seed=2, hidden_sizes=(4, 4, 8))
+    options = {"teacher": teacher, "student": student, "dataset": image_parquet, "output": tmp_path / "f.json"}
+    assert load_head(student) is None and call(monkeypatch, **options)["student"]["eval_cosine"] is None
+    head = projection_head(kind, 8, 16, 5)
+    save_file(head.state_dict(), tmp_path / "student" / "head.safetensors")
+    x = torch.randn(3, 8)
+    assert torch.equal(load_head(student)(x), head(x))
+    result = call(monkeypatch, **options)
+    assert -1 <= result["student"]["eval_cosine"] <= 1 and result["random"]["eval_cosine"] is None
+
+
+def test_without_labels_agreement_alone(tmp_path, monkeypatch, capsys):
+    for split, count in (("train", 30), ("test", 15)):
+        (tmp_path / "plain" / split).mkdir(parents=True)
+        for i, image in enumerate(h.colour_images(count, 0)[0]):
+            image.save(tmp_path / "plain" / split / f"{i:02}.png")
+    teacher, student = h.save_resnet(tmp_path / "teacher", seed=1), h.save_resnet(tmp_path / "student", seed=2)
+    result = call(monkeypatch, teacher=teacher, student=student, dataset=tmp_path / "plain", output=tmp_path / "f.json")
+    assert set(result["student"]) == {"name", "parameters", "eval_overlap10", "eval_cosine"}
+    assert "k-NN" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "replaced, message",
+    [
+        ({"output": None}, "--output is missing"),
+        ({"teacher": "no-such-teacher"}, "--teacher=no-such-teacher"),
+        ({"dataset": "no-such-images"}, "--dataset no-such-images"),
+        ({"test_split": "exam"}, "--test_split exam"),
+        ({"image_colum": "image"}, "--image_column"),
+        ({"output": "."}, "--output . is a folder"),
+    ],
+)
+def test_bad_input(tmp_path, image_parquet, monkeypatch, capsys, replaced, message):
+    network = h.save_resnet(tmp_path / "network")
+    options = {"teacher": network, "student": network, "dataset": image_parquet, "output": tmp_path / "f.json"}
+    words = [f"--{key}={value}" for key, value in (options | replaced).items() if value is not None]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error.splitlines()[-1] and "Traceback" not in error
+    assert not (tmp_path / "f.json").exists()
+
+
+def test_no_images_to_test_on(tmp_path, image_folder, monkeypatch, capsys):
+    network = h.save_resnet(tmp_path / "network")
+    options = {"teacher": network, "student": network, "dataset": image_folder / "train", "output": tmp_path / "f.json"}
+    with pytest.raises(SystemExit):
+        call(monkeypatch, **options)
+    assert "--validation_size" in capsys.readouterr().err
+    assert "eval_knn10" in call(monkeypatch, **options, validation_size=12)["random"]
+
+
+def test_a_head_of_another_kind(tmp_path):
+    save_file({"layers.0.weight": torch.zeros(2, 2)}, tmp_path / "head.safetensors")
+    with pytest.raises(ValueError, match="layers.0.weight"):
+        load_head(tmp_path)
+
+
+def test_as_a_command(tmp_path):
+    program = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "--teacher", "nowhere/nothing"]
+    run = subprocess.run(
+        program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert run.returncode == 2 and run.stdout == ""
+    assert run.stderr.startswith("error: --student is missing") and len(run.stderr.strip().splitlines()) == 1

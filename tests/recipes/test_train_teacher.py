@@ -1,0 +1,139 @@
+import json
+import sys
+
+import datasets
+import pytest
+import torch
+from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+import tests.helpers as h
+from tests.recipes.test_distill import load_recipe
+
+train_teacher = load_recipe("train_teacher")
+sys.modules["train_teacher"] = train_teacher  # where pickle looks for the class of the saved arguments
+
+
+@pytest.fixture
+def train(tmp_path, image_parquet, monkeypatch):
+    """Calls the recipe on the tiny images; its folder."""
+
+    def run(*argv, **replaced):
+        options = {
+            "model": "resnet20",
+            "image_size": 16,
+            "dataset": str(image_parquet),
+            "output_dir": str(tmp_path / "teacher"),
+            "num_train_epochs": 4,
+            "per_device_train_batch_size": 16,
+            "logging_steps": 3,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **replaced,
+        }
+        words = [f"--{key}={value}" for key, value in options.items() if value is not None]
+        monkeypatch.setattr(sys, "argv", ["train_teacher.py", *words, *argv])
+        train_teacher.main()
+        return tmp_path / "teacher"
+
+    return run
+
+
+def losses(output: str) -> list[float]:
+    return [
+        float(line.split("'loss': ")[1].split(",")[0].strip("'")) for line in output.splitlines() if "'loss'" in line
+    ]
+
+
+def test_learns_and_reloads(train, capsys):
+    folder = train("--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.2", "0.2")
+    out = capsys.readouterr().out
+    assert losses(out)[-1] < 0.7 * losses(out)[0]
+    record = json.loads((folder / "run.json").read_text())
+    assert record["accuracy"] > 0.8 and f"accuracy on 24 test images: {100 * record['accuracy']:.1f} %" in out
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor.image_mean == [0.4, 0.5, 0.6] and processor.size["height"] == 16
+    model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    assert model.config.id2label == {0: "red", 1: "green", 2: "blue", 3: "grey"}
+    images, labels = h.colour_images(24, seed=1)  # what test.parquet holds
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        right = (model(pixel_values=pixels).logits.argmax(1) == torch.tensor(labels)).double().mean().item()
+        assert right == record["accuracy"]
+        assert AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).pooler_output.shape == (24, 64, 1, 1)
+
+
+def test_a_checkpoint_gets_a_new_classifier(train, tmp_path, image_parquet):
+    vit = h.save_vit(tmp_path / "vit")
+    rows = datasets.load_dataset(str(image_parquet), cache_dir=str(tmp_path / "cache"))
+    rows = rows.map(
+        lambda row: {"label": row["label"] + 2},
+        features=rows["train"].features.copy() | {"label": datasets.Value("int64")},
+    )
+    rows.save_to_disk(tmp_path / "six")
+    folder = train(model=vit, image_size=None, dataset=tmp_path / "six", num_train_epochs=1)
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    assert model.classifier.out_features == 6 and model.config.id2label[5] == "5"
+    assert AutoImageProcessor.from_pretrained(folder).image_mean == [0.4] * 3
+
+
+def make(tmp_path, image_parquet, **options):
+    options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "model": "resnet20", "image_size": 16, **options}
+    args = train_teacher.TeacherArguments(per_device_train_batch_size=16, **options)
+    return train_teacher.prepare(train_teacher.DataArguments(dataset=str(image_parquet)), args)[0]
+
+
+def test_the_papers_optimiser_and_steps(tmp_path, image_parquet):
+    trainer = make(tmp_path, image_parquet, num_train_epochs=4, lr_milestones=[1, 3])
+    group = trainer.optimizer.param_groups[0]
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
+    assert len(group["params"]) == len(list(trainer.model.parameters()))
+    rates = []
+    for _ in range(12):  # 48 images: 3 steps an epoch
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([0.05] * 3 + [0.005] * 6 + [0.0005] * 3)
+
+
+def test_accumulated_gradient_is_the_mean(tmp_path, image_parquet):
+    trainer = make(tmp_path, image_parquet, max_steps=1, gradient_accumulation_steps=3)
+    assert not trainer.model_accepts_loss_kwargs
+
+
+def test_views_are_normalised_and_labelled(tmp_path, image_parquet):
+    trainer = make(tmp_path, image_parquet, augmentation="none", mean=[0.5] * 3, std=[0.5] * 3)
+    views, batch = trainer.train_dataset, trainer.data_collator([trainer.train_dataset[i] for i in (5, 2)])
+    assert batch["labels"].tolist() == [h.colour_images(48, 0)[1][i] for i in (5, 2)]
+    expected = torch.stack([views.view(i, 0)[0] for i in (5, 2)]) / 127.5 - 1
+    assert torch.allclose(batch["pixel_values"], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "replaced, message",
+    [
+        ({"model": None}, "--model is missing"),
+        ({"model": "resnet21"}, "--model resnet21"),
+        ({"mean": "0.5"}, "--mean"),
+        ({"image_size": 0}, "image_size=0"),
+        ({"per_device_train_batch_size": 64}, "--per_device_train_batch_size"),
+        ({"lr_milestones": 9}, "--lr_milestones"),
+        ({"dataset": "unlabelled"}, "--label_column"),
+    ],
+)
+def test_bad_input(train, tmp_path, image_parquet, capsys, replaced, message):
+    if replaced.get("dataset"):
+        rows = datasets.load_dataset(str(image_parquet), cache_dir=str(tmp_path / "cache")).remove_columns("label")
+        rows.save_to_disk(tmp_path / "unlabelled")
+        replaced = {"dataset": tmp_path / "unlabelled"}
+    with pytest.raises(SystemExit) as stop:
+        train(**replaced)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error.splitlines()[-1]
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_a_network_is_not_overwritten(train, capsys):
+    train(num_train_epochs=1)
+    with pytest.raises(SystemExit):
+        train(num_train_epochs=1)
+    assert "--overwrite_output_dir" in capsys.readouterr().err
