@@ -28,7 +28,7 @@ from coss_hf.report import command, versions, write_json
 from coss_hf.schedule import EpochCallback
 from coss_hf.views import AUGMENTATIONS, ViewDataset, collate_views
 
-# Arguments of load_images that have another name on the command line.
+# Of load_images.
 RENAMED = {"dataset_name": "name", "dataset_revision": "revision", "preprocessing_num_workers": "num_proc"}
 
 
@@ -39,11 +39,11 @@ class TeacherArguments(TrainingArguments):
     output_dir: str = field(default="teacher", metadata={"help": "Folder for network and image processor."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network that is already there."})
     model: str | None = field(default=None, metadata={"help": "resnet56, resnet32x4, ..., or a Hub name or folder."})
+    hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Widths of a CIFAR network's stages."})
     image_size: int | None = field(default=None, metadata={"help": "Input side; default: 32, or the checkpoint's."})
     mean: list[float] | None = field(default=None, metadata={"help": "Of a CIFAR network's input: CIFAR-100's."})
     std: list[float] | None = field(default=None, metadata={"help": "The same."})
     augmentation: str = field(default="cifar", metadata={"help": "Of training.", "choices": list(AUGMENTATIONS)})
-
     num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
@@ -80,9 +80,9 @@ def prepare(data: DataArguments, args: TeacherArguments) -> tuple[Trainer, Backb
     with args.main_process_first(desc="images"):
         given = {RENAMED.get(key, key): value for key, value in vars(data).items() if key != "neighbors_cache"}
         splits = load_images(**given)
-    names = class_names(splits)
     set_seed(args.seed)
-    model, processor = load_classifier(args.model, names, size=args.image_size, mean=args.mean, std=args.std)
+    shape = {"size": args.image_size, "mean": args.mean, "std": args.std, "hidden_sizes": args.hidden_sizes}
+    model, processor = load_classifier(args.model, class_names(splits), **shape)
     # Errors of sizes that the network cannot take.
     backbone = Backbone(model, processor, size=args.image_size, argument="image")
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, max(backbone.size), seed=args.seed)

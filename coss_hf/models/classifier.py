@@ -15,6 +15,7 @@ def load_classifier(
     size: int | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
+    hidden_sizes: list[int] | None = None,
 ) -> tuple[PreTrainedModel, object]:
     """A network to train as a classifier, and its image processor.
 
@@ -24,9 +25,10 @@ def load_classifier(
         class_names: by class number.
         size, mean, std: input of a CIFAR network: side in pixels (32), and statistics of each channel in [0, 1]
             (CIFAR-100's). A checkpoint has its own.
+        hidden_sizes: channels of a CIFAR network's three stages, other than its name says.
 
     Raises:
-        ValueError: a name that is neither, or `mean` and `std` for a checkpoint.
+        ValueError: a name that is neither, or `mean`, `std` or `hidden_sizes` for a checkpoint.
     """
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if name in CIFAR_NETWORKS:
@@ -34,13 +36,14 @@ def load_classifier(
             if values is not None and len(values) != 3:
                 raise ValueError(f"--{option} {values}: give three numbers, for red, green and blue.")
         size = 32 if size is None else size
-        config = cifar_config(name, **labels, image_size=size)
+        widths = {} if hidden_sizes is None else {"hidden_sizes": hidden_sizes}
+        config = cifar_config(name, **labels, **widths, image_size=size)
         return CifarResNetForImageClassification(config), cifar_image_processor(
             mean or CIFAR_MEAN, std or CIFAR_STD, size
         )
     networks = ", ".join(CIFAR_NETWORKS)
-    if mean or std:
-        raise ValueError(f"--mean and --std are for {networks}; --model {name} has its own.")
+    if mean or std or hidden_sizes:
+        raise ValueError(f"--mean, --std and --hidden_sizes are for {networks}; --model {name} has its own.")
     try:
         model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
         return model, AutoImageProcessor.from_pretrained(name)
