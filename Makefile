@@ -14,7 +14,9 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# One environment; each target adds what it needs, once.
 $(VENV)/.%: setup.py
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q -e .[$*]
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): minutes the first time."
+	$(VENV)/bin/python -m pip install -q -e '.[$*]'
 	touch $@

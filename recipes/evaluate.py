@@ -17,8 +17,6 @@ from accelerate import PartialState
 from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
 from coss_hf.evaluation import table
 from coss_hf.evaluation.evaluator import Evaluator, compare
-from coss_hf.images import load_images
-from coss_hf.loading import load_backbone
 from coss_hf.modeling import load_head
 from coss_hf.report import command, versions, write_json
 
@@ -35,40 +33,20 @@ class EvaluationArguments:
 
 def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> dict[str, dict]:
     """Name, parameters and metrics of ``teacher``, ``student`` and ``random``."""
-    required = {"teacher": models.teacher, "student": models.student, "dataset": data.dataset, "output": args.output}
-    for name, value in required.items():
+    for name, value in (("student", models.student), ("output", args.output)):
         if not value:
             raise ValueError(f"--{name} is missing; see --help.")
     if Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
-    splits = load_images(
-        data.dataset,
-        name=data.dataset_name,
-        revision=data.dataset_revision,
-        train_split=data.train_split,
-        test_split=data.test_split,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        validation_size=data.validation_size,
-        max_train_samples=data.max_train_samples,
-        on_bad_image=data.on_bad_image,
-        num_proc=data.preprocessing_num_workers,
-    )
+    splits = data.load()
     queries = splits.test or splits.validation
     if queries is None:
         raise ValueError(
             f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
             f"of train with --validation_size."
         )
-    stretch = {"interpolate_pos_encoding": models.interpolate_pos_encoding}
-    teacher = load_backbone(**models.loading("teacher"), **stretch)
-    student = load_backbone(
-        **models.loading("student"),
-        **stretch,
-        init=models.student_init,
-        config_overrides=models.overrides(),
-        teacher=teacher,
-    )
+    teacher = models.load_teacher()
+    student = models.load_student(teacher).freeze()
     head = load_head(models.student)
     if head is not None and next(head.parameters()).shape[1] != student.dim:
         raise ValueError(
@@ -76,7 +54,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
             f"--student={models.student}; use the pooling that it was trained with."
         )
     for network in (teacher, student):
-        network.freeze().model.to(PartialState().device)
+        network.model.to(PartialState().device)
     evaluator = Evaluator(
         teacher,
         queries,

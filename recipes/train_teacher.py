@@ -22,14 +22,11 @@ from transformers import Trainer, TrainingArguments, set_seed
 from coss_hf.backbones import Backbone
 from coss_hf.config import DataArguments, bad_input_exits, parse
 from coss_hf.evaluation.evaluator import labelled
-from coss_hf.images import ImageSplits, ProcessedImages, load_images
+from coss_hf.images import ImageSplits, ProcessedImages
 from coss_hf.models.classifier import load_classifier
 from coss_hf.report import command, versions, write_json
 from coss_hf.schedule import EpochCallback
 from coss_hf.views import AUGMENTATIONS, ViewDataset, collate_views
-
-# Of load_images.
-RENAMED = {"dataset_name": "name", "dataset_revision": "revision", "preprocessing_num_workers": "num_proc"}
 
 
 @dataclass
@@ -72,14 +69,12 @@ def class_names(splits: ImageSplits) -> list[str]:
 
 def prepare(data: DataArguments, args: TeacherArguments) -> tuple[Trainer, Backbone, ImageSplits]:
     """Everything up to the first step; all bad input is found here."""
-    for name, value in (("model", args.model), ("dataset", data.dataset)):
-        if not value:
-            raise ValueError(f"--{name} is missing; see --help.")
+    if not args.model:
+        raise ValueError("--model is missing; see --help.")
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir={args.output_dir} holds a network: replace it with --overwrite_output_dir.")
     with args.main_process_first(desc="images"):
-        given = {RENAMED.get(key, key): value for key, value in vars(data).items() if key != "neighbors_cache"}
-        splits = load_images(**given)
+        splits = data.load()
     set_seed(args.seed)
     shape = {"size": args.image_size, "mean": args.mean, "std": args.std, "hidden_sizes": args.hidden_sizes}
     model, processor = load_classifier(args.model, class_names(splits), **shape)
@@ -102,7 +97,7 @@ def build_trainer(model, backbone: Backbone, labels: torch.Tensor, args: Teacher
     if args.lr_milestones:
         if optimizer is None or max(args.lr_milestones) >= args.num_train_epochs:
             raise ValueError(f"--lr_milestones {args.lr_milestones}: needs --optim sgd, and epochs of this run.")
-        drops = [round(epoch * (len(views) // step)) for epoch in args.lr_milestones]
+        drops = [epoch * (len(views) // step) for epoch in args.lr_milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def test_views_are_normalised_and_labelled(tmp_path, image_parquet):
         ({"mean": "0.5"}, "--mean"),
         ({"image_size": 0}, "image_size=0"),
         ({"per_device_train_batch_size": 64}, "--per_device_train_batch_size"),
-        ({"lr_milestones": 9}, "--lr_milestones"),
+        ({"lr_milestones": 90}, "--lr_milestones"),
         ({"dataset": "unlabelled"}, "--label_column"),
     ],
 )
