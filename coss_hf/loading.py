@@ -174,7 +174,7 @@ def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool
         raise _unknown(name, argument, "is no folder, nor can it be the name of a model on the Hub") from error
     except RepositoryNotFoundError as error:
         reason = "is no folder, nor a model on the Hub (if it is private: hf auth login)"
-        raise _unknown(name, argument, reason) from error
+        raise _unknown(name, argument, reason, ask_hub=True) from error
     except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
         logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", first_line(error), name)
         return hub | {"local_files_only": True}
@@ -196,8 +196,8 @@ def _config(name: str, argument: str, hub: dict):
         raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
 
 
-def _unknown(name: str, argument: str, reason: str) -> ValueError:
-    """Names are suggested out of this package, the folder beside, the local cache and, if it answers, the Hub."""
+def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> ValueError:
+    """Names are suggested out of this package, the folder beside, the local cache and, where it answered, the Hub."""
     from coss_hf.lookup import similar_names  # with it comes `datasets`, of no use otherwise
 
     text = f"{flag(argument)}={name} {reason}."
@@ -210,7 +210,7 @@ def _unknown(name: str, argument: str, reason: str) -> ValueError:
     cached = Path(constants.HF_HUB_CACHE).glob("models--*")
     names += [folder.name.removeprefix("models--").replace("--", "/") for folder in cached]
     try:
-        names += [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)]
+        names += [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)] if ask_hub else []
     except Exception as error:  # a suggestion is not worth another error
         logger.debug("no suggestions from the Hub: %s", error)
     similar = similar_names(name, names)
