@@ -42,3 +42,18 @@ def image_parquet(tmp_path):
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture
+def networks(tmp_path):
+    """Folders of tiny networks: a teacher and students of several kinds."""
+    from types import SimpleNamespace
+
+    import tests.helpers as h
+
+    return SimpleNamespace(
+        teacher=h.save_resnet(tmp_path / "teacher", seed=1),
+        resnet=h.save_resnet(tmp_path / "resnet", seed=2),
+        small=h.save_resnet(tmp_path / "small", seed=2, hidden_sizes=(4, 4, 8)),
+        vit=h.save_vit(tmp_path / "vit", seed=2),
+    )

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import AutoModel, TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from coss_hf.config import DistillationArguments
 from coss_hf.images import load_images
@@ -93,3 +93,18 @@ def assert_same(a: dict, b: dict) -> None:
     assert a.keys() == b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, different
+
+
+class Recorder(TrainerCallback):
+    """Keeps every batch that the loss was computed from."""
+
+    def __init__(self, trainer):
+        self.batches, self.epochs = [], []
+        compute = trainer.compute_loss
+
+        def wrapped(model, inputs, **kwargs):
+            self.batches.append({key: value.clone() for key, value in inputs.items()})
+            self.epochs.append(trainer.train_dataset.epoch)
+            return compute(model, inputs, **kwargs)
+
+        trainer.compute_loss = wrapped

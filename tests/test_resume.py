@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+import tests.helpers as h
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("vit", 0), ("small", 2)])
+def test_resume_is_bit_identical(tmp_path, image_parquet, networks, kind, workers):
+    """In mid-epoch, with random views, for a student whose file has another key layout than its modules (ViT)."""
+    options = {
+        "max_steps": 9,  # 6 steps an epoch
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+        "save_total_limit": None,
+    }
+    straight = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, kind), **options)
+    recorder = h.Recorder(straight)
+    straight.train()
+    resumed = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, kind), **options)
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.add_(1)  # nothing of these may survive
+    again = h.Recorder(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    for first, second in zip(recorder.batches[4:], again.batches, strict=True):
+        h.assert_same(first, second)
+    assert recorder.epochs[4:] == again.epochs == [0, 0, 1, 1, 1]
+    h.assert_same(h.state(straight), h.state(resumed))
+
+
+def test_a_finished_run_is_not_trained_on(tmp_path, image_parquet, networks):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    trainer.train()
+    again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    again.train(resume_from_checkpoint="auto")
+    h.assert_same(h.state(trainer), h.state(again))
+    assert again.state.global_step == 8 and again.images_seen == 64
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path, image_parquet, networks, capsys):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options).train()
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "epo')
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2, step 2" in capsys.readouterr().out
+    assert trainer.state.global_step == 4
+
+
+def test_nothing_to_resume_is_a_fresh_start_with_one_line(tmp_path, image_parquet, networks, capsys):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, max_steps=1)
+    trainer.train(resume_from_checkpoint="auto")
+    assert capsys.readouterr().out.count("starting afresh") == 1
+
+
+def test_a_wrong_checkpoint_path_is_refused(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
+    with pytest.raises(ValueError, match="resume_from_checkpoint=.*nowhere"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
