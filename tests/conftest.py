@@ -57,3 +57,14 @@ def networks(tmp_path):
         small=h.save_resnet(tmp_path / "small", seed=2, hidden_sizes=(4, 4, 8)),
         vit=h.save_vit(tmp_path / "vit", seed=2),
     )
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the embedding passes, the expensive part that the cache saves."""
+    from coss_hf import neighbors as module
+
+    calls = []
+    real = module.embed_dataset
+    monkeypatch.setattr(module, "embed_dataset", lambda *a, **kw: calls.append(a) or real(*a, **kw))
+    return calls
