@@ -16,7 +16,6 @@ from datasets.fingerprint import Hasher
 
 from coss_hf.decoding import decode, encoded_bytes
 from coss_hf.lookup import find_dataset
-from coss_hf.lookup import similar_names as similar_names
 
 logger = logging.getLogger(__name__)
 
