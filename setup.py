@@ -27,6 +27,6 @@ setup(
         "timm": ["timm"],
         "tensorboard": ["tensorboard"],
         "quickstart": ["scikit-learn"],
-        "dev": ["pytest", "ruff", "scikit-learn", "tensorboard", "timm"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
     },
 )

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import logging
+from collections.abc import Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -280,7 +281,6 @@ def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> La
     return Layout(tokens=True, prefix=max(hidden.shape[1] - patches, 0))
 
 
-@torch.no_grad()
 def embed_dataset(
     backbone: Backbone,
     dataset: Dataset,
@@ -304,14 +304,22 @@ def embed_dataset(
         ``(n, d)`` float32 on the CPU.
     """
     device = torch.device(device or next(backbone.model.parameters()).device)
-    dtype = next(backbone.model.parameters()).dtype
     backbone.model.to(device)
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     rows, start = torch.empty(len(dataset), backbone.dim), 0
-    with evaluating(backbone.model), tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
-        for pixel_values in loader:
-            embedding = backbone.features(pixel_values.to(device, dtype, non_blocking=True)).embedding
-            rows[start : start + len(embedding)] = embedding.float().cpu()
+    with tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
+        for embedding in embed_batches(backbone, loader):
+            rows[start : start + len(embedding)] = embedding
             start += len(embedding)
             progress.update(len(embedding))
     return rows
+
+
+@torch.no_grad()
+def embed_batches(backbone: Backbone, loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Embeddings ``(b, d)``, float32 on the CPU, of each batch ``(b, 3, h, w)``, in evaluation mode."""
+    first = next(backbone.model.parameters())
+    with evaluating(backbone.model):
+        for pixel_values in loader:
+            pixel_values = pixel_values.to(first.device, first.dtype, non_blocking=True)
+            yield backbone.features(pixel_values).embedding.float().cpu()

@@ -1,9 +1,129 @@
-"""Which checkpoint to resume from."""
+"""Checkpoints that are whole or not there, which one to resume from, and what to do on SIGTERM."""
 
+import hashlib
 import json
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
+from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+
+from coss_hf.distributed import any_process
+
+RECORD = "distillation.json"
+STAGING, REPLACED = "unfinished-", "replaced-"
+
+
+class RunStopped(RuntimeError):
+    """A run cannot go on; the message says why, and what is on disk."""
+
+
+class NonFiniteLoss(RunStopped):
+    """The loss became NaN or infinite; the message names the step and the images."""
+
+
+class CheckpointError(RunStopped):
+    """A checkpoint could not be written; earlier ones are whole."""
+
+
+def staging(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return checkpoint.with_name(STAGING + checkpoint.name)
+
+
+def publish(unfinished: Path, checkpoint: Path) -> None:
+    """Gives a written checkpoint its name, once its files would survive a power cut. One of that name is replaced."""
+    if not unfinished.exists() and checkpoint.exists():
+        return  # another node of the same file system was faster
+    for path in [*unfinished.rglob("*"), unfinished]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    replaced = checkpoint.with_name(REPLACED + checkpoint.name)
+    if checkpoint.exists():
+        os.replace(checkpoint, replaced)
+    os.replace(unfinished, checkpoint)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def recover(output_dir: str | Path) -> None:
+    """Puts a run's folder in order after a crash: what was half written goes, what was half replaced comes back."""
+    for replaced in Path(output_dir).glob(f"{REPLACED}checkpoint-*"):
+        checkpoint = replaced.with_name(replaced.name.removeprefix(REPLACED))
+        if checkpoint.exists():
+            shutil.rmtree(replaced)
+        else:
+            os.replace(replaced, checkpoint)
+    for unfinished in Path(output_dir).glob(f"{STAGING}checkpoint-*"):
+        shutil.rmtree(unfinished)
+
+
+def shapes(module: nn.Module) -> str:
+    """Hash of the names and shapes of all weights."""
+    layout = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    return hashlib.blake2b(json.dumps(layout, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+@lru_cache
+def _block_in_children(preemption: type) -> None:
+    def mask(how: int) -> Callable:
+        return lambda: preemption._watching and signal.pthread_sigmask(how, {signal.SIGTERM})
+
+    os.register_at_fork(before=mask(signal.SIG_BLOCK), after_in_parent=mask(signal.SIG_UNBLOCK))
+
+
+class Preemption(TrainerCallback):
+    """On SIGTERM, a checkpoint at the end of the step at which all processes know of it, and then the end.
+
+    A context manager: the signal is watched inside. The processes talk at each step, over gloo: a GPU need not wait.
+    Schedulers send the signal to a run's loader workers as well, which die of it in torch's own handler, and the step
+    with them: they are born with the signal blocked.
+
+    Attributes:
+        agreed: whether training ended because of the signal.
+    """
+
+    _watching = False
+
+    def __init__(self):
+        self.received, self.agreed, self._before = False, False, None
+        # Cannot be taken back, so that it is made once and looks whether anything is watched.
+        _block_in_children(Preemption)
+
+    def __enter__(self):
+        self.received = self.agreed = False
+        Preemption._watching = True
+        if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
+            self._before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *error):
+        Preemption._watching = False
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+            self._before = None
+
+    def _receive(self, *_):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = any_process(self.received)
+        if self.agreed:
+            control.should_save, control.should_evaluate = True, False
+
+    def on_save(self, args, state, control, **kwargs):
+        # Not earlier: what is saved would stop a run that restores its callbacks.
+        control.should_training_stop |= self.agreed
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.agreed:  # stock ends the epoch on its way out
+            control.should_save = control.should_evaluate = False
 
 
 def read_state(folder: str | Path) -> dict | None:
@@ -12,7 +132,8 @@ def read_state(folder: str | Path) -> dict | None:
         state = json.loads((Path(folder) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return None
-    return state if "global_step" in state and (Path(folder) / "config.json").is_file() else None
+    whole = all((Path(folder) / name).is_file() for name in ("config.json", RECORD))
+    return state if "global_step" in state and whole else None
 
 
 def finished(state: dict, args) -> bool:

@@ -1,21 +1,17 @@
 """Arguments of a run, with the method's defaults, from YAML files and the command line."""
 
-import contextlib
-import difflib
-import json
-import os
-import sys
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+from dataclasses import dataclass, field
 
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
 from coss_hf.backbones import Backbone
+from coss_hf.engines import check_engine
 from coss_hf.images import ImageSplits, load_images
 from coss_hf.loading import DTYPES, INITS, load_backbone
-from coss_hf.losses import LOSSES
+from coss_hf.losses import LOSSES, SEPARABLE
 from coss_hf.modeling import HEADS
+from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
 
 
@@ -82,8 +78,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Images, which need no labels."""
+class DataArguments(SearchOptions):
+    """Images, which need no labels, and the search for neighbours among them."""
 
     dataset: str | None = field(
         default=None, metadata={"help": "Hub name, image folder, parquet file(s) or save_to_disk folder."}
@@ -101,7 +97,7 @@ class DataArguments:
     on_bad_image: str = field(default="error", metadata={"help": "Unreadable files.", "choices": ["error", "skip"]})
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
     neighbors_cache: str | None = field(
-        default=None, metadata={"help": "Folder of computed neighbours; default: in the datasets cache."}
+        default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
     )
 
     def load(self) -> ImageSplits:
@@ -147,6 +143,21 @@ class DistillationArguments(TrainingArguments):
         default=None, metadata={"help": "Length of the run in images seen, anchors and neighbours alike."}
     )
 
+    exact_accumulation: bool = field(
+        default=False,
+        metadata={
+            "help": "With --gradient_accumulation_steps n: the loss of all n batches as one, for one more forward pass "
+            "of the student. Off: the mean of their losses."
+        },
+    )
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "Images and convolutions of both networks in channels-last memory."}
+    )
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "The student's batch statistics over all processes; on GPUs."}
+    )
+
     # The paper trains with SGD, and clips nothing: stock clipping at 1.0 would act at every step.
     optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
     learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
@@ -185,6 +196,8 @@ class DistillationArguments(TrainingArguments):
         super().__post_init__()
         if self.method not in LOSSES:
             raise ValueError(f"--method={self.method!r} is unknown: choose one of {', '.join(LOSSES)}.")
+        if self.exact_accumulation and self.method not in SEPARABLE:
+            raise ValueError(f"--exact_accumulation works with --method {', '.join(SEPARABLE)}, not {self.method}.")
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):
             if getattr(self, name):
                 raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
@@ -193,8 +206,6 @@ class DistillationArguments(TrainingArguments):
                 "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is one of whole "
                 "batches; leave both out."
             )
-        if self.n_gpu > 1:
-            raise ValueError(f"{self.n_gpu} GPUs in one process: start with `accelerate launch` to use them.")
         if self.num_images is not None and self.max_steps > 0:
             raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
         if self.neighbors_k < 0 or self.neighbors_k > self.neighbors_pool:
@@ -209,12 +220,7 @@ class DistillationArguments(TrainingArguments):
             raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
         if self.eval_bank_size < 1:
             raise ValueError(f"--eval_bank_size={self.eval_bank_size} must be at least 1.")
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if processes != self.world_size:
-            raise ValueError(
-                f"{processes} processes were launched, but each would train alone and write the same folder; on a CPU "
-                f"add --use_cpu."
-            )
+        check_engine(self)
         if self.images_per_batch < 2:
             raise ValueError(
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
@@ -230,96 +236,3 @@ class DistillationArguments(TrainingArguments):
     def images_per_batch(self) -> int:
         """Images of one forward pass over all processes, neighbours included."""
         return self.per_device_train_batch_size * self.world_size * (1 + self.neighbors_k)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str):
-        raise ValueError(f"{message.replace('argument ', '')}; see --help.")
-
-
-def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
-    """Dataclasses from ``--config FILE.yaml`` and the command line, which overrides the file.
-
-    Args:
-        dataclass_types: one dataclass or several.
-        argv: default ``sys.argv[1:]``.
-
-    Raises:
-        ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
-    """
-    parser = _Parser(dataclass_types, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
-    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
-    argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" in argv:
-        position = argv.index("--config")
-        path = argv[position + 1 : position + 2]
-        argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
-    *parsed, _, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    for word in rest:
-        close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)
-        hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
-        raise ValueError(f"{word} is no argument of this command.{hint}")
-    return tuple(parsed)
-
-
-def _bare_resume(argv: list[str]) -> list[str]:
-    """``--resume_from_checkpoint`` without a value means ``auto``."""
-    flag = "--resume_from_checkpoint"
-    if flag in argv:
-        after = argv.index(flag) + 1
-        if after == len(argv) or argv[after].startswith("--"):
-            argv.insert(after, "auto")
-    return argv
-
-
-def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
-    """A YAML file as command-line words: typed and checked like them."""
-    if not path or not Path(path[0]).is_file():
-        raise ValueError(f"--config {' '.join(path)}: no such file.")
-    try:
-        content = yaml.safe_load(Path(path[0]).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path[0]} must hold `argument: value` lines.")
-    words = []
-    for key, value in content.items():
-        if key not in known or key == "config":
-            close = difflib.get_close_matches(str(key), known, n=2)
-            raise ValueError(
-                f"--config {path[0]}: {key!r} is no argument of this command."
-                + (f" Did you mean {' or '.join(close)}?" if close else "")
-            )
-        if value is None:
-            continue
-        if key == "student_config_overrides" and isinstance(value, dict):
-            value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
-        if isinstance(value, bool):
-            # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
-            choices = key.endswith("_strategy")
-            words += [f"--{key}", ("no" if choices and not value else str(value).lower())]
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
-        else:
-            words += [f"--{key}={value}"]
-    return words
-
-
-def to_dict(*parsed) -> dict:
-    """What a run was given, for its record; secrets left out."""
-    return {f.name: getattr(p, f.name) for p in parsed for f in fields(p) if f.init and not f.name.endswith("token")}
-
-
-@contextlib.contextmanager
-def bad_input_exits():
-    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process finds the same
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None

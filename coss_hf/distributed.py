@@ -1,4 +1,6 @@
-"""Differentiable reductions over the processes of a run."""
+"""Differentiable reductions over the processes of a run, and a word between them."""
+
+from functools import lru_cache
 
 import torch
 import torch.distributed as dist
@@ -33,3 +35,18 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     gradients then gives exactly the gradient of one process that sees the whole batch.
     """
     return _AllReduceSum.apply(x) if world_size() > 1 else x
+
+
+@lru_cache(maxsize=1)
+def _gloo_group(default) -> dist.ProcessGroup:
+    return dist.new_group(backend="gloo")
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is true on any process; all must call. Over gloo, so that no GPU is waited for."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag))
+    # One group for each start of torch.distributed: tests start it anew.
+    dist.all_reduce(value, group=_gloo_group(dist.group.WORLD))
+    return bool(value)

@@ -24,6 +24,8 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
     steps = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * trainer.length.steps_per_epoch)
     images = trainer.length.images_after(steps)
     counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    fewer, none = trainer.train_dataset.short
+    short = f"; {fewer:,} images have fewer (drawn with replacement), {none:,} of them none (views of their own)"
     lines = [
         f"teacher     {teacher!r}",
         f"student     {student!r}",
@@ -35,7 +37,8 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         if splits.bad_images
         else "",
         f"views       {size}x{size}, augmentation {args.augmentation}",
-        f"neighbours  {f'{args.neighbors_k} of the nearest {args.neighbors_pool}' if args.neighbors_k else 'none'}",
+        f"neighbours  {f'{args.neighbors_k} of the nearest {args.neighbors_pool}' if args.neighbors_k else 'none'}"
+        f"{short if fewer else ''}",
         f"step        {args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x "
         f"{1 + args.neighbors_k} views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
         f"length      {steps:,} steps, {images:,} images seen",

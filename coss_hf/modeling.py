@@ -93,13 +93,22 @@ class DistillationModel(nn.Module):
         """The same, as older versions of Transformers call it."""
         self.student.gradient_checkpointing_enable(**kwargs)
 
-    def forward(self, pixel_values: Tensor, teacher: Features, index: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        pixel_values: Tensor,
+        teacher: Features,
+        index: Tensor,
+        rest: Tensor | None = None,
+        only_totals: bool = False,
+    ) -> dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
             pixel_values: views ``(b, 3, H, W)``, uint8.
             teacher: its features of the same views.
             index: ``(b,)`` dataset row of each view.
+            rest: the criterion's totals of the other micro-batches; see ``accumulation``.
+            only_totals: return this batch's ``totals`` and no loss.
 
         Returns:
             ``loss`` and its named parts, and ``cosine_sample`` and ``cosine_dimension``, the mean cosine similarity to
@@ -108,7 +117,9 @@ class DistillationModel(nn.Module):
         pixels = self.backbone.normalize(pixel_values).to(next(self.student.parameters()).dtype)
         features = self.backbone.features(pixels)
         student = features._replace(embedding=self.project(features.embedding))
-        output = self.criterion(student, teacher, index)
+        if only_totals:
+            return {"totals": self.criterion.totals(student, teacher)}
+        output = self.criterion(student, teacher, index, **({} if rest is None else {"rest": rest}))
         if "l_co" in output:
             cosines = -output["l_co"].detach(), -output["l_ss"].detach()
         elif student.embedding.shape == teacher.embedding.shape:

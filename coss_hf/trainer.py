@@ -1,34 +1,38 @@
 """The trainer of every method."""
 
-import os
 import time
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState, set_seed
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers import Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalLoopOutput
 
+from coss_hf.accumulation import add_rests, refuse_randomness, with_gradient_times
 from coss_hf.backbones import Backbone
-from coss_hf.checkpoints import find_checkpoint, finished, read_state
+from coss_hf.checkpoints import NonFiniteLoss
 from coss_hf.config import DistillationArguments
+from coss_hf.distributed import all_reduce_sum
+from coss_hf.engines import (
+    gather,
+    is_sharded,
+    name_blocks,
+    same_buffers,
+    standby,
+    synchronise_batch_norm,
+    use_channels_last,
+)
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.losses import build_loss
-from coss_hf.modeling import HEAD_FILE, DistillationModel, projection_head
+from coss_hf.modeling import DistillationModel, projection_head
+from coss_hf.saving import SavingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
 from coss_hf.views import ViewDataset, collate_views
 
-CRITERION_FILE = "criterion.safetensors"
 
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite; the message names the step and the images."""
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SavingTrainer):
     """Distils a frozen teacher into a student without labels.
 
     Args:
@@ -63,6 +67,13 @@ class DistillationTrainer(Trainer):
         set_seed(args.seed)
         head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
         model = DistillationModel(student, criterion or build_loss(args), head)
+        if args.exact_accumulation:
+            refuse_randomness(student.model, student.size)
+        if args.sync_batch_norm:
+            synchronise_batch_norm(student.model)
+        if args.channels_last:
+            use_channels_last(student.model)
+            use_channels_last(teacher.model)
         self.evaluator = evaluator
         self.forget()
         super().__init__(
@@ -78,20 +89,37 @@ class DistillationTrainer(Trainer):
         self.teacher.model.to(args.device)
         if args.torch_compile:
             self.teacher.model.compile()
+        if self.is_fsdp_enabled:
+            # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+            name_blocks(model, student.model)
+            self._standby = standby(model)
 
     @property
-    def _unwrapped(self) -> DistillationModel:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+    def _whole(self) -> DistillationModel:
+        """What is trained, with ordinary parameters: under FSDP a copy, as of the last ``collect``."""
+        return self._standby if is_sharded(self.model) else self._unwrapped
+
+    def collect(self) -> None:
+        """Makes ``student`` and ``project`` the same on every process; all of them must call."""
+        same_buffers(self._unwrapped)
+        if is_sharded(self.model):
+            gather(self._unwrapped, self._standby)
 
     @property
     def student(self) -> Backbone:
-        """The student, without its head."""
-        return self._unwrapped.backbone
+        """The student, without its head. Under FSDP as it was at the last evaluation or at the end of training."""
+        return self._whole.backbone
 
     @torch.no_grad()
     def project(self, embedding: Tensor) -> Tensor:
         """Student embeddings ``(n, d_s)`` in the teacher's space ``(n, d_t)``, on the CPU."""
-        return self._unwrapped.project(embedding.to(self.args.device)).cpu()
+        return self._whole.project(embedding.to(self.args.device)).cpu()
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.collect()
+        return result
 
     def forget(self) -> None:
         """Starts the running means, the clock and the watch over losses anew."""
@@ -102,14 +130,17 @@ class DistillationTrainer(Trainer):
 
     # ---- a step ----
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True):
+        """accelerate puts autocast around every forward pass but those of FSDP2."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager()
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         views = inputs["pixel_values"]
         if self._clock is None:
             self._clock = time.perf_counter(), self.images_seen
-        with torch.no_grad(), self.accelerator.autocast():
-            dtype = next(self.teacher.model.parameters()).dtype
-            teacher = self.teacher.features(self.teacher.normalize(views).to(dtype))
-        outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"])
+        exact = "rest" in inputs
+        teacher = Features(inputs["teacher"]) if exact else self._embed_teacher(views)
+        outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
         loss = outputs["loss"]
         for name, value in outputs.items():
             if name != "loss":
@@ -118,7 +149,22 @@ class DistillationTrainer(Trainer):
         self._suspects.append((self.state.global_step + 1, loss.detach(), inputs["index"]))
         if loss.device.type == "cpu":
             self._stop_if_not_finite()
+        if exact and model.training:
+            loss = with_gradient_times(loss, self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def _embed_teacher(self, views: Tensor) -> Features:
+        with self.accelerator.autocast():
+            dtype = next(self.teacher.model.parameters()).dtype
+            return self.teacher.features(self.teacher.normalize(views).to(dtype))
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.args.exact_accumulation:
+            with self.accelerator.autocast():
+                add_rests(self.model_wrapped, batches, self._embed_teacher, all_reduce_sum)
+        return batches, count
 
     def _stop_if_not_finite(self) -> None:
         """Reads the losses since the last look; on a GPU only when logging or saving, since a look waits for it."""
@@ -186,6 +232,7 @@ class DistillationTrainer(Trainer):
     ) -> EvalLoopOutput:
         if self.evaluator is None:
             raise ValueError("evaluate() needs an evaluator: give --validation_size or a dataset with a test split.")
+        self.collect()
         metrics, projected = self.evaluator(self.student, self.project)
         metrics["eval_loss"] = self._eval_loss(projected)
         named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
@@ -195,7 +242,7 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def _eval_loss(self, projected: Tensor) -> float:
         """Mean loss over held-out batches of the training size, un-augmented."""
-        size, criterion = min(self.args.images_per_batch, len(projected)), self._unwrapped.criterion
+        size, criterion = min(self.args.images_per_batch, len(projected)), self._whole.criterion
         training = criterion.training
         rows = torch.arange(len(projected))
         parts = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
@@ -205,62 +252,6 @@ class DistillationTrainer(Trainer):
         ]
         criterion.train(training)
         return torch.stack(losses).mean().item()
-
-    # ---- saving and resuming: the student is what is published, the rest is training state ----
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        self._stop_if_not_finite()
-        output_dir = output_dir or self.args.output_dir
-        if not self.args.should_save:
-            return
-        os.makedirs(output_dir, exist_ok=True)
-        model = self._unwrapped
-        state = model.state_dict() if state_dict is None else state_dict
-        parts = {"student": {}, "head": {}, "criterion": {}}
-        for key, tensor in state.items():
-            part, name = key.split(".", 1)
-            parts[part][name] = tensor
-            if not tensor.isfinite().all():
-                raise NonFiniteLoss(f"{key} is not finite at step {self.state.global_step}: nothing was saved.")
-        model.student.save_pretrained(output_dir, state_dict=parts["student"])
-        self.processing_class.save_pretrained(output_dir)
-        for part, file in (("head", HEAD_FILE), ("criterion", CRITERION_FILE)):
-            path = Path(output_dir, file)
-            path.unlink(missing_ok=True)  # of an earlier run in this folder
-            if parts[part]:
-                tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
-                save_file(tensors, path, metadata={"format": "pt"})
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Stock loading is not strict and knows only the file's key layout: ViT and others would restart silently."""
-        model = self.accelerator.unwrap_model(model or self.model, keep_torch_compile=False)
-        own = model.student
-        saved = type(own).from_pretrained(resume_from_checkpoint, dtype=own.dtype)
-        own.load_state_dict(saved.state_dict(), strict=True)
-        for part, file in ((model.head, HEAD_FILE), (model.criterion, CRITERION_FILE)):
-            if part is not None and part.state_dict():
-                part.load_state_dict(load_file(os.path.join(resume_from_checkpoint, file)), strict=True)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As stock, but see ``find_checkpoint`` for what ``resume_from_checkpoint`` may be."""
-        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        if checkpoint is None:
-            if resume_from_checkpoint:
-                print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
-            return super().train(**kwargs)
-        state = read_state(checkpoint)
-        print(f"Resuming from {checkpoint}, step {state['global_step']}.", flush=True)
-        if not finished(state, self.args):
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        # Stock training would do one more step where a finished run ended in mid-epoch.
-        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or checkpoint)
-        return TrainOutput(self.state.global_step, float("nan"), {})
 
     def create_model_card(self, **kwargs) -> None:
         """A short card beside the student; the wrapper has no configuration that stock code could describe."""

@@ -78,7 +78,8 @@ class ViewDataset(torch.utils.data.Dataset):
         augmentation_name, size: see `augmentation`.
         seed: of all draws.
         neighbors: (n, K) row numbers of each image's neighbours; -1 is padding, never drawn.
-        k: neighbours drawn without replacement from an anchor's K (with, where padding leaves fewer than k).
+        k: neighbours drawn without replacement from an anchor's K (with, where padding leaves fewer than k; where it
+            leaves none, other views of the anchor stand in).
 
     Raises:
         ValueError: an unknown augmentation, or neighbours that do not fit.
@@ -97,6 +98,7 @@ class ViewDataset(torch.utils.data.Dataset):
     ):
         self.augment = augmentation(augmentation_name, size)
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
+        self._hashes = dataset.select_columns("image_hash")
         self.image_column = image_column
         self.size, self.seed = size, seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -122,11 +124,23 @@ class ViewDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"--neighbors_k {self.k}: neighbours outside rows 0..{n - 1}; compute them on these images."
             )
-        without = np.flatnonzero((self.neighbors < 0).all(1))
-        if len(without):
-            raise ValueError(
-                f"--neighbors_k {self.k}: {len(without)} images have no neighbour (first: row {without[0]})."
-            )
+
+    @property
+    def short(self) -> tuple[int, int]:
+        """How many images have fewer than k neighbours (drawn with replacement), and how many none (own views)."""
+        left = np.full(1, self.k) if self.neighbors is None else (self.neighbors >= 0).sum(axis=1)
+        return int((left < self.k).sum()), int((self.k > 0) * (left == 0).sum())
+
+    def identity(self) -> dict[str, str]:
+        """What decides the views of a run, each under its argument: equal where the views are."""
+        hashes = self._hashes.with_format("numpy")[:]["image_hash"]
+        return {
+            "--dataset": _digest(hashes),
+            "--augmentation": str(self.augment),
+            "--view_size": str(self.size),
+            "--neighbors_k": str(self.k),
+            "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
+        }
 
     @property
     def epoch(self) -> int:
@@ -173,6 +187,8 @@ class ViewDataset(torch.utils.data.Dataset):
             return [int(anchor)]
         pool = self.neighbors[anchor]
         pool = pool[pool >= 0]
+        if not len(pool):
+            return [int(anchor)] * (1 + self.k)
         generator = np.random.default_rng(self._key(epoch, anchor, DRAW))
         return [int(anchor), *generator.choice(pool, self.k, replace=len(pool) < self.k).tolist()]
 
@@ -186,6 +202,10 @@ class ViewDataset(torch.utils.data.Dataset):
         return int.from_bytes(
             blake2b(struct.pack("<4q", self.seed, epoch, anchor, slot), digest_size=4).digest(), "little"
         )
+
+
+def _digest(array: np.ndarray) -> str:
+    return blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
 
 
 def collate_views(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -16,13 +16,15 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
-from coss_hf.checkpoints import find_checkpoint
-from coss_hf.config import DataArguments, DistillationArguments, ModelArguments, bad_input_exits, parse, to_dict
+from coss_hf.checkpoints import find_checkpoint, recover
+from coss_hf.cli import bad_input_exits, parse, stopped_run_exits, to_dict
+from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
 from coss_hf.estimate import describe
 from coss_hf.evaluation import table
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.images import ImageSplits
-from coss_hf.neighbors import add_neighbors, check_neighbors, check_pool
+from coss_hf.neighbor_columns import check_neighbors, check_pool
+from coss_hf.neighbors import nearest_neighbors
 from coss_hf.report import write_pictures, write_record
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
@@ -47,8 +49,9 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     watch = evaluator(splits, teacher, args, splits.validation, bank_size=args.eval_bank_size)
     trainer = DistillationTrainer(student, teacher, args, views, watch)
     if args.neighbors_k:
-        with args.main_process_first(desc="neighbours"):
-            views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
+        views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
+    if not args.dry_run:
+        trainer.find_checkpoint(args.resume_from_checkpoint)  # refuses that of another run
     return trainer, splits
 
 
@@ -66,6 +69,9 @@ def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries
 def refuse_overwriting(args: DistillationArguments) -> None:
     """A finished or interrupted run is not written over by mistake; a checkpoint to resume from is there."""
     output = Path(args.output_dir)
+    with args.main_process_first(desc="checkpoints"):
+        if args.local_process_index == 0 and not args.dry_run:
+            recover(output)
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
     used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
     if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):
@@ -83,20 +89,21 @@ def refuse_overwriting(args: DistillationArguments) -> None:
 def find_neighbors(splits: ImageSplits, teacher, data: DataArguments, args: DistillationArguments):
     """Neighbour indices (n, K) of the training images: those that came with them, or the teacher's."""
     train = splits.train
-    if "neighbors" not in train.column_names:
-        if args.dry_run:  # as many as would be, without looking
-            check_pool(args.neighbors_pool, len(train))
-            return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
-        train = add_neighbors(
-            train,
-            teacher,
-            splits.image_column,
-            k=args.neighbors_pool,
-            cache_dir=data.neighbors_cache,
-            batch_size=args.per_device_eval_batch_size,
-            num_workers=args.dataloader_num_workers,
-        )
-    return check_neighbors(train, args.neighbors_pool)
+    if "neighbors" in train.column_names:
+        return check_neighbors(train, args.neighbors_pool)
+    if args.dry_run:  # as many as would be, without looking
+        check_pool(args.neighbors_pool, len(train))
+        return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
+    return nearest_neighbors(  # a task of all processes together
+        train,
+        teacher,
+        splits.image_column,
+        k=args.neighbors_pool,
+        options=data,
+        cache_dir=data.neighbors_cache,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )[0]
 
 
 def main() -> None:
@@ -113,9 +120,10 @@ def main() -> None:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
 
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    trainer.save_model()
-    trainer.save_state()
+    with stopped_run_exits():
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.save_state()
 
     final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
     results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}

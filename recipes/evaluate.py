@@ -14,7 +14,8 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
+from coss_hf.config import DataArguments, ModelArguments
 from coss_hf.evaluation import table
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.modeling import load_head

@@ -5,19 +5,30 @@
 
 The output is an ordinary dataset: it can be pushed (--push_to_hub USER/NAME) and given to recipes/distill.py as
 --dataset. Its train split has two columns more: `neighbors` and, to tell whether they still belong, `neighbors_hash`.
-Images that --validation_size holds out of train become its split `validation`.
+Images that --validation_size holds out of train become its split `validation`. `neighbors.json` in the folder says how
+they were found (search, recall, seconds). With several processes each embeds and searches its share:
+
+    accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/neighbors.py ...
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/neighbors.py --use_cpu ...
+
+A run that was stopped goes on with the same command: finished shards of embeddings are in --neighbors_cache.
 """
 
+import json
 import logging
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
 from accelerate import PartialState
 
-from coss_hf.config import DataArguments, ModelArguments, bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
+from coss_hf.config import DataArguments, ModelArguments
 from coss_hf.images import ImageSplits
-from coss_hf.neighbors import NEIGHBORS, NEIGHBORS_HASH, add_neighbors
+from coss_hf.neighbor_columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
+from coss_hf.neighbors import cache_folder, nearest_neighbors
 
 
 @dataclass
@@ -28,28 +39,35 @@ class NeighborsArguments:
     neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image."})
     batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    use_cpu: bool = field(default=False, metadata={"help": "Leave GPUs alone; needed by several processes on a CPU."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to push the result to."})
 
 
-def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments) -> datasets.DatasetDict:
-    """All splits, train with its neighbours; bad input is found before anything is computed."""
+def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments):
+    """Images, neighbours (n, K), and how they were found; bad input is found before anything is computed."""
     if not args.output:
         raise ValueError("--output is missing; see --help.")
     if Path(args.output).exists():
         raise ValueError(f"--output {args.output} exists already; remove it or give another folder.")
-    splits = data.load()
+    state = PartialState(cpu=args.use_cpu, timeout=timedelta(days=100))
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != state.num_processes:
+        raise ValueError(f"{launched} processes were launched, but each would work alone; on a CPU add --use_cpu.")
+    with state.main_process_first():
+        splits = data.load()
     teacher = models.load_teacher()
-    teacher.model.to(PartialState().device)
-    train = add_neighbors(
+    teacher.model.to(state.device)
+    neighbors, meta = nearest_neighbors(
         splits.train,
         teacher,
         splits.image_column,
         k=args.neighbors_pool,
+        options=data,
         cache_dir=data.neighbors_cache,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
     )
-    return to_dict(splits, train)
+    return splits, neighbors, meta
 
 
 def to_dict(splits: ImageSplits, train: datasets.Dataset) -> datasets.DatasetDict:
@@ -70,8 +88,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
         models, data, args = parse((ModelArguments, DataArguments, NeighborsArguments))
-        result = find_neighbors(models, data, args)
+        splits, neighbors, meta = find_neighbors(models, data, args)
+    if not PartialState().is_main_process:
+        return
+    result = to_dict(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
     result.save_to_disk(args.output)
+    Path(args.output, "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
+    print(summary(meta))
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in result.items())
     print(f"{args.output}: {sizes} images, each of train with its {args.neighbors_pool} nearest neighbours.")
     pool = f"--neighbors_k {min(15, args.neighbors_pool)} --neighbors_pool {args.neighbors_pool}"

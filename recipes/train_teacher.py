@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
 from coss_hf.backbones import Backbone
-from coss_hf.config import DataArguments, bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
+from coss_hf.config import DataArguments
 from coss_hf.evaluation.evaluator import labelled
 from coss_hf.images import ImageSplits, ProcessedImages
 from coss_hf.models.classifier import load_classifier

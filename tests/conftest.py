@@ -28,20 +28,9 @@ def _one_thread():
 @pytest.fixture
 def image_parquet(tmp_path):
     """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
-    import datasets
+    from tests.helpers import write_images
 
-    from tests.helpers import colour_images
-
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "green", "blue", "grey"])}
-    )
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for split, count, seed in (("train", 48, 0), ("test", 24, 1)):
-        images, labels = colour_images(count, seed)
-        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
-        rows.to_parquet(folder / f"{split}.parquet")
-    return folder
+    return write_images(tmp_path / "images")
 
 
 @pytest.fixture
@@ -65,6 +54,6 @@ def passes(monkeypatch):
     from coss_hf import neighbors as module
 
     calls = []
-    real = module.embed_dataset
-    monkeypatch.setattr(module, "embed_dataset", lambda *a, **kw: calls.append(a) or real(*a, **kw))
+    real = module.embed_shards
+    monkeypatch.setattr(module, "embed_shards", lambda *a, **kw: calls.append(a) or real(*a, **kw))
     return calls

@@ -2,7 +2,8 @@ import dataclasses
 
 import pytest
 
-from coss_hf.config import DataArguments, DistillationArguments, ModelArguments, bad_input_exits, parse, to_dict
+from coss_hf.cli import bad_input_exits, parse, to_dict
+from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
 
 EVERYTHING = (ModelArguments, DataArguments, DistillationArguments)
 

@@ -7,12 +7,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
-    {"features", "distributed", "decoding", "plots", "checkpoints", "lookup", "schedule"},
+    {"features", "distributed", "decoding", "plots", "checkpoints", "lookup", "schedule", "accumulation"}
+    | {"processes", "search_options", "neighbor_columns"},
     {"losses", "models", "preprocessing", "images", "views"},
     {"backbones"},
     {"loading"},
-    {"embedding"},
-    {"modeling", "config", "evaluation", "neighbors"},
+    {"embedding", "engines", "store"},
+    {"searching"},
+    {"modeling", "config", "cli", "evaluation", "neighbors"},
+    {"saving"},
     {"trainer"},
     {"report", "estimate"},
 ]

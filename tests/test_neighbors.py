@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 
-from coss_hf import neighbors as module
+from coss_hf.neighbor_columns import image_hashes
 from coss_hf.neighbors import add_neighbors, check_neighbors, neighbor_hashes, search
 from tests.neighbor_helpers import K, N, TinyBackbone, image_dataset
 
@@ -270,7 +270,7 @@ def edited(dataset):
 
 def repainted(dataset):
     return dataset.remove_columns("image_hash").add_column(
-        "image_hash", module._hashes(image_dataset([*range(N - 1), 99])), feature=datasets.Value("uint64")
+        "image_hash", image_hashes(image_dataset([*range(N - 1), 99])), feature=datasets.Value("uint64")
     )
 
 

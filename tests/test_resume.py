@@ -1,7 +1,12 @@
+import errno
+import shutil
+
+import numpy as np
 import pytest
 import torch
 
 import tests.helpers as h
+from coss_hf.checkpoints import CheckpointError, recover
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("vit", 0), ("small", 2)])
@@ -60,3 +65,64 @@ def test_a_wrong_checkpoint_path_is_refused(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
     with pytest.raises(ValueError, match="resume_from_checkpoint=.*nowhere"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"student": "small"}, "--student"),
+        ({"teacher": "small"}, "--teacher"),
+        ({"images": True}, "--dataset"),
+        ({"neighbors_k": 1, "per_device_train_batch_size": 4}, "--neighbors_k"),
+        ({"augmentation": "none"}, "--augmentation"),
+        ({"per_device_train_batch_size": 12}, "--per_device_train_batch_size"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_parquet, networks, change, named):
+    options = {"teacher": "teacher", "student": "resnet", "images": False, "max_steps": 2, "save_strategy": "steps"}
+
+    def run(options, **arguments):
+        networks_of = [getattr(networks, options.pop(role)) for role in ("teacher", "student")]
+        images = h.write_images(tmp_path / "other", seed=7) if options.pop("images") else image_parquet
+        neighbors = np.tile([[1], [0]], (24, 1)) + 2 * np.repeat(np.arange(24), 2)[:, None]
+        return h.make_trainer(tmp_path, images, *networks_of, neighbors=neighbors, save_steps=2, **options).train(
+            **arguments
+        )
+
+    run(dict(options))
+    with pytest.raises(ValueError, match=rf"checkpoint-2 was written with another {named}\b"):
+        run({**options, **change}, resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, image_parquet, networks, monkeypatch):
+    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = h.make_trainer(*arguments, **options)
+    whole.train()
+    expected = h.state(whole)
+    shutil.rmtree(tmp_path / "out")
+
+    trainer = h.make_trainer(*arguments, **options)
+    real = trainer._save_rng_state
+
+    def full(folder):
+        if "checkpoint-4" in folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder)
+
+    trainer._save_rng_state = full
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*No space.*checkpoint-2 is whole"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-2"]
+    again = h.make_trainer(*arguments, **options)
+    again.train(resume_from_checkpoint=True)
+    h.assert_same(h.state(again), expected)
+
+
+def test_a_checkpoint_that_was_half_replaced_comes_back(tmp_path):
+    (tmp_path / "replaced-checkpoint-4").mkdir()
+    (tmp_path / "replaced-checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "unfinished-checkpoint-6").mkdir()
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

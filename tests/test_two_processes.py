@@ -66,6 +66,13 @@ def test_two_processes_equal_one_and_resume_exactly(world, tmp_path):
     for name in used:
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-4 * largest, msg=name)
 
+    accumulated = ("--per_device_train_batch_size=4", "--gradient_accumulation_steps=2", "--exact_accumulation")
+    four = launch(world, tmp_path / "four", "--use_cpu", *accumulated)
+    assert four.returncode == 0, four.stderr
+    in_four = load_file(tmp_path / "four" / "model.safetensors")
+    for name in used:
+        torch.testing.assert_close(in_four[name], alone[name], rtol=0, atol=1e-4 * largest, msg=name)
+
     (tmp_path / "again").mkdir()
     shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
     again = launch(world, tmp_path / "again", "--use_cpu", "--resume_from_checkpoint")

@@ -15,6 +15,8 @@ LOSSES = {
 OPTIONS = {
     "coss": ("lambda_ss",),
 }
+# Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
+SEPARABLE = ("coss",)
 
 
 def build_loss(args) -> nn.Module:

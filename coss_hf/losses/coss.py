@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from coss_hf.distributed import all_reduce_sum, world_size
+from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
 
 EPS = 1e-12
@@ -22,22 +22,32 @@ def _cosine(dot: Tensor, student_squares: Tensor, teacher_squares: Tensor) -> Te
     return torch.where(zero, 0.0, cosine)
 
 
-def mean_cosines(s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cosine per row and per column of ``s`` and ``t`` ``(b, d)``, over the batch of all processes.
+def cosine_totals(s: Tensor, t: Tensor) -> Tensor:
+    """What the mean cosines of a batch ``(b, d)`` are made of, as one vector ``(2 + 3d,)`` of sums.
 
-    Computed in float32 or wider, also under autocast.
+    The cosines of all rows, the number of rows, and for each column s·t, s² and t²: the sums of several processes or
+    micro-batches add up to those of the whole batch. Computed in float32 or wider, also under autocast.
     """
     with torch.autocast(s.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
         s, t = s.to(dtype), t.to(dtype)
         product, s_squares, t_squares = s * t, s * s, t * t
-        # A row needs no other process, only the global count; a column is a sum over all of them.
         rows = _cosine(product.sum(1), s_squares.sum(1), t_squares.sum(1)).sum()
-        columns = torch.stack([product.sum(0), s_squares.sum(0), t_squares.sum(0)])
-        count = s.shape[0]
-        if world_size() > 1:
-            rows, count = all_reduce_sum(torch.stack([rows, rows.new_full((), count)])).unbind()
-            columns = all_reduce_sum(columns)
+        count = rows.new_full((), s.shape[0])
+        return torch.cat([torch.stack([rows, count]), product.sum(0), s_squares.sum(0), t_squares.sum(0)])
+
+
+def mean_cosines(s: Tensor, t: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean cosine per row and per column of ``s`` and ``t`` ``(b, d)``, over the batch of all processes.
+
+    Args:
+        rest: ``cosine_totals`` of what else belongs to the batch, over all processes.
+    """
+    totals = all_reduce_sum(cosine_totals(s, t))
+    if rest is not None:
+        totals = totals + rest
+    with torch.autocast(s.device.type, enabled=False):
+        (rows, count), columns = totals[:2], totals[2:].view(3, -1)
         return rows / count, _cosine(*columns).mean()
 
 
@@ -52,8 +62,9 @@ class CoSSLoss(nn.Module):
         beta: scale of the whole loss (50 in the authors' CIFAR code).
         lambda_ss: weight of the space term.
 
-    Call with student and teacher ``Features`` whose embeddings are ``(b, d)``; ``index`` is not used. Computed in
-    float32 or wider. Returns scalars ``loss``, ``l_co`` and ``l_ss`` (the latter two without ``beta``).
+    Call with student and teacher ``Features`` whose embeddings are ``(b, d)``; ``index`` is not used; ``rest``, with
+    exact accumulation, holds the ``totals`` of the other micro-batches. Computed in float32 or wider. Returns scalars
+    ``loss``, ``l_co`` and ``l_ss`` (the latter two without ``beta``).
 
     Raises:
         ValueError: embeddings that are not both ``(b, d)``; a weight that is negative or not finite.
@@ -73,12 +84,21 @@ class CoSSLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"beta={self.beta}, lambda_ss={self.lambda_ss}"
 
-    def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
+    def totals(self, student: Features, teacher: Features) -> Tensor:
+        """Sums ``(2 + 3d,)`` of this batch that a ``rest`` is added up from; see ``cosine_totals``."""
+        return cosine_totals(*self._embeddings(student, teacher))
+
+    def forward(
+        self, student: Features, teacher: Features, index: Tensor | None = None, rest: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        co, ss = mean_cosines(*self._embeddings(student, teacher), rest)
+        return {"loss": -self.beta * (co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
+
+    def _embeddings(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
         s, t = student.embedding, teacher.embedding.detach()
         if s.dim() != 2 or s.shape != t.shape:
             raise ValueError(
                 f"CoSS compares embeddings of one shape (b, d), got student {tuple(s.shape)} and teacher "
                 f"{tuple(t.shape)}: give the student a head (--head) of the teacher's dimension."
             )
-        co, ss = mean_cosines(s, t)
-        return {"loss": -self.beta * (co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
+        return s, t

@@ -51,6 +51,9 @@ class InMemory(torch.utils.data.Dataset):
     def set_epoch(self, epoch):
         pass
 
+    def identity(self):
+        return {}
+
 
 class BareLoop(TrainerCallback):
     """One step of a bare loop after every step of the trainer, both timed."""

@@ -1,0 +1,71 @@
+"""Exact gradient accumulation, for losses that are statistics of the whole batch.
+
+Summing the gradients of micro-batches gives the gradient of the whole batch only for a mean over images. Space
+similarity is not one: it is computed from sums over the batch, the loss's `totals`. A first pass without gradient
+collects the totals of each micro-batch; then each is back-propagated with the totals of the others held fixed. The
+gradients add up to exactly that of one batch, for one more forward pass of the student.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def add_rests(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
+    """Adds to each micro-batch of a step the teacher's features (``teacher``) and the others' totals (``rest``).
+
+    Args:
+        model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
+            image once.
+        batches: micro-batches of one step, changed in place.
+        embed_teacher: views to the teacher's features.
+        reduce: sum of a tensor over processes.
+    """
+    model.train()
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    totals = []
+    for batch in batches:
+        teacher = embed_teacher(batch["pixel_values"])
+        output = model(batch["pixel_values"], teacher=teacher, index=batch["index"], only_totals=True)
+        batch["teacher"] = teacher.embedding
+        totals.append(output["totals"])
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    totals = reduce(torch.stack(totals))
+    for batch, own in zip(batches, totals, strict=True):
+        batch["rest"] = totals.sum(0) - own
+
+
+def with_gradient_times(loss: Tensor, factor: int) -> Tensor:
+    """``loss``, with ``factor`` times its gradient: Trainer divides both by the number of micro-batches."""
+    return loss + (factor - 1) * (loss - loss.detach())
+
+
+@torch.no_grad()
+def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
+    """Raises ValueError where two passes of the student differ: dropout or drop path is active.
+
+    Args:
+        model: ``Backbone.model`` of the student.
+        size: height and width of its input.
+    """
+    first = next(model.parameters())
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    training, before = model.training, torch.get_rng_state()
+    pixels = torch.zeros(2, 3, *size, dtype=first.dtype, device=first.device)
+    model.train()(pixels)
+    drawn = not torch.equal(before, torch.get_rng_state())
+    torch.set_rng_state(before)
+    model.train(training)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    if drawn:
+        config = model.config.to_dict()
+        active = [key for key, value in config.items() if "drop" in key and isinstance(value, float) and value]
+        remedy = " ".join(f"{key}=0" for key in active) or "those of its configuration that are not 0"
+        raise ValueError(
+            f"--exact_accumulation passes each image through the student twice, and its dropout or drop path would "
+            f"differ: switch it off with --student_config_overrides {remedy}."
+        )

@@ -1,0 +1,168 @@
+"""A run that dies goes on from its last whole checkpoint, to the same student bit for bit: real processes, killed."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+import tests.helpers as h
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 30
+# All four in `-m slow`, at several moments each.
+SET_UPS = [(1, 2), (2, 0)]
+EVERY_SET_UP = [(1, 0), (1, 2), (2, 0), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return {
+        "folder": folder,
+        "teacher": h.save_resnet(folder / "teacher", seed=1),
+        "student": h.save_resnet(folder / "student", seed=2),
+        "images": str(h.write_images(folder / "images")),
+        "finished": {},
+    }
+
+
+def start(world, output, processes: int, workers: int, *argv, **popen):
+    """The same command every time: what a user repeats after a crash."""
+    options = {
+        "teacher": world["teacher"],
+        "student": world["student"],
+        "dataset": world["images"],
+        "neighbors_cache": world["folder"] / "cache",
+        "output_dir": output,
+        "per_device_train_batch_size": 16 // processes,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+        "augmentation": "cifar",
+        "max_steps": STEPS,
+        "learning_rate": 0.005,
+        "neighbors_k": 1,
+        "neighbors_pool": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
+    command += [f"{ROOT}/recipes/distill.py", "--use_cpu", *(f"--{key}={value}" for key, value in options.items())]
+    command += ["--resume_from_checkpoint", *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        **popen,
+    )
+
+
+def finish(world, output, *set_up, argv=()):
+    process = start(world, output, *set_up, *argv)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, load_file(output / "model.safetensors")
+
+
+def uninterrupted(world, *set_up):
+    if set_up not in world["finished"]:
+        world["finished"][set_up] = finish(world, world["folder"] / f"whole-{set_up}", *set_up)[1]
+    return world["finished"][set_up]
+
+
+def wait_for_checkpoint(process, output):
+    end = time.monotonic() + 120
+    while not any(output.glob("checkpoint-*")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def kill_and_resume(world, output, seed, *set_up):
+    process = start(world, output, *set_up)
+    wait_for_checkpoint(process, output)
+    time.sleep(random.Random(seed).uniform(0, 1.0))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    # A half-written folder must be passed over, wherever the kill fell.
+    newest = max(int(folder.name[11:]) for folder in output.glob("checkpoint-*"))
+    (output / f"unfinished-checkpoint-{newest + 1}").mkdir()
+    out, student = finish(world, output, *set_up)
+    assert "Resuming from" in out and f"step {newest}." in out
+    assert not list(output.glob("unfinished-*"))
+    h.assert_same(student, uninterrupted(world, *set_up))
+
+
+@pytest.mark.parametrize("set_up", SET_UPS)
+def test_sigkill_then_the_same_command(world, tmp_path, set_up):
+    kill_and_resume(world, tmp_path / "run", sum(set_up), *set_up)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_at_random_moments(world, tmp_path, set_up, seed):
+    kill_and_resume(world, tmp_path / "run", seed, *set_up)
+
+
+@pytest.mark.parametrize("set_up", SET_UPS)
+def test_sigterm_saves_the_step_and_ends_with_143(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for_checkpoint(process, output)
+    os.killpg(process.pid, signal.SIGTERM)  # as a scheduler: launcher, processes and loader workers alike
+    out, err = process.communicate(timeout=60)
+    if set_up[0] == 1:
+        assert process.returncode == 143, err
+    else:
+        assert process.returncode not in (0, 143), "the launcher has a code of its own"
+        assert "exitcode  : 143" in err or "SIGTERM" in err or "Signal 15" in err
+    newest = max((folder for folder in output.glob("checkpoint-*")), key=lambda folder: int(folder.name[11:]))
+    step = json.loads((newest / "trainer_state.json").read_text())["global_step"]
+    assert 4 <= step < STEPS and not (output / "model.safetensors").exists()
+    resumed, student = finish(world, output, *set_up)
+    assert f"step {step}." in resumed
+    h.assert_same(student, uninterrupted(world, *set_up))
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
+    output = tmp_path / "run"
+    whole = uninterrupted(world, 1, 2)
+    earlier = f"checkpoint-{STEPS - 2}"
+    shutil.copytree(world["folder"] / "whole-(1, 2)" / earlier, output / earlier)
+    size = (output / earlier / "model.safetensors").stat().st_size
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited: writing fails with an error instead
+    process = start(world, output, 1, 0, preexec_fn=limit)  # workers pass images through files, too
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert "could not be written" in err and f"{earlier} is whole" in err and "Traceback" not in err
+    assert not list(output.glob("unfinished-*"))
+    _, student = finish(world, output, 1, 2)
+    h.assert_same(student, whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(world):
+    uninterrupted(world, 1, 2)
+    process = start(world, world["folder"] / "whole-(1, 2)", 1, 2, "--seed=4", "--neighbors_pool=5")
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, err
+    assert "was written with another --seed (then 3, now 4), --neighbors_pool" in err and "Traceback" not in err
