@@ -53,11 +53,11 @@ def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
     """
     first = next(model.parameters())
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    training, before = model.training, torch.get_rng_state()
+    training, before = model.training, _generators(first.device)
     pixels = torch.zeros(2, 3, *size, dtype=first.dtype, device=first.device)
     model.train()(pixels)
-    drawn = not torch.equal(before, torch.get_rng_state())
-    torch.set_rng_state(before)
+    drawn = any(not torch.equal(a, b) for a, b in zip(before, _generators(first.device)))
+    torch.set_rng_state(before[0])
     model.train(training)
     for buffer, value in buffers:
         buffer.copy_(value)
@@ -69,3 +69,8 @@ def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
             f"--exact_accumulation passes each image through the student twice, and its dropout or drop path would "
             f"differ: switch it off with --student_config_overrides {remedy}."
         )
+
+
+def _generators(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return states + [torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

@@ -102,7 +102,7 @@ def bad_input_exits():
     try:
         yield
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":  # every process finds the same
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -77,7 +77,7 @@ class SavingTrainer(Trainer):
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
         unfinished, error = staging(final), None
-        if self.args.local_process_index == 0:
+        if self.args.should_save:
             shutil.rmtree(unfinished, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         try:
@@ -87,7 +87,7 @@ class SavingTrainer(Trainer):
         except Exception as e:  # each library has an error of its own for a full disk
             error = e
         if any_process(error is not None):
-            if self.args.local_process_index == 0:
+            if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
             earlier = find_checkpoint(str(run_dir), "auto")
             raise CheckpointError(
@@ -95,7 +95,7 @@ class SavingTrainer(Trainer):
                 + (f"{earlier} is whole" if earlier else "No checkpoint was written before")
                 + "; put that right (make room on a full disk) and give the same command with --resume_from_checkpoint."
             ) from error
-        if self.args.local_process_index == 0:
+        if self.args.should_save:
             publish(unfinished, final)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:

@@ -93,7 +93,7 @@ class DistillationTrainer(SavingTrainer):
             # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             name_blocks(model, student.model)
-            self._standby = standby(model)
+            self._standby = standby(model).to(args.device)
 
     @property
     def _whole(self) -> DistillationModel:

@@ -69,9 +69,11 @@ def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries
 def refuse_overwriting(args: DistillationArguments) -> None:
     """A finished or interrupted run is not written over by mistake; a checkpoint to resume from is there."""
     output = Path(args.output_dir)
-    with args.main_process_first(desc="checkpoints"):
-        if args.local_process_index == 0 and not args.dry_run:
-            recover(output)
+    # Not before a refusal: the folder may be that of a run in progress.
+    if (args.resume_from_checkpoint or args.overwrite_output_dir) and not args.dry_run:
+        with args.main_process_first(local=False, desc="checkpoints"):
+            if args.process_index == 0:
+                recover(output)
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
     used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
     if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):
