@@ -6,6 +6,7 @@ collects the totals of each micro-batch; then each is back-propagated with the t
 gradients add up to exactly that of one batch, for one more forward pass of the student.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -24,15 +25,13 @@ def add_rests(model: nn.Module, batches: list[dict], embed_teacher: Callable, re
         reduce: sum of a tensor over processes.
     """
     model.train()
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     totals = []
-    for batch in batches:
-        teacher = embed_teacher(batch["pixel_values"])
-        output = model(batch["pixel_values"], teacher=teacher, index=batch["index"], only_totals=True)
-        batch["teacher"] = teacher.embedding
-        totals.append(output["totals"])
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    with _same_buffers_after(model):
+        for batch in batches:
+            teacher = embed_teacher(batch["pixel_values"])
+            output = model(batch["pixel_values"], teacher=teacher, index=batch["index"], only_totals=True)
+            batch["teacher"] = teacher.embedding
+            totals.append(output["totals"])
     totals = reduce(torch.stack(totals))
     for batch, own in zip(batches, totals, strict=True):
         batch["rest"] = totals.sum(0) - own
@@ -52,15 +51,13 @@ def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
         size: height and width of its input.
     """
     first = next(model.parameters())
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     training, before = model.training, _generators(first.device)
     pixels = torch.zeros(2, 3, *size, dtype=first.dtype, device=first.device)
-    model.train()(pixels)
+    with _same_buffers_after(model):
+        model.train()(pixels)
     drawn = any(not torch.equal(a, b) for a, b in zip(before, _generators(first.device)))
     torch.set_rng_state(before[0])
     model.train(training)
-    for buffer, value in buffers:
-        buffer.copy_(value)
     if drawn:
         config = model.config.to_dict()
         active = [key for key, value in config.items() if "drop" in key and isinstance(value, float) and value]
@@ -69,6 +66,14 @@ def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
             f"--exact_accumulation passes each image through the student twice, and its dropout or drop path would "
             f"differ: switch it off with --student_config_overrides {remedy}."
         )
+
+
+@contextlib.contextmanager
+def _same_buffers_after(model: nn.Module):
+    before = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    yield
+    for buffer, value in before:
+        buffer.copy_(value)
 
 
 def _generators(device: torch.device) -> list[Tensor]:

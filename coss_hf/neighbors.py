@@ -8,7 +8,6 @@ The only file that imports faiss. `Dataset.map(num_proc=2)` hangs in a process t
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import time
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from coss_hf.store import (
     read_neighbors,
     unit_rows,
     unwritable,
+    whole_file,
     write_neighbors,
 )
 
@@ -148,13 +148,8 @@ def build_index(kind: str, vectors: Vectors, path: Path) -> None:
             vectors.release()
     finally:
         faiss.omp_set_num_threads(threads)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         faiss.write_index(index, str(temporary))
-        os.replace(temporary, path)
-    except (RuntimeError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise unwritable(path, error) from error
 
 
 def nearest_neighbors(

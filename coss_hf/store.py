@@ -176,22 +176,28 @@ def embed_shards(
     return Vectors(shards)
 
 
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes a .npy file under a temporary name, then renames it.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name, `path`, once it is whole and on the disk.
 
     Raises:
         ValueError: it cannot be written (the disk is full); nothing half-written is left.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())  # a machine that dies must not leave a renamed but empty file
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # faiss raises the latter
         temporary.unlink(missing_ok=True)
         raise unwritable(path, error) from error
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Writes a .npy file; see `whole_file`."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 def unwritable(path: Path, error: Exception) -> ValueError:

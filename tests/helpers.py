@@ -1,5 +1,10 @@
 """Tiny networks and images that several tests share."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import datasets
 import numpy as np
 import torch
@@ -13,6 +18,7 @@ from coss_hf.models import CifarResNetConfig
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
+ROOT = Path(__file__).resolve().parents[1]
 COLOURS = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 210), (120, 120, 120)])
 
 
@@ -63,6 +69,32 @@ def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2):
     ViTForImageClassification(config).save_pretrained(folder)
     processor(mean=0.4).save_pretrained(folder)
     return str(folder)
+
+
+def start_distill(world: dict, output, *argv, processes: int, **options) -> subprocess.Popen:
+    """Starts recipes/distill.py on 48 images: 16 anchors and their neighbours a step, 3 steps an epoch."""
+    options = {
+        "teacher": world["teacher"],
+        "student": world["student"],
+        "dataset": world["images"],
+        "neighbors_cache": world["cache"],
+        "output_dir": output,
+        "per_device_train_batch_size": 16 // processes,
+        "augmentation": "cifar",
+        "learning_rate": 0.005,
+        "neighbors_k": 1,
+        "neighbors_pool": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "disable_tqdm": True,
+    } | options
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
+    command += [f"{ROOT}/recipes/distill.py", *(f"--{key}={value}" for key, value in options.items()), *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
 
 
 def make_trainer(

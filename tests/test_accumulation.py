@@ -89,7 +89,7 @@ def test_the_trainer_takes_the_same_steps(tmp_path, image_parquet, networks):
 
 
 def test_the_last_step_of_an_epoch_may_be_short(tmp_path, image_parquet, networks):
-    """5 micro-batches of 8 in an epoch of 40 images: steps of 3 and of 2."""
+    """6 micro-batches of 8 in an epoch of 48 images: steps of 4 and of 2."""
     trainer = h.make_trainer(
         tmp_path,
         image_parquet,

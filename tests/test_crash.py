@@ -6,17 +6,13 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 import tests.helpers as h
 
-ROOT = Path(__file__).resolve().parents[1]
 STEPS = 30
 # All four in `-m slow`, at several moments each.
 SET_UPS = [(1, 2), (2, 0)]
@@ -31,46 +27,16 @@ def world(tmp_path_factory):
         "teacher": h.save_resnet(folder / "teacher", seed=1),
         "student": h.save_resnet(folder / "student", seed=2),
         "images": str(h.write_images(folder / "images")),
+        "cache": folder / "cache",
         "finished": {},
     }
 
 
-def start(world, output, processes: int, workers: int, *argv, **popen):
+def start(world, output, processes: int, workers: int, *argv):
     """The same command every time: what a user repeats after a crash."""
-    options = {
-        "teacher": world["teacher"],
-        "student": world["student"],
-        "dataset": world["images"],
-        "neighbors_cache": world["folder"] / "cache",
-        "output_dir": output,
-        "per_device_train_batch_size": 16 // processes,
-        "dataloader_num_workers": workers,
-        "dataloader_persistent_workers": workers > 0,
-        "augmentation": "cifar",
-        "max_steps": STEPS,
-        "learning_rate": 0.005,
-        "neighbors_k": 1,
-        "neighbors_pool": 4,
-        "save_strategy": "steps",
-        "save_steps": 4,
-        "disable_tqdm": True,
-        "seed": 3,
-    }
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
-    command += [f"{ROOT}/recipes/distill.py", "--use_cpu", *(f"--{key}={value}" for key, value in options.items())]
-    command += ["--resume_from_checkpoint", *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        start_new_session=True,
-        **popen,
-    )
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "seed": 3}
+    flags = ("--use_cpu", "--resume_from_checkpoint", *argv)
+    return h.start_distill(world, output, *flags, processes=processes, max_steps=STEPS, **options)
 
 
 def finish(world, output, *set_up, argv=()):
@@ -147,11 +113,14 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
     shutil.copytree(world["folder"] / "whole-(1, 2)" / earlier, output / earlier)
     size = (output / earlier / "model.safetensors").stat().st_size
 
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited: writing fails with an error instead
-    process = start(world, output, 1, 0, preexec_fn=limit)  # workers pass images through files, too
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit: writing fails with an error
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
+    try:
+        process = start(world, output, 1, 0)  # workers pass images through files, too
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert "could not be written" in err and f"{earlier} is whole" in err and "Traceback" not in err

@@ -1,10 +1,7 @@
 """The recipe on two real processes (gloo): the run of one process, resumed exactly, and never two lone runs."""
 
-import os
 import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,33 +9,11 @@ from safetensors.torch import load_file
 
 import tests.helpers as h
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 def launch(world, output, *argv, processes: int = 2):
-    options = {
-        "teacher": world["teacher"],
-        "student": world["student"],
-        "dataset": world["images"],
-        "neighbors_cache": world["cache"],
-        "output_dir": str(output),
-        "per_device_train_batch_size": 16 // processes,
-        "augmentation": "cifar",
-        "max_steps": 5,  # 3 steps an epoch
-        "learning_rate": 0.005,
-        "neighbors_k": 1,
-        "neighbors_pool": 4,
-        "save_strategy": "steps",
-        "save_steps": 4,
-        "disable_tqdm": True,
-    }
-    command = [sys.executable]
-    if processes > 1:
-        config = ROOT / "accelerate_configs" / "cpu.yaml"
-        command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
-    command += [str(ROOT / "recipes" / "distill.py"), *(f"--{key}={value}" for key, value in options.items()), *argv]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    process = h.start_distill(world, output, *argv, processes=processes, max_steps=5)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture

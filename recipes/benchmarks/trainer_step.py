@@ -5,9 +5,9 @@
 Both train resnet20 towards resnet56 on the same random tensors in memory. After every trainer step one bare step runs,
 so that each pair meets the machine in the same state; quote the medians.
 
-glibc hands freed memory back to the system and takes it again at the next step: up to 50,000 page faults, a tenth of a
-step on a CPU, for whichever loop the heap's layout happens to punish. The script starts itself anew with that switched
-off (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), for both loops alike.
+glibc hands freed memory back to the system and takes it again at the next step, page by page, which costs whichever
+loop the heap's layout happens to punish. The script starts itself anew with that switched off
+(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), for both loops alike.
 """
 
 import argparse
