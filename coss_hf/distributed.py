@@ -37,6 +37,38 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
 
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        count = torch.tensor([len(x)], device=x.device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+        dist.all_gather(counts, count)
+        counts = [int(c) for c in counts]
+        # Backends gather tensors of one shape: pad to the longest.
+        padded = x.new_zeros(max(counts), *x.shape[1:])
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        ctx.start, ctx.count = sum(counts[: dist.get_rank()]), len(x)
+        return torch.cat([part[:c] for part, c in zip(parts, counts)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # As for _AllReduceSum: every process holds a gradient of the same loss for every row.
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad[ctx.start : ctx.start + ctx.count]
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of ``x`` ``(b, ...)`` of all processes, in the order of their ranks, with a gradient.
+
+    ``b`` may differ between processes. A loss that every process computes from the result is the global loss, and
+    DistributedDataParallel's averaging of gradients gives exactly that of one process that sees the whole batch.
+    """
+    return _AllGather.apply(x) if world_size() > 1 else x
+
+
 @lru_cache(maxsize=1)
 def _gloo_group(default) -> dist.ProcessGroup:
     return dist.new_group(backend="gloo")

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from coss_hf.distributed import all_reduce_sum
+from coss_hf.distributed import all_gather, all_reduce_sum
 from coss_hf.features import Features
 from coss_hf.losses import LOSSES
 
@@ -66,3 +66,31 @@ def test_fixture_splits(tmp_path, shared):
 def test_one_process_needs_no_group():
     x = torch.randn(3, requires_grad=True)
     assert all_reduce_sum(x) is x
+
+
+def gather_step(rank: int, sizes: list[int], port_file: str, x, weight, results: str) -> None:
+    start(rank, len(sizes), port_file)
+    student = nn.Linear(*weight.shape[::-1], bias=False, dtype=torch.float64)
+    student.weight.data.copy_(weight)
+    student = DistributedDataParallel(student)
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    whole = all_gather(student(x[rows]))
+    loss = (whole @ whole.T).tanh().sum()
+    loss.backward()
+    torch.save((loss.detach(), student.module.weight.grad), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", [[4, 4], [3, 5]])
+def test_gathered_features_have_the_gradient_of_the_whole_batch(tmp_path, sizes):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, generator=g, dtype=torch.float64)
+    weight = torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
+    whole = x @ weight.T
+    loss = (whole @ whole.T).tanh().sum()
+    loss.backward()
+    mp.spawn(gather_step, (sizes, str(tmp_path / "port"), x, weight.detach(), str(tmp_path)), nprocs=2)
+    for rank in range(2):
+        value, gradient = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(value, loss.detach(), rtol=1e-10, atol=0)
+        torch.testing.assert_close(gradient, weight.grad, rtol=1e-10, atol=1e-12)

@@ -1,12 +1,10 @@
-import json
-
 import pytest
 import torch
-from safetensors import safe_open
 from torch.nn.functional import cosine_similarity
 
 from coss_hf.features import Features
 from coss_hf.losses import LOSSES
+from tests.losses.reference import reference_cases
 
 
 def run(s, t, **options):
@@ -16,18 +14,11 @@ def run(s, t, **options):
     return out, s.grad
 
 
-def fixture_cases(shared):
-    with safe_open(shared / "fixtures" / "coss-a.safetensors", "pt") as f:
-        tensors = {key: f.get_tensor(key) for key in f.keys()}
-        for name, meta in json.loads(f.metadata()["cases"]).items():
-            yield name, meta, {k.removeprefix(name + "."): v for k, v in tensors.items() if k.startswith(name + ".")}
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_and_gradients_equal_the_reference(shared, dtype):
     rtol, gtol = (1e-9, 1e-8) if dtype == torch.float64 else (1e-5, 1e-4)
     compared = 0
-    for name, meta, x in fixture_cases(shared):
+    for name, meta, x in reference_cases(shared, "coss"):
         if dtype == torch.float32 and not meta["float32_ok"]:
             continue
         s, t = x["in.A_s"].to(dtype), x["in.A_t"].to(dtype)

@@ -1,0 +1,49 @@
+"""What several losses share."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from coss_hf.features import Features
+
+
+def check_weights(**weights: float) -> None:
+    """Raises ValueError for a weight that is negative or not finite."""
+    for name, value in weights.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name}={value} must be a finite number >= 0.")
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device):
+    """No autocast inside: what is given in float32 or wider is computed so."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in their common type, float32 at least; the teacher's without gradient."""
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    return student.to(dtype), teacher.detach().to(dtype)
+
+
+def pairs_of_maps(method: str, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
+    """Student and teacher maps ``(b, c, h, w)`` that belong together, widened.
+
+    Raises:
+        ValueError: a network that gives none, or not as many as the other.
+    """
+    if not student.maps or len(student.maps) != len(teacher.maps):
+        raise ValueError(
+            f"--method {method} compares feature maps, but the student gives {len(student.maps)} and the teacher "
+            f"{len(teacher.maps)}: choose networks with as many stages as each other, or a method of embeddings (coss)."
+        )
+    return [widen(s, t) for s, t in zip(student.maps, teacher.maps)]
+
+
+def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Maps ``(b, c, h, w)`` of one size: the larger is averaged down to the smaller."""
+    size = min(student.shape[-2:], teacher.shape[-2:])
+    return tuple(x if x.shape[-2:] == size else adaptive_avg_pool2d(x, size) for x in (student, teacher))
