@@ -73,9 +73,9 @@ class Backbone:
             self.preprocessing = Preprocessing(processor, size, argument)
             self.processor, self.size = self.preprocessing.processor, self.preprocessing.size
         takes = inspect.signature(self.model.forward).parameters
-        self._can_interpolate = "interpolate_pos_encoding" in takes
+        self.can_interpolate = "interpolate_pos_encoding" in takes
         # Teacher and student get the same flag: a ResNet that needs no such thing takes its size without.
-        interpolate = interpolate_pos_encoding and self._can_interpolate
+        interpolate = interpolate_pos_encoding and self.can_interpolate
         self._kwargs = {"interpolate_pos_encoding": True} if interpolate else {}
         self._probe(pooling, argument)
         # Read by `embed` and by anybody who reloads the network.
@@ -128,7 +128,7 @@ class Backbone:
                 raise ValueError("nothing is left of them in its last map")
         except Exception as error:  # each network refuses images in its own way
             own = getattr(self.model.config, "image_size", None)
-            stretch = " or use --interpolate_pos_encoding" if self._can_interpolate and not self._kwargs else ""
+            stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self._kwargs else ""
             raise ValueError(
                 f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
                 f"cannot take images of this size ({first_line(error)}); give "

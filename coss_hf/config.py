@@ -65,7 +65,13 @@ class ModelArguments:
     def load_student(self, teacher: Backbone) -> Backbone:
         """The network to train; random weights are drawn from torch's global generator."""
         options = {"init": self.student_init, "config_overrides": self.overrides(), "teacher": teacher}
-        return self._load("student", **options)
+        student = self._load("student", **options)
+        if self.interpolate_pos_encoding and not (teacher.can_interpolate or student.can_interpolate):
+            raise ValueError(
+                f"--interpolate_pos_encoding: neither {teacher.name} nor {student.name} has position embeddings that "
+                f"it can stretch; leave it out."
+            )
+        return student
 
     def _load(self, role: str, **options) -> Backbone:
         name = getattr(self, role)

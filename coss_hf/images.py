@@ -89,8 +89,8 @@ def load_images(
     label_column = _find_labels(dataset, train, label_column)
     if test is not None:
         _find_images(f"{dataset} (split {test_split})", test, image_column)
-        if label_column and label_column not in test.column_names:
-            logger.warning("Split %s has no column %s: going on without labels.", test_split, label_column)
+        if label_column and not (label_column in test.column_names and _labelled(test, label_column)):
+            logger.warning("Split %s has no labels in %s: going on without them.", test_split, label_column)
             label_column = None
 
     n = len(train)
@@ -211,15 +211,23 @@ def _find_labels(dataset: str, rows: Dataset, column: str | None) -> str | None:
         if isinstance(feature, ClassLabel)
         or (isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int"))
     }
+    labelled = {key: is_class for key, is_class in numbered.items() if _labelled(rows, key)}
     if column is not None:
-        if column not in numbered:
+        if column not in labelled:
             what = "is not a ClassLabel or whole number" if column in rows.features else "does not exist"
-            columns = ", ".join(numbered) or "none"
+            what = "holds only None or -1" if column in numbered else what
+            columns = ", ".join(labelled) or "none"
             raise ValueError(f"--label_column {column} {what}; columns of --dataset {dataset} that can be: {columns}.")
         return column
-    classes = [key for key, is_class in numbered.items() if is_class]
-    named = [key for key in LABEL_NAMES if key in (classes or numbered)]
+    classes = [key for key, is_class in labelled.items() if is_class]
+    named = [key for key in LABEL_NAMES if key in (classes or labelled)]
     return (named + (classes if len(classes) == 1 else []) + [None])[0]
+
+
+def _labelled(rows: Dataset, column: str) -> bool:
+    """Whether any row has a label: sets without labels carry a column of None or -1."""
+    values = rows.select_columns(column).with_format("arrow")[:].column(0)
+    return bool(len(set(values.unique().to_pylist()) - {None, -1}))
 
 
 def _check(

@@ -1,5 +1,6 @@
 """Teachers and students by name: from the Hub, a folder, or random weights of an architecture."""
 
+import contextlib
 import copy
 import difflib
 import logging
@@ -110,7 +111,9 @@ def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
 def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
     config = _images_only(_config(name, argument, hub), argument)
     try:
-        model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
+        # What matters of its report of weights, the embedding's, `Backbone` checks and says itself.
+        with _no_report():
+            model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
         raise ValueError(
             f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
@@ -126,23 +129,30 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
     """
     if not name:
         return set()
-    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(hf_logging.CRITICAL)  # its report was printed when the network was loaded
-    hf_logging.disable_progress_bar()
     try:
-        _, info = type(model).from_pretrained(
-            name,
-            config=copy.deepcopy(model.config),
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            revision=getattr(model.config, "_commit_hash", None),
-            local_files_only=True,
-        )
+        with _no_report():
+            _, info = type(model).from_pretrained(
+                name,
+                config=copy.deepcopy(model.config),
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                revision=getattr(model.config, "_commit_hash", None),
+                local_files_only=True,
+            )
         return _missing(info)
     except Exception as error:  # gone, renamed, or never a checkpoint
         logger.debug("no checkpoint of %s: %s", name, error)
         return set()
+
+
+@contextlib.contextmanager
+def _no_report():
+    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if progress:
@@ -266,8 +276,9 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
             f"{flag(argument, 'config_overrides')}={overrides}: with teacher_layers only num_hidden_layers can differ."
         )
     config, source = teacher.model.config, teacher.model.state_dict()
-    total = getattr(config, "num_hidden_layers", None)
-    stacks = [path for path, module in teacher.model.named_modules() if _is_stack(module, total)]
+    timm_blocks = getattr(getattr(teacher.model, "timm_model", None), "blocks", ())
+    total = getattr(config, "num_hidden_layers", None) or len(timm_blocks)
+    stacks = [path for path, module in teacher.model.named_modules() if total and _is_stack(module, total)]
     if len(stacks) != 1:
         raise ValueError(
             f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
@@ -276,7 +287,9 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
     kept = overrides.get("num_hidden_layers", max(total // 2, 1))
     if not isinstance(kept, int) or not 1 <= kept <= total:
         raise ValueError(f"{flag(argument, 'config_overrides')}: num_hidden_layers={kept} must lie in 1..{total}.")
-    student = type(teacher.model)._from_config(_rebuilt(config, {"num_hidden_layers": kept}, argument), **options)
+    # A timm network is built from its name, with other arguments where given.
+    depth = {"model_args": {**(config.model_args or {}), "depth": kept}} if timm_blocks else {"num_hidden_layers": kept}
+    student = type(teacher.model)._from_config(_rebuilt(config, depth, argument), **options)
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
     state = {key: value for key, value in source.items() if not key.startswith(f"{stacks[0]}.")}
     for position, layer in enumerate(chosen):
@@ -293,7 +306,7 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
 
 
 def _is_stack(module: nn.Module, count: int | None) -> bool:
-    if not isinstance(module, nn.ModuleList) or len(module) != count:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) != count:
         return False
     shapes = [[parameter.shape for parameter in layer.parameters()] for layer in module]
     return all(layer == shapes[0] for layer in shapes)  # unlike the stages of a Swin or ConvNeXt

@@ -126,3 +126,11 @@ def test_every_argument_of_ours_has_help():
         for field in dataclasses.fields(arguments):
             if field.name in arguments.__annotations__:
                 assert field.metadata.get("help"), field.name
+
+
+def test_position_embeddings_that_no_network_has(networks):
+    models = ModelArguments(teacher=str(networks.teacher), student=str(networks.resnet), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="^--interpolate_pos_encoding: neither .*teacher nor .*resnet has position"):
+        models.load_student(models.load_teacher())
+    models.student = str(networks.vit)
+    models.load_student(models.load_teacher())

@@ -233,10 +233,16 @@ def test_columns_are_found_by_type_before_name(tmp_path):
     assert load_images(str(tmp_path / "one")).label_column == "coarse"
 
 
-def test_a_test_split_without_labels_switches_them_off(tmp_path, caplog):
+@pytest.mark.parametrize("nothing", [None, -1])
+def test_a_column_that_holds_no_label_is_none(tmp_path, nothing, caplog):
     train = load_images(write_parquet(tmp_path / "a.parquet", range(3))).train
-    DatasetDict(train=train, test=train.remove_columns("label")).save_to_disk(tmp_path / "d")
-    assert load_images(str(tmp_path / "d")).label_column is None and "no column label" in caplog.text
+    empty = (bare := train.remove_columns("label")).add_column("label", [nothing] * 3, feature=ClassLabel(2))
+    empty.save_to_disk(tmp_path / "empty")
+    for i, test in enumerate((bare, empty)):
+        DatasetDict(train=train, test=test).save_to_disk(tmp_path / f"{i}")
+        assert load_images(str(tmp_path / f"{i}")).label_column is None and caplog.text.count("has no labels") == i + 1
+    with pytest.raises(ValueError, match="--label_column label holds only None or -1"):
+        load_images(str(tmp_path / "empty"), label_column="label")
 
 
 def test_splits_by_name(tmp_path):
