@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel
 
-from coss_hf.features import POOLINGS, Features, Layout, pool
+from coss_hf.features import POOLINGS, Features, Layout, evenly, feature_maps, pool
 from coss_hf.preprocessing import Preprocessing, first_line, flag
 
 logger = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Backbone:
         processor: its image processor.
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
+        maps: number of feature maps that ``features`` returns beside the embedding; 0 by default.
 
     Raises:
         ValueError: a network that is not of images, a pooling or size that it cannot do, missing weights.
@@ -67,6 +68,7 @@ class Backbone:
         argument: str = "",
     ):
         self.name = model.name_or_path or type(model).__name__
+        self.maps = 0
         self.model, self.missing = vision_tower(model, argument), set(missing)
         self.preprocessing, self.processor, self.size = None, None, size
         if processor is not None:
@@ -163,8 +165,19 @@ class Backbone:
 
     def features(self, pixel_values: Tensor) -> Features:
         """Embeds a batch of normalised images ``(b, 3, h, w)``; gradients and mode are the caller's."""
-        output = self.model(pixel_values=pixel_values, **self._kwargs)
-        return Features(pool(output, self.pooling, self.layout))
+        if not self.maps:
+            return Features(pool(self.model(pixel_values=pixel_values, **self._kwargs), self.pooling, self.layout))
+        output = self.model(pixel_values=pixel_values, output_hidden_states=True, **self._kwargs)
+        maps = feature_maps(output, self.layout, self.size)
+        return Features(pool(output, self.pooling, self.layout), evenly(maps, self.maps))
+
+    def count_maps(self) -> int:
+        """Feature maps that this network can give: its stages, or layers where all are of one size."""
+        first = next(self.model.parameters())
+        images = torch.zeros(2, 3, *self.size, dtype=first.dtype, device=first.device)
+        with torch.no_grad(), evaluating(self.model):
+            output = self.model(pixel_values=images, output_hidden_states=True, **self._kwargs)
+        return len(feature_maps(output, self.layout, self.size))
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
         """The full image processor: RGB images to ``(b, 3, h, w)``, as in evaluation and neighbour search."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 import yaml
 from transformers import TrainingArguments
 
@@ -232,6 +233,12 @@ class DistillationArguments(TrainingArguments):
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
                 f"one image: space similarity compares dimensions over a batch, use at least 2."
             )
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes; on a CPU without a number, which torch 2.8 cannot load an optimiser onto."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def images_per_step(self) -> int:

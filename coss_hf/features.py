@@ -56,3 +56,33 @@ def pool(output, pooling: str, layout: Layout) -> Tensor:
     if layout.tokens:
         return hidden[:, layout.prefix :].mean(1)
     return hidden.mean((1, 2) if layout.channels_last else (2, 3))
+
+
+def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Maps ``(b, c, h, w)`` at the end of each stage, or of each layer where all are of one size.
+
+    Args:
+        output: what a Transformers backbone returns with ``output_hidden_states=True``. Tokens become a map, class
+            and register tokens left out.
+        layout: of its ``last_hidden_state``.
+        size: ``(H, W)`` of the input, whose proportions a map of tokens has.
+    """
+    hidden = getattr(output, "reshaped_hidden_states", None) or output.hidden_states or ()
+    if layout.tokens and hidden and hidden[0].dim() == 3:
+        hidden = hidden[1:]  # the first is the embedding of patches, before any layer
+    maps = [_as_map(x, layout, size) for x in hidden]
+    last_of_size = {x.shape[-2:]: x for x in maps}
+    return tuple(last_of_size.values()) if len(last_of_size) > 1 else tuple(maps)
+
+
+def _as_map(hidden: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
+    if hidden.dim() == 4:
+        return hidden
+    tokens = hidden[:, layout.prefix :]
+    height = round((tokens.shape[1] * size[0] / size[1]) ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (height, -1))
+
+
+def evenly(maps: tuple[Tensor, ...], count: int) -> tuple[Tensor, ...]:
+    """``count`` of ``maps`` at even steps, the last among them: two networks' maps that belong together."""
+    return tuple(maps[(i + 1) * len(maps) // count - 1] for i in range(count))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -48,6 +49,12 @@ def fsdp_init(self, *args, **kwargs):
 
 class Kinds(TrainerCallback):
     """What the parameters are while training."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                # gloo of torch 2.8 gives the sum where FSDP asks for the mean; on GPUs NCCL knows both.
+                module.set_force_sum_reduction_for_comms(True)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.found = sorted({type(parameter).__name__ for parameter in model.parameters()})
