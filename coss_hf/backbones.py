@@ -51,6 +51,7 @@ class Backbone:
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
         maps: number of feature maps that ``features`` returns beside the embedding; 0 by default.
+        classifier: a teacher's own, a linear map of its embedding; None by default. See ``loading.find_classifier``.
 
     Raises:
         ValueError: a network that is not of images, a pooling or size that it cannot do, missing weights.
@@ -68,7 +69,7 @@ class Backbone:
         argument: str = "",
     ):
         self.name = model.name_or_path or type(model).__name__
-        self.maps = 0
+        self.maps, self.classifier = 0, None
         self.model, self.missing = vision_tower(model, argument), set(missing)
         self.preprocessing, self.processor, self.size = None, None, size
         if processor is not None:
@@ -171,13 +172,16 @@ class Backbone:
         maps = feature_maps(output, self.layout, self.size)
         return Features(pool(output, self.pooling, self.layout), evenly(maps, self.maps))
 
-    def count_maps(self) -> int:
-        """Feature maps that this network can give: its stages, or layers where all are of one size."""
+    @torch.no_grad()
+    def example(self, maps: bool = False) -> Features:
+        """Features of two black images, in evaluation mode; with ``maps`` all that the network can give."""
         first = next(self.model.parameters())
         images = torch.zeros(2, 3, *self.size, dtype=first.dtype, device=first.device)
-        with torch.no_grad(), evaluating(self.model):
+        with evaluating(self.model):
+            if not maps:
+                return self.features(images)
             output = self.model(pixel_values=images, output_hidden_states=True, **self._kwargs)
-        return len(feature_maps(output, self.layout, self.size))
+        return Features(pool(output, self.pooling, self.layout), feature_maps(output, self.layout, self.size))
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
         """The full image processor: RGB images to ``(b, 3, h, w)``, as in evaluation and neighbour search."""

@@ -73,7 +73,18 @@ def _block_in_children(preemption: type) -> None:
     def mask(how: int) -> Callable:
         return lambda: preemption._watching and signal.pthread_sigmask(how, {signal.SIGTERM})
 
-    os.register_at_fork(before=mask(signal.SIG_BLOCK), after_in_parent=mask(signal.SIG_UNBLOCK))
+    def child() -> None:
+        if preemption._watching:
+            threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
+
+    os.register_at_fork(before=mask(signal.SIG_BLOCK), after_in_parent=mask(signal.SIG_UNBLOCK), after_in_child=child)
+
+
+def _end_when_the_parent_asks() -> None:
+    """SIGTERM from the process that made this one ends it, as ever; from anybody else it does nothing."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(128 + signal.SIGTERM)
 
 
 class Preemption(TrainerCallback):
@@ -81,7 +92,7 @@ class Preemption(TrainerCallback):
 
     A context manager: the signal is watched inside. The processes talk at each step, over gloo: a GPU need not wait.
     Schedulers send the signal to a run's loader workers as well, which die of it in torch's own handler, and the step
-    with them: they are born with the signal blocked.
+    with them: they are born with the signal blocked, and listen to their parent alone.
 
     Attributes:
         agreed: whether training ended because of the signal.

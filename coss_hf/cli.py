@@ -78,6 +78,8 @@ def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
             continue
         if key == "student_config_overrides" and isinstance(value, dict):
             value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
+        if key == "method" and isinstance(value, list):
+            value = " + ".join(_method(entry) for entry in value)
         if isinstance(value, bool):
             # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
             choices = key.endswith("_strategy")
@@ -89,6 +91,13 @@ def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
         else:
             words += [f"--{key}={value}"]
     return words
+
+
+def _method(entry: str | dict) -> str:
+    """``{name: rkd, beta: 2}`` as ``rkd(beta=2)``."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    return f"{entry.get('name')}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
 
 
 def to_dict(*parsed) -> dict:

@@ -11,6 +11,7 @@ from coss_hf.engines import check_engine
 from coss_hf.images import ImageSplits, load_images
 from coss_hf.loading import DTYPES, INITS, load_backbone
 from coss_hf.losses import LOSSES, SEPARABLE
+from coss_hf.losses.combination import Method, parse_methods
 from coss_hf.modeling import HEADS
 from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
@@ -134,7 +135,10 @@ class DistillationArguments(TrainingArguments):
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Start afresh where a run already is."})
     dry_run: bool = field(default=False, metadata={"help": "Resolve and print everything, then stop."})
 
-    method: str = field(default="coss", metadata={"help": f"One of {', '.join(LOSSES)}."})
+    method: str = field(
+        default="coss",
+        metadata={"help": f"{', '.join(LOSSES)}; several summed, with options: 'coss(lambda_ss=0.5, beta=50) + rkd'."},
+    )
     beta: float | None = field(default=None, metadata={"help": "Scale of the loss; default: the method's."})
     lambda_ss: float = field(default=1.0, metadata={"help": "Weight of space similarity (coss)."})
     head: str = field(default="auto", metadata={"help": "auto: mlp where dimensions differ.", "choices": list(HEADS)})
@@ -201,9 +205,11 @@ class DistillationArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.method not in LOSSES:
-            raise ValueError(f"--method={self.method!r} is unknown: choose one of {', '.join(LOSSES)}.")
-        if self.exact_accumulation and self.method not in SEPARABLE:
+        names = [method.name for method in self.methods]
+        for name in names:
+            if name not in LOSSES:
+                raise ValueError(f"--method={name!r} is unknown: choose one of {', '.join(LOSSES)}, or a sum of them.")
+        if self.exact_accumulation and (len(names) > 1 or names[0] not in SEPARABLE):
             raise ValueError(f"--exact_accumulation works with --method {', '.join(SEPARABLE)}, not {self.method}.")
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):
             if getattr(self, name):
@@ -233,6 +239,16 @@ class DistillationArguments(TrainingArguments):
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
                 f"one image: space similarity compares dimensions over a batch, use at least 2."
             )
+
+    @property
+    def methods(self) -> list[Method]:
+        """What ``method`` names, with ``beta`` and ``lambda_ss`` among the options."""
+        methods = parse_methods(self.method)
+        if self.beta is not None and len(methods) > 1:
+            raise ValueError(f"--beta={self.beta} of which? Write --method 'coss(beta=50) + rkd(beta=1)'.")
+        ours = {"coss": {"lambda_ss": self.lambda_ss}}
+        betas = {} if self.beta is None else {"beta": self.beta}
+        return [Method(name, ours.get(name, {}) | betas | options) for name, options in methods]
 
     @property
     def device(self) -> torch.device:

@@ -70,7 +70,9 @@ def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor,
     hidden = getattr(output, "reshaped_hidden_states", None) or output.hidden_states or ()
     if layout.tokens and hidden and hidden[0].dim() == 3:
         hidden = hidden[1:]  # the first is the embedding of patches, before any layer
-    maps = [_as_map(x, layout, size) for x in hidden]
+    # The last one as the embedding is made of it, behind a transformer's final norm.
+    last = output.last_hidden_state.permute(0, 3, 1, 2) if layout.channels_last else output.last_hidden_state
+    maps = [_as_map(x, layout, size) for x in (*hidden[:-1], last)] if hidden else []
     last_of_size = {x.shape[-2:]: x for x in maps}
     return tuple(last_of_size.values()) if len(last_of_size) > 1 else tuple(maps)
 

@@ -80,6 +80,8 @@ class DistillationModel(nn.Module):
         self.student, self.head, self.criterion = student.model, head, criterion
         for name, parameter in self.student.named_parameters():
             parameter.requires_grad_(name not in student.unused)
+        # DistributedDataParallel would overwrite each process's memories at every step with the first one's.
+        self._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name, _ in criterion.named_buffers()]
 
     def project(self, embedding: Tensor) -> Tensor:
         """Student embeddings ``(b, s)`` in the teacher's space ``(b, t)``."""

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
 
 from coss_hf.accumulation import add_rests, refuse_randomness, with_gradient_times
+from coss_hf.assembly import build_model
 from coss_hf.backbones import Backbone
 from coss_hf.checkpoints import NonFiniteLoss
 from coss_hf.config import DistillationArguments
@@ -25,8 +26,8 @@ from coss_hf.engines import (
 )
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
-from coss_hf.losses import build_loss
-from coss_hf.modeling import DistillationModel, projection_head
+from coss_hf.losses import OF_EMBEDDINGS
+from coss_hf.modeling import DistillationModel
 from coss_hf.saving import SavingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
 from coss_hf.views import ViewDataset, collate_views
@@ -63,10 +64,7 @@ class DistillationTrainer(SavingTrainer):
         if args.num_images is not None:
             args.max_steps = self.length.steps_for(args.num_images)
         self.teacher = teacher.freeze()
-        # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head.
-        set_seed(args.seed)
-        head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
-        model = DistillationModel(student, criterion or build_loss(args), head)
+        model = build_model(student, self.teacher, args, len(train_dataset), criterion)
         if args.exact_accumulation:
             refuse_randomness(student.model, student.size)
         if args.sync_batch_norm:
@@ -157,7 +155,10 @@ class DistillationTrainer(SavingTrainer):
     def _embed_teacher(self, views: Tensor) -> Features:
         with self.accelerator.autocast():
             dtype = next(self.teacher.model.parameters()).dtype
-            return self.teacher.features(self.teacher.normalize(views).to(dtype))
+            features = self.teacher.features(self.teacher.normalize(views).to(dtype))
+            if self.teacher.classifier is None:
+                return features
+            return features._replace(logits=self.teacher.classifier(features.embedding.float()))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -234,7 +235,8 @@ class DistillationTrainer(SavingTrainer):
             raise ValueError("evaluate() needs an evaluator: give --validation_size or a dataset with a test split.")
         self.collect()
         metrics, projected = self.evaluator(self.student, self.project)
-        metrics["eval_loss"] = self._eval_loss(projected)
+        if all(method.name in OF_EMBEDDINGS for method in self.args.methods):
+            metrics["eval_loss"] = self._eval_loss(projected)
         named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
         self._clock = None  # evaluation is no training time
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.queries))

@@ -15,6 +15,7 @@ LEVELS = [
     {"embedding", "engines", "store"},
     {"searching"},
     {"modeling", "config", "cli", "evaluation", "neighbors"},
+    {"assembly"},
     {"saving"},
     {"trainer"},
     {"report", "estimate"},

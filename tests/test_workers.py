@@ -1,10 +1,15 @@
 """Training does not depend on how many processes load the images, nor on whether they live on from epoch to epoch."""
 
+import multiprocessing
+import subprocess
+import time
+
 import numpy as np
 import pytest
 import torch
 
 import tests.helpers as h
+from coss_hf.checkpoints import Preemption
 
 WORKERS = {
     "none": {"dataloader_num_workers": 0},
@@ -105,3 +110,17 @@ def test_two_processes_share_out_the_views_of_one(tmp_path, image_parquet, netwo
     for rank in (0, 1):
         for batch, resumed in zip(halves[rank][1][2:], late[rank][1], strict=True):
             assert torch.equal(batch, resumed)
+
+
+def test_a_loader_worker_hears_sigterm_from_its_parent_alone():
+    """A scheduler's SIGTERM reaches workers too, and must not cost the step; a stuck worker must still end."""
+    with Preemption():
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,), daemon=True)
+        worker.start()
+    time.sleep(0.5)
+    subprocess.run(["kill", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert worker.exitcode == 143

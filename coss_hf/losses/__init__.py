@@ -1,25 +1,58 @@
 """One file a loss, one plain dictionary of names.
 
 A loss is a module called with student and teacher ``Features`` and the dataset indices of the images. It never holds
-a network and returns a dictionary of scalars with the key ``loss``.
+a network and returns a dictionary of scalars with the key ``loss``. Class attributes say what it needs:
+``uses_maps`` (feature maps, where a network gives them), ``needs_logits``, ``same_dim`` (embeddings of one dimension).
 """
+
+import inspect
 
 from torch import nn
 
+from coss_hf.features import Features
+from coss_hf.losses.combination import Method, SumLoss
 from coss_hf.losses.coss import CoSSLoss
 
 LOSSES = {
     "coss": CoSSLoss,
 }
-# Arguments of a run, beside beta, that a loss takes.
-OPTIONS = {
-    "coss": ("lambda_ss",),
-}
+# Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
+OF_EMBEDDINGS = ("coss", "rkd", "pkt", "dist", "bn")
 # Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
 SEPARABLE = ("coss",)
 
 
-def build_loss(args) -> nn.Module:
-    """The loss that ``DistillationArguments`` ask for."""
-    options = {name: getattr(args, name) for name in ("beta", *OPTIONS[args.method])}
-    return LOSSES[args.method](**{name: value for name, value in options.items() if value is not None})
+def build_loss(methods: list[Method], student: Features, teacher: Features, **given) -> nn.Module:
+    """The loss of one method, or the sum of several.
+
+    Args:
+        methods: names and options.
+        student, teacher: features of a few images, for the shapes of what a loss learns.
+        given: what else a loss may ask for by name: ``num_images``, ``batch_size``, ``classifier``.
+
+    Raises:
+        ValueError: an option that the method does not have, or a value that it refuses.
+    """
+    losses = {method.name: _build(method, given | _shapes(method.name, student, teacher)) for method in methods}
+    return SumLoss(losses) if len(losses) > 1 else losses[methods[0].name]
+
+
+def _build(method: Method, given: dict) -> nn.Module:
+    takes = inspect.signature(LOSSES[method.name]).parameters
+    options = [name for name in takes if name not in given]
+    for name in method.options:
+        if name not in options:
+            raise ValueError(f"--method={method}: {method.name} has no option {name!r}; it has {', '.join(options)}.")
+    try:
+        return LOSSES[method.name](**{name: given[name] for name in takes if name in given}, **method.options)
+    except TypeError as error:
+        raise ValueError(f"--method={method}: {error}.") from error
+
+
+def _shapes(name: str, student: Features, teacher: Features) -> dict:
+    """Channels and heights of the maps that a method compares, or dimensions of the embeddings."""
+    if LOSSES[name].uses_maps and student.maps:
+        s, t = (x.maps[len(x.maps) // 2 if name == "hint" else -1] for x in (student, teacher))
+        return {"student_dim": s.shape[1], "teacher_dim": t.shape[1], "heights": (s.shape[2], t.shape[2])}
+    s, t = student.embedding, teacher.embedding
+    return {"student_dim": s.shape[1], "teacher_dim": t.shape[1], "heights": None}

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
+from coss_hf.losses.common import check_weights
 
 EPS = 1e-12
 
@@ -54,13 +55,14 @@ def mean_cosines(s: Tensor, t: Tensor, rest: Tensor | None = None) -> tuple[Tens
 class CoSSLoss(nn.Module):
     """Space-similarity distillation loss.
 
-    ``loss = beta * (L_co + lambda_ss * L_ss)`` with ``L_co = -mean_i cos(S[i, :], T[i, :])`` over images and
-    ``L_ss = -mean_j cos(S[:, j], T[:, j])`` over feature dimensions. ``L_ss`` is a statistic of the whole batch: over
-    several processes both terms are those of the global batch, from three all-reduced vectors of length d.
+    ``loss = beta * (lambda_co * L_co + lambda_ss * L_ss)`` with ``L_co = -mean_i cos(S[i, :], T[i, :])`` over images
+    and ``L_ss = -mean_j cos(S[:, j], T[:, j])`` over feature dimensions. ``L_ss`` is a statistic of the whole
+    batch: over several processes both terms are those of the global batch, from three all-reduced vectors of length d.
 
     Args:
         beta: scale of the whole loss (50 in the authors' CIFAR code).
         lambda_ss: weight of the space term.
+        lambda_co: weight of the feature term; 1 in the paper but for the ablation of its Table 2.
 
     Call with student and teacher ``Features`` whose embeddings are ``(b, d)``; ``index`` is not used; ``rest``, with
     exact accumulation, holds the ``totals`` of the other micro-batches. Computed in float32 or wider. Returns scalars
@@ -74,15 +76,17 @@ class CoSSLoss(nn.Module):
         (arXiv:2409.13939), Algorithm 1. Original code: github.com/paganpasta/coss-pytorch.
     """
 
-    def __init__(self, beta: float = 50.0, lambda_ss: float = 1.0):
+    uses_maps = False
+    needs_logits = False
+    same_dim = True
+
+    def __init__(self, beta: float = 50.0, lambda_ss: float = 1.0, lambda_co: float = 1.0):
         super().__init__()
-        for name, value in (("beta", beta), ("lambda_ss", lambda_ss)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(f"{name}={value} must be a finite number >= 0.")
-        self.beta, self.lambda_ss = beta, lambda_ss
+        check_weights(beta=beta, lambda_ss=lambda_ss, lambda_co=lambda_co)
+        self.beta, self.lambda_ss, self.lambda_co = beta, lambda_ss, lambda_co
 
     def extra_repr(self) -> str:
-        return f"beta={self.beta}, lambda_ss={self.lambda_ss}"
+        return f"beta={self.beta}, lambda_ss={self.lambda_ss}, lambda_co={self.lambda_co}"
 
     def totals(self, student: Features, teacher: Features) -> Tensor:
         """Sums ``(2 + 3d,)`` of this batch that a ``rest`` is added up from; see ``cosine_totals``."""
@@ -92,7 +96,7 @@ class CoSSLoss(nn.Module):
         self, student: Features, teacher: Features, index: Tensor | None = None, rest: Tensor | None = None
     ) -> dict[str, Tensor]:
         co, ss = mean_cosines(*self._embeddings(student, teacher), rest)
-        return {"loss": -self.beta * (co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
+        return {"loss": -self.beta * (self.lambda_co * co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
 
     def _embeddings(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
         s, t = student.embedding, teacher.embedding.detach()

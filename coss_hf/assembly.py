@@ -1,0 +1,44 @@
+"""What a run trains, put together from its networks and arguments."""
+
+from torch import nn
+from transformers import set_seed
+
+from coss_hf.backbones import Backbone
+from coss_hf.config import DistillationArguments
+from coss_hf.losses import LOSSES, build_loss
+from coss_hf.modeling import DistillationModel, projection_head
+
+
+def build_model(
+    student: Backbone, teacher: Backbone, args: DistillationArguments, num_images: int, criterion: nn.Module | None
+) -> DistillationModel:
+    """Student, head and loss of a run, seeded, with as many feature maps of both networks as the methods need.
+
+    Args:
+        num_images: of the training set.
+        criterion: a loss to take instead of ``args.method``.
+
+    Raises:
+        ValueError: what a method needs and a network does not have; a head that no method uses.
+    """
+    # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head and one loss.
+    set_seed(args.seed)
+    needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+    maps = [getattr(one, "uses_maps", False) for one in needs]
+    if any(maps):
+        student.maps = teacher.maps = min(len(network.example(maps=True).maps) for network in (student, teacher))
+        # What lies behind the last map compared gets no gradient.
+        args.ddp_find_unused_parameters = True
+    if criterion is None and not any(one.same_dim for one in needs) and args.head == "auto":
+        head = None
+    else:
+        head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
+    if head is not None and all(maps):
+        raise ValueError(f"--head={args.head}: {args.method} compares feature maps, not the head's embeddings.")
+    if criterion is None:
+        examples = [backbone.example() for backbone in (student, teacher)]
+        if head is not None:
+            examples[0] = examples[0]._replace(embedding=head(examples[0].embedding))
+        given = {"num_images": num_images, "batch_size": args.images_per_batch, "classifier": teacher.classifier}
+        criterion = build_loss(args.methods, *examples, **given)
+    return DistillationModel(student, criterion, head)
