@@ -47,3 +47,30 @@ def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Maps ``(b, c, h, w)`` of one size: the larger is averaged down to the smaller."""
     size = min(student.shape[-2:], teacher.shape[-2:])
     return tuple(x if x.shape[-2:] == size else adaptive_avg_pool2d(x, size) for x in (student, teacher))
+
+
+def last_maps(method: str, student: Features, teacher: Features, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The last map of each network, widened; where a network gives none, its embedding as a map ``(b, d, 1, 1)``.
+
+    Raises:
+        ValueError: numbers of channels other than ``dims``, those the loss was made for.
+    """
+    s, t = (x.maps[-1] if x.maps else x.embedding[:, :, None, None] for x in (student, teacher))
+    if (s.shape[1], t.shape[1]) != tuple(dims):
+        raise ValueError(
+            f"--method {method} was made with student_dim={dims[0]} and teacher_dim={dims[1]}, but its maps have "
+            f"{s.shape[1]} and {t.shape[1]} channels: give the channels of the networks' last maps."
+        )
+    return widen(s, t)
+
+
+def unit(x: Tensor) -> Tensor:
+    """Vectors along the last dimension at length 1, norms clamped at 1e-12.
+
+    A vector that is exactly zero has no direction: it stays zero and gets no gradient, where the literal derivative
+    would be 1e12.
+    """
+    squares = x.square().sum(-1, keepdim=True)
+    zero = squares == 0
+    # sqrt has an infinite slope at 0: keep it out of the graph.
+    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, squares).sqrt().clamp_min(1e-12))
