@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
 
 
@@ -14,6 +15,13 @@ def check_weights(**weights: float) -> None:
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value} must be a finite number >= 0.")
+
+
+def check_positive(**values: float) -> None:
+    """Raises ValueError for a temperature or a count that is not positive or not finite."""
+    for name, value in values.items():
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value} must be a finite number > 0.")
 
 
 @contextlib.contextmanager
@@ -27,6 +35,27 @@ def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Both in their common type, float32 at least; the teacher's without gradient."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+def embeddings_of_one_shape(method: str, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
+    """Both embeddings, widened.
+
+    Raises:
+        ValueError: embeddings that are not both ``(b, d)``.
+    """
+    s, t = student.embedding, teacher.embedding
+    if s.dim() != 2 or s.shape != t.shape:
+        raise ValueError(
+            f"--method {method} compares embeddings of one shape (b, d), got student {tuple(s.shape)} and teacher "
+            f"{tuple(t.shape)}: give the student a head (--head) of the teacher's dimension."
+        )
+    return widen(s, t)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Mean of one value an image, ``(b,)``, over the images of all processes, with a gradient; ``b`` may differ."""
+    total, count = all_reduce_sum(torch.stack([values.sum(), values.new_full((), len(values))]))
+    return total / count
 
 
 def pairs_of_maps(method: str, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
