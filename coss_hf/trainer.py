@@ -212,9 +212,10 @@ class DistillationTrainer(SavingTrainer):
         self._stop_if_not_finite()
         if "loss" in logs and self._parts_steps:
             names = list(self._parts)
-            means = torch.stack([self._parts[name].float() for name in names]) / self._parts_steps
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs |= dict(zip(names, means))
+            if names:  # a loss of one part has none to name
+                means = torch.stack([self._parts[name].float() for name in names]) / self._parts_steps
+                means = self.accelerator.reduce(means, reduction="mean").tolist()
+                logs |= dict(zip(names, means))
             self._parts, self._parts_steps = {}, 0
             now, seen = time.perf_counter(), self.images_seen
             logs["images_per_second"] = round((seen - self._clock[1]) / (now - self._clock[0]), 1)

@@ -10,14 +10,26 @@ import inspect
 from torch import nn
 
 from coss_hf.features import Features
+from coss_hf.losses.at import ATLoss
 from coss_hf.losses.combination import Method, SumLoss
 from coss_hf.losses.coss import CoSSLoss
+from coss_hf.losses.dist import DISTLoss
+from coss_hf.losses.nst import NSTLoss
+from coss_hf.losses.pkt import PKTLoss
+from coss_hf.losses.rkd import RKDLoss
+from coss_hf.losses.sp import SPLoss
 
 LOSSES = {
     "coss": CoSSLoss,
+    "at": ATLoss,
+    "dist": DISTLoss,
+    "nst": NSTLoss,
+    "pkt": PKTLoss,
+    "rkd": RKDLoss,
+    "sp": SPLoss,
 }
 # Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
-OF_EMBEDDINGS = ("coss", "rkd", "pkt", "dist", "bn")
+OF_EMBEDDINGS = ("coss", "dist", "pkt", "rkd")
 # Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
 SEPARABLE = ("coss",)
 
@@ -50,9 +62,7 @@ def _build(method: Method, given: dict) -> nn.Module:
 
 
 def _shapes(name: str, student: Features, teacher: Features) -> dict:
-    """Channels and heights of the maps that a method compares, or dimensions of the embeddings."""
-    if LOSSES[name].uses_maps and student.maps:
-        s, t = (x.maps[len(x.maps) // 2 if name == "hint" else -1] for x in (student, teacher))
-        return {"student_dim": s.shape[1], "teacher_dim": t.shape[1], "heights": (s.shape[2], t.shape[2])}
-    s, t = student.embedding, teacher.embedding
-    return {"student_dim": s.shape[1], "teacher_dim": t.shape[1], "heights": None}
+    """Channels of the last maps where a method reads maps, else dimensions of the embeddings."""
+    with_maps = LOSSES[name].uses_maps and student.maps
+    s, t = (x.maps[-1] if with_maps else x.embedding for x in (student, teacher))
+    return {"student_dim": s.shape[1], "teacher_dim": t.shape[1]}
