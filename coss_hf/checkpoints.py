@@ -25,7 +25,15 @@ class RunStopped(RuntimeError):
 
 
 class NonFiniteLoss(RunStopped):
-    """The loss became NaN or infinite; the message names the step and the images."""
+    """The loss became NaN or infinite; the message names the step and the images.
+
+    Attributes:
+        found: whether images of this process are to blame.
+    """
+
+    def __init__(self, message: str, found: bool = False):
+        super().__init__(message)
+        self.found = found
 
 
 class CheckpointError(RunStopped):

@@ -122,6 +122,6 @@ def stopped_run_exits():
     try:
         yield
     except RunStopped as error:
-        if os.environ.get("RANK", "0") == "0" or error.__cause__:
+        if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

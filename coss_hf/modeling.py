@@ -113,8 +113,8 @@ class DistillationModel(nn.Module):
             only_totals: return this batch's ``totals`` and no loss.
 
         Returns:
-            ``loss`` and its named parts, and ``cosine_sample`` and ``cosine_dimension``, the mean cosine similarity to
-            the teacher per image and per feature dimension.
+            ``loss`` and its named parts; ``finite`` ``(b,)``, whether each image's features are; ``cosine_sample`` and
+            ``cosine_dimension``, the mean cosine similarity to the teacher per image and per feature dimension.
         """
         pixels = self.backbone.normalize(pixel_values).to(next(self.student.parameters()).dtype)
         features = self.backbone.features(pixels)
@@ -122,6 +122,7 @@ class DistillationModel(nn.Module):
         if only_totals:
             return {"totals": self.criterion.totals(student, teacher)}
         output = self.criterion(student, teacher, index, **({} if rest is None else {"rest": rest}))
+        output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
         if "l_co" in output:
             cosines = -output["l_co"].detach(), -output["l_ss"].detach()
         elif student.embedding.shape == teacher.embedding.shape:

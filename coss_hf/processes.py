@@ -33,6 +33,17 @@ class Processes:
         return values
 
     @contextlib.contextmanager
+    def first(self, main: bool):
+        """Lets those with ``main`` (one of each machine, whose disk the others read) through the block first."""
+        if not main:
+            self.gather(None)
+        try:
+            yield
+        finally:
+            if main:
+                self.gather(None)
+
+    @contextlib.contextmanager
     def together(self):
         """Leaves the block when every process has; what goes wrong on one is raised on all."""
         error = None

@@ -71,6 +71,35 @@ class SavingTrainer(Trainer):
                 save_file(tensors, path, metadata={"format": "pt"})
         torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As stock.
+
+        Raises:
+            CheckpointError: on every process, where one could not write; before any of them waits for another.
+        """
+        error = None
+        try:
+            if self.is_deepspeed_enabled and self.deepspeed is None:  # a finished run: nothing was wrapped
+                self._save(output_dir)
+            else:
+                super().save_model(output_dir, _internal_call)
+        except NonFiniteLoss:
+            raise
+        except Exception as e:  # each library has an error of its own for a full disk
+            error = e
+        if any_process(error is not None):
+            raise self._not_written(output_dir or self.args.output_dir, error) from error
+
+    def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
+        if isinstance(error, CheckpointError):
+            error = error.__cause__
+        earlier = find_checkpoint(self.args.output_dir, "auto")
+        return CheckpointError(
+            f"{path} could not be written: {error or 'another process failed'}. "
+            + (f"{earlier} is whole" if earlier else "No checkpoint was written before")
+            + "; put that right (make room on a full disk) and give the same command with --resume_from_checkpoint."
+        )
+
     def _save_checkpoint(self, model, trial) -> None:
         """As stock, which writes in place: a run killed there would leave half a checkpoint."""
         self.store_flos()
@@ -89,12 +118,7 @@ class SavingTrainer(Trainer):
         if any_process(error is not None):
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
-            earlier = find_checkpoint(str(run_dir), "auto")
-            raise CheckpointError(
-                f"{final} could not be written: {error or 'another process failed'}. "
-                + (f"{earlier} is whole" if earlier else "No checkpoint was written before")
-                + "; put that right (make room on a full disk) and give the same command with --resume_from_checkpoint."
-            ) from error
+            raise self._not_written(final, error) from error
         if self.args.should_save:
             publish(unfinished, final)
         self.accelerator.wait_for_everyone()

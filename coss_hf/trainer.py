@@ -123,7 +123,7 @@ class DistillationTrainer(SavingTrainer):
         """Starts the running means, the clock and the watch over losses anew."""
         self._parts: dict[str, Tensor] = {}
         self._parts_steps = 0
-        self._suspects: list[tuple[int, Tensor, Tensor]] = []
+        self._suspects: list[tuple[int, Tensor, Tensor, Tensor]] = []
         self._clock = None
 
     # ---- a step ----
@@ -139,12 +139,12 @@ class DistillationTrainer(SavingTrainer):
         exact = "rest" in inputs
         teacher = Features(inputs["teacher"]) if exact else self._embed_teacher(views)
         outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
-        loss = outputs["loss"]
+        loss, finite = outputs["loss"], outputs.pop("finite")
         for name, value in outputs.items():
             if name != "loss":
                 self._parts[name] = self._parts.get(name, 0) + value.detach()
         self._parts_steps += 1
-        self._suspects.append((self.state.global_step + 1, loss.detach(), inputs["index"]))
+        self._suspects.append((self.state.global_step + 1, loss.detach(), inputs["index"], finite))
         if loss.device.type == "cpu":
             self._stop_if_not_finite()
         if exact and model.training:
@@ -170,13 +170,20 @@ class DistillationTrainer(SavingTrainer):
     def _stop_if_not_finite(self) -> None:
         """Reads the losses since the last look; on a GPU only when logging or saving, since a look waits for it."""
         suspects, self._suspects = self._suspects, []
-        if not suspects or torch.stack([loss for _, loss, _ in suspects]).isfinite().all():
+        if not suspects or torch.stack([loss for _, loss, *_ in suspects]).isfinite().all():
             return
-        step, loss, index = next(s for s in suspects if not s[1].isfinite())
-        names = self.train_dataset.names(index.tolist()[:8])
+        step, loss = next((step, loss) for step, loss, *_ in suspects if not loss.isfinite())
+        # The loss is that of all micro-batches and processes: only an image's own features say whether it is to blame.
+        batches = [(index, finite) for other, _, index, finite in suspects if other == step]
+        index, finite = (torch.cat(parts) for parts in zip(*batches))
+        blamed = index[~finite].tolist()
+        names = self.train_dataset.names((blamed or index.tolist())[:8])
+        whose = "whose features are not finite" if blamed else "of that step (features of all of them are finite)"
         raise NonFiniteLoss(
-            f"The loss is {loss.item()} at step {step}; nothing was saved after it. Images of that batch: "
-            f"{', '.join(names)}{', ...' if len(index) > 8 else ''}. Lower --learning_rate or --beta, or use float32."
+            f"The loss is {loss.item()} at step {step}; nothing was saved after it. Images {whose}: "
+            f"{', '.join(names)}{', ...' if len(blamed or index) > 8 else ''}. Lower --learning_rate or --beta, or use "
+            f"float32.",
+            found=bool(blamed),
         )
 
     # ---- optimiser and schedule ----

@@ -25,6 +25,7 @@ from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import check_neighbors, check_pool
 from coss_hf.neighbors import nearest_neighbors
+from coss_hf.processes import Processes
 from coss_hf.report import write_pictures, write_record
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
@@ -33,7 +34,7 @@ from coss_hf.views import ViewDataset
 def prepare(models: ModelArguments, data: DataArguments, args: DistillationArguments):
     """Everything up to the first training step; all bad input is found here, what is cheap to find first."""
     refuse_overwriting(args)
-    with args.main_process_first(desc="images"):
+    with Processes().first(args.local_process_index == 0):
         splits = data.load()
     teacher = models.load_teacher()
     set_seed(args.seed)

@@ -1,5 +1,6 @@
 """A run that dies goes on from its last whole checkpoint, to the same student bit for bit: real processes, killed."""
 
+import contextlib
 import json
 import os
 import random
@@ -106,6 +107,29 @@ def test_sigterm_saves_the_step_and_ends_with_143(world, tmp_path, set_up):
     h.assert_same(student, uninterrupted(world, *set_up))
 
 
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+    """For processes started inside: writing more fails with an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_ends_all_processes(world, tmp_path):
+    uninterrupted(world, 1, 2)  # fills the cache
+    with no_file_larger_than((world["folder"] / "whole-(1, 2)" / "model.safetensors").stat().st_size // 2):
+        process = start(world, tmp_path / "run", 2, 0)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "could not be written" in err, err
+    assert "[rank0]: Traceback" not in err and "[rank1]: Traceback" not in err
+    assert not list((tmp_path / "run").glob("*checkpoint-*"))
+
+
 def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
     output = tmp_path / "run"
     whole = uninterrupted(world, 1, 2)
@@ -113,18 +137,16 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
     shutil.copytree(world["folder"] / "whole-(1, 2)" / earlier, output / earlier)
     size = (output / earlier / "model.safetensors").stat().st_size
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit: writing fails with an error
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, before[1]))
-    try:
+    with no_file_larger_than(size // 2):
         process = start(world, output, 1, 0)  # workers pass images through files, too
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-    out, err = process.communicate(timeout=120)
+        final = start(world, tmp_path / "final", 1, 0, "--save_strategy=no")
+    err = process.communicate(timeout=120)[1]
     assert process.returncode == 1, err
     assert "could not be written" in err and f"{earlier} is whole" in err and "Traceback" not in err
     assert not list(output.glob("unfinished-*"))
+    err = final.communicate(timeout=120)[1]
+    assert final.returncode == 1 and "final could not be written" in err and "Traceback" not in err, err
+    assert "No checkpoint was written before" in err
     _, student = finish(world, output, 1, 2)
     h.assert_same(student, whole)
 

@@ -75,6 +75,26 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, image_parquet, networ
     assert all(t.isfinite().all() for t in load_file(tmp_path / "out/checkpoint-2/model.safetensors").values())
 
 
+class NotANumber(nn.Module):
+    """CoSS to which the embedding of one image is given as NaN."""
+
+    def __init__(self, row: int):
+        super().__init__()
+        self.coss, self.row = LOSSES["coss"](), row
+
+    def forward(self, student, teacher, index):
+        student.embedding.data[index == self.row] = float("nan")
+        return self.coss(student, teacher, index)
+
+
+def test_the_images_to_blame_are_named(tmp_path, image_parquet, networks):
+    """The loss of the whole epoch, in micro-batches, is NaN for all of them: only the image's own features tell."""
+    options = {"max_steps": 1, "gradient_accumulation_steps": 6, "criterion": NotANumber(17)}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    with pytest.raises(NonFiniteLoss, match="at step 1; .* Images whose features are not finite: .*row 17. Lower"):
+        trainer.train()
+
+
 def test_fewer_images_than_a_batch(tmp_path, image_parquet, networks):
     with pytest.raises(ValueError, match="per_device_train_batch_size=64.*48 images"):
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, per_device_train_batch_size=64)
