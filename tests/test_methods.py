@@ -93,3 +93,15 @@ def test_every_network_gives_maps(name):
         backbone.maps = 0
         assert torch.equal(features.embedding, backbone.features(pixels).embedding)
     assert len(features.maps) == 2 and features.maps[-1].shape[1:] == maps[-1].shape[1:]
+
+
+def test_what_a_loss_learns_is_trained_and_resumed(tmp_path, image_parquet, networks):
+    options = {"method": "vid", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+    runs = []
+    for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
+        trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
+        start = trainer.model.criterion.log_scale.detach().clone()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        assert not torch.equal(start, trainer.model.criterion.log_scale)
+        runs.append({name: value.clone() for name, value in h.state(trainer).items()})
+    h.assert_same(*runs)

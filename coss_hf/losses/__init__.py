@@ -18,6 +18,7 @@ from coss_hf.losses.nst import NSTLoss
 from coss_hf.losses.pkt import PKTLoss
 from coss_hf.losses.rkd import RKDLoss
 from coss_hf.losses.sp import SPLoss
+from coss_hf.losses.vid import VIDLoss
 
 LOSSES = {
     "coss": CoSSLoss,
@@ -27,6 +28,7 @@ LOSSES = {
     "pkt": PKTLoss,
     "rkd": RKDLoss,
     "sp": SPLoss,
+    "vid": VIDLoss,
 }
 # Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
 OF_EMBEDDINGS = ("coss", "dist", "pkt", "rkd")
