@@ -135,3 +135,30 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     panels[-1].set_xlabel(axis.replace("_", " "), fontsize=9, color=MUTED)
     figure.tight_layout()
     figure.savefig(path, format="png")
+
+
+def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, title: str) -> None:
+    """Write a PNG with a line a method: a dot a seed, and a stroke at their mean, the best on top.
+
+    Args:
+        path: of the PNG.
+        rows: results by method, the best first; those without the metric are left out.
+        metric: a fraction in [0, 1].
+        title: what was compared, on what.
+    """
+    values = {name: [100 * row[metric] for row in group if row.get(metric) is not None] for name, group in rows.items()}
+    values = {name: some for name, some in values.items() if some}
+    figure = _figure(7, 0.9 + 0.28 * len(values))
+    axes = figure.add_subplot()
+    for height, some in enumerate(reversed(values.values())):
+        axes.plot(some, [height] * len(some), "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot([sum(some) / len(some)] * 2, [height - 0.3, height + 0.3], color=TEXT, linewidth=1.5)
+    axes.set_yticks(range(len(values)), reversed(values), fontsize=9, color=TEXT)
+    axes.set_xlabel(f"{metric.removeprefix('eval_')} (%)", fontsize=9, color=MUTED)
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(OTHER)
+    figure.tight_layout()
+    figure.savefig(path, format="png")

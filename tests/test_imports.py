@@ -19,6 +19,7 @@ LEVELS = [
     {"saving"},
     {"trainer"},
     {"report", "estimate"},
+    {"study"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -4,12 +4,14 @@ from torch import Tensor
 
 from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
+from coss_hf.evaluation.linear import linear_evaluation
 from coss_hf.evaluation.probe import linear_probe
 
 __all__ = [
     "evaluate_embeddings",
     "knn_accuracy",
     "knn_predict",
+    "linear_evaluation",
     "linear_probe",
     "mean_cosine",
     "nearest",
@@ -29,6 +31,7 @@ def evaluate_embeddings(
     bank_labels: Tensor | None = None,
     test_labels: Tensor | None = None,
     projected: Tensor | None = None,
+    linear: bool = False,
 ) -> dict[str, float | None]:
     """All metrics of one network.
 
@@ -39,6 +42,7 @@ def evaluate_embeddings(
         bank_labels: ``(n,)`` class numbers of the bank.
         test_labels: ``(m,)`` class numbers of the test images.
         projected: ``(m, d_t)`` the student's embeddings through its head, for the cosine.
+        linear: with labels also ``eval_linear``, the paper's linear evaluation.
 
     Returns:
         ``eval_overlap10`` and ``eval_cosine``, and where the bank and both labels are given ``eval_knn10``,
@@ -54,6 +58,8 @@ def evaluate_embeddings(
         scores = knn_accuracy(student_bank, bank_labels, student, test_labels, ks) if ks else {}
         results |= {f"eval_knn{k}": scores.get(f"knn{k}") for k in KS}
         results["eval_probe"] = linear_probe(student_bank, bank_labels, student, test_labels)["accuracy"]
+        if linear:
+            results["eval_linear"] = linear_evaluation(student_bank, bank_labels, student, test_labels)
     enough = len(student) > OVERLAP_K
     results[f"eval_overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
     aligned = student if projected is None else projected
@@ -70,6 +76,7 @@ COLUMNS = {
     "eval_knn10": ("k-NN 10", _percent),
     "eval_knn20": ("k-NN 20", _percent),
     "eval_probe": ("linear probe", _percent),
+    "eval_linear": ("linear evaluation", _percent),
     "eval_overlap10": ("overlap 10", _percent),
     "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
 }

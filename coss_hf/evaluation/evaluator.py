@@ -34,6 +34,7 @@ class Evaluator:
         bank: training images, the k-NN bank and the probe's training set.
         batch_size: images a forward pass.
         num_workers: processes that decode.
+        linear: see ``evaluate_embeddings``.
     """
 
     def __init__(
@@ -46,10 +47,11 @@ class Evaluator:
         bank: Dataset | None = None,
         batch_size: int = 256,
         num_workers: int = 0,
+        linear: bool = False,
     ):
         self.teacher, self.queries, self.image_column = teacher, queries, image_column
         self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.bank, self.labels = None, {}
+        self.bank, self.labels, self.linear = None, {}, linear
         if label_column and bank is not None:
             splits = {"test_labels": queries, "bank_labels": bank}
             labels = {name: rows[label_column][:] for name, rows in splits.items()}
@@ -85,7 +87,7 @@ class Evaluator:
         with torch.no_grad():
             projected = project(queries) if project else None
         metrics = evaluate_embeddings(
-            queries, self.teacher_queries, student_bank=bank, projected=projected, **self.labels
+            queries, self.teacher_queries, student_bank=bank, projected=projected, linear=self.linear, **self.labels
         )
         return metrics, queries if projected is None else projected
 

@@ -1,0 +1,108 @@
+"""Choices, means with intervals, and the tables that show them."""
+
+import math
+import statistics
+from collections.abc import Callable
+
+from coss_hf.evaluation import COLUMNS
+
+# 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
+T_QUANTILES = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+METRICS = ("eval_linear", "eval_probe", "eval_knn10", "eval_knn20", "eval_overlap10", "eval_cosine")
+
+
+def half_interval(values: list[float]) -> float:
+    """Half the width of the 95 % t-interval of a mean; infinite for a single value."""
+    if len(values) < 2:
+        return math.inf
+    return T_QUANTILES[min(len(values) - 2, 29)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def best(rows: list[dict], metric: str) -> dict | None:
+    """The row with the highest value, the first of equals; None where none has one."""
+    scored = [row for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
+    return max(scored, key=lambda row: row[metric], default=None)
+
+
+def ranked(rows: list[dict], metric: str) -> dict[str, list[dict]]:
+    """Rows by method, the highest mean first; methods without a value last."""
+    groups: dict[str, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(row["method"], []).append(row)
+
+    def mean(name: str) -> float:
+        values = [row[metric] for row in groups[name] if row.get(metric) is not None]
+        return statistics.fmean(values) if values else -math.inf
+
+    return {name: groups[name] for name in sorted(groups, key=mean, reverse=True)}
+
+
+def difference(rows: list[dict], other: list[dict], metric: str) -> tuple[float, float] | None:
+    """Mean difference of two methods paired by seed, and half of its 95 % interval; None without a common seed."""
+    seeds = {row["seed"]: row[metric] for row in other if row.get(metric) is not None}
+    pairs = [row[metric] - seeds[row["seed"]] for row in rows if row.get(metric) is not None and row["seed"] in seeds]
+    return (statistics.fmean(pairs), half_interval(pairs)) if pairs else None
+
+
+def _cell(rows: list[dict], metric: str) -> str:
+    values = [row[metric] for row in rows if row.get(metric) is not None]
+    if not values:
+        return "-"
+    factor, digits = (1, 3) if metric == "eval_cosine" else (100, 1)
+    text = f"{factor * statistics.fmean(values):.{digits}f}"
+    half = half_interval(values)
+    return f"{text} ± {factor * half:.{digits}f}" if math.isfinite(half) else text
+
+
+def markdown(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None) -> str:
+    """A ranked table: a line a method, means over seeds with 95 % t-intervals.
+
+    Args:
+        rows: results of cells of one pair and split.
+        metric: that ranks.
+        extra: more columns, from the method's name.
+    """
+    extra = extra or {}
+    metrics = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
+    header = ["method", "scale", "seeds", *(COLUMNS[name][0] for name in metrics), *extra]
+    lines = [header, ["---", "---:", "---:", *["---:"] * (len(metrics) + len(extra))]]
+    for name, group in ranked(rows, metric).items():
+        scales = ", ".join(sorted({f"{row['scale']:g}" for row in group}))
+        scores = [_cell(group, one) for one in metrics]
+        failed = sum("failed" in row for row in group)
+        seeds = f"{len(group)} ({failed} failed)" if failed else str(len(group))
+        lines.append([name, scales, seeds, *scores, *(column(name) for column in extra.values())])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def pair_section(
+    title: str, rows: list[dict], chosen: list[dict], metric: str, held_out: int, published: dict[str, float]
+) -> str:
+    """Markdown of a pair: what was reported, what was chosen, and the paper's figures as what they are.
+
+    Args:
+        title: with networks, images seen and budget.
+        rows, chosen: results on test and on held-out images.
+        metric: that chose and ranks.
+        held_out: number of images that chose.
+        published: by row, top-1 in %.
+    """
+    tried = max(row["images_seen"] for row in chosen)
+    parts = [
+        f"## {title}",
+        f"On test images, in %, means over seeds with 95 % t-intervals; scales chosen on {held_out:,} held-out images "
+        f"by {metric}.",
+        markdown(rows, metric),
+        f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
+        markdown(chosen, metric),
+    ]
+    if published:
+        table = [list(published), ["---:"] * len(published), [f"{value:.2f}" for value in published.values()]]
+        parts += [
+            "### Published: CIFAR-100 (lossless), 240 epochs, the best scale on test, linear top-1",
+            "\n".join("| " + " | ".join(line) + " |" for line in table),
+        ]
+    return "\n\n".join(parts)

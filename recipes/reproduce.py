@@ -1,0 +1,141 @@
+"""The paper's tables on a dataset of yours: pairs x methods x scales of the loss, and fresh seeds for the report.
+
+    python recipes/reproduce.py --table 1 --dataset path/to/cifar --output_dir table1
+
+    python recipes/reproduce.py --table 1 --dataset ../shared/data/cifar10 --pairs resnet20/resnet56 \
+        --teacher runs/teacher-resnet56 --scales 0.5 1 4 --finalists 4 --budget 0.005 --jobs 2 --use_cpu \
+        --output_dir runs/table1
+
+Scales are chosen on --validation_size images held out of train with one seed, then reported with other seeds on test
+images, which are read once a reported cell. Labels serve evaluation alone. The same command goes on where it stopped;
+finished cells are never run twice. --budget is a share of the paper's 240 epochs.
+"""
+
+import dataclasses
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coss_hf.cli import bad_input_exits, parse
+from coss_hf.config import DataArguments, ModelArguments
+from coss_hf.plots import method_plot
+from coss_hf.report import command
+from coss_hf.study import paper
+from coss_hf.study.cells import Setting, load
+from coss_hf.study.sweep import Sweep
+from coss_hf.study.tables import best, pair_section, ranked
+
+
+@dataclass
+class ReproduceArguments:
+    """What to run, and how much of it."""
+
+    table: int = field(default=1, metadata={"help": "Of the supplementary document.", "choices": [1, 2, 3, 4]})
+    pairs: list[str] | None = field(default=None, metadata={"help": "student/teacher; default: the table's."})
+    methods: list[str] | None = field(default=None, metadata={"help": "Rows of the table; default: all."})
+    scales: list[float] = field(default_factory=lambda: list(paper.SCALES), metadata={"help": "Of each method's beta."})
+    seeds: int = field(default=3, metadata={"help": "Seeds of a reported row: 1, 2, ...; 0 chooses."})
+    finalists: int | None = field(default=None, metadata={"help": "Report only so many best rows, and CoSS."})
+    budget: float = field(default=1.0, metadata={"help": "Share of the paper's 240 epochs of a reported run."})
+    choice_budget: float | None = field(default=None, metadata={"help": "The same of a choosing run; default: budget."})
+    metric: str = field(default="eval_linear", metadata={"help": "That chooses and ranks."})
+    teacher: str | None = field(default=None, metadata={"help": "Of a single pair; default: trained first."})
+    teacher_epochs: int = field(default=paper.EPOCHS, metadata={"help": "Of a teacher that is trained first."})
+    jobs: int = field(default=1, metadata={"help": "Cells side by side."})
+    output_dir: str = field(default="reproduced", metadata={"help": "Results, table, plot; checkpoints while it runs."})
+    use_cpu: bool = field(default=False, metadata={"help": "Not the GPU."})
+    bf16: bool = field(default=False, metadata={"help": "Autocast in training; evaluation is in float32."})
+    channels_last: bool = field(default=False, metadata={"help": "Memory layout; quicker on most machines."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile both networks."})
+
+
+def check(args: ReproduceArguments, data: DataArguments) -> None:
+    """Raises ValueError for what cannot be run."""
+    rows = paper.ROWS[args.table]
+    args.pairs = args.pairs or list(paper.PUBLISHED[args.table])
+    args.methods = args.methods or list(rows)
+    for flag, given, known in (("pairs", args.pairs, paper.PAIRS), ("methods", args.methods, rows)):
+        for name in given:
+            if name not in known:
+                raise ValueError(f"--{flag}={name!r} is not in table {args.table}: choose among {', '.join(known)}.")
+    for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs"):
+        if (value := getattr(args, flag)) is not None and value <= 0:
+            raise ValueError(f"--{flag}={value} must be above 0.")
+    if not args.scales or min(args.scales) <= 0:
+        raise ValueError(f"--scales={args.scales} must be above 0.")
+    if args.teacher and len(args.pairs) > 1:
+        raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.pairs)}: give one pair.")
+    if not data.validation_size:
+        raise ValueError("--validation_size: the scales are chosen on images held out of train; give at least 1,000.")
+
+
+def find_teacher(pair: str, args: ReproduceArguments, data: DataArguments) -> str:
+    """Folder of the pair's teacher, trained on the training images where none is given."""
+    if args.teacher:
+        return args.teacher
+    name = paper.PAIRS[pair][1]
+    folder = Path(args.output_dir, "teachers", name)
+    if not (folder / "run.json").exists():
+        given = {"model": name, "output_dir": folder, "num_train_epochs": args.teacher_epochs}
+        given |= {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if getattr(data, f.name) != f.default}
+        words = [f"--{key}={value}" for key, value in given.items()]
+        words += ["--lr_milestones", *(str(args.teacher_epochs * drop // paper.EPOCHS) for drop in paper.MILESTONES)]
+        words += ["--overwrite_output_dir"] + ["--use_cpu"] * args.use_cpu
+        subprocess.run([sys.executable, str(Path(__file__).with_name("train_teacher.py")), *words], check=True)
+    return str(folder)
+
+
+def write(args: ReproduceArguments, data: DataArguments, chosen: dict, reported: dict) -> None:
+    """``table1.md`` and a plot of each pair."""
+    share = "the paper's 240 epochs" if args.budget == 1 else f"a budget of {args.budget:g} of the paper's 240 epochs"
+    folder, parts = Path(args.output_dir), [f"# Table {args.table}, {share}", f"{data.dataset}; `{command()}`"]
+    for pair, rows in reported.items():
+        title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({share})"
+        figures = paper.published(args.table, pair)
+        parts.append(pair_section(title, rows, chosen[pair], args.metric, int(data.validation_size), figures))
+        method_plot(
+            folder / f"table{args.table}-{pair.replace('/', '-')}.png", ranked(rows, args.metric), args.metric, title
+        )
+    text = "\n\n".join(parts) + "\n"
+    (folder / f"table{args.table}.md").write_text(text)
+    print(text)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with bad_input_exits():
+        args, data = parse((ReproduceArguments, DataArguments))
+        check(args, data)
+        models = {pair: ModelArguments(student=paper.PAIRS[pair][0], student_init="random") for pair in args.pairs}
+        for pair, one in models.items():
+            one.teacher = find_teacher(pair, args, data)
+        training = paper.TRAINING | {
+            name: getattr(args, name) for name in ("use_cpu", "bf16", "channels_last", "torch_compile")
+        }
+        setting = Setting(data, models, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
+        header = {"table": args.table, "command": command()}
+        sweep = Sweep(Path(args.output_dir), f"table{args.table}", setting, args.jobs, header)
+        train_images = paper.EPOCHS * len(load(setting, args.pairs[0])[0].train)
+        tried, seen = (round(share * train_images) for share in (args.choice_budget or args.budget, args.budget))
+        cells = [
+            cell
+            for pair in args.pairs
+            for cell in paper.choice_cells(args.table, pair, args.methods, args.scales, tried)
+        ]
+        sweep.check(cells)
+    rows = min(len(args.methods), (args.finalists or len(args.methods)) + 1)
+    results = sweep.run(cells, later=seen * args.seeds * rows * len(args.pairs))
+    chosen, finals = {}, []
+    for pair in args.pairs:
+        groups = ranked([row for row in results if row["pair"] == pair], args.metric)
+        chosen[pair] = [row for group in groups.values() if (row := best(group, args.metric))]
+        finals += paper.report_cells(pair, chosen[pair], args.finalists, args.seeds, seen)
+    results = sweep.run(finals)
+    reported = {pair: [row for row in results if row["pair"] == pair] for pair in args.pairs}
+    write(args, data, chosen, reported)
+
+
+if __name__ == "__main__":
+    main()
