@@ -4,8 +4,9 @@ from torch import nn
 from transformers import set_seed
 
 from coss_hf.backbones import Backbone
+from coss_hf.classifiers import find_classifier
 from coss_hf.config import DistillationArguments
-from coss_hf.losses import LOSSES, build_loss
+from coss_hf.losses import LOSSES, OF_CLASSIFIERS, build_loss
 from coss_hf.modeling import DistillationModel, projection_head
 
 
@@ -39,6 +40,13 @@ def build_model(
         examples = [backbone.example() for backbone in (student, teacher)]
         if head is not None:
             examples[0] = examples[0]._replace(embedding=head(examples[0].embedding))
-        given = {"num_images": num_images, "batch_size": args.images_per_batch, "classifier": teacher.classifier}
+        given = {"num_images": num_images, "batch_size": args.images_per_batch, "classifier": None}
+        if any(method.name in OF_CLASSIFIERS for method in args.methods):
+            given["classifier"] = find_classifier(teacher)
+        if given["classifier"] is None and any(method.name == "kd" for method in args.methods):
+            raise ValueError(
+                f"--method kd: the checkpoint of --teacher {teacher.name} has no linear classifier on its embedding; "
+                f"give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
+            )
         criterion = build_loss(args.methods, *examples, **given)
     return DistillationModel(student, criterion, head)

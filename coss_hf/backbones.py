@@ -51,7 +51,6 @@ class Backbone:
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
         maps: number of feature maps that ``features`` returns beside the embedding; 0 by default.
-        classifier: a teacher's own, a linear map of its embedding; None by default. See ``loading.find_classifier``.
 
     Raises:
         ValueError: a network that is not of images, a pooling or size that it cannot do, missing weights.
@@ -69,7 +68,7 @@ class Backbone:
         argument: str = "",
     ):
         self.name = model.name_or_path or type(model).__name__
-        self.maps, self.classifier = 0, None
+        self.maps = 0
         self.model, self.missing = vision_tower(model, argument), set(missing)
         self.preprocessing, self.processor, self.size = None, None, size
         if processor is not None:

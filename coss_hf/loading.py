@@ -112,7 +112,7 @@ def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTraine
     config = _images_only(_config(name, argument, hub), argument)
     try:
         # What matters of its report of weights, the embedding's, `Backbone` checks and says itself.
-        with _no_report():
+        with quiet_loading():
             model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
         raise ValueError(
@@ -130,7 +130,7 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
     if not name:
         return set()
     try:
-        with _no_report():
+        with quiet_loading():
             _, info = type(model).from_pretrained(
                 name,
                 config=copy.deepcopy(model.config),
@@ -147,7 +147,8 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
 
 
 @contextlib.contextmanager
-def _no_report():
+def quiet_loading():
+    """Without Transformers' report of missing and unexpected weights, and without progress bars."""
     verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(hf_logging.CRITICAL)
     hf_logging.disable_progress_bar()

@@ -28,6 +28,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.losses import OF_EMBEDDINGS
 from coss_hf.modeling import DistillationModel
+from coss_hf.pretraining import pretrain
 from coss_hf.saving import SavingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
 from coss_hf.views import ViewDataset, collate_views
@@ -114,8 +115,10 @@ class DistillationTrainer(SavingTrainer):
         """Student embeddings ``(n, d_s)`` in the teacher's space ``(n, d_t)``, on the CPU."""
         return self._whole.project(embedding.to(self.args.device)).cpu()
 
-    def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        if self.find_checkpoint(resume_from_checkpoint) is None:
+            pretrain(self)
+        result = super().train(resume_from_checkpoint, **kwargs)
         self.collect()
         return result
 
@@ -137,7 +140,7 @@ class DistillationTrainer(SavingTrainer):
         if self._clock is None:
             self._clock = time.perf_counter(), self.images_seen
         exact = "rest" in inputs
-        teacher = Features(inputs["teacher"]) if exact else self._embed_teacher(views)
+        teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
         outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
         loss, finite = outputs["loss"], outputs.pop("finite")
         for name, value in outputs.items():
@@ -152,19 +155,17 @@ class DistillationTrainer(SavingTrainer):
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
-    def _embed_teacher(self, views: Tensor) -> Features:
+    def embed_teacher(self, views: Tensor) -> Features:
+        """Its features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
         with self.accelerator.autocast():
             dtype = next(self.teacher.model.parameters()).dtype
-            features = self.teacher.features(self.teacher.normalize(views).to(dtype))
-            if self.teacher.classifier is None:
-                return features
-            return features._replace(logits=self.teacher.classifier(features.embedding.float()))
+            return self.teacher.features(self.teacher.normalize(views).to(dtype))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
-                add_rests(self.model_wrapped, batches, self._embed_teacher, all_reduce_sum)
+                add_rests(self.model_wrapped, batches, self.embed_teacher, all_reduce_sum)
         return batches, count
 
     def _stop_if_not_finite(self) -> None:

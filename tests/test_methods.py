@@ -5,8 +5,13 @@ import torch
 
 import tests.helpers as h
 from coss_hf.backbones import Backbone
-from coss_hf.losses import LOSSES
+from coss_hf.classifiers import find_classifier
+from coss_hf.loading import load_backbone
+from coss_hf.losses import LOSSES, OF_CLASSIFIERS
 from coss_hf.losses.combination import Method, parse_methods
+from coss_hf.models import CifarResNetConfig
+from coss_hf.models.modeling_cifar_resnet import CifarResNetForImageClassification
+from coss_hf.pretraining import pretraining_images
 from tests.networks import NETWORKS, half
 
 
@@ -37,6 +42,11 @@ def test_a_sum_that_cannot_be_read(text):
         ({"method": "rkd(beta=2, angel_weight=1)"}, "rkd has no option 'angel_weight'; it has beta, distance_weight"),
         ({"method": "coss(beta=much)"}, r"--method=coss\(.*beta=much\)"),
         ({"method": "at", "head": "mlp"}, "--head=mlp: at compares feature maps"),
+        ({"method": "kd"}, "--method kd: the checkpoint of --teacher .* no linear classifier"),
+        ({"method": "seed(queue_size=12)"}, "queue_size=12 must be a multiple of the batch of 8 images and at most 48"),
+        ({"method": "seed(queue_size=56)"}, "queue_size=56 must be .* at most 48"),
+        ({"method": "crd(negatives=48)"}, "negatives=48 must lie between 1 and the 47 others"),
+        ({"method": "vid(student_dim=3)"}, "vid has no option 'student_dim'"),
         ({"method": "coss+rkd", "exact_accumulation": True}, "--exact_accumulation works with --method coss, not"),
     ],
 )
@@ -45,14 +55,33 @@ def test_bad_methods_are_refused(tmp_path, image_parquet, networks, options, mes
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
 
 
+def classifying(folder) -> str:
+    """A checkpoint with a classifier, as a supervised teacher."""
+    config = CifarResNetConfig(depth=8, stem_width=4, hidden_sizes=[4, 8, 16], image_size=16, num_labels=5)
+    CifarResNetForImageClassification(config).save_pretrained(folder / "classifying")
+    h.processor().save_pretrained(folder / "classifying")
+    return str(folder / "classifying")
+
+
+def test_the_classifier_of_a_teacher_is_found_where_it_reads_the_embedding(tmp_path, networks):
+    folder = classifying(tmp_path)
+    backbone = load_backbone(folder)
+    layer = find_classifier(backbone)
+    whole = CifarResNetForImageClassification.from_pretrained(folder).eval()
+    assert torch.equal(layer.weight, whole.classifier.weight) and torch.equal(layer.bias, whole.classifier.bias)
+    vit = load_backbone(networks.vit)
+    assert vit.pooling == "cls" and find_classifier(vit).out_features == 4
+    assert find_classifier(load_backbone(networks.vit, pooling="mean")) is None, "another embedding than it reads"
+    assert find_classifier(load_backbone(networks.teacher)) is None, "a checkpoint without a classifier"
+
+
 # The small student has another dimension than the teacher, the ViT tokens and other sizes of map.
 @pytest.mark.parametrize("student", ["small", "vit"])
-@pytest.mark.parametrize("method", [*LOSSES, "at(beta=10) + coss + rkd"])
+@pytest.mark.parametrize("method", [*LOSSES, "at(beta=10) + coss + rkd", "seed + coss(lambda_co=0)"])
 def test_every_method_trains_a_student(tmp_path, image_parquet, networks, method, student):
-    options = {"max_steps": 2, "logging_steps": 1, "head_hidden_size": 12, "learning_rate": 1e-5}
-    trainer = h.make_trainer(
-        tmp_path, image_parquet, networks.teacher, getattr(networks, student), method=method, **options
-    )
+    options = {"max_steps": 2, "logging_steps": 1, "head_hidden_size": 12, "learning_rate": 1e-5, "bf16": True}
+    teacher = classifying(tmp_path) if method in OF_CLASSIFIERS else networks.teacher
+    trainer = h.make_trainer(tmp_path, image_parquet, teacher, getattr(networks, student), method=method, **options)
     before = h.state(trainer)
     before = {name: value.clone() for name, value in before.items()}
     trainer.train()
@@ -95,13 +124,31 @@ def test_every_network_gives_maps(name):
     assert len(features.maps) == 2 and features.maps[-1].shape[1:] == maps[-1].shape[1:]
 
 
-def test_what_a_loss_learns_is_trained_and_resumed(tmp_path, image_parquet, networks):
-    options = {"method": "vid", "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3}
+# What they learn, and the state of: a paraphraser, two memories and their constants, a queue, running statistics.
+@pytest.mark.parametrize("method", ["vid", "factor(pretraining_steps=3)", "crd", "seed", "bn + srrl"])
+def test_what_a_loss_learns_and_remembers_is_resumed(tmp_path, image_parquet, networks, method):
+    options = {"method": method, "head_hidden_size": 12, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     runs = []
     for checkpoint in (None, str(tmp_path / "out" / "checkpoint-2")):
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
-        start = trainer.model.criterion.log_scale.detach().clone()
+        start = {name: value.clone() for name, value in trainer.model.criterion.state_dict().items()}
         trainer.train(resume_from_checkpoint=checkpoint)
-        assert not torch.equal(start, trainer.model.criterion.log_scale)
         runs.append({name: value.clone() for name, value in h.state(trainer).items()})
+        assert not any(torch.equal(value, runs[-1][f"criterion.{name}"]) for name, value in start.items())
     h.assert_same(*runs)
+
+
+def test_the_paraphraser_learns_first_and_then_rests(tmp_path, image_parquet, networks):
+    method = "factor(pretraining_steps=40)"
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, method=method, max_steps=1)
+    criterion, views = trainer.model.criterion, h.Recorder(trainer)
+    trainer.train()
+    after = {name: value.clone() for name, value in criterion.paraphraser.state_dict().items()}
+    features = trainer.embed_teacher(views.batches[0]["pixel_values"])
+    assert pretraining_images(trainer) == 40 * 8 and not any(
+        p.requires_grad for p in criterion.paraphraser.parameters()
+    )
+    fresh = h.make_trainer(tmp_path / "2", image_parquet, networks.teacher, networks.small, method=method, max_steps=3)
+    assert criterion.reconstruction(features) < 0.8 * fresh.model.criterion.reconstruction(features)
+    fresh.train()
+    h.assert_same(after, fresh.model.criterion.paraphraser.state_dict())

@@ -2,7 +2,7 @@
 
 A loss is a module called with student and teacher ``Features`` and the dataset indices of the images. It never holds
 a network and returns a dictionary of scalars with the key ``loss``. Class attributes say what it needs:
-``uses_maps`` (feature maps, where a network gives them), ``needs_logits``, ``same_dim`` (embeddings of one dimension).
+``uses_maps`` (feature maps, where a network gives them) and ``same_dim`` (embeddings of one dimension).
 """
 
 import inspect
@@ -11,27 +11,43 @@ from torch import nn
 
 from coss_hf.features import Features
 from coss_hf.losses.at import ATLoss
+from coss_hf.losses.bn import BNLoss
 from coss_hf.losses.combination import Method, SumLoss
 from coss_hf.losses.coss import CoSSLoss
+from coss_hf.losses.crd import CRDLoss
 from coss_hf.losses.dist import DISTLoss
+from coss_hf.losses.factor import FactorLoss
+from coss_hf.losses.hint import HintLoss
+from coss_hf.losses.kd import KDLoss
 from coss_hf.losses.nst import NSTLoss
 from coss_hf.losses.pkt import PKTLoss
 from coss_hf.losses.rkd import RKDLoss
+from coss_hf.losses.seed import SEEDLoss
 from coss_hf.losses.sp import SPLoss
+from coss_hf.losses.srrl import SRRLLoss
 from coss_hf.losses.vid import VIDLoss
 
 LOSSES = {
     "coss": CoSSLoss,
     "at": ATLoss,
+    "bn": BNLoss,
+    "crd": CRDLoss,
     "dist": DISTLoss,
+    "factor": FactorLoss,
+    "hint": HintLoss,
+    "kd": KDLoss,
     "nst": NSTLoss,
     "pkt": PKTLoss,
     "rkd": RKDLoss,
+    "seed": SEEDLoss,
     "sp": SPLoss,
+    "srrl": SRRLLoss,
     "vid": VIDLoss,
 }
 # Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
-OF_EMBEDDINGS = ("coss", "dist", "pkt", "rkd")
+OF_EMBEDDINGS = ("bn", "coss", "dist", "pkt", "rkd")
+# Those that use the teacher's classifier.
+OF_CLASSIFIERS = ("kd", "srrl")
 # Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
 SEPARABLE = ("coss",)
 
@@ -53,7 +69,7 @@ def build_loss(methods: list[Method], student: Features, teacher: Features, **gi
 
 def _build(method: Method, given: dict) -> nn.Module:
     takes = inspect.signature(LOSSES[method.name]).parameters
-    options = [name for name in takes if name not in given]
+    options = [name for name in takes if name not in given and name not in ("student_size", "teacher_size")]
     for name in method.options:
         if name not in options:
             raise ValueError(f"--method={method}: {method.name} has no option {name!r}; it has {', '.join(options)}.")
@@ -64,7 +80,9 @@ def _build(method: Method, given: dict) -> nn.Module:
 
 
 def _shapes(name: str, student: Features, teacher: Features) -> dict:
-    """Channels of the last maps where a method reads maps, else dimensions of the embeddings."""
-    with_maps = LOSSES[name].uses_maps and student.maps
-    s, t = (x.maps[-1] if with_maps else x.embedding for x in (student, teacher))
-    return {"student_dim": s.shape[1], "teacher_dim": t.shape[1]}
+    """Channels and sides of the maps compared where a method reads maps, else dimensions of the embeddings."""
+    if not (LOSSES[name].uses_maps and student.maps):
+        return {"student_dim": student.embedding.shape[1], "teacher_dim": teacher.embedding.shape[1]}
+    at = len(student.maps) // 2 if name == "hint" else -1
+    s, t = student.maps[at].shape, teacher.maps[at].shape
+    return {"student_dim": s[1], "teacher_dim": t[1], "student_size": s[2], "teacher_size": t[2]}

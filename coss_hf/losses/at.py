@@ -37,7 +37,6 @@ class ATLoss(nn.Module):
     """
 
     uses_maps = True
-    needs_logits = False
     same_dim = False
 
     def __init__(self, beta: float = 1000.0, p: float = 2.0):

@@ -1,9 +1,10 @@
 """What several losses share."""
 
 import contextlib
+import copy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from coss_hf.distributed import all_reduce_sum
@@ -93,6 +94,11 @@ def last_maps(method: str, student: Features, teacher: Features, dims: tuple[int
     return widen(s, t)
 
 
+def frozen(module: nn.Module) -> nn.Module:
+    """A copy that is never trained."""
+    return copy.deepcopy(module).requires_grad_(False)
+
+
 def unit(x: Tensor) -> Tensor:
     """Vectors along the last dimension at length 1, norms clamped at 1e-12.
 
@@ -103,3 +109,10 @@ def unit(x: Tensor) -> Tensor:
     zero = squares == 0
     # sqrt has an infinite slope at 0: keep it out of the graph.
     return torch.where(zero, 0.0, x / torch.where(zero, 1.0, squares).sqrt().clamp_min(1e-12))
+
+
+def last_of_each(index: Tensor) -> Tensor:
+    """Positions ``(u,)`` of the last occurrence of each different entry of ``index`` ``(b,)``."""
+    entries, inverse = index.unique(return_inverse=True)
+    positions = torch.arange(len(index), device=index.device)
+    return torch.zeros_like(entries).scatter_reduce(0, inverse, positions, "amax", include_self=False)

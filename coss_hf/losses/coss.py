@@ -77,7 +77,6 @@ class CoSSLoss(nn.Module):
     """
 
     uses_maps = False
-    needs_logits = False
     same_dim = True
 
     def __init__(self, beta: float = 50.0, lambda_ss: float = 1.0, lambda_co: float = 1.0):

@@ -60,7 +60,6 @@ class DISTLoss(nn.Module):
     """
 
     uses_maps = False
-    needs_logits = False
     same_dim = True
 
     def __init__(

@@ -36,7 +36,6 @@ class NSTLoss(nn.Module):
     """
 
     uses_maps = True
-    needs_logits = False
     same_dim = False
 
     def __init__(self, beta: float = 50.0):

@@ -44,7 +44,6 @@ class PKTLoss(nn.Module):
     """
 
     uses_maps = False
-    needs_logits = False
     same_dim = False
 
     def __init__(self, beta: float = 30000.0):

@@ -63,7 +63,6 @@ class RKDLoss(nn.Module):
     """
 
     uses_maps = False
-    needs_logits = False
     same_dim = False
 
     def __init__(self, beta: float = 1.0, distance_weight: float = 25.0, angle_weight: float = 50.0):

@@ -31,7 +31,6 @@ class SPLoss(nn.Module):
     """
 
     uses_maps = True
-    needs_logits = False
     same_dim = False
 
     def __init__(self, beta: float = 3000.0):

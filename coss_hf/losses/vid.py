@@ -37,7 +37,6 @@ class VIDLoss(nn.Module):
     """
 
     uses_maps = True
-    needs_logits = False
     same_dim = False
 
     def __init__(self, *, student_dim: int, teacher_dim: int, beta: float = 1.0):

@@ -17,6 +17,7 @@ from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.images import ImageSplits
 from coss_hf.neighbors import nearest_neighbors
+from coss_hf.pretraining import pretraining_images
 from coss_hf.trainer import DistillationTrainer, run_length
 from coss_hf.views import ViewDataset
 
@@ -167,7 +168,7 @@ def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int],
     except NonFiniteLoss as error:
         shutil.rmtree(folder, ignore_errors=True)
         return result | {"images_seen": trainer.images_seen, "failed": str(error).split(";")[0]}
-    extra = getattr(trainer.model.criterion, "teacher_images", 0) + (len(splits.train) if cell.neighbors_k else 0)
+    extra = pretraining_images(trainer) + (len(splits.train) if cell.neighbors_k else 0)
     result |= {"images_seen": trainer.images_seen, "extra_teacher_images": extra}
     result |= measure(cell, setting, trainer.student, trainer.project)
     shutil.rmtree(folder, ignore_errors=True)

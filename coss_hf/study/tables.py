@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable
 
 from coss_hf.evaluation import COLUMNS
+from coss_hf.study.cells import UNTRAINED
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 T_QUANTILES = (
@@ -106,3 +107,26 @@ def pair_section(
             "\n".join("| " + " | ".join(line) + " |" for line in table),
         ]
     return "\n\n".join(parts)
+
+
+def comparison(rows: list[dict], metric: str) -> str:
+    """A ranked table of a comparison, each method's difference to the best, and in words whether it says anything."""
+    trained = {name: group for name, group in ranked(rows, metric).items() if name not in UNTRAINED}
+    first = next(iter(trained))
+    words = {first: "-"}
+    close = []
+    for name, group in list(trained.items())[1:]:
+        found = difference(group, trained[first], metric)
+        if found is None:
+            words[name] = "failed"
+            continue
+        inside = abs(found[0]) <= found[1]
+        close += [name] * inside
+        words[name] = f"{100 * found[0]:.1f} ± {100 * found[1]:.1f}" + (", inside the noise" if inside else "")
+    table = markdown(rows, metric, {f"difference to {first}, paired": lambda name: words.get(name, "")})
+    if close:
+        verdict = f"{first} leads, but what separates it from {', '.join(close)} lies inside the noise of these seeds."
+    else:
+        verdict = f"{first} is ahead of every other method by more than the noise of these seeds."
+    header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric.removeprefix('eval_')}."
+    return f"{header}\n\n{table}\n\n{verdict}"
