@@ -20,6 +20,7 @@ from tests.networks import NETWORKS, half
     [
         ("coss", [Method("coss", {})]),
         ("coss+rkd", [Method("coss", {}), Method("rkd", {})]),
+        ("coss(beta=1e-3)", [Method("coss", {"beta": 0.001})]),
         (" rkd + coss( lambda_co=0,beta=2.5e+1 )", [Method("rkd", {}), Method("coss", {"lambda_co": 0, "beta": 25.0})]),
     ],
 )

@@ -1,5 +1,6 @@
 """Several methods at once, and the words that name them."""
 
+import contextlib
 import re
 from typing import NamedTuple
 
@@ -36,11 +37,20 @@ def parse_methods(text: str) -> list[Method]:
             raise ValueError(
                 f"--method={text!r}: {part.strip()!r} cannot be read; write coss, coss+rkd or coss(lambda_ss=0.5)+rkd."
             )
-        methods.append(Method(match[1].strip(), {key.strip(): yaml.safe_load(value) for key, _, value in pairs}))
+        methods.append(Method(match[1].strip(), {key.strip(): _value(value) for key, _, value in pairs}))
     names = [method.name for method in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"--method={text!r} names a method twice; give it once, with its beta.")
     return methods
+
+
+def _value(text: str):
+    value = yaml.safe_load(text)
+    if isinstance(value, str):
+        # YAML takes 1e-3 for a word.
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
 
 
 class SumLoss(nn.Module):

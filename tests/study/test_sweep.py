@@ -1,0 +1,80 @@
+import json
+from dataclasses import replace
+
+import pytest
+
+from coss_hf.config import DataArguments, ModelArguments
+from coss_hf.study.cells import Cell, Setting, prepare
+from coss_hf.study.sweep import Sweep
+from coss_hf.study.timing import images_within
+
+CELL = Cell("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
+
+
+@pytest.fixture
+def setting(image_parquet, networks):
+    data = DataArguments(dataset=str(image_parquet), validation_size=12)
+    training = {"use_cpu": True, "per_device_train_batch_size": 8, "augmentation": "cifar", "learning_rate": 0.01}
+    models = {"pair": ModelArguments(teacher=networks.teacher, student=networks.resnet, student_init="random")}
+    return Setting(data, models, training | {"logging_steps": 2}, milestones=(0.5,))
+
+
+def test_finished_cells_are_kept_and_never_run_again(tmp_path, setting):
+    failing = replace(CELL, method="diverges", expression="coss(beta=1e30)", num_images=40)
+    cells = [CELL, failing, replace(CELL, method="random", expression="", num_images=0)]
+    rows = Sweep(tmp_path / "study", "first", setting, 1, {"command": "c"}).run(cells)
+    assert rows[0]["images_seen"] == 48 and 0 <= rows[0]["eval_linear"] <= 1 and rows[0]["extra_teacher_images"] == 0
+    assert "The loss is" in rows[1]["failed"] and "eval_linear" not in rows[1]
+    assert rows[2]["images_seen"] == 0 and rows[2]["eval_knn10"] is not None
+    lines = (tmp_path / "study" / "first.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"command": "c"} | row for row in rows]
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
+    assert len(files) == 3 and not [path for path in (tmp_path / "study" / "cells").iterdir() if path.is_dir()]
+    # Another study of the same runs under other names, in another order.
+    again = Sweep(tmp_path / "study", "second", setting, 1, {}).run([replace(CELL, method="other"), failing])
+    assert again == [rows[0] | {"method": "other"}, rows[1]]
+    assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
+
+
+def test_one_sweep_at_a_time(tmp_path, setting):
+    first = Sweep(tmp_path, "a", setting, 1, {})
+    with pytest.raises(ValueError, match="--output_dir=.* another sweep"):
+        Sweep(tmp_path, "b", setting, 1, {})
+    del first
+
+
+def test_a_method_that_cannot_run_is_found_first(tmp_path, setting):
+    with pytest.raises(ValueError, match="--method kd"):
+        Sweep(tmp_path, "a", setting, 1, {}).check([CELL, replace(CELL, method="kd", expression="kd")])
+
+
+def test_a_key_is_of_all_that_a_result_depends_on(setting):
+    changed = [replace(CELL, **change) for change in ({"seed": 2}, {"num_images": 56}, {"split": "validation"})]
+    keys = {setting.key(cell) for cell in [CELL, *changed]} | {replace(setting, bank_size=5).key(CELL)}
+    assert len(keys) == 5 and setting.key(replace(CELL, method="other")) in keys
+
+
+def test_the_rate_falls_at_shares_of_the_run(tmp_path, setting):
+    trainer = prepare(replace(CELL, num_images=160), setting, tmp_path / "run", [])
+    rates = []
+    trainer.create_optimizer_and_scheduler(20)
+    for _ in range(20):
+        rates.append(trainer.lr_scheduler.get_last_lr()[0])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert rates == pytest.approx([0.01] * 10 + [0.001] * 10)
+
+
+def test_neighbours_come_from_the_training_images(tmp_path, setting):
+    setting = replace(setting, data=replace(setting.data, neighbors_cache=str(tmp_path / "cache")))
+    training = setting.training | {"neighbors_pool": 4}
+    trainer = prepare(replace(CELL, neighbors_k=3), replace(setting, training=training), tmp_path / "run", [])
+    assert trainer.args.images_per_step == 32 and len(trainer.train_dataset) == 36
+
+
+def test_the_length_of_a_comparison_fits_its_hours(setting):
+    others = [replace(CELL, method="random", num_images=0)]
+    images = images_within(600, [CELL, replace(CELL, seed=2)], others, replace(setting, milestones=()))
+    assert images > 1000
+    with pytest.raises(ValueError, match="--hours=.* too short .* give .* at least"):
+        images_within(0.01, [CELL], others, replace(setting, milestones=()))

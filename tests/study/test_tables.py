@@ -1,0 +1,75 @@
+import math
+
+import pytest
+
+from coss_hf.plots import method_plot
+from coss_hf.study.paper import ROWS, choice_cells, published, report_cells, scaled
+from coss_hf.study.tables import best, comparison, difference, half_interval, markdown, ranked
+
+
+def rows(method: str, *values: float | None, **more) -> list[dict]:
+    return [
+        {"method": method, "scale": 1, "seed": seed, "eval_linear": value} | more
+        for seed, value in enumerate(values, start=1)
+    ]
+
+
+def test_intervals_are_those_of_students_t():
+    assert half_interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert half_interval([1.0]) == math.inf
+    assert half_interval([0.0, 1.0] * 50) == pytest.approx(2.042 * math.sqrt(100 / 99 / 4) / 10)
+
+
+def test_the_first_of_equals_is_best_and_failures_never_are():
+    found = rows("a", None, 0.5, 0.5, float("nan"))
+    assert best(found, "eval_linear")["seed"] == 2
+    assert best(rows("a", None), "eval_linear") is None
+
+
+def test_differences_are_paired_by_seed():
+    mean, half = difference(rows("a", 0.5, 0.6, 0.7), rows("b", 0.4, 0.5, 0.6), "eval_linear")
+    assert (mean, half) == (pytest.approx(0.1), pytest.approx(0))
+    assert difference(rows("a", 0.5), rows("b", None), "eval_linear") is None
+
+
+def test_a_table_is_ranked_and_says_what_failed():
+    found = [*rows("low", 0.2, 0.3), *rows("none", None, None, failed="NaN"), *rows("high", 0.4, 0.5)]
+    lines = markdown(found, "eval_linear").splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| high", "| low", "| none"]
+    assert "45.0 ± 63.5" in lines[2] and "2 (2 failed) | - |" in lines[4]
+
+
+def test_a_comparison_says_what_lies_inside_the_noise():
+    found = [*rows("a", 0.80, 0.81, 0.82), *rows("b", 0.79, 0.82, 0.80), *rows("c", 0.5, 0.51, 0.52)]
+    text = comparison([*found, *rows("random", 0.2, 0.2)], "eval_linear")
+    assert "a leads, but what separates it from b lies inside the noise" in text
+    assert "-30.0 ± 0.0 |" in text and "inside the noise |" in text
+    assert "a is ahead of every other method" in comparison(found[:3] + found[6:], "eval_linear")
+
+
+def test_scales_multiply_every_beta():
+    assert scaled("at", 0.5) == "at(beta=500.0)"
+    assert scaled("coss(beta=50, lambda_ss=0.5) + seed", 2) == "coss(beta=100, lambda_ss=0.5) + seed(beta=2.0)"
+
+
+def test_the_plan_keeps_test_images_for_the_report():
+    cells = choice_cells(1, "s/t", ["at", "coss"], [1, 4], 100)
+    assert {(cell.split, cell.seed) for cell in cells} == {("validation", 0)} and len(cells) == 4
+    names = ["vid", "srrl", "coss", "at"]
+    chosen = [{"method": name, "expression": name, "scale": 1} for name in names]
+    report = report_cells("s/t", chosen, 1, 3, 200)
+    assert {cell.method for cell in report} == {"vid", "coss", "random", "teacher"}
+    assert {cell.split for cell in report} == {"test"} and {cell.seed for cell in report} == {1, 2, 3}
+
+
+def test_published_figures_have_their_rows():
+    for table in ROWS:
+        for pair in ("resnet20/resnet56", "resnet8x4/resnet32x4"):
+            assert not published(table, pair) or list(published(table, pair)) == list(ROWS[table])
+    assert published(1, "resnet20/resnet56")["coss"] == 71.11 and published(4, "resnet20/resnet56") == {}
+
+
+def test_the_plot_is_written(tmp_path):
+    found = ranked([*rows("a", 0.80, 0.81), *rows("b", None)], "eval_linear")
+    method_plot(tmp_path / "plot.png", found, "eval_linear", "a title")
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
