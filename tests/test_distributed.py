@@ -4,93 +4,130 @@ import json
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors import safe_open
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from coss_hf.distributed import all_gather, all_reduce_sum
+from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
-from coss_hf.losses import LOSSES
+from coss_hf.losses import LOSSES, build_loss
+from coss_hf.losses.combination import Method
+from tests.data_parallel import alone, together
+
+# What couples images, computed from those of all processes: exact for uneven shards, too.
+GLOBAL = ("bn", "coss", "dist", "pkt", "rkd", "sp")
+# Batch norm within: its statistics are those of a process, unless synchronised (on GPUs).
+NORMALISED = ("srrl", "hint")
+IMAGES, DIM = 8, 4
 
 
-def start(rank: int, world: int, port_file: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=world)
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def ddp_step(rank: int, sizes: list[int], port_file: str, x, t, weight, lambda_ss: float, results: str) -> None:
-    start(rank, len(sizes), port_file)
-    student = nn.Linear(*weight.shape[::-1], bias=False, dtype=torch.float64)
-    student.weight.data.copy_(weight)
-    student = DistributedDataParallel(student)
-    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    loss = LOSSES["coss"](beta=1.0, lambda_ss=lambda_ss)(Features(student(x[rows])), Features(t[rows]))["loss"]
-    loss.backward()
-    torch.save((loss.detach(), student.module.weight.grad), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+def method_job(name: str, sizes: list[int]) -> dict:
+    """A batch of 8 of 10 images; student and teacher embeddings of one dimension and two maps of each."""
+    torch.manual_seed(0)
+    maps = (draw(IMAGES, 5, 4, 4, seed=1), draw(IMAGES, 3, 2, 2, seed=2))
+    uses_maps = LOSSES[name].uses_maps
+    student = Features(draw(2, DIM), (draw(2, DIM, 2, 2),) * 2 if uses_maps else ())
+    teacher = Features(draw(2, DIM), tuple(one[:2] for one in maps) if uses_maps else ())
+    given = {"num_images": 10, "batch_size": IMAGES, "classifier": torch.nn.Linear(DIM, 3)}
+    built = build_loss([Method(name, {})], student, teacher, **given).double()
+    shapes = {"student_dim": DIM, "teacher_dim": teacher.maps[-1].shape[1] if uses_maps else DIM} | given
+    if name == "hint":
+        shapes |= {"student_size": 2, "teacher_size": 2}
+    if name == "srrl":
+        shapes["classifier"] = None
+    options = {key: value for key, value in shapes.items() if key in LOSSES[name].__init__.__code__.co_varnames}
+    return {
+        "name": name,
+        "sizes": sizes,
+        "student": (draw(DIM, 6), name, options, built.state_dict()),
+        "x": draw(IMAGES, 6, seed=3),
+        "t": draw(IMAGES, DIM, seed=4),
+        "maps": maps if uses_maps else (),
+        "index": torch.tensor([9, 0, 3, 1, 8, 5, 4, 7]),
+    }
 
 
-def run(tmp_path, sizes, x, t, weight, lambda_ss=1.0):
-    folder = tmp_path / "-".join(map(str, sizes))
-    folder.mkdir()
-    mp.spawn(ddp_step, (sizes, str(folder / "port"), x, t, weight, lambda_ss, str(folder)), nprocs=len(sizes))
-    return [torch.load(folder / f"{rank}.pt") for rank in range(len(sizes))]
+def plain_job(name: str, sizes: list[int], x, t, weight, **options) -> dict:
+    student = (weight, name, options, {})
+    return {"name": name, "sizes": sizes, "student": student, "x": x, "t": t, "maps": (), "index": torch.arange(len(x))}
 
 
-@pytest.mark.parametrize("sizes", [[6, 6], [3, 5, 1, 3]])
-def test_ddp_equals_one_process(tmp_path, sizes):
-    g = torch.Generator().manual_seed(0)
-    x, t = (torch.randn(12, n, generator=g, dtype=torch.float64) for n in (7, 5))
-    weight = torch.randn(5, 7, generator=g, dtype=torch.float64).requires_grad_()
-    whole = LOSSES["coss"](beta=1.0)(Features(x @ weight.T), Features(t))["loss"]
-    whole.backward()
-    for loss, gradient in run(tmp_path, sizes, x, t, weight.detach()):
-        torch.testing.assert_close(loss, whole.detach(), rtol=1e-10, atol=0)
-        torch.testing.assert_close(gradient, weight.grad, rtol=0, atol=1e-10 * weight.grad.abs().max().item())
-
-
-def test_fixture_splits(tmp_path, shared):
-    with safe_open(shared / "fixtures" / "coss-a.safetensors", "pt") as f:
+@pytest.fixture(scope="module")
+def jobs(request) -> dict[str, dict]:
+    found = {f"{name} equal": method_job(name, [4, 4]) for name in LOSSES}
+    found |= {f"{name} uneven": method_job(name, [5, 3]) for name in GLOBAL}
+    for sizes in ([6, 6], [3, 5, 1, 3]):
+        found[f"coss {sizes}"] = plain_job(
+            "coss", sizes, draw(12, 7), draw(12, 5, seed=1), draw(5, 7, seed=2), beta=1.0
+        )
+    for sizes in ([4, 4], [3, 5], [2, 1, 4, 1]):
+        found[f"gathered {sizes}"] = plain_job("gathered", sizes, draw(8, 3), draw(8, 2), draw(2, 3, seed=1))
+    shared = request.path.parents[2] / "shared" / "fixtures" / "coss-a.safetensors"
+    if not shared.is_file():
+        return found
+    with safe_open(shared, "pt") as f:
         cases = json.loads(f.metadata()["cases"])
-        name = "c0_b_gt_d"
-        s, t = f.get_tensor(f"{name}.in.A_s"), f.get_tensor(f"{name}.in.A_t")
-        sizes = f.get_tensor(f"{name}.out.split4_uneven.sizes").tolist()
-        expected = f.get_tensor(f"{name}.out.split4_uneven.global_loss")
-    identity = torch.eye(s.shape[1], dtype=torch.float64)
-    for loss, _ in run(tmp_path, sizes, s, t, identity, cases[name]["splits_lambda"]):
-        torch.testing.assert_close(loss, expected.reshape(()), rtol=1e-10, atol=0)
+        for key in sorted(key for key in f.keys() if key.endswith(".global_loss")):
+            case, _, split, _ = key.split(".")
+            s, t = f.get_tensor(f"{case}.in.A_s"), f.get_tensor(f"{case}.in.A_t")
+            sizes = f.get_tensor(key.replace("global_loss", "sizes")).tolist()
+            options = {"beta": cases[case]["beta"], "lambda_ss": cases[case]["splits_lambda"]}
+            identity = torch.eye(s.shape[1], dtype=torch.float64)
+            found[f"{case} {split}"] = plain_job("coss", sizes, s, t, identity, **options)
+            found[f"{case} {split}"]["expected"] = f.get_tensor(key).reshape(())
+    return found
+
+
+@pytest.fixture(scope="module")
+def results(jobs, tmp_path_factory) -> dict[str, tuple[dict, list[dict]]]:
+    """By job: one process, and each of several."""
+    folder, found = tmp_path_factory.mktemp("processes"), {}
+    for world in (2, 4):
+        names = [name for name, job in jobs.items() if len(job["sizes"]) == world]
+        for name, several in zip(names, together(folder, world, [jobs[name] for name in names])):
+            found[name] = alone(jobs[name]), several
+    return found
+
+
+def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], name: str) -> None:
+    assert got.keys() == expected.keys(), name
+    scale = max((value.abs().max().item() for value in expected.values()), default=0)
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key], value, rtol=0, atol=1e-10 * scale, msg=f"{name} {key}")
+
+
+def test_value_and_gradient_of_every_method_and_split_are_those_of_the_whole_batch(jobs, results):
+    for name, (whole, several) in results.items():
+        method = jobs[name]["name"]
+        if method in NORMALISED:
+            continue
+        losses = torch.stack([one["losses"] for one in several])
+        if method in (*GLOBAL, "gathered"):
+            expected = whole["losses"].expand_as(losses)
+            torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(losses.mean(0), whole["losses"], rtol=1e-10, atol=1e-12, msg=name)
+        for one in several:
+            assert_close(one["gradients"], whole["gradients"], name)
+            assert_close(one["state"], whole["state"], name)
+
+
+def test_the_fixtures_splits_have_their_global_loss(jobs, results, shared):
+    splits = {name: job["expected"] for name, job in jobs.items() if "expected" in job}
+    assert len(splits) == 5
+    for name, expected in splits.items():
+        for one in results[name][1]:
+            torch.testing.assert_close(one["losses"][0], expected, rtol=1e-10, atol=0)
+
+
+def test_what_normalises_by_itself_has_one_gradient_on_all_processes(results):
+    for method in NORMALISED:
+        _, (first, second) = results[f"{method} equal"]
+        assert_close(first["gradients"], second["gradients"], method)
+        assert all(gradient.isfinite().all() for gradient in first["gradients"].values())
 
 
 def test_one_process_needs_no_group():
     x = torch.randn(3, requires_grad=True)
     assert all_reduce_sum(x) is x
-
-
-def gather_step(rank: int, sizes: list[int], port_file: str, x, weight, results: str) -> None:
-    start(rank, len(sizes), port_file)
-    student = nn.Linear(*weight.shape[::-1], bias=False, dtype=torch.float64)
-    student.weight.data.copy_(weight)
-    student = DistributedDataParallel(student)
-    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    whole = all_gather(student(x[rows]))
-    loss = (whole @ whole.T).tanh().sum()
-    loss.backward()
-    torch.save((loss.detach(), student.module.weight.grad), f"{results}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("sizes", [[4, 4], [3, 5]])
-def test_gathered_features_have_the_gradient_of_the_whole_batch(tmp_path, sizes):
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 3, generator=g, dtype=torch.float64)
-    weight = torch.randn(2, 3, generator=g, dtype=torch.float64).requires_grad_()
-    whole = x @ weight.T
-    loss = (whole @ whole.T).tanh().sum()
-    loss.backward()
-    mp.spawn(gather_step, (sizes, str(tmp_path / "port"), x, weight.detach(), str(tmp_path)), nprocs=2)
-    for rank in range(2):
-        value, gradient = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(value, loss.detach(), rtol=1e-10, atol=0)
-        torch.testing.assert_close(gradient, weight.grad, rtol=1e-10, atol=1e-12)
