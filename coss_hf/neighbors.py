@@ -1,7 +1,7 @@
 """The teacher's nearest neighbours of every training image: exact or by an index of measured recall, on any number of
 processes.
 
-The only file that imports faiss. `Dataset.map(num_proc=2)` hangs in a process that has used faiss or a torch matmul
+`Dataset.map(num_proc=2)` hangs in a process that has used faiss or a torch matmul
 (OpenMP and fork), so no `map` here, nor after a search elsewhere, may ask for processes.
 """
 
@@ -14,18 +14,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 import datasets
-import faiss
 import numpy as np
 import torch
 from filelock import FileLock
-from tqdm.auto import tqdm
 
 from coss_hf.backbones import Backbone
 from coss_hf.images import ProcessedImages
+from coss_hf.indexes import FAISS_VERSION, IndexSearch
 from coss_hf.neighbor_columns import check_neighbors, check_pool, image_hashes, neighbor_hashes, summary, with_columns
 from coss_hf.processes import Processes
 from coss_hf.search_options import SearchOptions
-from coss_hf.searching import CHUNK, ExactSearch, random_rows, search_all, tune
+from coss_hf.searching import CHUNK, ExactSearch, search_all, tune
 from coss_hf.store import (
     Vectors,
     check_finite,
@@ -33,7 +32,6 @@ from coss_hf.store import (
     read_neighbors,
     unit_rows,
     unwritable,
-    whole_file,
     write_neighbors,
 )
 
@@ -41,8 +39,8 @@ __all__ = ["add_neighbors", "check_neighbors", "nearest_neighbors", "neighbor_ha
 logger = logging.getLogger(__name__)
 
 EXACT_UP_TO = {"cpu": 100_000, "cuda": 1_000_000}  # images; beyond, `auto` takes ivf
-TRIES = 6  # deeper searches for a row that is short of neighbours, before an exact one
-HNSW_LINKS, HNSW_MOST = 32, 8192
+# Share of its lists beyond which ivf is slower than exact search: 15 against 51 billion operations a second and core.
+QUICKER_EXACT = 0.3
 PACKAGES = ("torch", "transformers", "datasets", "pillow")
 
 
@@ -67,89 +65,6 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, limit: float = floa
     check_pool(k, len(embeddings))
     units = torch.cat([unit_rows(chunk) for chunk in check_finite(embeddings).split(CHUNK)])
     return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, limit)
-
-
-class IndexSearch:
-    """Approximate search with a faiss index; called as `ExactSearch` is.
-
-    Rows that it leaves short of neighbours are searched deeper, at last exactly.
-
-    Args:
-        kind: "ivf" (about 4 sqrt(n) inverted lists) or "hnsw" (a graph; built on one thread, since the order of
-            insertion decides it).
-        vectors: (n, d); the index holds a copy of their dtype.
-        path: file of the index; built where it is not there yet.
-
-    Attributes:
-        probes: lists (ivf) or candidates (hnsw) looked at for a query.
-        most: of them.
-    """
-
-    def __init__(self, kind: str, vectors: Vectors, path: Path):
-        self.kind, self.vectors, self.exact = kind, vectors, ExactSearch(vectors)
-        if not path.exists():
-            build_index(kind, vectors, path)
-        self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if kind == "ivf" else 0)
-        n = vectors.shape[0]
-        self.most = self.index.nlist if kind == "ivf" else min(n, HNSW_MOST)
-        self.probes = min(8 if kind == "ivf" else 64, self.most)
-
-    def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
-        """As `ExactSearch.__call__`, of which most are found."""
-        found = np.full((len(rows), k), -1)
-        similarity = np.full((len(rows), k), -np.inf, np.float32)
-        queries, short = self.vectors.take(rows), np.arange(len(rows))
-        self.vectors.release()
-        depth, probes, n = k + 1, self.probes, self.index.ntotal
-        for _ in range(TRIES):
-            parameters = (
-                faiss.SearchParametersIVF(nprobe=probes)
-                if self.kind == "ivf"
-                else faiss.SearchParametersHNSW(efSearch=max(probes, depth))
-            )
-            values, columns = self.index.search(queries[short], depth, params=parameters)
-            # Duplicates tie with the row itself and may push it down or off the end: only the number tells which it is.
-            good = (columns >= 0) & (columns != rows[short, None]) & (values < limit)
-            order = np.argsort(~good, axis=1, kind="stable")[:, :k]
-            good = np.take_along_axis(good, order, axis=1)
-            found[short, : good.shape[1]] = np.where(good, np.take_along_axis(columns, order, axis=1), -1)
-            similarity[short, : good.shape[1]] = np.where(good, np.take_along_axis(values, order, axis=1), -np.inf)
-            short = short[found[short, -1] < 0]
-            if not len(short):
-                return found, similarity
-            depth, probes = min(2 * depth, n), min(2 * probes, self.most)
-        found[short], similarity[short] = self.exact(rows[short], k, limit)
-        return found, similarity
-
-
-def build_index(kind: str, vectors: Vectors, path: Path) -> None:
-    """Writes a faiss index of all vectors, which is there whole or not at all."""
-    (n, dim), half = vectors.shape, vectors.dtype == np.float16
-    ip, codes = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_fp16
-    threads = faiss.omp_get_max_threads()
-    if kind == "hnsw":
-        index = faiss.IndexHNSWSQ(dim, codes, HNSW_LINKS, ip) if half else faiss.IndexHNSWFlat(dim, HNSW_LINKS, ip)
-        sample = np.arange(min(n, CHUNK))
-        faiss.omp_set_num_threads(1)
-    else:
-        lists = max(1, min(round(4 * n**0.5), n // 39))  # k-means wants 39 rows a list
-        quantizer = faiss.IndexFlatIP(dim)
-        index = (
-            faiss.IndexIVFScalarQuantizer(quantizer, dim, lists, codes, ip, False)
-            if half
-            else faiss.IndexIVFFlat(quantizer, dim, lists, ip)
-        )
-        sample = random_rows(n, 64 * lists)
-    try:
-        index.train(vectors.take(sample))
-        vectors.release()
-        for _, block in tqdm(vectors.blocks(65_536), desc="Indexing", total=-(-n // 65_536), leave=False):
-            index.add(block)
-            vectors.release()
-    finally:
-        faiss.omp_set_num_threads(threads)
-    with whole_file(path) as temporary:
-        faiss.write_index(index, str(temporary))
 
 
 def nearest_neighbors(
@@ -270,7 +185,15 @@ def search_vectors(
         recall, queries = tune(searcher, k, options.limit, options.neighbors_recall, processes)
         found = {"recall": round(recall, 5), "recall_queries": queries, "probes": searcher.probes}
         found |= {"lists": searcher.most} if kind == "ivf" else {}
-        if recall < options.neighbors_recall and processes.rank == 0:
+        if kind == "ivf" and searcher.probes > QUICKER_EXACT * searcher.most:
+            if processes.rank == 0:
+                logger.info(
+                    "Neighbours: ivf needs %d of %d lists for recall %.4f, and exact search is quicker: taken instead",
+                    *(searcher.probes, searcher.most, recall),
+                )
+            found |= {"search": "exact", "search_asked": kind, "recall": 1.0}
+            searcher = ExactSearch(vectors, device)
+        elif recall < options.neighbors_recall and processes.rank == 0:
             logger.warning(
                 "Neighbours: recall %.4f with %d probes, the most there are, stays below --neighbors_recall %g; use "
                 "--neighbors_search exact or %s.",
@@ -286,7 +209,7 @@ def _meta(neighbors: np.ndarray, options: SearchOptions) -> dict:
             f"--neighbors_max_similarity {options.neighbors_max_similarity} leaves no image any neighbour; raise it."
         )
     fewer = int((neighbors[:, -1] < 0).sum())
-    versions = {name: version(name) for name in PACKAGES} | {"faiss": faiss.__version__}
+    versions = {name: version(name) for name in PACKAGES} | {"faiss": FAISS_VERSION}
     return {"images": n, "neighbors": k, "fewer": fewer, "none": alone, "versions": versions}
 
 

@@ -137,6 +137,9 @@ def embed_shards(
         folder.mkdir(parents=True, exist_ok=True)
     # One process looks, since the others may already be writing.
     missing = processes.gather([i for i in range(len(paths)) if opened(i) is None] if processes.rank == 0 else None)[0]
+    damaged = [paths[i].name for i in missing if paths[i].exists()] if processes.rank == 0 else []
+    if damaged:
+        logger.warning("Embedding: %s in %s are damaged: embedded again.", some(damaged), folder)
     if processes.rank == 0 and len(missing) < len(paths):
         logger.info("Embedding: %d of %d shards found in %s", len(paths) - len(missing), len(paths), folder)
     with processes.together():

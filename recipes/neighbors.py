@@ -70,7 +70,7 @@ def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsA
     return splits, neighbors, meta
 
 
-def to_dict(splits: ImageSplits, train: datasets.Dataset) -> datasets.DatasetDict:
+def all_splits(splits: ImageSplits, train: datasets.Dataset) -> datasets.DatasetDict:
     """One dataset of all splits. The Hub wants the same columns in each: null where there are no neighbours."""
     result = {"train": train}
     for name in ("validation", "test"):
@@ -91,7 +91,7 @@ def main() -> None:
         splits, neighbors, meta = find_neighbors(models, data, args)
     if not PartialState().is_main_process:
         return
-    result = to_dict(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
+    result = all_splits(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
     result.save_to_disk(args.output)
     Path(args.output, "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
     print(summary(meta))

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import os
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
+from coss_hf import indexes
 from coss_hf import neighbors as module
-from coss_hf.neighbors import IndexSearch, add_neighbors, check_neighbors, nearest_neighbors, search, search_vectors
+from coss_hf.indexes import IndexSearch
+from coss_hf.neighbors import add_neighbors, check_neighbors, nearest_neighbors, search, search_vectors
 from coss_hf.processes import Processes
 from coss_hf.search_options import SearchOptions
 from coss_hf.searching import ExactSearch, random_rows, tune
@@ -89,7 +92,7 @@ def test_an_index_reaches_the_recall_that_it_reports(tmp_path, kind, dtype):
 def test_recall_is_measured_and_probes_are_raised_until_it_is_reached(tmp_path, caplog):
     rows = unit_rows(torch.randn(4000, 24, generator=torch.Generator().manual_seed(0))).numpy()  # hard: no clusters
     expected, reached = search(rows, 10), {}
-    for asked in (0.3, 0.8, 0.999):
+    for asked in (0.3, 0.7):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             found, meta = run(rows, tmp_path, "ivf", neighbors_recall=asked)
@@ -98,11 +101,15 @@ def test_recall_is_measured_and_probes_are_raised_until_it_is_reached(tmp_path, 
         assert meta["lists"] == 4000 // 39
         assert ("raised to" in caplog.text) == (asked > 0.3)
         reached[asked] = meta["probes"]
-    assert reached[0.3] == 8 < reached[0.8] < reached[0.999] <= 4000 // 39
+    assert reached[0.3] == 8 < reached[0.7] <= 0.3 * 4000 // 39
+    with caplog.at_level(logging.INFO):
+        found, meta = run(rows, tmp_path, "ivf", neighbors_recall=0.999)
+    assert (found == expected).all() and "exact search is quicker" in caplog.text
+    assert (meta["search"], meta["search_asked"], meta["recall"]) == ("exact", "ivf", 1.0)
 
 
 def test_a_recall_that_is_out_of_reach_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(module, "HNSW_MOST", 16)
+    monkeypatch.setattr(indexes, "HNSW_MOST", 16)
     rows = unit_rows(torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))).numpy()
     found, meta = run(rows, tmp_path, "hnsw", neighbors_recall=1.0)
     assert meta["recall"] < 1 and "stays below --neighbors_recall 1" in caplog.text and found.min() >= 0
@@ -121,6 +128,28 @@ def test_rows_short_of_neighbors_are_searched_on(tmp_path, kind):
     rows = clusters(800, groups=40)
     found, _ = run(rows, tmp_path, kind, k=300, neighbors_recall=0.01)
     assert found.min() >= 0 and all(len(set(row)) == 300 for row in found.tolist())
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "of other vectors"])
+def test_a_damaged_index_is_built_again(tmp_path, caplog, kind, damage):
+    rows = clusters(1500)
+    expected, meta = run(rows, tmp_path, kind)
+    path = tmp_path / f"{kind}.index"
+    if damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "garbage":
+        path.write_bytes(os.urandom(path.stat().st_size))
+    else:
+        run(clusters(1400), tmp_path / "other" if (tmp_path / "other").mkdir() is None else None, kind)
+        for name in (path.name, path.with_suffix(".size").name):
+            (tmp_path / "other" / name).replace(tmp_path / name)
+    caplog.clear()
+    found, again = run(rows, tmp_path, kind)
+    assert (found == expected).all() and again == meta
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        f"The index {path} is damaged: it is built again."
+    ]
 
 
 # ---- near-duplicates
@@ -193,14 +222,16 @@ def test_the_cache_tells_options_apart(tmp_path, passes):
     ]
     found = [add(**options) for options in different]
     assert len(passes) == len(different)
-    assert [meta["search"] for meta in found] == ["exact", "ivf", "ivf", "hnsw", "exact", "exact"]
+    # So few images have one list, and exact search is quicker.
+    assert [meta["search"] for meta in found] == ["exact", "exact", "exact", "hnsw", "exact", "exact"]
+    assert [meta.get("search_asked") for meta in found] == [None, "ivf", "ivf", None, None, None]
     assert [add(**options) for options in different] == found
     add(neighbors_search="exact", neighbors_keep_embeddings=True)  # as by default, and from the cache
     assert len(passes) == len(different)
     for folder in tmp_path.iterdir():
         meta = json.loads((folder / "meta.json").read_text())
         assert read_neighbors(folder)[1] | {"sha256": meta["sha256"]} == meta
-        assert ("recall" in meta) == (meta["search"] != "exact")
+        assert ("recall" in meta) == (meta["search"] == "hnsw" or "search_asked" in meta)
 
 
 def test_kept_embeddings_serve_another_search(tmp_path):
@@ -223,7 +254,7 @@ def test_auto_takes_an_index_for_many_images(tmp_path, monkeypatch):
     monkeypatch.setitem(module.EXACT_UP_TO, "cpu", N - 1)
     for count, kind in ((N, "ivf"), (N - 1, "exact")):
         meta = nearest_neighbors(image_dataset(range(count)), TinyBackbone(), "picture", k=K, cache_dir=tmp_path)[1]
-        assert meta["search"] == kind
+        assert meta.get("search_asked", meta["search"]) == kind
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_reading_rows_blocks_and_selections():
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "empty", "other shape", "other dtype"])
-def test_only_what_is_missing_or_damaged_is_embedded_again(small, tmp_path, monkeypatch, damage):
+def test_only_what_is_missing_or_damaged_is_embedded_again(small, tmp_path, monkeypatch, caplog, damage):
     before = embed(tmp_path).read(0, N - 1).copy()
     path = tmp_path / "00002.npy"
     data = np.load(path)
@@ -67,6 +67,8 @@ def test_only_what_is_missing_or_damaged_is_embedded_again(small, tmp_path, monk
     real = TinyBackbone.features
     monkeypatch.setattr(TinyBackbone, "features", lambda self, x: (batches.append(len(x)), real(self, x))[1])
     assert (embed(tmp_path).read(0, N - 1) == before).all() and batches == [3, 1]
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == (damage != "missing") and all("00002.npy" in message for message in warnings)
 
 
 def test_a_full_disk_leaves_finished_shards(small, tmp_path, monkeypatch):
