@@ -109,10 +109,3 @@ def unit(x: Tensor) -> Tensor:
     zero = squares == 0
     # sqrt has an infinite slope at 0: keep it out of the graph.
     return torch.where(zero, 0.0, x / torch.where(zero, 1.0, squares).sqrt().clamp_min(1e-12))
-
-
-def last_of_each(index: Tensor) -> Tensor:
-    """Positions ``(u,)`` of the last occurrence of each different entry of ``index`` ``(b,)``."""
-    entries, inverse = index.unique(return_inverse=True)
-    positions = torch.arange(len(index), device=index.device)
-    return torch.zeros_like(entries).scatter_reduce(0, inverse, positions, "amax", include_self=False)

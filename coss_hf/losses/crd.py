@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from coss_hf.distributed import all_gather, all_reduce_sum
+from coss_hf.distributed import all_gather, all_reduce_sum, rank, world_size
 from coss_hf.features import Features
-from coss_hf.losses.common import check_positive, check_weights, full_precision, last_of_each, widen
+from coss_hf.losses.common import check_positive, check_weights, full_precision, widen
+from coss_hf.losses.memory import products, weighted
 
 EPS = 1e-7
 
@@ -20,8 +21,8 @@ class CRDLoss(nn.Module):
     ``M_s``, and ``loss = beta * (loss_s + loss_t)``. ``Z`` is ``N`` times the mean ``E`` of the first call. Afterwards
     ``M[y] <- normalise(m M[y] + (1 - m) v)`` for the batch's images ``y``, in training.
 
-    Several processes: memories and ``Z`` are those of all, equal on each; negatives and mean are per process, exact in
-    expectation where all have as many images.
+    Several processes: memories and ``Z`` are those of all, equal on each; the mean is over this process's images, exact
+    where all have as many.
 
     Args:
         student_dim, teacher_dim: of the embeddings.
@@ -75,17 +76,19 @@ class CRDLoss(nn.Module):
         with full_precision(s.device):
             v_s, v_t = self.embed_s(s), self.embed_t(t)
             candidates = self.draw(index) if candidates is None else candidates
-            memories = self.memory_t, self.memory_s
-            e = [(_products(v, m, candidates) / self.temperature).exp() for v, m in zip((v_s, v_t), memories)]
+            pairs = (v_s, self.memory_t), (v_t, self.memory_s)
+            e = [(products(*pair, candidates) / self.temperature).exp() for pair in pairs]
             self._set_constants(e)
-            parts = {f"loss_{side}": self._nce(x / z) for side, x, z in zip("st", e, self.Z.clone())}
+            parts = [self._nce(x / z, *pair, candidates) for x, z, pair in zip(e, self.Z, pairs)]
             if self.training:
                 self._update(v_s.detach(), v_t.detach(), index)
-        return {"loss": self.beta * sum(parts.values()), **parts}
+        return {"loss": self.beta * sum(parts), "loss_s": parts[0], "loss_t": parts[1]}
 
     def draw(self, index: Tensor) -> Tensor:
         """Candidates ``(b, 1 + K)``: each image, and others with replacement."""
-        others = torch.randint(len(self.memory_s) - 1, (len(index), self.negatives), device=index.device)
+        # As one process would for the batches of all: with one seed each would draw the same.
+        shape = world_size(), len(index), self.negatives
+        others = torch.randint(len(self.memory_s) - 1, shape, dtype=torch.int32, device=index.device)[rank()].long()
         others += others >= index[:, None]
         return torch.cat([index[:, None], others], 1)
 
@@ -95,18 +98,26 @@ class CRDLoss(nn.Module):
         first = len(self.memory_s) * total[:2] / total[2]
         self.Z.copy_(torch.where(self.Z > 0, self.Z, first))
 
-    def _nce(self, p: Tensor) -> Tensor:
-        c = (p.shape[1] - 1) / len(self.memory_s)
-        logs = (p[:, 0] / (p[:, 0] + c + EPS)).log() + (c / (p[:, 1:] + c + EPS)).log().sum(1)
-        return -logs.mean()
+    def _nce(self, p: Tensor, v: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
+        c = (p.shape[1] - 1) / len(memory)
+        with torch.no_grad():
+            total = p + (c + EPS)
+            value = -((p[:, 0] / total[:, 0]).log() + (c / total[:, 1:]).log().sum(1)).mean()
+            # The gradient is taken here: the graph would have to keep what is read of the memory, which is written to.
+            slope = p / total
+            slope[:, 0] -= 1
+            gradient = weighted(slope / (len(p) * self.temperature), memory, candidates)
+        return value + ((v - v.detach()) * gradient).sum()
 
     @torch.no_grad()
     def _update(self, v_s: Tensor, v_t: Tensor, index: Tensor) -> None:
         index = all_gather(index)
-        last = last_of_each(index)
+        positions = torch.arange(len(index), device=index.device)
+        # Of an image that is twice in a batch the last counts.
+        last = index.new_zeros(len(self.memory_s)).scatter_reduce(0, index, positions, "amax")[index]
         for memory, v in ((self.memory_s, v_s), (self.memory_t, v_t)):
             v = all_gather(v)[last].to(memory.dtype)
-            memory[index[last]] = normalize(self.momentum * memory[index[last]] + (1 - self.momentum) * v)
+            memory[index] = normalize(self.momentum * memory[index] + (1 - self.momentum) * v)
 
 
 class _Projection(nn.Module):
@@ -116,15 +127,3 @@ class _Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return normalize(self.linear(x.to(self.linear.weight.dtype)), eps=1e-12)
-
-
-def _products(v: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
-    """``<memory[candidates[n, j]], v[n]>``, by the way that holds less."""
-    if _dense_is_smaller(memory, candidates):
-        # A copy: the graph keeps it, and the memory is written to before the gradient is taken.
-        return (v @ memory.to(v.dtype, copy=True).T).gather(1, candidates)
-    return torch.einsum("bd,bkd->bk", v, memory[candidates].to(v.dtype))
-
-
-def _dense_is_smaller(memory: Tensor, candidates: Tensor) -> bool:
-    return len(memory) <= candidates.shape[1] * memory.shape[1]

@@ -3,10 +3,11 @@
     python recipes/benchmarks/neighbor_search.py --sizes 50000 200000 1000000 --output neighbor_search.json
 
 Vectors are synthetic and clustered (a centre each 50 images, the noise half as long: cosine 0.8 within, 0
-across), unit length, 256 numbers, on disk as the embedding stage leaves them. Each search runs in a process of its own,
+across), unit length, 256 numbers, on disk as the embedding stage leaves them; or real ones with --vectors FOLDER, what
+recipes/neighbors.py --neighbors_keep_embeddings left. Each search runs in a process of its own,
 on one thread, so that its peak memory (VmHWM, libraries and mapped files included) is its own. Exact search is timed on
 all queries up to --exact_up_to vectors, beyond on 2,000, and extrapolated. Ratios: approximate against exact search of
-the same size in CPU seconds (other programs do not count in), one after the other in each round, and memory against
+the same size (extrapolated, see above) in CPU seconds (other programs do not count in), in turns, and memory against
 vectors plus index.
 """
 
@@ -53,21 +54,21 @@ def memory(kind: str) -> int:
 def one(folder: Path, kind: str, dtype: str, exact_up_to: int) -> dict:
     """A search, in this process."""
     vectors = Vectors([np.load(path, mmap_mode="c") for path in sorted(folder.glob("[0-9]*.npy"))])
-    n = vectors.shape[0]
+    n, dim = vectors.shape
     before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
     result = {
         "images": n,
+        "dim": dim,
         "search": kind,
         "dtype": dtype,
-        "vectors_mb": round(n * DIM * np.dtype(dtype).itemsize / 1e6),
+        "vectors_mb": round(n * dim * np.dtype(dtype).itemsize / 1e6),
     }
     if kind == "exact" and n > exact_up_to:
         rows, exact = random_rows(n, QUERIES), ExactSearch(vectors)
         for first in range(0, len(rows), 1024):
             exact(rows[first : first + 1024], K)
-        seconds = time.perf_counter() - start
-        result |= {"queries": len(rows), "seconds": round(seconds, 1)}
-        result |= {"seconds_extrapolated_to_all": round(seconds * n / len(rows))}
+        seconds = round(time.perf_counter() - start, 1)
+        result |= {"queries": len(rows), "seconds": seconds, "seconds_of_all": round(seconds * n / len(rows))}
     elif kind == "exact":
         search_all(ExactSearch(vectors), K)
         result |= {"recall": 1.0, "seconds": round(time.perf_counter() - start, 1)}
@@ -75,7 +76,11 @@ def one(folder: Path, kind: str, dtype: str, exact_up_to: int) -> dict:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             options = SearchOptions(neighbors_dtype=dtype)
             found = search_vectors(vectors, K, kind, options, Path(work), processes=Processes(alone=True))[1]
-            result |= found | {"seconds": round(time.perf_counter() - start, 1)}
+            result |= (
+                found
+                | {"search": kind, "taken": found.get("search", kind)}
+                | {"seconds": round(time.perf_counter() - start, 1)}
+            )
             result["index_mb"] = round(os.path.getsize(Path(work, f"{kind}.index")) / 1e6)
     peak = memory("VmHWM")
     result |= {"peak_mb": round(peak / 1e6), "of_which_libraries_mb": round(before / 1e6)}
@@ -88,8 +93,9 @@ def measure(folder: Path, options: argparse.Namespace):
     """Yields the results of all searches of each size, interleaved, each in a fresh process."""
     for n in options.sizes:
         results = []
-        data = folder / str(n)
-        make(data, n, options.dtype)
+        data = Path(options.vectors) if options.vectors else folder / str(n)
+        if not options.vectors:
+            make(data, n, options.dtype)
         rounds = {kind: [] for kind in options.searches}
         for _ in range(options.rounds if n <= options.exact_up_to else 1):
             for kind, runs in rounds.items():
@@ -103,11 +109,10 @@ def measure(folder: Path, options: argparse.Namespace):
         for runs in rounds.values():
             ratios = [run["cpu_seconds"] / other for run, other in zip(runs, exact, strict=False)]
             middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-            extrapolated = {"exact_extrapolated": n > options.exact_up_to} if ratios else {}
             if runs[0]["search"] != "exact" and ratios:
-                middle |= {"cpu_seconds_to_exact": round(statistics.median(ratios), 4)} | extrapolated
-            results.append(middle | {"rounds": len(runs)})
-        for path in data.glob("*.npy"):
+                middle["cpu_seconds_to_exact"] = round(statistics.median(ratios), 4)
+            results.append({"data": "real" if options.vectors else "synthetic"} | middle | {"rounds": len(runs)})
+        for path in folder.glob("*/*.npy"):
             path.unlink()
         yield results
 
@@ -115,6 +120,7 @@ def measure(folder: Path, options: argparse.Namespace):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[50_000, 200_000, 1_000_000])
+    parser.add_argument("--vectors", help="folder of shards of real unit vectors, instead of synthetic ones")
     parser.add_argument("--searches", nargs="+", default=["exact", "ivf"], help="exact, ivf, hnsw")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rounds", type=int, default=1, help="of each, where exact search is not extrapolated")
@@ -128,9 +134,11 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(one(Path(folder), kind, dtype, int(exact_up_to))))
         return
+    if options.vectors:
+        options.sizes = [sum(len(np.load(path, mmap_mode="r")) for path in Path(options.vectors).glob("[0-9]*.npy"))]
     machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
     command = "python recipes/benchmarks/neighbor_search.py " + " ".join(sys.argv[1:]).split(" --note")[0]
-    report = {"command": command, "machine": machine, "note": options.note, "dim": DIM, "k": K, "results": []}
+    report = {"command": command, "machine": machine, "note": options.note, "k": K, "results": []}
     with tempfile.TemporaryDirectory() as folder:
         for results in measure(Path(folder), options):
             report["results"] += results

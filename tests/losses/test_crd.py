@@ -16,7 +16,7 @@ def build(images: int = 10, **options) -> CRDLoss:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_two_steps_equal_the_reference(shared, monkeypatch, dtype, dense):
     if not dense:
-        monkeypatch.setattr("coss_hf.losses.crd._dense_is_smaller", lambda *args: False)
+        monkeypatch.setattr("coss_hf.losses.memory._is_small", lambda *args: False)
     ((_, meta, x),) = reference_cases(shared, "crd")
     names = {"student_dim": "s_dim", "teacher_dim": "t_dim", "num_images": "n_data", "negatives": "K"}
     names |= {"temperature": "T", "momentum": "m", "feature_dim": "feat_dim"}
@@ -48,6 +48,17 @@ def test_negatives_are_others_and_all_of_them():
     assert candidates.shape == (3, 7) and torch.equal(candidates[:, 0], index)
     for row, own in zip(drawn.view(3, 200, 7)[:, :, 1:].flatten(1), index):
         assert row.unique().tolist() == [i for i in range(10) if i != own]
+
+
+def test_no_two_processes_draw_the_same(monkeypatch):
+    loss = build(images=1000, negatives=4)
+    monkeypatch.setattr("coss_hf.losses.crd.world_size", lambda: 2)
+    drawn = []
+    for rank in range(2):
+        monkeypatch.setattr("coss_hf.losses.crd.rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        drawn.append(loss.draw(torch.tensor([0])))
+    assert not torch.equal(*drawn)
 
 
 def test_the_last_of_images_that_are_twice_in_a_batch_is_kept():
