@@ -53,11 +53,15 @@ def uninterrupted(world, *set_up):
     return world["finished"][set_up]
 
 
-def wait_for_checkpoint(process, output):
+def wait_for(process, found):
     end = time.monotonic() + 120
-    while not any(output.glob("checkpoint-*")):
+    while not found():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.01)
+        time.sleep(0.001)
+
+
+def wait_for_checkpoint(process, output):
+    wait_for(process, lambda: any(output.glob("checkpoint-*")))
 
 
 def kill_and_resume(world, output, seed, *set_up):
@@ -85,6 +89,56 @@ def test_sigkill_then_the_same_command(world, tmp_path, set_up):
 @pytest.mark.parametrize("set_up", EVERY_SET_UP)
 def test_sigkill_at_random_moments(world, tmp_path, set_up, seed):
     kill_and_resume(world, tmp_path / "run", seed, *set_up)
+
+
+def kill_and_finish(world, output, process, *set_up, argv=()):
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    out, student = finish(world, output, *set_up, argv=argv)
+    h.assert_same(student, uninterrupted(world, *set_up))
+    assert not list(output.glob("unfinished-*"))
+    return out
+
+
+def test_sigkill_in_the_final_save(world, tmp_path):
+    output = tmp_path / "run"
+    process = start(world, output, 1, 2)
+    wait_for(process, lambda: any(output.glob("*.json")) or any(output.glob("model*")))
+    kill_and_finish(world, output, process, 1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_in_the_final_save_in_every_set_up(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for(process, lambda: any(output.glob("*.json")) or any(output.glob("model*")))
+    kill_and_finish(world, output, process, *set_up)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_before_the_first_checkpoint_is_whole(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for(process, lambda: any(output.glob("unfinished-checkpoint-*")))
+    assert not any(output.glob("checkpoint-*"))
+    assert "starting afresh" in kill_and_finish(world, output, process, *set_up)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_in_an_evaluation(world, tmp_path, set_up):
+    output, argv = tmp_path / "run", ("--eval_strategy=steps", "--eval_steps=1", "--validation_size=8")
+    process = start(world, tmp_path / "whole", *set_up, *argv)
+    assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
+    process = start(world, output, *set_up, *argv)
+    wait_for_checkpoint(process, output)
+    time.sleep(0.3)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    _, student = finish(world, output, *set_up, argv=argv)
+    h.assert_same(student, load_file(tmp_path / "whole" / "model.safetensors"))
 
 
 @pytest.mark.parametrize("set_up", SET_UPS)

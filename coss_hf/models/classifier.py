@@ -2,7 +2,6 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 
 from ..preprocessing import first_line
 from .cifar import CIFAR_NETWORKS, cifar_config, cifar_image_processor
-from .modeling_cifar_resnet import CifarResNetForImageClassification
 
 # Of CIFAR-100.
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
@@ -25,7 +24,7 @@ def load_classifier(
         class_names: by class number.
         size, mean, std: input of a CIFAR network: side in pixels (32), and statistics of each channel in [0, 1]
             (CIFAR-100's). A checkpoint has its own.
-        hidden_sizes: channels of a CIFAR network's three stages, other than its name says.
+        hidden_sizes: channels of a CIFAR network's stages, other than its name says.
 
     Raises:
         ValueError: a name that is neither, or `mean`, `std` or `hidden_sizes` for a checkpoint.
@@ -38,9 +37,8 @@ def load_classifier(
         size = 32 if size is None else size
         widths = {} if hidden_sizes is None else {"hidden_sizes": hidden_sizes}
         config = cifar_config(name, **labels, **widths, image_size=size)
-        return CifarResNetForImageClassification(config), cifar_image_processor(
-            mean or CIFAR_MEAN, std or CIFAR_STD, size
-        )
+        model = AutoModelForImageClassification.from_config(config)
+        return model, cifar_image_processor(mean or CIFAR_MEAN, std or CIFAR_STD, size)
     networks = ", ".join(CIFAR_NETWORKS)
     if mean or std or hidden_sizes:
         raise ValueError(f"--mean, --std and --hidden_sizes are for {networks}; --model {name} has its own.")

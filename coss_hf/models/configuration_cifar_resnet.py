@@ -1,7 +1,7 @@
-from transformers import PreTrainedConfig
+from .configuration_cifar import CifarConfig
 
 
-class CifarResNetConfig(PreTrainedConfig):
+class CifarResNetConfig(CifarConfig):
     """Residual network of depth 6n + 2 for 32x32 images (He et al. 2015, arXiv:1512.03385, section 4.2).
 
     Args:
@@ -27,14 +27,9 @@ class CifarResNetConfig(PreTrainedConfig):
     image_size: int = 32
 
     def __post_init__(self, **kwargs):
-        self.hidden_sizes = list(self.hidden_sizes)
         if self.depth < 8 or self.depth % 6 != 2:
             raise ValueError(f"depth={self.depth} is not 6n + 2: use 8, 14, 20, 32, 44, 56 or 110")
-        if len(self.hidden_sizes) != 3 or min(self.hidden_sizes) < 1:
-            raise ValueError(f"hidden_sizes={self.hidden_sizes}: give three positive widths, such as [16, 32, 64]")
-        for name in ("stem_width", "num_channels", "image_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: give a positive number")
+        kwargs = self.check(3, "stem_width", **kwargs)
         if self.shortcut not in ("projection", "padding"):
             raise ValueError(f"shortcut={self.shortcut!r} is unknown: use 'projection' or 'padding'")
         widths = [self.stem_width, *self.hidden_sizes]
@@ -43,11 +38,4 @@ class CifarResNetConfig(PreTrainedConfig):
                 f"shortcut='padding' cannot pad the widths {widths} evenly on both sides: "
                 "use widths growing by even steps, or shortcut='projection'"
             )
-        # Every class is named, whichever is saved: a process without this package can then load the backbone
-        # out of a classifier's checkpoint with trust_remote_code=True.
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_cifar_resnet.CifarResNetConfig",
-            "AutoModel": "modeling_cifar_resnet.CifarResNetModel",
-            "AutoModelForImageClassification": "modeling_cifar_resnet.CifarResNetForImageClassification",
-        }
         super().__post_init__(**kwargs)

@@ -1,18 +1,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPoolingAndNoAttention,
-    ImageClassifierOutputWithNoAttention,
-)
-from transformers.utils import can_return_tuple
 
 from .configuration_cifar_resnet import CifarResNetConfig
-
-
-def convolution(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+from .modeling_cifar import CifarForImageClassification, CifarModel, convolution
 
 
 class PaddingShortcut(nn.Module):
@@ -48,20 +38,11 @@ class CifarResNetBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-class CifarResNetPreTrainedModel(PreTrainedModel):
+class CifarResNetModel(CifarModel):
+    """The network without a classifier; its maps have 1, 1/2 and 1/4 of the input's side."""
+
     config_class = CifarResNetConfig
     base_model_prefix = "resnet"
-    main_input_name = "pixel_values"
-
-    def _init_weights(self, module: nn.Module):
-        if isinstance(module, nn.Conv2d):
-            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        else:
-            super()._init_weights(module)
-
-
-class CifarResNetModel(CifarResNetPreTrainedModel):
-    """The network without a classifier; `config.hidden_sizes[-1]` is the dimension of `pooler_output`."""
 
     def __init__(self, config: CifarResNetConfig):
         super().__init__(config)
@@ -74,54 +55,20 @@ class CifarResNetModel(CifarResNetPreTrainedModel):
             first = CifarResNetBlock(width, wider, 1 if stage == 0 else 2, config.shortcut)
             rest = (CifarResNetBlock(wider, wider, 1, config.shortcut) for _ in range(blocks - 1))
             self.stages.append(nn.Sequential(first, *rest))
-        self.pooler = nn.AdaptiveAvgPool2d(1)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, output_hidden_states: bool | None = None, **kwargs
-    ) -> BaseModelOutputWithPoolingAndNoAttention:
-        """`pixel_values` (b, num_channels, h, w), normalised.
-
-        Returns `last_hidden_state` (b, C, h/4, w/4), `pooler_output` (b, C, 1, 1), its average over the map, and, where
-        asked for, `hidden_states`: the maps at the end of the three stages, after the ReLU.
-        """
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+    def maps(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         x = F.relu(self.bn1(self.conv1(pixel_values)))
         maps = ()
         for stage in self.stages:
             x = stage(x)
             maps += (x,)
-        return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=x,
-            pooler_output=self.pooler(x),
-            hidden_states=maps if output_hidden_states else None,
-        )
+        return maps
 
 
-class CifarResNetForImageClassification(CifarResNetPreTrainedModel):
-    """The network with a linear classifier of `config.num_labels` outputs on the pooled map."""
+class CifarResNetForImageClassification(CifarForImageClassification):
+    """The network with a linear classifier."""
 
-    def __init__(self, config: CifarResNetConfig):
-        super().__init__(config)
-        self.resnet = CifarResNetModel(config)
-        self.classifier = nn.Linear(config.hidden_sizes[-1], config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        pixel_values: Tensor,
-        labels: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> ImageClassifierOutputWithNoAttention:
-        """`pixel_values` (b, num_channels, h, w), normalised; `labels` (b,), for which the cross-entropy is returned.
-
-        `logits` are (b, num_labels); `hidden_states` as those of `CifarResNetModel`.
-        """
-        outputs = self.resnet(pixel_values, output_hidden_states=output_hidden_states, return_dict=True)
-        logits = self.classifier(outputs.pooler_output.flatten(1))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    config_class = CifarResNetConfig
+    base_model_prefix = "resnet"
+    backbone_class = CifarResNetModel
