@@ -26,7 +26,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "Hub name or folder of the network to train; with --student_init random also a CIFAR network "
-            "(resnet20, resnet8x4, vgg8, wrn_16_2, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
+            "(resnet20, vgg8, wrn_16_2, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
         },
     )
     teacher_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
