@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from coss_hf.distributed import all_gather
@@ -34,11 +35,9 @@ class Student(nn.Module):
         self.linear.weight.data.copy_(weight)
         self.criterion = (Gathered if name == "gathered" else LOSSES[name])(**options).to(weight.dtype)
         self.criterion.load_state_dict(given)
-        if name == "crd":
-            # All others: what is drawn must not differ between one process and several.
-            images = len(self.criterion.memory_s)
-            others = torch.tensor([[i for i in range(images) if i != own] for own in range(images)])
-            self.criterion.draw = lambda index: torch.cat([index[:, None], others[index]], 1)
+        for part in self.criterion.modules():
+            if isinstance(part, _BatchNorm):
+                part.eval()  # statistics of a batch are each process's own, unless synchronised (on GPUs)
         self._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name, _ in self.criterion.named_buffers()]
 
     def forward(self, x: Tensor, teacher: Features, index: Tensor) -> Tensor:
@@ -52,6 +51,7 @@ def steps(student: nn.Module, job: dict, rows: slice) -> dict:
     """Two steps on some rows of the batch, without an optimiser: losses, gradients of the second, state."""
     teacher = Features(job["t"][rows], tuple(one[rows] for one in job["maps"]))
     losses = []
+    torch.manual_seed(0)  # as for a run: CRD's negatives are those that one process would draw
     for _ in range(2):
         student.zero_grad()
         loss = student(job["x"][rows], teacher, job["index"][rows])
