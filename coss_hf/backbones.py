@@ -50,6 +50,7 @@ class Backbone:
         processor: its image processor.
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
+        options: keyword arguments of the network's forward pass.
         maps: number of feature maps that ``features`` returns beside the embedding; 0 by default.
 
     Raises:
@@ -78,7 +79,7 @@ class Backbone:
         self.can_interpolate = "interpolate_pos_encoding" in takes
         # Teacher and student get the same flag: a ResNet that needs no such thing takes its size without.
         interpolate = interpolate_pos_encoding and self.can_interpolate
-        self._kwargs = {"interpolate_pos_encoding": True} if interpolate else {}
+        self.options = {"interpolate_pos_encoding": True} if interpolate else {}
         self._probe(pooling, argument)
         # Read by `embed` and by anybody who reloads the network.
         self.model.config.embedding_pooling = self.pooling
@@ -124,13 +125,13 @@ class Backbone:
         first = next(twin.parameters())
         images = torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype)
         try:
-            output = twin(pixel_values=images, **self._kwargs)
+            output = twin(pixel_values=images, **self.options)
             hidden = getattr(output, "last_hidden_state", None)
             if hidden is not None and not hidden.numel():
                 raise ValueError("nothing is left of them in its last map")
         except Exception as error:  # each network refuses images in its own way
             own = getattr(self.model.config, "image_size", None)
-            stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self._kwargs else ""
+            stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
             raise ValueError(
                 f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
                 f"cannot take images of this size ({first_line(error)}); give "
@@ -166,8 +167,8 @@ class Backbone:
     def features(self, pixel_values: Tensor) -> Features:
         """Embeds a batch of normalised images ``(b, 3, h, w)``; gradients and mode are the caller's."""
         if not self.maps:
-            return Features(pool(self.model(pixel_values=pixel_values, **self._kwargs), self.pooling, self.layout))
-        output = self.model(pixel_values=pixel_values, output_hidden_states=True, **self._kwargs)
+            return Features(pool(self.model(pixel_values=pixel_values, **self.options), self.pooling, self.layout))
+        output = self.model(pixel_values=pixel_values, output_hidden_states=True, **self.options)
         maps = feature_maps(output, self.layout, self.size)
         return Features(pool(output, self.pooling, self.layout), evenly(maps, self.maps))
 
@@ -179,7 +180,7 @@ class Backbone:
         with evaluating(self.model):
             if not maps:
                 return self.features(images)
-            output = self.model(pixel_values=images, output_hidden_states=True, **self._kwargs)
+            output = self.model(pixel_values=images, output_hidden_states=True, **self.options)
         return Features(pool(output, self.pooling, self.layout), feature_maps(output, self.layout, self.size))
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
@@ -199,7 +200,7 @@ class Backbone:
         """Hash of everything that the embedding of an image depends on: network, weights, pooling, pre-processing."""
         digest = hashlib.blake2b(digest_size=16)
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NAMES}
-        settings = [type(self.model).__name__, config, self.pooling, self.size, sorted(self._kwargs)]
+        settings = [type(self.model).__name__, config, self.pooling, self.size, sorted(self.options)]
         digest.update(json.dumps([*settings, self.processor.to_dict()], sort_keys=True, default=str).encode())
         # A pooler that the checkpoint lacks is drawn anew at each loading: what is unused stays out.
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.unused}

@@ -19,20 +19,21 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
     try:
         with quiet_loading():
             whole, info = AutoModelForImageClassification.from_pretrained(
-                backbone.name, revision=revision, output_loading_info=True
+                backbone.name, revision=revision, trust_remote_code=False, output_loading_info=True
             )
     except Exception:  # no such checkpoint, no such head, code of any origin: each means no classifier
         return None
     if info["missing_keys"]:
         return None
-    whole.eval()
+    # In one place and precision, so that both round alike.
     first = next(backbone.model.parameters())
-    images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0))
-    expected = whole(pixel_values=images).logits
+    whole.eval().to(first.device, first.dtype)
+    images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
+    expected = whole(pixel_values=images, **backbone.options).logits
     with evaluating(backbone.model):
-        embedding = backbone.features(images.to(first.device, first.dtype)).embedding
+        embedding = backbone.features(images).embedding
     for layer in reversed([module for module in whole.modules() if isinstance(module, nn.Linear)]):
         if (layer.in_features, layer.out_features) == (embedding.shape[1], expected.shape[1]):
-            if torch.allclose(layer(embedding.cpu().float()), expected, rtol=1e-3, atol=1e-3):
-                return layer
+            if torch.allclose(layer(embedding), expected, rtol=1e-3, atol=1e-3):
+                return layer.cpu().float()
     return None

@@ -108,8 +108,9 @@ def _channels_last(network, args, kwargs):
     return args, kwargs | {"pixel_values": kwargs["pixel_values"].contiguous(memory_format=torch.channels_last)}
 
 
-def synchronise_batch_norm(student: PreTrainedModel) -> None:
-    """Batch statistics over all processes, in place; parameters, their names and the configuration stay.
+def synchronise_batch_norm(student: PreTrainedModel, criterion: nn.Module) -> None:
+    """Batch statistics of student and loss over all processes, in place; parameters, their names and the configuration
+    stay.
 
     Raises:
         ValueError: a network without batch norm, or one whose batch norm does more than that.
@@ -125,3 +126,4 @@ def synchronise_batch_norm(student: PreTrainedModel) -> None:
             raise ValueError(f"--sync_batch_norm cannot convert {', '.join(sorted(other))}; leave it out.")
         convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
     convert_sync_batchnorm(student)
+    nn.SyncBatchNorm.convert_sync_batchnorm(criterion)

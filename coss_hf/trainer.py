@@ -69,7 +69,7 @@ class DistillationTrainer(SavingTrainer):
         if args.exact_accumulation:
             refuse_randomness(student.model, student.size)
         if args.sync_batch_norm:
-            synchronise_batch_norm(student.model)
+            synchronise_batch_norm(student.model, model.criterion)
         if args.channels_last:
             use_channels_last(student.model)
             use_channels_last(teacher.model)

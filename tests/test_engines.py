@@ -16,6 +16,7 @@ import tests.helpers as h
 from coss_hf.config import DistillationArguments
 from coss_hf.engines import name_blocks, synchronise_batch_norm
 from coss_hf.loading import load_backbone
+from coss_hf.losses.srrl import SRRLLoss
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,10 +206,12 @@ def test_batch_norm_is_converted_and_the_student_stays_what_it_was(tmp_path):
     before, state = type(student), {name: tensor.clone() for name, tensor in student.state_dict().items()}
     images = torch.randn(2, 3, 16, 16)
     expected = student.eval()(pixel_values=images).pooler_output
+    loss = SRRLLoss(student_dim=3, teacher_dim=4)
     count = sum(isinstance(m, nn.BatchNorm2d) for m in student.modules())
-    synchronise_batch_norm(student)
+    synchronise_batch_norm(student, loss)
     kinds = [type(m) for m in student.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert kinds == [nn.SyncBatchNorm] * count and count > 5 and type(student) is before
+    assert isinstance(loss.connector.bn, nn.SyncBatchNorm)
     h.assert_same(student.state_dict(), state)
     torch.testing.assert_close(student(pixel_values=images).pooler_output, expected)
     student.save_pretrained(tmp_path / "saved")
@@ -226,7 +229,7 @@ def test_activations_inside_timms_batch_norm_survive():
     model = TimmWrapperModel(config).eval()
     images = torch.randn(2, 3, 32, 32)
     expected = model(pixel_values=images).pooler_output
-    synchronise_batch_norm(model)
+    synchronise_batch_norm(model, nn.Identity())
     assert any(isinstance(m, layers.SyncBatchNormAct) for m in model.modules())
     torch.testing.assert_close(model(pixel_values=images).pooler_output, expected)
 
@@ -235,7 +238,7 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--sync_batch_norm: PyTorch synchronises batch norm on GPUs only"):
         DistillationArguments(output_dir=str(tmp_path), use_cpu=True, sync_batch_norm=True)
     with pytest.raises(ValueError, match="--sync_batch_norm: the student .ViTModel. has no batch norm"):
-        synchronise_batch_norm(load_backbone(h.save_vit(tmp_path / "vit")).model)
+        synchronise_batch_norm(load_backbone(h.save_vit(tmp_path / "vit")).model, nn.Identity())
 
     class Own(nn.BatchNorm2d):
         pass
@@ -243,7 +246,7 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused(tmp_path):
     student = load_backbone(h.save_resnet(tmp_path / "resnet")).model
     student.extra = Own(3)
     with pytest.raises(ValueError, match="--sync_batch_norm cannot convert Own"):
-        synchronise_batch_norm(student)
+        synchronise_batch_norm(student, nn.Identity())
 
 
 # ---- compilation ----

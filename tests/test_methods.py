@@ -72,6 +72,9 @@ def test_the_classifier_of_a_teacher_is_found_where_it_reads_the_embedding(tmp_p
     assert torch.equal(layer.weight, whole.classifier.weight) and torch.equal(layer.bias, whole.classifier.bias)
     vit = load_backbone(networks.vit)
     assert vit.pooling == "cls" and find_classifier(vit).out_features == 4
+    stretched = load_backbone(networks.vit, size=24, interpolate_pos_encoding=True)
+    assert torch.equal(find_classifier(stretched).weight, find_classifier(vit).weight)
+    assert torch.equal(find_classifier(load_backbone(folder, dtype="bfloat16")).weight, layer.weight.bfloat16().float())
     assert find_classifier(load_backbone(networks.vit, pooling="mean")) is None, "another embedding than it reads"
     assert find_classifier(load_backbone(networks.teacher)) is None, "a checkpoint without a classifier"
 
