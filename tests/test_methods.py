@@ -79,6 +79,12 @@ def test_the_classifier_of_a_teacher_is_found_where_it_reads_the_embedding(tmp_p
     assert find_classifier(load_backbone(networks.teacher)) is None, "a checkpoint without a classifier"
 
 
+def test_srrl_takes_a_classifier_only_of_its_own_features(tmp_path, image_parquet, networks):
+    for teacher, expected in ((classifying(tmp_path), True), (networks.vit, False), (networks.teacher, False)):
+        trainer = h.make_trainer(tmp_path, image_parquet, teacher, networks.small, method="srrl")
+        assert (trainer.model.criterion.teacher_fc is not None) == expected
+
+
 # The small student has another dimension than the teacher, the ViT tokens and other sizes of map.
 @pytest.mark.parametrize("student", ["small", "vit"])
 @pytest.mark.parametrize("method", [*LOSSES, "at(beta=10) + coss + rkd", "seed + coss(lambda_co=0)"])

@@ -7,6 +7,7 @@ a network and returns a dictionary of scalars with the key ``loss``. Class attri
 
 import inspect
 
+import torch
 from torch import nn
 
 from coss_hf.features import Features
@@ -63,7 +64,12 @@ def build_loss(methods: list[Method], student: Features, teacher: Features, **gi
     Raises:
         ValueError: an option that the method does not have, or a value that it refuses.
     """
-    losses = {method.name: _build(method, given | _shapes(method.name, student, teacher)) for method in methods}
+    losses = {}
+    for method in methods:
+        own = given | _shapes(method.name, student, teacher)
+        if method.name == "srrl" and not _pools_to_embedding(teacher):
+            own["classifier"] = None
+        losses[method.name] = _build(method, own)
     return SumLoss(losses) if len(losses) > 1 else losses[methods[0].name]
 
 
@@ -86,3 +92,11 @@ def _shapes(name: str, student: Features, teacher: Features) -> dict:
     at = len(student.maps) // 2 if name == "hint" else -1
     s, t = student.maps[at].shape, teacher.maps[at].shape
     return {"student_dim": s[1], "teacher_dim": t[1], "student_size": s[2], "teacher_size": t[2]}
+
+
+def _pools_to_embedding(teacher: Features) -> bool:
+    """Whether the mean of the last map is what a classifier of the embedding reads; a class token is not."""
+    if not teacher.maps:
+        return True
+    pooled = teacher.maps[-1].mean((2, 3))
+    return pooled.shape == teacher.embedding.shape and torch.allclose(pooled, teacher.embedding, rtol=1e-3, atol=1e-4)
