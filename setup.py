@@ -15,6 +15,7 @@ setup(
         "datasets>=4.0",
         "evaluate>=0.4",
         "faiss-cpu",
+        "filelock",
         "huggingface_hub",
         "matplotlib",
         "pillow",
@@ -27,6 +28,6 @@ setup(
         "timm": ["timm"],
         "tensorboard": ["tensorboard"],
         "quickstart": ["scikit-learn"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
+        "dev": ["psutil", "pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
     },
 )

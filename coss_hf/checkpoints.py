@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -18,6 +19,8 @@ from coss_hf.distributed import any_process
 
 RECORD = "distillation.json"
 STAGING, REPLACED = "unfinished-", "replaced-"
+PATIENCE = 60  # seconds for another run to end
+_held: list[FileLock] = []
 
 
 class RunStopped(RuntimeError):
@@ -56,6 +59,30 @@ def publish(unfinished: Path, checkpoint: Path) -> None:
         os.replace(checkpoint, replaced)
     os.replace(unfinished, checkpoint)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def hold(output_dir: str | Path) -> None:
+    """Keeps other runs out of a folder until this process ends, however it does.
+
+    Waits a while for one that is on its way out: what a killed launcher left behind ends with its step.
+
+    Raises:
+        ValueError: another run is at work there.
+    """
+    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    # The name is one that Trainer does not push. Within a process a second run may follow the first.
+    lock = FileLock(Path(output_dir, "_lock"), is_singleton=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"Another run is at work in {output_dir}: waiting {PATIENCE} seconds for its end.", flush=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except Timeout:
+            raise ValueError(
+                f"--output_dir={output_dir}: another run is at work there; stop it, or give another folder."
+            ) from None
+    _held.append(lock)  # released with the process
 
 
 def recover(output_dir: str | Path) -> None:
@@ -100,7 +127,8 @@ class Preemption(TrainerCallback):
 
     A context manager: the signal is watched inside. The processes talk at each step, over gloo: a GPU need not wait.
     Schedulers send the signal to a run's loader workers as well, which die of it in torch's own handler, and the step
-    with them: they are born with the signal blocked, and listen to their parent alone.
+    with them: they are born with the signal blocked, and listen to their parent alone. A launcher that was killed is a
+    signal, too: it cannot stop the processes that it started, and nobody else would.
 
     Attributes:
         agreed: whether training ended because of the signal.
@@ -110,6 +138,7 @@ class Preemption(TrainerCallback):
 
     def __init__(self):
         self.received, self.agreed, self._before = False, False, None
+        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # Cannot be taken back, so that it is made once and looks whether anything is watched.
         _block_in_children(Preemption)
 
@@ -130,7 +159,8 @@ class Preemption(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.agreed = any_process(self.received)
+        orphaned = self._launcher is not None and os.getppid() != self._launcher
+        self.agreed = any_process(self.received or orphaned)
         if self.agreed:
             control.should_save, control.should_evaluate = True, False
 

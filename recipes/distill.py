@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
-from coss_hf.checkpoints import find_checkpoint, recover
+from coss_hf.checkpoints import find_checkpoint, hold, recover
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits, to_dict
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
 from coss_hf.estimate import describe
@@ -70,11 +70,13 @@ def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries
 def refuse_overwriting(args: DistillationArguments) -> None:
     """A finished or interrupted run is not written over by mistake; a checkpoint to resume from is there."""
     output = Path(args.output_dir)
-    # Not before a refusal: the folder may be that of a run in progress.
-    if (args.resume_from_checkpoint or args.overwrite_output_dir) and not args.dry_run:
+    if not args.dry_run:
         with args.main_process_first(local=False, desc="checkpoints"):
             if args.process_index == 0:
-                recover(output)
+                hold(output)
+                # Only if asked to go on: a refusal changes nothing.
+                if args.resume_from_checkpoint or args.overwrite_output_dir:
+                    recover(output)
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
     used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
     if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):

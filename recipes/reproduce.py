@@ -25,7 +25,7 @@ from coss_hf.report import command
 from coss_hf.study import paper
 from coss_hf.study.cells import Setting, load
 from coss_hf.study.sweep import Sweep
-from coss_hf.study.tables import best, pair_section, ranked
+from coss_hf.study.tables import METRICS, best, pair_section, ranked
 
 
 @dataclass
@@ -40,7 +40,8 @@ class ReproduceArguments:
     finalists: int | None = field(default=None, metadata={"help": "Report only so many best rows, and CoSS."})
     budget: float = field(default=1.0, metadata={"help": "Share of the paper's 240 epochs of a reported run."})
     choice_budget: float | None = field(default=None, metadata={"help": "The same of a choosing run; default: budget."})
-    metric: str = field(default="eval_linear", metadata={"help": "That chooses and ranks."})
+    metric: str = field(default="eval_linear", metadata={"help": "That chooses and ranks.", "choices": list(METRICS)})
+    batch_size: int = field(default=128, metadata={"help": "Images a step, of teachers too."})
     teacher: str | None = field(default=None, metadata={"help": "Of a single pair; default: trained first."})
     teacher_epochs: int = field(default=paper.EPOCHS, metadata={"help": "Of a teacher that is trained first."})
     jobs: int = field(default=1, metadata={"help": "Cells side by side."})
@@ -60,7 +61,7 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
         for name in given:
             if name not in known:
                 raise ValueError(f"--{flag}={name!r} is not in table {args.table}: choose among {', '.join(known)}.")
-    for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs"):
+    for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag}={value} must be above 0.")
     if not args.scales or min(args.scales) <= 0:
@@ -79,11 +80,14 @@ def find_teacher(pair: str, args: ReproduceArguments, data: DataArguments) -> st
     folder = Path(args.output_dir, "teachers", name)
     if not (folder / "run.json").exists():
         given = {"model": name, "output_dir": folder, "num_train_epochs": args.teacher_epochs}
+        given["per_device_train_batch_size"] = args.batch_size
         given |= {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if getattr(data, f.name) != f.default}
         words = [f"--{key}={value}" for key, value in given.items()]
         words += ["--lr_milestones", *(str(args.teacher_epochs * drop // paper.EPOCHS) for drop in paper.MILESTONES)]
         words += ["--overwrite_output_dir"] + ["--use_cpu"] * args.use_cpu
-        subprocess.run([sys.executable, str(Path(__file__).with_name("train_teacher.py")), *words], check=True)
+        recipe = Path(__file__).with_name("train_teacher.py")
+        if code := subprocess.run([sys.executable, str(recipe), *words]).returncode:
+            raise SystemExit(code)
     return str(folder)
 
 
@@ -111,9 +115,9 @@ def main() -> None:
         models = {pair: ModelArguments(student=paper.PAIRS[pair][0], student_init="random") for pair in args.pairs}
         for pair, one in models.items():
             one.teacher = find_teacher(pair, args, data)
-        training = paper.TRAINING | {
-            name: getattr(args, name) for name in ("use_cpu", "bf16", "channels_last", "torch_compile")
-        }
+        engine = ("use_cpu", "bf16", "channels_last", "torch_compile")
+        training = paper.TRAINING | {name: getattr(args, name) for name in engine}
+        training["per_device_train_batch_size"] = args.batch_size
         setting = Setting(data, models, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
         header = {"table": args.table, "command": command()}
         sweep = Sweep(Path(args.output_dir), f"table{args.table}", setting, args.jobs, header)

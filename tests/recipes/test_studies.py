@@ -1,0 +1,124 @@
+"""recipes/reproduce.py and recipes/compare.py."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import tests.helpers as h
+from tests.recipes.test_distill import load_recipe
+
+reproduce, compare = load_recipe("reproduce"), load_recipe("compare")
+
+
+def words(**options) -> list[str]:
+    found = []
+    for key, value in options.items():
+        found += [f"--{key}", *map(str, value)] if isinstance(value, list) else [f"--{key}={value}"]
+    return found
+
+
+@pytest.fixture
+def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
+    def run(recipe, **options):
+        output = {"dataset": image_parquet, "output_dir": tmp_path / "out", "use_cpu": True}
+        monkeypatch.setattr(sys, "argv", ["recipe.py", *words(**output | options)])
+        with pytest.raises(SystemExit) as exit:
+            recipe.main()
+        assert exit.value.code == 2
+        assert not list((tmp_path / "out").rglob("*.json*"))
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pairs": ["resnet20/resnet110"]}, "--pairs='resnet20/resnet110' is not in table 1: choose among resnet20/"),
+        ({"methods": ["seed"]}, "--methods='seed' is not in table 1: choose among at, sp"),
+        ({"table": 3, "methods": ["lambda 2"]}, "--methods='lambda 2' is not in table 3: choose among lambda 0"),
+        ({"budget": 0}, "--budget=0.0 must be above 0"),
+        ({"scales": [1, 0]}, "--scales=[1.0, 0.0] must be above 0"),
+        ({"teacher": "x"}, "--teacher=x is one, --pairs are 3"),
+        ({"validation_size": 0}, "--validation_size: the scales are chosen on images held out"),
+        ({"metric": "eval_knn"}, "--metric: invalid choice: 'eval_knn'"),
+    ],
+)
+def test_what_cannot_be_reproduced_is_refused(refused, options, message):
+    assert message in refused(reproduce, **{"validation_size": 8} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--hours or --num_images: give one of them"),
+        ({"num_images": 64, "hours": 1}, "--hours or --num_images: give one of them"),
+        ({"num_images": 64, "method": "rkd"}, "--method and --beta: give --methods"),
+        ({"num_images": 64, "seeds": 1}, "--seeds=1 must be at least 2"),
+        ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: the checkpoint of --teacher"),
+        ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
+        ({"num_images": 4}, "--num_images=4 is less than one step"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(refused, networks, options, message):
+    models = {"teacher": networks.teacher, "student": networks.resnet, "per_device_train_batch_size": 8}
+    assert message in refused(compare, **models | options)
+
+
+def start(recipe: str, **options) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{h.ROOT}/recipes/{recipe}.py", *words(**options)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    return out
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet):
+    """Teacher first, two methods at two scales, then two seeds; killed once a cell is finished, and again later."""
+    budget = {"budget": 32 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
+    options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["vid", "coss"], "scales": [0.5, 1]}
+    options |= budget | {"use_cpu": True, "batch_size": 16}
+    finish(start("reproduce", **options, output_dir=tmp_path / "whole"))
+    for count in (1, 5):
+        process = start("reproduce", **options, output_dir=tmp_path / "killed")
+        while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < count:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGKILL)  # its workers must end by themselves
+        process.communicate()
+    finish(start("reproduce", **options, output_dir=tmp_path / "killed"))
+
+    def rows(name):
+        lines = (tmp_path / name / "table1.jsonl").read_text().replace(name, "").splitlines()
+        return [json.loads(line) for line in lines]
+
+    assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1
+    assert {row["images_seen"] for row in rows("whole")} == {0, 32}
+    assert "of the paper's 240 epochs" in (tmp_path / "whole" / "table1.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_comparison(tmp_path, image_parquet, networks):
+    models = {"teacher": networks.teacher, "student": networks.resnet, "methods": ["rkd", "seed + coss(lambda_co=0)"]}
+    options = models | {"dataset": image_parquet, "output_dir": tmp_path / "out", "num_images": 96, "seeds": 2}
+    training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True}
+    neighbors = {"neighbors_k": 1, "neighbors_pool": 4, "neighbors_cache": tmp_path / "cache"}
+    out = finish(start("compare", **options, **training, **neighbors))
+    names = ["rkd", "seed + coss(lambda_co=0)", "coss", "coss, cosine only", "coss, no neighbours", "random", "teacher"]
+    assert all(f"| {name} |" in out for name in names) and "96 images seen" in out
+    assert "noise" in out and (tmp_path / "out" / "compared.png").exists()
+    rows = [json.loads(line) for line in (tmp_path / "out" / "compared.jsonl").read_text().splitlines()]
+    assert len(rows) == 5 * 2 + 2 + 1
+    assert {row["images_seen"] for row in rows if row["method"] not in ("random", "teacher")} == {96}
+    assert [row["extra_teacher_images"] for row in rows if row["method"] == "rkd"] == [48, 48]
