@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.features import Features
+from tests.losses import comparing
+from tests.losses.comparing import TOLERANCES
 
-# Relative for values, of the largest entry of a case for gradients.
-TOLERANCES = {torch.float64: (1e-9, 1e-8), torch.float32: (1e-5, 1e-4)}
 WITHOUT_REFERENCE = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -34,11 +34,8 @@ def load(loss: nn.Module, x: dict[str, Tensor], dtype: torch.dtype) -> nn.Module
 def assert_gradients(got: dict[str, Tensor | None], x: dict[str, Tensor], prefix: str = "grad.") -> None:
     """``got``, by the names of the case, are its gradients, all of them."""
     expected = {key.removeprefix(prefix): value for key, value in x.items() if key.startswith(prefix)}
-    assert expected.keys() == {name for name, gradient in got.items() if gradient is not None}
-    scale = max(value.abs().max() for value in expected.values())
-    for name, value in expected.items():
-        tolerance = TOLERANCES[got[name].dtype][1]
-        assert (got[name].double() - value).abs().max() <= tolerance * scale, name
+    found = {name: gradient for name, gradient in got.items() if gradient is not None}
+    comparing.assert_gradients(found, expected, next(iter(found.values())).dtype, prefix)
 
 
 def assert_reference(loss: nn.Module, x: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

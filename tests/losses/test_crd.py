@@ -3,8 +3,9 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.crd import CRDLoss
+from tests.losses.comparing import TOLERANCES
 from tests.losses.reference import reference_cases
-from tests.losses.running import TOLERANCES, assert_gradients, draw
+from tests.losses.running import assert_gradients, draw
 
 
 def build(images: int = 10, **options) -> CRDLoss:

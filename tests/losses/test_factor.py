@@ -4,9 +4,9 @@ from torch.nn.functional import conv2d, leaky_relu
 
 from coss_hf.features import Features
 from coss_hf.losses.factor import FactorLoss
+from tests.losses.comparing import TOLERANCES
 from tests.losses.reference import reference_cases
 from tests.losses.running import (
-    TOLERANCES,
     assert_full_precision_under_autocast,
     assert_gradients,
     assert_reference,

@@ -4,9 +4,9 @@ from torch.distributions import Normal
 
 from coss_hf.features import Features
 from coss_hf.losses.vid import VIDLoss
+from tests.losses.comparing import TOLERANCES
 from tests.losses.reference import reference_cases
 from tests.losses.running import (
-    TOLERANCES,
     assert_full_precision_under_autocast,
     assert_reference,
     draw,
