@@ -6,7 +6,7 @@ from transformers import set_seed
 from coss_hf.backbones import Backbone
 from coss_hf.classifiers import find_classifier
 from coss_hf.config import DistillationArguments
-from coss_hf.losses import LOSSES, OF_CLASSIFIERS, build_loss
+from coss_hf.losses import LOSSES, OF_CLASSIFIERS, OF_MAPS, build_loss
 from coss_hf.modeling import DistillationModel, projection_head
 
 
@@ -27,7 +27,15 @@ def build_model(
     needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
     maps = [getattr(one, "uses_maps", False) for one in needs]
     if any(maps):
-        student.maps = teacher.maps = min(len(network.example(maps=True).maps) for network in (student, teacher))
+        counts = {network: len(network.example(maps=True).maps) for network in (student, teacher)}
+        student.maps = teacher.maps = min(counts.values())
+        for method in args.methods if criterion is None and not student.maps else ():
+            if method.name in OF_MAPS:
+                name = min(counts, key=counts.get).name
+                raise ValueError(
+                    f"--method {method.name} compares feature maps, and {name} gives none that lie on a grid; choose "
+                    f"another network, or a method of embeddings (coss)."
+                )
         # What lies behind the last map compared gets no gradient.
         args.ddp_find_unused_parameters = True
     if criterion is None and not any(one.same_dim for one in needs) and args.head == "auto":

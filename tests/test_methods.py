@@ -101,6 +101,17 @@ def test_every_method_trains_a_student(tmp_path, image_parquet, networks, method
     assert any("weight" in name for name in moved)
 
 
+@pytest.mark.parametrize("method", ["at", "nst", "coss + at", "vid", "sp", "hint"])
+def test_a_network_without_maps(tmp_path, image_parquet, networks, monkeypatch, method):
+    monkeypatch.setattr("coss_hf.backbones.feature_maps", lambda *args: ())
+    arguments = tmp_path, image_parquet, networks.teacher, networks.vit
+    if "at" in method or method == "nst":
+        with pytest.raises(ValueError, match="--method (at|nst) compares feature maps, and .* gives none"):
+            h.make_trainer(*arguments, method=method)
+    else:
+        h.make_trainer(*arguments, method=method, max_steps=1).train()
+
+
 def test_a_sum_is_the_sum_and_logs_its_parts(tmp_path, image_parquet, networks):
     options = {"max_steps": 1, "logging_steps": 1}
     logs = []

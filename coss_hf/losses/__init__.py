@@ -47,6 +47,8 @@ LOSSES = {
 }
 # Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
 OF_EMBEDDINGS = ("bn", "coss", "dist", "pkt", "rkd")
+# Those of maps that do not take an embedding for one.
+OF_MAPS = ("at", "nst")
 # Those that use the teacher's classifier.
 OF_CLASSIFIERS = ("kd", "srrl")
 # Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
