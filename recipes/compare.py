@@ -12,7 +12,7 @@ it stopped.
 
 import json
 import logging
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, parse
@@ -68,12 +68,10 @@ def check(args: CompareArguments, models: ModelArguments, training: Distillation
 
 def changed(given: DistillationArguments) -> dict:
     """What differs from the defaults, and holds for every run."""
-    found = {}
-    for one in fields(given):
-        default = one.default if one.default_factory is MISSING else one.default_factory()
-        if one.init and one.name not in CELL and getattr(given, one.name) != getattr(type(given)(), one.name, default):
-            found[one.name] = getattr(given, one.name)
-    return found
+    plain = DistillationArguments(use_cpu=given.use_cpu)
+    names = [one.name for one in fields(given) if one.init and one.name not in CELL]
+    found = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(plain, name)}
+    return found | {"use_cpu": given.use_cpu}
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
     finish(start("reproduce", **options, output_dir=tmp_path / "killed"))
 
     def rows(name):
-        lines = (tmp_path / name / "table1.jsonl").read_text().replace(name, "").splitlines()
+        lines = (tmp_path / name / "table1.jsonl").read_text().replace(str(tmp_path / name), "").splitlines()
         return [json.loads(line) for line in lines]
 
     assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1
