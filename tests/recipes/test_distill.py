@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 from types import SimpleNamespace
 
 import datasets
@@ -94,6 +95,28 @@ def test_a_run_is_not_written_over(world, capsys):
     assert (world.out / "model.safetensors").read_bytes() == before
     world.run("--overwrite_output_dir", seed=7)
     assert (world.out / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_one_run_at_a_time_in_a_folder(world, capsys, monkeypatch, leaves):
+    monkeypatch.setattr("coss_hf.checkpoints.PATIENCE", 20 if leaves else 0.2)
+    world.out.mkdir()
+    program = "import filelock, sys; l = filelock.FileLock(sys.argv[1]); l.acquire(); print('held', flush=1); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", program, world.out / "_lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout.readline() == "held\n"
+    if leaves:
+        Timer(1.0, other.kill).start()
+        world.run()
+        assert (world.out / "model.safetensors").exists()
+    else:
+        with pytest.raises(SystemExit) as exit:
+            world.run()
+        assert exit.value.code == 2 and "another run is at work there; stop it" in capsys.readouterr().err
+        assert [path.name for path in world.out.iterdir()] == ["_lock"]
+    other.kill()
+    other.communicate()
 
 
 def test_resuming_nothing_does_not_replace_a_student(world, capsys):
