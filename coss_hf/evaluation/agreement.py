@@ -58,3 +58,69 @@ def mean_cosine(student: Tensor, teacher: Tensor) -> float:
     if len(student) == 0:
         raise ValueError("student and teacher hold no embeddings: the mean over no images is undefined.")
     return (unit(student) * unit(teacher)).sum(1).mean().item()
+
+
+@torch.no_grad()
+def dimension_cosine(student: Tensor, teacher: Tensor) -> float:
+    """Cosine between the student's and the teacher's values of a dimension over the images, averaged over dimensions.
+
+    Arguments, result and errors as :func:`mean_cosine`; a dimension that is zero in either counts as 0.
+    """
+    _check_rows(student, teacher)
+    check_pair(student, teacher, "student and teacher")
+    return mean_cosine(student.T, teacher.T)
+
+
+def _centred(x: Tensor) -> Tensor:
+    x = x.double()
+    return x - x.mean(0)
+
+
+@torch.no_grad()
+def linear_cka(student: Tensor, teacher: Tensor) -> float:
+    """Linear centred kernel alignment ``||S^T T||_F^2 / (||S^T S||_F ||T^T T||_F)`` of the centred embeddings.
+
+    Args:
+        student: ``(n, d_s)`` embeddings.
+        teacher: ``(n, d_t)`` embeddings of the same images; the dimensions may differ.
+
+    Returns:
+        A number in [0, 1], 1 for equal embeddings up to rotation and scale; 0 where either is constant.
+
+    Raises:
+        ValueError: different numbers of rows, or fewer than two.
+
+    References:
+        Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019 (arXiv:1905.00414).
+    """
+    _check_rows(student, teacher)
+    if len(student) < 2:
+        raise ValueError(f"a kernel alignment needs two images at least, got {len(student)}.")
+    s, t = _centred(student), _centred(teacher)
+    scale = (s.T @ s).norm() * (t.T @ t).norm()
+    return ((s.T @ t).square().sum() / scale).item() if scale > 0 else 0.0
+
+
+@torch.no_grad()
+def effective_rank(embeddings: Tensor) -> float:
+    """Exponential of the entropy of the normalised singular values of the centred embeddings ``(n, d)``.
+
+    Returns:
+        Between 1 (all on a line) and ``min(n - 1, d)`` (all directions alike); 0 for embeddings that are all equal.
+
+    References:
+        Roy & Vetterli, The effective rank, EUSIPCO 2007; as RankMe (Garrido et al., arXiv:2210.02885), centred.
+    """
+    values = torch.linalg.svdvals(_centred(embeddings))
+    # What centring leaves of equal rows is rounding noise.
+    if values[0] <= 1e-6 * embeddings.double().norm():
+        return 0.0
+    share = values / values.sum()
+    return torch.special.entr(share).sum().exp().item()
+
+
+@torch.no_grad()
+def dead_share(embeddings: Tensor) -> float:
+    """Share of dimensions of ``(n, d)`` embeddings that are the same for every image."""
+    x = embeddings.double()
+    return (x.std(0, correction=0) <= 1e-6 * x.abs().amax().clamp_min(1e-30)).double().mean().item()

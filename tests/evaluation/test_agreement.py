@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from coss_hf.evaluation import mean_cosine, neighbor_overlap
+from coss_hf.evaluation.agreement import dead_share, dimension_cosine, effective_rank, linear_cka
 
 
 def embeddings(n: int = 300, d: int = 16, seed: int = 0):
@@ -63,3 +64,39 @@ def test_bad_input():
         mean_cosine(x, x[:, :4])
     with pytest.raises(ValueError, match="no embeddings"):
         mean_cosine(x[:0], x[:0])
+
+
+def test_cosine_of_dimensions():
+    x, y = embeddings(50), embeddings(50, seed=1)
+    expected = torch.nn.functional.cosine_similarity(x, y, dim=0).mean().item()
+    assert dimension_cosine(x, y) == pytest.approx(expected, abs=1e-6)
+    assert dimension_cosine(x * torch.rand(16), x) == pytest.approx(1, abs=1e-6), "a scale of each does not matter"
+    with pytest.raises(ValueError, match="same dimension"):
+        dimension_cosine(x, y[:, :3])
+
+
+def test_alignment_is_blind_to_rotation_scale_and_shift_and_equals_its_kernel_form():
+    x, y = embeddings(60).double(), embeddings(60, d=5, seed=1).double()
+    rotation = torch.linalg.qr(embeddings(16, seed=2).double())[0]
+    assert linear_cka(3 * x @ rotation + 7, x) == pytest.approx(1, abs=1e-12)
+    centre = torch.eye(60, dtype=torch.float64) - 1 / 60
+    k, m = (centre @ (z @ z.T) @ centre for z in (x, y))
+    assert linear_cka(x, y) == pytest.approx(((k * m).sum() / (k.norm() * m.norm())).item(), abs=1e-12)
+    assert linear_cka(x, torch.ones(60, 3)) == 0.0
+    with pytest.raises(ValueError, match="two images"):
+        linear_cka(x[:1], y[:1])
+
+
+def test_effective_rank_counts_directions():
+    x = torch.linalg.qr(embeddings(300, 8).double() - embeddings(300, 8).double().mean(0))[0]
+    assert effective_rank(x) == pytest.approx(8, abs=1e-6)
+    assert effective_rank(torch.cat([x, torch.zeros(300, 5)], 1) * 100 + 3) == pytest.approx(8, abs=1e-6)
+    assert effective_rank(x[:, :1] @ torch.ones(1, 7).double()) == pytest.approx(1, abs=1e-6)
+    assert effective_rank(torch.full((300, 7), 0.1)) == 0.0
+    assert effective_rank(x * torch.tensor([1, 1, 1, 1, 1e-3, 1e-3, 1e-3, 1e-3])) < 4.1
+
+
+def test_dead_dimensions_are_constant_ones():
+    x = embeddings(50, 8)
+    x[:, 2], x[:, 5] = 0, 3.7
+    assert dead_share(x) == 2 / 8 and dead_share(torch.ones(5, 3)) == 1.0 and dead_share(torch.zeros(5, 3)) == 1.0
