@@ -130,9 +130,9 @@ def main() -> None:
         trainer.save_model()
         trainer.save_state()
 
-    final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
-    results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
     if args.process_index == 0:
+        final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
+        results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
         write_record(args.output_dir, trainer, results, to_dict(models, data, args), splits.bad_images)
         write_pictures(args.output_dir, trainer, final)
         print(table(results) if results else "No test or validation images: nothing was evaluated.")
