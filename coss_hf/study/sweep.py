@@ -53,6 +53,8 @@ class Sweep:
         except Timeout:
             raise ValueError(f"--output_dir={folder}: another sweep is at work there; give another folder.") from None
         self._lock = lock
+        self.gpus = visible_gpus()
+        show_gpu(self.gpus, 0)  # one process does not take several
 
     def check(self, cells: list[Cell]) -> None:
         """Raises ValueError for a method that cannot run with its networks, before any training."""
@@ -86,8 +88,10 @@ class Sweep:
         context = multiprocessing.get_context("spawn")
         seen, total = context.Queue(), sum(cell.num_images for cell in self.plan) + later
         progress = tqdm(total=total, initial=total - later - sum(c.num_images for c in todo), unit="img")
-        threads = max(1, torch.get_num_threads() // self.jobs)
-        pool = ProcessPoolExecutor(self.jobs, context, _start, (seen, threads))
+        threads, turns = max(1, torch.get_num_threads() // self.jobs), context.Queue()
+        for turn in range(self.jobs):
+            turns.put(turn)
+        pool = ProcessPoolExecutor(self.jobs, context, _start, (seen, threads, self.gpus, turns))
         # Read when a process imports tqdm: those of the pool display nothing of their own.
         os.environ["TQDM_DISABLE"] = "1"
         with progress, pool, _no_new_cells_after_an_error(pool):
@@ -134,9 +138,22 @@ def _no_new_cells_after_an_error(pool: ProcessPoolExecutor):
 _seen = None
 
 
-def _start(seen, threads: int) -> None:
+def visible_gpus() -> list[str]:
+    """Names of the GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+
+
+def show_gpu(gpus: list[str], turn: int) -> None:
+    """Leaves this process, which has not used a GPU yet, one of them."""
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[turn % len(gpus)]
+
+
+def _start(seen, threads: int, gpus: list[str], turns) -> None:
     global _seen
     _seen = seen
+    show_gpu(gpus, turns.get())
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # one progress display, not one for each process
     threading.Thread(target=_end_with_parent, daemon=True).start()

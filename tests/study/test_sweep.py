@@ -1,11 +1,12 @@
 import json
+import os
 from dataclasses import replace
 
 import pytest
 
 from coss_hf.config import DataArguments, ModelArguments
 from coss_hf.study.cells import Cell, Setting, prepare
-from coss_hf.study.sweep import Sweep
+from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
 
 CELL = Cell("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
@@ -41,6 +42,20 @@ def test_one_sweep_at_a_time(tmp_path, setting):
     with pytest.raises(ValueError, match="--output_dir=.* another sweep"):
         Sweep(tmp_path, "b", setting, 1, {})
     del first
+
+
+def test_cells_side_by_side_take_gpus_in_turn(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    gpus, shown = visible_gpus(), []
+    for turn in range(3):
+        show_gpu(gpus, turn)
+        shown.append(os.environ["CUDA_VISIBLE_DEVICES"])
+    assert shown == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,GPU-b")
+    assert visible_gpus() == ["GPU-a", "GPU-b"]
+    show_gpu([], 0)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
 
 
 def test_a_method_that_cannot_run_is_found_first(tmp_path, setting):
