@@ -12,7 +12,7 @@ it stopped.
 
 import json
 import logging
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, parse
@@ -74,6 +74,16 @@ def changed(given: DistillationArguments) -> dict:
     return found | {"use_cpu": given.use_cpu}
 
 
+def length(folder: Path, hours: float, trained: list[Cell], others: list[Cell], setting: Setting) -> int:
+    """Images of a run, so that all fit the hours. Kept: a second look would find other speeds, and make other cells."""
+    path = folder / "length.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("hours") != hours:
+        known = {"hours": hours, "num_images": images_within(3600 * hours, trained, others, setting)}
+        write_json(path, known)
+    return known["num_images"]
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
@@ -83,22 +93,15 @@ def main() -> None:
         split = check(args, models, training, load(setting, pair)[0])
         sweep = Sweep(folder, "compared", setting, args.jobs, {"command": command()})
         trained = [
-            Cell(pair, name, expression, 1, seed, training.num_images or 0, split, k)
+            Cell(pair, name, expression, 1, seed, training.num_images, split, k)
             for name, expression, k in rows(args, training)
             for seed in range(1, args.seeds + 1)
         ]
         sweep.check(trained)
-    others = [Cell(pair, "random", "", 0, seed, 0, split) for seed in range(1, args.seeds + 1)]
-    others.append(Cell(pair, "teacher", "", 0, 1, 0, split))
-    images = training.num_images
-    if images is None:
-        # Kept, since a second look would find other speeds and make other cells.
-        length = folder / "length.json"
-        if not length.exists():
-            found = images_within(3600 * args.hours, trained, others, setting)
-            write_json(length, {"hours": args.hours, "num_images": found})
-        images = json.loads(length.read_text())["num_images"]
-    trained = [Cell(**{**cell.__dict__, "num_images": images}) for cell in trained]
+        others = [Cell(pair, "random", "", 0, seed, 0, split) for seed in range(1, args.seeds + 1)]
+        others.append(Cell(pair, "teacher", "", 0, 1, 0, split))
+        images = training.num_images or length(folder, args.hours, trained, others, setting)
+    trained = [replace(cell, num_images=images) for cell in trained]
     results = sweep.run(trained + others)
     metric = "eval_linear" if any(row.get("eval_linear") is not None for row in results) else "eval_overlap10"
     title = f"{pair}, {images:,} images seen"

@@ -62,6 +62,7 @@ def test_what_cannot_be_reproduced_is_refused(refused, options, message):
         ({"num_images": 64, "seeds": 1}, "--seeds=1 must be at least 2"),
         ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: the checkpoint of --teacher"),
         ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
+        ({"hours": 1e-9, "methods": ["rkd"]}, "--hours=1e-09 is too short for these runs: give"),
         ({"num_images": 4}, "--num_images=4 is less than one step"),
     ],
 )
