@@ -16,6 +16,9 @@ from coss_hf.modeling import HEADS
 from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
 
+# Not the others of transformers: they publish the state of the optimiser.
+HUB_STRATEGIES = ["end", "every_save"]
+
 
 @dataclass
 class ModelArguments:
@@ -197,6 +200,10 @@ class DistillationArguments(TrainingArguments):
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
     save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "end: one push; every_save: the student of each checkpoint, too.", "choices": HUB_STRATEGIES},
+    )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: rows hold images and indices."}
@@ -233,6 +240,11 @@ class DistillationArguments(TrainingArguments):
             raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
         if self.eval_bank_size < 1:
             raise ValueError(f"--eval_bank_size={self.eval_bank_size} must be at least 1.")
+        if self.hub_strategy.value not in HUB_STRATEGIES:
+            raise ValueError(
+                f"--hub_strategy={self.hub_strategy.value} would publish the optimiser's state with the student; use "
+                f"{' or '.join(HUB_STRATEGIES)}."
+            )
         check_engine(self)
         if self.images_per_batch < 2:
             raise ValueError(

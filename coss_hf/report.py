@@ -39,19 +39,21 @@ def write_json(path: str | Path, content: dict) -> None:
     os.replace(unfinished, path)
 
 
-def write_record(output_dir, trainer, results: dict, arguments: dict, bad_images: list[str]) -> None:
-    """Writes ``run.json``: command, arguments, what was resolved, images seen, results."""
+def write_record(output_dir, trainer, results: dict, arguments: dict, splits) -> dict:
+    """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results."""
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "bad_images": bad_images,
+        "evaluated_on": "test" if splits.test is not None else "validation",
+        "bad_images": splits.bad_images,
         "versions": versions(),
         "arguments": arguments,
     }
     write_json(Path(output_dir, "run.json"), record)
+    return record
 
 
 def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6) -> None:

@@ -1,5 +1,6 @@
 """Saving and resuming: the student apart from the training state, and checkpoints that are whole or not there."""
 
+import copy
 import json
 import os
 import shutil
@@ -69,7 +70,9 @@ class SavingTrainer(Trainer):
             if parts[part]:
                 tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
                 save_file(tensors, path, metadata={"format": "pt"})
-        torch.save(self.args, os.path.join(output_dir, "training_args.bin"))
+        args = copy.copy(self.args)
+        args.hub_token = None  # no secret on disk
+        torch.save(args, os.path.join(output_dir, "training_args.bin"))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As stock.
@@ -82,13 +85,15 @@ class SavingTrainer(Trainer):
             if self.is_deepspeed_enabled and self.deepspeed is None:  # a finished run: nothing was wrapped
                 self._save(output_dir)
             else:
-                super().save_model(output_dir, _internal_call)
+                super().save_model(output_dir, _internal_call=True)
         except NonFiniteLoss:
             raise
         except Exception as e:  # each library has an error of its own for a full disk
             error = e
         if any_process(error is not None):
             raise self._not_written(output_dir or self.args.output_dir, error) from error
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
 
     def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):

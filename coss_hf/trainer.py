@@ -1,7 +1,6 @@
 """The trainer of every method."""
 
 import time
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +28,12 @@ from coss_hf.features import Features
 from coss_hf.losses import OF_EMBEDDINGS
 from coss_hf.modeling import DistillationModel
 from coss_hf.pretraining import pretrain
-from coss_hf.saving import SavingTrainer
+from coss_hf.publishing import PublishingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
 from coss_hf.views import ViewDataset, collate_views
 
 
-class DistillationTrainer(SavingTrainer):
+class DistillationTrainer(PublishingTrainer):
     """Distils a frozen teacher into a student without labels.
 
     Args:
@@ -263,18 +262,6 @@ class DistillationTrainer(SavingTrainer):
         ]
         criterion.train(training)
         return torch.stack(losses).mean().item()
-
-    def create_model_card(self, **kwargs) -> None:
-        """A short card beside the student; the wrapper has no configuration that stock code could describe."""
-        if not self.is_world_process_zero():
-            return
-        text = (
-            f"---\nlibrary_name: transformers\ntags: [distillation, coss]\n---\n\n"
-            f"# {Path(self.args.output_dir).name}\n\n"
-            f"Distilled without labels from `{self.teacher.name}` with `{self.args.method}`, {self.images_seen:,} "
-            f"images seen. Load it with `AutoModel.from_pretrained`; embedding: `{self.student.pooling}`.\n"
-        )
-        Path(self.args.output_dir, "README.md").write_text(text)
 
 
 def run_length(args: DistillationArguments, images: int) -> RunLength:

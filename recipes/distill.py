@@ -127,17 +127,19 @@ def main() -> None:
 
     with stopped_run_exits():
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # not pushed yet
         trainer.save_state()
 
     if args.process_index == 0:
         final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
         results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
-        write_record(args.output_dir, trainer, results, to_dict(models, data, args), splits.bad_images)
+        record = write_record(args.output_dir, trainer, results, to_dict(models, data, args), splits)
         write_pictures(args.output_dir, trainer, final)
+        trainer.create_model_card(record=record)
         print(table(results) if results else "No test or validation images: nothing was evaluated.")
-    if args.push_to_hub:
-        trainer.push_to_hub()
+        if args.push_to_hub:
+            with stopped_run_exits():
+                trainer.publish()
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.config import DataArguments, ModelArguments
+from coss_hf.hub import check_repo, push_dataset
 from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
 from coss_hf.neighbors import cache_folder, nearest_neighbors
@@ -40,7 +41,8 @@ class NeighborsArguments:
     batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Leave GPUs alone; needed by several processes on a CPU."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset to push the result to."})
+    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset USER/NAME to push the result to."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Visible to its owner alone."})
 
 
 def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments):
@@ -55,6 +57,8 @@ def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsA
         raise ValueError(f"{launched} processes were launched, but each would work alone; on a CPU add --use_cpu.")
     with state.main_process_first():
         splits = data.load()
+    if args.push_to_hub and state.is_main_process:
+        check_repo(args.push_to_hub, "--push_to_hub", repo_type="dataset", private=args.hub_private_repo)
     teacher = models.load_teacher()
     teacher.model.to(state.device)
     neighbors, meta = nearest_neighbors(
@@ -100,7 +104,8 @@ def main() -> None:
     pool = f"--neighbors_k {min(15, args.neighbors_pool)} --neighbors_pool {args.neighbors_pool}"
     print(f"Next: recipes/distill.py --dataset {args.output} {pool} ...")
     if args.push_to_hub:
-        result.push_to_hub(args.push_to_hub)
+        with stopped_run_exits():
+            push_dataset(args.output, args.push_to_hub, private=args.hub_private_repo)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"features", "distributed", "decoding", "plots", "checkpoints", "lookup", "schedule", "accumulation"}
-    | {"processes", "search_options", "neighbor_columns"},
+    | {"processes", "search_options", "neighbor_columns", "citations"},
     {"losses", "models", "preprocessing", "images", "views"},
     {"backbones"},
     {"loading"},
@@ -16,8 +16,11 @@ LEVELS = [
     {"searching"},
     {"indexes"},
     {"modeling", "config", "cli", "evaluation", "neighbors"},
+    {"model_card"},
+    {"hub"},
     {"assembly", "pretraining"},
     {"saving"},
+    {"publishing"},
     {"trainer"},
     {"report", "estimate"},
     {"study"},

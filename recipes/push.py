@@ -1,0 +1,38 @@
+"""Push to the Hub what a recipe left in a folder: a student, or a dataset with neighbours.
+
+    python recipes/push.py my-student --repo_id USER/my-student --private
+    python recipes/push.py images-with-neighbors --repo_id USER/images-with-neighbors
+
+For what could not be pushed when its run ended. The token is that of `hf auth login` or HF_TOKEN.
+"""
+
+import argparse
+from pathlib import Path
+
+from coss_hf.cli import bad_input_exits, stopped_run_exits
+from coss_hf.hub import check_repo, push, push_dataset
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="output of recipes/distill.py or recipes/neighbors.py")
+    parser.add_argument("--repo_id", required=True, help="USER/NAME; made if it is not there")
+    parser.add_argument("--private", action="store_true", help="visible to its owner alone")
+    parser.add_argument("--revision", help="branch to push a student to; default: main")
+    args = parser.parse_args(arguments)
+    is_dataset = (args.folder / "dataset_dict.json").is_file()
+    with bad_input_exits():
+        check_repo(args.repo_id, "--repo_id", create=False)
+        if not is_dataset and not (args.folder / "config.json").is_file():
+            raise ValueError(f"{args.folder} holds no student and no dataset; give the output folder of a recipe.")
+        if is_dataset and args.revision:
+            raise ValueError(f"--revision={args.revision}: datasets are pushed to main; leave it out.")
+    with stopped_run_exits():
+        if is_dataset:
+            push_dataset(args.folder, args.repo_id, private=args.private)
+        else:
+            push(args.folder, args.repo_id, private=args.private, revision=args.revision)
+
+
+if __name__ == "__main__":
+    main()
