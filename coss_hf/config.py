@@ -16,6 +16,8 @@ from coss_hf.modeling import HEADS
 from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
 
+# Seen between two looks at held-out images.
+EVAL_IMAGES = 50_000
 # Not the others of transformers: they publish the state of the optimiser.
 HUB_STRATEGIES = ["end", "every_save"]
 
@@ -101,8 +103,12 @@ class DataArguments(SearchOptions):
     test_split: str | None = field(default=None, metadata={"help": "Default: test, else validation, if any."})
     image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
     label_column: str | None = field(default=None, metadata={"help": "For evaluation only; never used in training."})
-    validation_size: float = field(
-        default=0, metadata={"help": "Images (a count, or a share below 1) held out of train before anything else."}
+    validation_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Images (a count, or a share below 1) held out of train before anything else. Default: where the "
+            "dataset brings no validation images, 2,000 (a tenth of train at most) to watch the training with."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
     on_bad_image: str = field(default="error", metadata={"help": "Unreadable files.", "choices": ["error", "skip"]})
@@ -111,8 +117,8 @@ class DataArguments(SearchOptions):
         default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
     )
 
-    def load(self) -> ImageSplits:
-        """The images, checked."""
+    def load(self, watched: bool = False) -> ImageSplits:
+        """The images, checked; ``watched``: a training's, which holds some out by default."""
         if not self.dataset:
             raise ValueError("--dataset is missing; see --help.")
         return load_images(
@@ -123,7 +129,7 @@ class DataArguments(SearchOptions):
             test_split=self.test_split,
             image_column=self.image_column,
             label_column=self.label_column,
-            validation_size=self.validation_size,
+            validation_size=self.validation_size if watched else self.validation_size or 0,
             max_train_samples=self.max_train_samples,
             on_bad_image=self.on_bad_image,
             num_proc=self.preprocessing_num_workers,
@@ -192,8 +198,18 @@ class DistillationArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Anchors a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "steps: every eval_steps on held-out images; epoch, or no."}
+    )
+    eval_steps: float | None = field(default=None, metadata={"help": "Default: one evaluation in 50,000 images seen."})
+    eval_sample_size: int = field(
+        default=2_000, metadata={"help": "Held-out images of evaluations during training, at most."}
+    )
     eval_bank_size: int = field(
-        default=10_000, metadata={"help": "Train images that serve as k-NN bank in evaluations during training."}
+        default=2_000, metadata={"help": "Train images that serve as k-NN bank in evaluations during training."}
+    )
+    metric_for_best_model: str | None = field(
+        default="overlap10", metadata={"help": "Of evaluations during training; the best student is kept in best/."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     # Hides a loss that is not finite; here it stops the run.
@@ -211,7 +227,11 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
 
     def __post_init__(self):
+        # Decided where the images are known: as often as EVAL_IMAGES says, and not at all without held-out images.
+        self.watched = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps
         super().__post_init__()
+        if self.watched:
+            self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
         names = [method.name for method in self.methods]
         for name in names:
             if name not in LOSSES:
@@ -238,8 +258,9 @@ class DistillationArguments(TrainingArguments):
             self.resume_from_checkpoint = None
         if not self.dataloader_drop_last:
             raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
-        if self.eval_bank_size < 1:
-            raise ValueError(f"--eval_bank_size={self.eval_bank_size} must be at least 1.")
+        for name in ("eval_bank_size", "eval_sample_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
         if self.hub_strategy.value not in HUB_STRATEGIES:
             raise ValueError(
                 f"--hub_strategy={self.hub_strategy.value} would publish the optimiser's state with the student; use "

@@ -19,6 +19,8 @@ from coss_hf.lookup import find_dataset
 
 logger = logging.getLogger(__name__)
 
+PANEL_SIZE = 2_000  # images held out to watch a training with, by default
+
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 TEST_NAMES = ("test", "validation", "valid", "val")
@@ -47,7 +49,7 @@ def load_images(
     test_split: str | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
-    validation_size: float = 0,
+    validation_size: float | None = 0,
     max_train_samples: int | None = None,
     seed: int = 0,
     on_bad_image: str = "error",
@@ -62,7 +64,8 @@ def load_images(
         test_split: by default the first there is of test, validation, valid, val.
         image_column, label_column: found by type, then by name. Labels are optional.
         validation_size: images drawn from train before anything else, a number (1 or more) or a share (below 1);
-            with 0 a split `validation` beside `test` is used where there is one.
+            with 0 a split `validation` beside `test` is used where there is one; None: that split, else 2,000 images,
+            a tenth of train at most, but none of a small set (below 200) or one that brings its neighbours.
         max_train_samples: a random subset of the rest, in the dataset's order; a smaller one is part of a larger one.
         seed: of these two draws.
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
@@ -77,7 +80,8 @@ def load_images(
     """
     if on_bad_image not in ("error", "skip"):
         raise ValueError(f"--on_bad_image {on_bad_image}: choose error or skip.")
-    if not validation_size >= 0 or (validation_size >= 1 and validation_size % 1):
+    asked = 0 if validation_size is None else validation_size
+    if not asked >= 0 or (asked >= 1 and asked % 1):
         raise ValueError(f"--validation_size {validation_size}: give a whole number of images, or a share below 1.")
     if max_train_samples is not None and max_train_samples < 1:
         raise ValueError(f"--max_train_samples {max_train_samples}: give 1 or more, or leave it out for all images.")
@@ -94,6 +98,10 @@ def load_images(
             label_column = None
 
     n = len(train)
+    own = next((key for key in TEST_NAMES if key in splits and key not in (train_split, test_split)), None)
+    if validation_size is None:
+        fixed = own is not None or "neighbors" in train.column_names or n < 200
+        validation_size = 0 if fixed else min(PANEL_SIZE, n // 10)
     held_out = int(validation_size) if validation_size >= 1 else round(validation_size * n)
     if held_out >= n or (validation_size and not held_out):
         raise ValueError(
@@ -108,7 +116,6 @@ def load_images(
         (test,), bad = _check(test, test_split, image_column, [np.arange(len(test))], on_bad_image, num_proc)
         bad_images = bad_images + bad
     # A set that brings its own validation images beside a test split need not give up training images.
-    own = next((key for key in TEST_NAMES if key in splits and key not in (train_split, test_split)), None)
     if validation is None and own is not None and splits[own].column_names == splits[train_split].column_names:
         every = [np.arange(len(splits[own]))]
         (validation,), bad = _check(splits[own], own, image_column, every, on_bad_image, num_proc)

@@ -30,6 +30,7 @@ from coss_hf.engines import load_weights
 from coss_hf.modeling import HEAD_FILE, DistillationModel
 
 CRITERION_FILE = "criterion.safetensors"
+BEST = "best"
 
 
 class SavingTrainer(Trainer):
@@ -152,6 +153,23 @@ class SavingTrainer(Trainer):
             else:
                 saved[name] = callback.state()
         self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """As stock, and keeps the best student so far in ``best/``, whatever checkpoints are written."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if name == "eval_overlap10" and name not in metrics:  # too few images; it was not asked for
+            return False
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            best = Path(self._get_output_dir(trial=trial), BEST)
+            unfinished = staging(best)
+            if self.args.should_save:
+                shutil.rmtree(unfinished, ignore_errors=True)
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(unfinished), _internal_call=True)
+            if self.args.should_save:
+                publish(unfinished, best)
+        return better
 
     # ---- resuming ----
 

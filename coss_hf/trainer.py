@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from coss_hf.accumulation import add_rests, refuse_randomness, with_gradient_times
 from coss_hf.assembly import build_model
@@ -27,6 +27,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.losses import OF_EMBEDDINGS
 from coss_hf.modeling import DistillationModel
+from coss_hf.panel import Watch
 from coss_hf.pretraining import pretrain
 from coss_hf.publishing import PublishingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
@@ -73,6 +74,9 @@ class DistillationTrainer(PublishingTrainer):
             use_channels_last(student.model)
             use_channels_last(teacher.model)
         self.evaluator = evaluator
+        if evaluator is None and args.watched:
+            args.eval_strategy = IntervalStrategy.NO
+        watch = [] if evaluator is None else [Watch(len(evaluator.queries), last_step=args.watched)]
         self.forget()
         super().__init__(
             model,
@@ -81,7 +85,7 @@ class DistillationTrainer(PublishingTrainer):
             train_dataset=train_dataset,
             eval_dataset=None if evaluator is None else evaluator.queries,
             processing_class=student.processor,
-            callbacks=[EpochCallback(train_dataset), *(callbacks or [])],
+            callbacks=[EpochCallback(train_dataset), *watch, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.teacher.model.to(args.device)
@@ -115,8 +119,11 @@ class DistillationTrainer(PublishingTrainer):
         return self._whole.project(embedding.to(self.args.device)).cpu()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        if self.find_checkpoint(resume_from_checkpoint) is None:
+        fresh = self.find_checkpoint(resume_from_checkpoint) is None
+        if fresh:
             pretrain(self)
+        if self.args.watched and self.evaluator is not None:
+            self.args.eval_on_start = fresh  # what training is compared with
         result = super().train(resume_from_checkpoint, **kwargs)
         self.collect()
         return result

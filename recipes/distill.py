@@ -21,7 +21,7 @@ from coss_hf.cli import bad_input_exits, parse, stopped_run_exits, to_dict
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
 from coss_hf.estimate import describe
 from coss_hf.evaluation import table
-from coss_hf.evaluation.evaluator import Evaluator, compare
+from coss_hf.evaluation.evaluator import Evaluator, compare, sample
 from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import check_neighbors, check_pool
 from coss_hf.neighbors import nearest_neighbors
@@ -35,11 +35,11 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     """Everything up to the first training step; all bad input is found here, what is cheap to find first."""
     refuse_overwriting(args)
     with Processes().first(args.local_process_index == 0):
-        splits = data.load()
+        splits = data.load(watched=True)
     teacher = models.load_teacher()
     set_seed(args.seed)
     student = models.load_student(teacher)
-    if args.eval_strategy != "no" and splits.validation is None:
+    if args.eval_strategy != "no" and not args.watched and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"
@@ -47,7 +47,7 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     teacher.model.to(args.device)
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
-    watch = evaluator(splits, teacher, args, splits.validation, bank_size=args.eval_bank_size)
+    watch = evaluator(splits, teacher, args, sample(splits.validation, args.eval_sample_size), panel=True)
     trainer = DistillationTrainer(student, teacher, args, views, watch)
     if args.neighbors_k:
         views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
@@ -56,14 +56,13 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     return trainer, splits
 
 
-def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries, bank_size: int | None = None):
-    """Evaluator of ``queries`` against training images (``bank_size`` of them at most), or None without queries."""
+def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries, panel: bool = False):
+    """Evaluator of ``queries`` against the training images, for a panel a sample of them; None without queries."""
     if queries is None:
         return None
-    # Drawn, since folders of images are sorted by class.
-    drawn = np.sort(np.random.default_rng(0).permutation(len(splits.train))[:bank_size])
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    bank = splits.train.select(drawn)
+    options["panel"] = panel
+    bank = sample(splits.train, args.eval_bank_size if panel else None)
     return Evaluator(teacher, queries, splits.image_column, label_column=splits.label_column, bank=bank, **options)
 
 

@@ -30,12 +30,12 @@ def colour_images(count: int, seed: int, size: int = 16):
     return [Image.fromarray(x.clip(0, 255).astype(np.uint8)) for x in pixels], labels.tolist()
 
 
-def write_images(folder, seed: int = 0):
-    """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
+def write_images(folder, seed: int = 0, train: int = 48):
+    """Folder with train.parquet (48 images of 4 colours by default) and test.parquet (24), 16x16, labelled."""
     names = datasets.ClassLabel(names=["red", "green", "blue", "grey"])
     features = datasets.Features({"image": datasets.Image(), "label": names})
     folder.mkdir()
-    for split, count, start in (("train", 48, seed), ("test", 24, seed + 1)):
+    for split, count, start in (("train", train, seed), ("test", 24, seed + 1)):
         images, labels = colour_images(count, start)
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / f"{split}.parquet")

@@ -2,7 +2,15 @@
 
 from torch import Tensor
 
-from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
+from coss_hf.evaluation.agreement import (
+    dead_share,
+    dimension_cosine,
+    duplicate_share,
+    effective_rank,
+    linear_cka,
+    mean_cosine,
+    neighbor_overlap,
+)
 from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
 from coss_hf.evaluation.linear import linear_evaluation
 from coss_hf.evaluation.probe import linear_probe
@@ -32,6 +40,7 @@ def evaluate_embeddings(
     test_labels: Tensor | None = None,
     projected: Tensor | None = None,
     linear: bool = False,
+    panel: bool = False,
 ) -> dict[str, float | None]:
     """All metrics of one network.
 
@@ -43,11 +52,14 @@ def evaluate_embeddings(
         test_labels: ``(m,)`` class numbers of the test images.
         projected: ``(m, d_t)`` the student's embeddings through its head, for the cosine.
         linear: with labels also ``eval_linear``, the paper's linear evaluation.
+        panel: also what tells whether training works, see below.
 
     Returns:
         ``eval_overlap10`` and ``eval_cosine``, and where the bank and both labels are given ``eval_knn10``,
         ``eval_knn20`` and ``eval_probe``. Fractions in [0, 1], the cosine in [-1, 1]. None for what is not defined:
-        the cosine of different dimensions, neighbours where there are not enough images.
+        the cosine of different dimensions, neighbours where there are not enough images. With ``panel`` also
+        ``eval_dimension_cosine``, ``eval_cka``, ``eval_effective_rank``, ``eval_dead_dimensions`` and
+        ``eval_duplicates``, of the student without its head but for the cosine.
 
     Raises:
         ValueError: rows, dimensions or labels that do not match.
@@ -63,7 +75,14 @@ def evaluate_embeddings(
     enough = len(student) > OVERLAP_K
     results[f"eval_overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
     aligned = student if projected is None else projected
-    results["eval_cosine"] = mean_cosine(aligned, teacher) if aligned.shape[1] == teacher.shape[1] else None
+    comparable = aligned.shape[1] == teacher.shape[1]
+    results["eval_cosine"] = mean_cosine(aligned, teacher) if comparable else None
+    if panel:
+        results["eval_dimension_cosine"] = dimension_cosine(aligned, teacher) if comparable else None
+        results["eval_cka"] = linear_cka(student, teacher)
+        results["eval_effective_rank"] = effective_rank(student)
+        results["eval_dead_dimensions"] = dead_share(student)
+        results["eval_duplicates"] = duplicate_share(student)
     return results
 
 

@@ -124,3 +124,12 @@ def dead_share(embeddings: Tensor) -> float:
     """Share of dimensions of ``(n, d)`` embeddings that are the same for every image."""
     x = embeddings.double()
     return (x.std(0, correction=0) <= 1e-6 * x.abs().amax().clamp_min(1e-30)).double().mean().item()
+
+
+@torch.no_grad()
+def duplicate_share(embeddings: Tensor, cosine: float = 1 - 1e-6) -> float:
+    """Share of ``(n, d)`` embeddings that have another one in the same direction, up to rounding."""
+    if len(embeddings) < 2:
+        return 0.0
+    found, _ = nearest(embeddings.double(), embeddings.double(), 1, exclude_self=True)
+    return (found[:, 0] >= cosine).double().mean().item()

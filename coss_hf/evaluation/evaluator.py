@@ -4,6 +4,7 @@ import copy
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
@@ -11,6 +12,7 @@ from transformers import set_seed
 
 from coss_hf.backbones import Backbone, embed_dataset
 from coss_hf.evaluation import evaluate_embeddings
+from coss_hf.evaluation.agreement import duplicate_share, effective_rank
 from coss_hf.images import ProcessedImages
 
 logger = logging.getLogger(__name__)
@@ -19,6 +21,13 @@ logger = logging.getLogger(__name__)
 def labelled(numbers: list[int | None]) -> bool:
     """Whether every image has its class. The Hub keeps test labels back as -1; a folder without classes gives None."""
     return all(number is not None and number >= 0 for number in numbers)
+
+
+def sample(rows: Dataset | None, size: int | None) -> Dataset | None:
+    """``size`` rows at most, drawn, since folders of images are sorted by class; in the dataset's order."""
+    if rows is None or size is None:
+        return rows
+    return rows.select(np.sort(np.random.default_rng(0).permutation(len(rows))[:size]))
 
 
 class Evaluator:
@@ -34,7 +43,7 @@ class Evaluator:
         bank: training images, the k-NN bank and the probe's training set.
         batch_size: images a forward pass.
         num_workers: processes that decode.
-        linear: see ``evaluate_embeddings``.
+        linear, panel: see ``evaluate_embeddings``; a panel also has the teacher's effective rank and duplicates.
     """
 
     def __init__(
@@ -48,10 +57,11 @@ class Evaluator:
         batch_size: int = 256,
         num_workers: int = 0,
         linear: bool = False,
+        panel: bool = False,
     ):
         self.teacher, self.queries, self.image_column = teacher, queries, image_column
         self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.bank, self.labels, self.linear = None, {}, linear
+        self.bank, self.labels, self.linear, self.panel = None, {}, linear, panel
         if label_column and bank is not None:
             splits = {"test_labels": queries, "bank_labels": bank}
             labels = {name: rows[label_column][:] for name, rows in splits.items()}
@@ -59,7 +69,7 @@ class Evaluator:
                 self.bank, self.labels = bank, {name: torch.as_tensor(numbers) for name, numbers in labels.items()}
             else:
                 logger.warning("Column %s lacks labels: only agreement is measured.", label_column)
-        self._teacher_queries = None
+        self._teacher_queries, self._teacher_panel = None, {}
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
         """Embeddings ``(n, d)`` of ``images``."""
@@ -72,6 +82,16 @@ class Evaluator:
         if self._teacher_queries is None:
             self._teacher_queries = self.embed(self.teacher, self.queries, "Teacher")
         return self._teacher_queries
+
+    @property
+    def teacher_panel(self) -> dict[str, float]:
+        """The teacher's own side of a panel."""
+        if self.panel and not self._teacher_panel:
+            self._teacher_panel = {
+                "eval_teacher_effective_rank": effective_rank(self.teacher_queries),
+                "eval_teacher_duplicates": duplicate_share(self.teacher_queries),
+            }
+        return self._teacher_panel
 
     def __call__(
         self, student: Backbone, project: Callable[[Tensor], Tensor] | None = None
@@ -87,8 +107,15 @@ class Evaluator:
         with torch.no_grad():
             projected = project(queries) if project else None
         metrics = evaluate_embeddings(
-            queries, self.teacher_queries, student_bank=bank, projected=projected, linear=self.linear, **self.labels
+            queries,
+            self.teacher_queries,
+            student_bank=bank,
+            projected=projected,
+            linear=self.linear,
+            panel=self.panel,
+            **self.labels,
         )
+        metrics |= self.teacher_panel
         return metrics, queries if projected is None else projected
 
 

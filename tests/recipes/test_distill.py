@@ -136,8 +136,8 @@ def test_the_record_keeps_no_secret(world):
 def test_the_bank_during_training_is_drawn_from_all_classes(world):
     splits = load_images(world.images, validation_size=4)
     by_class = splits._replace(train=splits.train.sort("label"))
-    args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0)
-    bank = distill.evaluator(by_class, None, args, splits.validation, bank_size=16).bank
+    args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0, eval_bank_size=16)
+    bank = distill.evaluator(by_class, None, args, splits.validation, panel=True).bank
     assert len(bank) == 16 and len(set(bank["label"])) > 2
 
 
