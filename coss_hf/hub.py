@@ -18,9 +18,8 @@ from coss_hf.preprocessing import first_line
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
-REPORT = ["README.md", "run.json", "loss.png", "neighbors.png"]
 # Nothing else of a run's folder: training_args.bin, checkpoints and what the loss learnt stay at home.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *REPORT]
+PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "run.json", "loss.png", "neighbors.png"]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -119,7 +118,8 @@ def push(
                 ignore_patterns=["*/*"],
                 delete_patterns=WEIGHTS,  # of an earlier push, where this one has none of that name
             )
-    return _said(commit)
+    print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
+    return commit
 
 
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:
@@ -139,7 +139,8 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = Non
             if found.is_file():  # first, so that the dataset's revision has it
                 api.upload_file(path_or_fileobj=found, path_in_repo=found.name, repo_id=repo_id, repo_type="dataset")
             commit = datasets.load_from_disk(str(folder)).push_to_hub(repo_id, commit_message="Images and neighbours")
-    return _said(commit)
+    print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
+    return commit
 
 
 def _open(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
@@ -192,17 +193,10 @@ def _pushing(folder: Path, repo_id: str, private: bool | None, revision: str | N
     except (_Problem, KeyboardInterrupt) as problem:
         words = ["python", "recipes/push.py", str(folder), "--repo_id", repo_id, *(["--private"] if private else [])]
         words += ["--revision", revision] if revision else []
-        reason = str(problem) or "interrupted"
-        raise PushFailed(
-            f"Not pushed to {repo_id}: {reason}. {folder} is whole; push it with: {shlex.join(words)}"
-        ) from problem
+        why = f"Not pushed to {repo_id}: {str(problem) or 'interrupted'}"
+        raise PushFailed(f"{why}. {folder} is whole; push it with: {shlex.join(words)}") from problem
 
 
 def _images_seen(folder: Path) -> str:
     record = folder / "run.json"
     return f", {json.loads(record.read_text())['images_seen']:,} images seen" if record.is_file() else ""
-
-
-def _said(commit: CommitInfo) -> CommitInfo:
-    print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
-    return commit

@@ -4,7 +4,7 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load
+from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -75,6 +75,16 @@ def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]
     return licence, f"{named}: **{limit}**; read it before you publish or use this student."
 
 
+def revision_of(network: Backbone, given: str | None = None) -> str | None:
+    """The commit that a network of the Hub was loaded from; ``given`` where that is not known."""
+    if not on_hub(network.name):
+        return None
+    # Not every configuration keeps it; the cache has what was loaded.
+    file = try_to_load_from_cache(network.name, "config.json", revision=given)
+    kept = Path(file).parent.name if isinstance(file, str) else given
+    return getattr(network.model.config, "_commit_hash", None) or kept
+
+
 def snippet(name: str, student: Backbone) -> str:
     """Code that embeds an image with Transformers alone."""
     trust = ", trust_remote_code=True" if getattr(student.model.config, "auto_map", None) else ""
@@ -113,7 +123,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     name = trainer.hub_model_id or args.output_dir
     title = title or Path(name).absolute().name
     arguments, results = record.get("arguments", {}), record.get("results") or {}
-    revision = getattr(teacher.model.config, "_commit_hash", None) if on_hub(teacher.name) else None
+    revision = revision_of(teacher, arguments.get("teacher_revision"))
     licence, sentence = licence_of(teacher.name, revision)
     if licence not in PERMISSIVE:
         logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
@@ -171,9 +181,7 @@ def _body(trainer, title: str, use: str, record: dict, revision: str | None, sen
     cited = papers([method.name for method in args.methods])
     facts = {
         "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
-        "its revision": f"`{revision}`"
-        if revision
-        else f"a local folder; weights and settings `{teacher.fingerprint()}`",
+        "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
         "its licence": sentence,
         "student": f"{type(student.model).__name__}, {student.num_parameters():,} parameters, started from "
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
@@ -194,7 +202,7 @@ def _body(trainer, title: str, use: str, record: dict, revision: str | None, sen
         f"```\n{record['command']}\n```" if "command" in record else "",
     ]
     if results:
-        split = f" on the split `{record['evaluated_on']}`" if record.get("evaluated_on") else ""
+        split = f" (split `{record['evaluated_on']}`)" if record.get("evaluated_on") else ""
         parts.append(
             f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
             f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too. More figures in "

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -121,12 +122,23 @@ def test_neighbours_make_the_round_trip(hub, tmp_path, world):
     assert done.returncode == 0, done.stderr
     files = hub.files("datasets/me/neighbours")
     assert "neighbors.json" in files and any(name.endswith(".parquet") for name in files)
-    world |= {"dataset": "me/neighbours", "output_dir": tmp_path / "s", "neighbors_cache": tmp_path / "unused"}
+    teacher = {path.name: path.read_bytes() for path in Path(world["teacher"]).iterdir() if path.is_file()}
+    hub.private["models/some/teacher"] = False
+    old = hub.add("models/some/teacher", "", teacher | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+    world |= {
+        "teacher": "some/teacher",
+        "dataset": "me/neighbours",
+        "output_dir": tmp_path / "s",
+        "neighbors_cache": tmp_path / "unused",
+    }
     done = run(hub, tmp_path, DISTILL, **world, neighbors_k=1, neighbors_pool=4)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "unused").exists(), "nothing had to be searched"
     card = (tmp_path / "s" / "README.md").read_text()
     assert "datasets: me/neighbours" in card and "/datasets/me/neighbours)" in card
+    # The teacher's revision and licence are those of its page.
+    assert "base_model: some/teacher" in card and f"`{old}`" in card and "no commercial use" in card
+    assert "no commercial use" in done.stderr
 
 
 CHECKS = """
