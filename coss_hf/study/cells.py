@@ -99,7 +99,8 @@ def _arguments(cell: Cell, setting: Setting, folder: Path, images: int) -> Disti
     given = {"output_dir": str(folder), "method": cell.expression, "seed": cell.seed}
     given |= {"num_images": cell.num_images, "neighbors_k": cell.neighbors_k}
     quiet = {"disable_tqdm": True, "report_to": [], "save_total_limit": 1}
-    args = DistillationArguments(**given, **(quiet | setting.training))
+    never = {"eval_strategy": "no"}  # a cell is measured once, at its end
+    args = DistillationArguments(**given, **(quiet | setting.training | never))
     if setting.milestones:
         length = run_length(args, images)
         epochs = cell.num_images / length.images_after(length.steps_per_epoch)
