@@ -1,5 +1,7 @@
 from setuptools import find_packages, setup
 
+EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+
 setup(
     name="coss-hf",
     version="0.1.0",
@@ -28,6 +30,7 @@ setup(
         "timm": ["timm"],
         "tensorboard": ["tensorboard"],
         "quickstart": ["scikit-learn"],
-        "dev": ["psutil", "pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
+        "export": EXPORT,
+        "dev": [*EXPORT, "psutil", "pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
     },
 )

@@ -22,7 +22,7 @@ LEVELS = [
     {"saving"},
     {"publishing"},
     {"trainer"},
-    {"report", "estimate"},
+    {"report", "estimate", "export"},
     {"study"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
