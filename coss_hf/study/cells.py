@@ -150,7 +150,8 @@ def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int],
         report: called with the number of images that each step has seen.
 
     Returns:
-        The cell, ``images_seen``, ``extra_teacher_images`` (teacher passes beside those of the steps) and its metrics;
+        The cell, ``images_seen``, ``extra_teacher_images`` (teacher passes beside those of the steps), ``loss`` (mean
+        over the last steps that were logged), and its metrics;
         ``failed`` with the reason, and no metrics, where the loss became not finite.
     """
     splits, teacher = load(setting, cell.pair)
@@ -171,6 +172,8 @@ def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int],
         return result | {"images_seen": trainer.images_seen, "failed": str(error).split(";")[0]}
     extra = pretraining_images(trainer) + (len(splits.train) if cell.neighbors_k else 0)
     result |= {"images_seen": trainer.images_seen, "extra_teacher_images": extra}
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    result |= {"loss": losses[-1] if losses else None}
     result |= measure(cell, setting, trainer.student, trainer.project)
     shutil.rmtree(folder, ignore_errors=True)
     return result
@@ -184,7 +187,7 @@ def _evaluator(text: str, split: str, bank_size: int) -> Evaluator:
         # Drawn, since folders of images are sorted by class.
         bank = bank.select(np.sort(np.random.default_rng(0).permutation(len(bank))[:bank_size]))
     queries, labels = getattr(splits, split), splits.label_column
-    return Evaluator(teacher, queries, splits.image_column, label_column=labels, bank=bank, linear=True)
+    return Evaluator(teacher, queries, splits.image_column, label_column=labels, bank=bank, linear=True, panel=True)
 
 
 def measure(cell: Cell, setting: Setting, network: Backbone, project=None) -> dict[str, float | None]:
