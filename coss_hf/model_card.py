@@ -24,6 +24,8 @@ METRICS = {
     "eval_linear": ("accuracy", "linear evaluation accuracy"),
     "eval_overlap10": ("neighbor_overlap", "overlap of the 10 nearest with the teacher's"),
     "eval_cosine": ("cosine_similarity", "mean cosine with the teacher"),
+    "eval_map": ("mean_average_precision", "retrieval, mean average precision"),
+    "eval_asymmetric_map": ("mean_average_precision", "retrieval in the teacher's gallery, mean average precision"),
 }
 
 

@@ -61,7 +61,7 @@ def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries
     if queries is None:
         return None
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    options["panel"] = panel
+    options |= {"panel": panel, "retrieval": not panel}
     bank = sample(splits.train, args.eval_bank_size if panel else None)
     return Evaluator(teacher, queries, splits.image_column, label_column=splits.label_column, bank=bank, **options)
 

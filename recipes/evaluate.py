@@ -64,6 +64,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         bank=splits.train,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        retrieval=True,
     )
     return compare(evaluator, student, head, seed=args.seed)
 

@@ -14,6 +14,7 @@ from coss_hf.evaluation.agreement import (
 from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
 from coss_hf.evaluation.linear import linear_evaluation
 from coss_hf.evaluation.probe import linear_probe
+from coss_hf.evaluation.retrieval import retrieval
 
 __all__ = [
     "evaluate_embeddings",
@@ -24,11 +25,13 @@ __all__ = [
     "mean_cosine",
     "nearest",
     "neighbor_overlap",
+    "retrieval",
     "table",
 ]
 
 KS = (10, 20)
 OVERLAP_K = 10
+RECALLS = (1, 10)
 
 
 def evaluate_embeddings(
@@ -39,6 +42,7 @@ def evaluate_embeddings(
     bank_labels: Tensor | None = None,
     test_labels: Tensor | None = None,
     projected: Tensor | None = None,
+    teacher_bank: Tensor | None = None,
     linear: bool = False,
     panel: bool = False,
 ) -> dict[str, float | None]:
@@ -50,7 +54,8 @@ def evaluate_embeddings(
         student_bank: ``(n, d_s)`` the student's embeddings of the un-augmented training images.
         bank_labels: ``(n,)`` class numbers of the bank.
         test_labels: ``(m,)`` class numbers of the test images.
-        projected: ``(m, d_t)`` the student's embeddings through its head, for the cosine.
+        projected: ``(m, d_t)`` the student's embeddings through its head, in the teacher's space.
+        teacher_bank: ``(n, d_t)`` the teacher's embeddings of the bank, for retrieval.
         linear: with labels also ``eval_linear``, the paper's linear evaluation.
         panel: also what tells whether training works, see below.
 
@@ -59,7 +64,9 @@ def evaluate_embeddings(
         ``eval_knn20`` and ``eval_probe``. Fractions in [0, 1], the cosine in [-1, 1]. None for what is not defined:
         the cosine of different dimensions, neighbours where there are not enough images. With ``panel`` also
         ``eval_dimension_cosine``, ``eval_cka``, ``eval_effective_rank``, ``eval_dead_dimensions`` and
-        ``eval_duplicates``, of the student without its head but for the cosine.
+        ``eval_duplicates``, of the student without its head but for the cosine. With ``teacher_bank`` also
+        ``eval_recall1``, ``eval_recall10`` and ``eval_map``, of retrieval from the student's own bank, and the same of
+        retrieval from the teacher's, by projected queries, with ``asymmetric_`` in their names.
 
     Raises:
         ValueError: rows, dimensions or labels that do not match.
@@ -72,6 +79,10 @@ def evaluate_embeddings(
         results["eval_probe"] = linear_probe(student_bank, bank_labels, student, test_labels)["accuracy"]
         if linear:
             results["eval_linear"] = linear_evaluation(student_bank, bank_labels, student, test_labels)
+        if teacher_bank is not None:
+            results |= _retrieval(student, student_bank, "", bank_labels, test_labels)
+            queries = student if projected is None else projected
+            results |= _retrieval(queries, teacher_bank, "asymmetric_", bank_labels, test_labels)
     enough = len(student) > OVERLAP_K
     results[f"eval_overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
     aligned = student if projected is None else projected
@@ -86,6 +97,14 @@ def evaluate_embeddings(
     return results
 
 
+def _retrieval(queries: Tensor, gallery: Tensor, kind: str, gallery_labels: Tensor, labels: Tensor) -> dict:
+    if queries.shape[1] != gallery.shape[1]:  # random weights without a head
+        return {}
+    ks = tuple(k for k in RECALLS if k <= len(gallery))
+    found = retrieval(queries, labels, gallery, gallery_labels, ks)
+    return {f"eval_{kind}{name}": value for name, value in found.items()}
+
+
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
@@ -97,6 +116,8 @@ COLUMNS = {
     "eval_probe": ("linear probe", _percent),
     "eval_linear": ("linear evaluation", _percent),
     "eval_overlap10": ("overlap 10", _percent),
+    "eval_map": ("mAP", _percent),
+    "eval_asymmetric_map": ("mAP in the teacher's gallery", _percent),
     "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
 }
 

@@ -44,6 +44,7 @@ class Evaluator:
         batch_size: images a forward pass.
         num_workers: processes that decode.
         linear, panel: see ``evaluate_embeddings``; a panel also has the teacher's effective rank and duplicates.
+        retrieval: with labels also retrieval, from the network's own gallery and from the teacher's.
     """
 
     def __init__(
@@ -58,10 +59,11 @@ class Evaluator:
         num_workers: int = 0,
         linear: bool = False,
         panel: bool = False,
+        retrieval: bool = False,
     ):
         self.teacher, self.queries, self.image_column = teacher, queries, image_column
         self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.bank, self.labels, self.linear, self.panel = None, {}, linear, panel
+        self.bank, self.labels, self.linear, self.panel, self.retrieval = None, {}, linear, panel, retrieval
         if label_column and bank is not None:
             splits = {"test_labels": queries, "bank_labels": bank}
             labels = {name: rows[label_column][:] for name, rows in splits.items()}
@@ -69,7 +71,7 @@ class Evaluator:
                 self.bank, self.labels = bank, {name: torch.as_tensor(numbers) for name, numbers in labels.items()}
             else:
                 logger.warning("Column %s lacks labels: only agreement is measured.", label_column)
-        self._teacher_queries, self._teacher_panel = None, {}
+        self._teacher_queries, self._teacher_bank, self._teacher_panel = None, None, {}
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
         """Embeddings ``(n, d)`` of ``images``."""
@@ -82,6 +84,13 @@ class Evaluator:
         if self._teacher_queries is None:
             self._teacher_queries = self.embed(self.teacher, self.queries, "Teacher")
         return self._teacher_queries
+
+    @property
+    def teacher_bank(self) -> Tensor | None:
+        """The teacher's embeddings of the bank ``(n, d_t)``; None without labels."""
+        if self._teacher_bank is None and self.bank is not None:
+            self._teacher_bank = self.embed(self.teacher, self.bank, "Teacher's bank")
+        return self._teacher_bank
 
     @property
     def teacher_panel(self) -> dict[str, float]:
@@ -102,8 +111,11 @@ class Evaluator:
             student: the network, the teacher itself included.
             project: its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one.
         """
-        queries = self.teacher_queries if student is self.teacher else self.embed(student, self.queries, "Student")
-        bank = self.embed(student, self.bank, "Bank") if self.bank is not None else None
+        if student is self.teacher:
+            queries, bank = self.teacher_queries, self.teacher_bank
+        else:
+            queries = self.embed(student, self.queries, "Student")
+            bank = self.embed(student, self.bank, "Bank") if self.bank is not None else None
         with torch.no_grad():
             projected = project(queries) if project else None
         metrics = evaluate_embeddings(
@@ -111,6 +123,7 @@ class Evaluator:
             self.teacher_queries,
             student_bank=bank,
             projected=projected,
+            teacher_bank=self.teacher_bank if self.retrieval else None,
             linear=self.linear,
             panel=self.panel,
             **self.labels,

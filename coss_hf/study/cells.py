@@ -187,7 +187,8 @@ def _evaluator(text: str, split: str, bank_size: int) -> Evaluator:
         # Drawn, since folders of images are sorted by class.
         bank = bank.select(np.sort(np.random.default_rng(0).permutation(len(bank))[:bank_size]))
     queries, labels = getattr(splits, split), splits.label_column
-    return Evaluator(teacher, queries, splits.image_column, label_column=labels, bank=bank, linear=True, panel=True)
+    measured = {"linear": True, "panel": True, "retrieval": True}
+    return Evaluator(teacher, queries, splits.image_column, label_column=labels, bank=bank, **measured)
 
 
 def measure(cell: Cell, setting: Setting, network: Backbone, project=None) -> dict[str, float | None]:
