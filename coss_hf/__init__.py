@@ -9,6 +9,7 @@ _ROOMS = {
     "load_backbone": "loading",
     "load_images": "images",
     "add_neighbors": "neighbors",
+    "Student": "student",
     "ViewDataset": "views",
     "DistillationArguments": "config",
     "DistillationTrainer": "trainer",

@@ -57,4 +57,19 @@ def build_model(
                 f"give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
             )
         criterion = build_loss(args.methods, *examples, **given)
+    aligned = any(getattr(one, "same_dim", False) for one in needs)
+    # Replaces that of an earlier run which the student may come from.
+    student.model.config.teacher_space = _space(teacher, head) if aligned else None
     return DistillationModel(student, criterion, head)
+
+
+def _space(teacher: Backbone, head: nn.Module | None) -> dict:
+    """What ``Student.from_pretrained`` needs to know."""
+    commit = getattr(teacher.model.config, "_commit_hash", None)
+    return {
+        "teacher": teacher.name,
+        "revision": commit,
+        "pooling": teacher.pooling,
+        "dim": teacher.dim,
+        "head": head is not None,
+    }

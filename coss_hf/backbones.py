@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _CLASS_TOKEN_TYPES = {"vit", "deit", "vit_msn", "vit_mae"}
 # Entries of a configuration that an embedding does not depend on, or that its fingerprint holds in another form.
 _NAMES = {"_name_or_path", "architectures", "auto_map", "dtype", "embedding_pooling", "id2label", "label2id"}
-_NAMES |= {"label_names", "num_classes", "pretrained_cfg", "torch_dtype", "transformers_version"}
+_NAMES |= {"label_names", "num_classes", "pretrained_cfg", "teacher_space", "torch_dtype", "transformers_version"}
 
 
 class Backbone:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TimmWrapperImageProcessor
 
-from coss_hf.backbones import Backbone
 from coss_hf.evaluation import knn_accuracy, neighbor_overlap
 from coss_hf.evaluation.knn import unit
 from coss_hf.preprocessing import first_line
+from coss_hf.student import Student
 
 QUANTIZATIONS = ("none", "dynamic", "static")
 FLOAT_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
@@ -37,24 +37,6 @@ def onnx_packages():
     return onnx, onnxruntime
 
 
-class Embedder(nn.Module):
-    """Pixel values ``(b, 3, h, w)`` to embeddings ``(b, d)``: network, pooling and head; ValueError if that misfits."""
-
-    def __init__(self, backbone: Backbone, head: nn.Module | None = None):
-        super().__init__()
-        if head is not None and next(head.parameters()).shape[1] != backbone.dim:
-            raise ValueError(
-                f"--pooling={backbone.pooling}: embeddings of {backbone.dim} dimensions do not fit the head beside "
-                f"{backbone.name}; use the pooling that it was trained with."
-            )
-        self.backbone, self.model, self.head = backbone, backbone.model, head
-        self.eval().requires_grad_(False)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        embedding = self.backbone.features(pixel_values).embedding
-        return embedding if self.head is None else self.head(embedding)
-
-
 @contextlib.contextmanager
 def _quiet():
     """Without exporter's and quantiser's reports of each node."""
@@ -66,16 +48,16 @@ def _quiet():
         logging.disable(disabled)
 
 
-def write_graph(embedder: Embedder, path: Path) -> None:
+def write_graph(student: Student, path: Path) -> None:
     """Writes an ONNX file for any number of images; ValueError for 2 GB or more, or a network it cannot be done for."""
-    size = sum(parameter.nbytes for parameter in embedder.parameters())
+    size = sum(parameter.nbytes for parameter in student.parameters())
     if size >= LARGEST:
         raise ValueError(f"--model: {size:,} bytes of weights; one ONNX file holds less than {LARGEST:,}.")
     try:
         with _quiet(), warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
-                embedder,
-                (torch.zeros(2, 3, *embedder.backbone.size),),
+                student,
+                (torch.zeros(2, 3, *student.backbone.size),),
                 dynamo=True,
                 input_names=[INPUT],
                 dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
@@ -83,7 +65,7 @@ def write_graph(embedder: Embedder, path: Path) -> None:
             )
     except Exception as error:  # the exporter lets through the errors of every network's code
         raise ValueError(
-            f"--model {embedder.backbone.name}: torch.onnx cannot export this network ({first_line(error)}); another "
+            f"--model {student.backbone.name}: torch.onnx cannot export this network ({first_line(error)}); another "
             f"release of torch or of the network's code may."
         ) from error
     # CLIP and SigLIP have values of the output's name inside.
@@ -182,7 +164,7 @@ def latency(runners: dict[str, Callable], images: Tensor, batch_size: int, round
 
 
 def export(
-    embedder: Embedder,
+    student: Student,
     output: Path,
     *,
     images: Iterable[Tensor],
@@ -195,7 +177,7 @@ def export(
     """Writes and measures the ONNX files of a network; they are moved into place once the float one is checked.
 
     Args:
-        embedder: the network.
+        student: the network.
         output: folder for ``model.onnx``, ``model_int8.onnx`` and ``preprocessor_config.json`` (timm: ``config.json``).
         images: batches of test images ``(b, 3, h, w)``, processed.
         calibration: batches of training images, for ``static``.
@@ -214,18 +196,18 @@ def export(
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        write_graph(embedder, staged / FLOAT_FILE)
+        write_graph(student, staged / FLOAT_FILE)
         files = {"onnx": staged / FLOAT_FILE}
         if quantization != "none":
             files["int8"] = staged / INT8_FILE
             quantize(files["onnx"], files["int8"], quantization, calibration)
-        runners = {"pytorch": embedder} | {name: open_file(p, torch.get_num_threads()) for name, p in files.items()}
+        runners = {"pytorch": student} | {name: open_file(p, torch.get_num_threads()) for name, p in files.items()}
         found = embed_by_all(runners, images)
         results = {name: agreement(rows, found["pytorch"]) for name, rows in found.items()}
         least = results["onnx"]["cosine_min"]
         if not least >= LEAST_COSINE:
             raise ValueError(
-                f"--model {embedder.backbone.name}: the ONNX graph's embeddings have a cosine of {least:.6f} to "
+                f"--model {student.backbone.name}: the ONNX graph's embeddings have a cosine of {least:.6f} to "
                 f"PyTorch's, below {LEAST_COSINE}; nothing was written. Another release of torch or onnxruntime may do."
             )
         for name, path in files.items():
@@ -238,10 +220,10 @@ def export(
         for batch_size in (1, 64):
             for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
                 results[name][f"batch_{batch_size}"] = times
-        if isinstance(embedder.backbone.processor, TimmWrapperImageProcessor):  # kept in the configuration
-            embedder.model.config.to_json_file(staged / "config.json")
+        if isinstance(student.backbone.processor, TimmWrapperImageProcessor):  # kept in the configuration
+            student.model.config.to_json_file(staged / "config.json")
         else:
-            embedder.backbone.processor.save_pretrained(staged)
+            student.backbone.processor.save_pretrained(staged)
         (output / INT8_FILE).unlink(missing_ok=True)  # of an earlier export
         for path in sorted(staged.iterdir()):
             os.replace(path, output / path.name)

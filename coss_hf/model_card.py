@@ -148,9 +148,16 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
 
 def _use(name: str, student: Backbone) -> str:
     ours = "import coss_hf\n\nembeddings = coss_hf.embed(name, [image])"
+    space, dropped = student.model.config.teacher_space, ""
+    if space is not None:
+        dropped = (
+            f"\n\nIn the teacher's space ({space['dim']} numbers), to be compared with the teacher's embeddings, for "
+            f"instance in a gallery that the teacher has embedded:\n\n```python\n"
+            f"embeddings = coss_hf.Student.from_pretrained(name).embed([image])\n```"
+        )
     return (
         f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
-        f"once:\n\n```python\n{ours}\n```"
+        f"once:\n\n```python\n{ours}\n```{dropped}"
     )
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers.utils import cached_file
 
 from coss_hf.backbones import Backbone
 from coss_hf.features import Features
@@ -40,14 +41,19 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
     return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
 
 
-def load_head(folder: str | Path) -> nn.Module | None:
+def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:
     """The projection head that a run left beside its student, in evaluation mode; None where there is none.
+
+    Args:
+        name: folder, or name on the Hub.
+        revision: branch, tag or commit on the Hub.
 
     Raises:
         ValueError: a file that holds no head of ``projection_head``.
     """
-    path = Path(folder, HEAD_FILE)
-    if not path.is_file():
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    path = cached_file(str(name), HEAD_FILE, revision=revision, **quiet)
+    if path is None:
         return None
     tensors = load_file(path)
     matrices = [tensor for name, tensor in sorted(tensors.items()) if name.endswith("weight")]

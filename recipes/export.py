@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments
-from coss_hf.export import QUANTIZATIONS, Embedder, export, onnx_packages
+from coss_hf.export import QUANTIZATIONS, export, onnx_packages
 from coss_hf.images import ProcessedImages
 from coss_hf.loading import load_backbone
 from coss_hf.modeling import HEAD_FILE, load_head
 from coss_hf.report import command, versions, write_json
+from coss_hf.student import Student
 
 
 @dataclass
@@ -59,7 +60,7 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     head = load_head(args.model) if args.head else None
     if args.head and head is None:
         raise ValueError(f"--head: there is no {HEAD_FILE} in {args.model}; leave it out.")
-    embedder = Embedder(backbone, head)
+    student = Student(backbone, head)
     splits = data.load()
     test = splits.test or splits.validation
     if test is None:
@@ -79,7 +80,7 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     if column and not {None, -1} & {*splits.train[column], *test[column]}:
         labels = torch.tensor(splits.train[column]), torch.tensor(test[column])
     results = export(
-        embedder,
+        student,
         Path(args.output),
         images=batches(test),
         calibration=batches(some(splits.train, args.calibration_images)),

@@ -4,9 +4,10 @@ import torch
 from transformers import AutoImageProcessor
 
 from coss_hf import export as module
-from coss_hf.export import Embedder, agreement, export, open_file, write_graph
+from coss_hf.export import agreement, export, open_file, write_graph
 from coss_hf.loading import load_backbone
 from coss_hf.modeling import projection_head
+from coss_hf.student import Student
 from tests import networks
 
 
@@ -20,12 +21,12 @@ def load(name: str, folder, **options):
 def test_any_number_of_images_through_graph_and_head(tmp_path, name):
     backbone = load(name, tmp_path / "network")
     for head in (None, projection_head("mlp", backbone.dim, 7, 9))[: 2 if name in ("cifar_resnet", "dinov2") else 1]:
-        embedder, path = Embedder(backbone, head), tmp_path / "m.onnx"
-        write_graph(embedder, path)
+        student, path = Student(backbone, head), tmp_path / "m.onnx"
+        write_graph(student, path)
         run = open_file(path, 1)
         for count in (1, 5):
             pixels = backbone.preprocess(networks.images(count))
-            torch.testing.assert_close(run(pixels), embedder(pixels), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run(pixels), student(pixels), rtol=1e-4, atol=1e-4)
         assert run(pixels).shape == (5, 7 if head else backbone.dim)
 
 
@@ -35,7 +36,7 @@ def test_int8(tmp_path, name, kind):
     pixels = backbone.preprocess(networks.images(12))
     batches = list(pixels.split(5))
     results = export(
-        Embedder(backbone), tmp_path / "out", images=batches, calibration=batches, quantization=kind, rounds=1
+        Student(backbone), tmp_path / "out", images=batches, calibration=batches, quantization=kind, rounds=1
     )
     own = "config.json" if name.startswith("timm") else "preprocessor_config.json"
     files = {"model.onnx", "model_int8.onnx", own}
@@ -57,20 +58,20 @@ def test_a_graph_that_differs_replaces_nothing(tmp_path, monkeypatch):
     (out / "model.onnx").write_text("older")
     real = module.write_graph
 
-    def other(embedder, path):
-        real(Embedder(load("cifar_resnet", tmp_path / "other"), projection_head("linear", 16, 16)), path)
+    def other(student, path):
+        real(Student(load("cifar_resnet", tmp_path / "other"), projection_head("linear", 16, 16)), path)
 
     monkeypatch.setattr(module, "write_graph", other)
     images = [backbone.preprocess(networks.images(3))]
     with pytest.raises(ValueError, match="below 0.9999"):
-        export(Embedder(backbone), out, images=images, rounds=1)
+        export(Student(backbone), out, images=images, rounds=1)
     assert [path.name for path in out.iterdir()] == ["model.onnx"] and (out / "model.onnx").read_text() == "older"
 
 
 def test_dynamic_needs_matrix_products(tmp_path):
     backbone = load("cifar_resnet", tmp_path / "network")
     with pytest.raises(ValueError, match="--quantize static"):
-        export(Embedder(backbone), tmp_path / "out", images=[], quantization="dynamic")
+        export(Student(backbone), tmp_path / "out", images=[], quantization="dynamic")
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -83,7 +84,7 @@ def test_agreement_by_hand():
 
 def test_a_head_of_another_dimension_and_missing_packages(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="do not fit the head"):
-        Embedder(load("cifar_resnet", tmp_path / "network"), projection_head("linear", 5, 5))
+        Student(load("cifar_resnet", tmp_path / "network"), projection_head("linear", 5, 5))
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"onnxruntime.*pip install coss-hf\[export\]"):
         module.onnx_packages()

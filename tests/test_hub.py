@@ -27,6 +27,8 @@ assert "coss_hf" not in sys.modules, "the snippet needs Transformers alone"
 before = space["embedding"]
 exec(codes[1], space)
 torch.testing.assert_close(before, space["embeddings"], rtol=1e-5, atol=1e-6)
+exec(codes[2], space)
+assert space["embeddings"].shape == (1, 16), "in the teacher's space"
 print("EMBEDDED", tuple(before.shape))
 """
 

@@ -16,7 +16,7 @@ LEVELS = [
     {"searching"},
     {"indexes"},
     {"modeling", "config", "cli", "evaluation", "neighbors"},
-    {"model_card"},
+    {"model_card", "student"},
     {"hub"},
     {"assembly", "pretraining"},
     {"saving"},

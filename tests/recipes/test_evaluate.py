@@ -12,7 +12,8 @@ from coss_hf.modeling import load_head, projection_head
 from tests.recipes.test_distill import ROOT, load_recipe
 
 evaluate = load_recipe("evaluate")
-METRICS = ("eval_knn10", "eval_knn20", "eval_probe", "eval_overlap10", "eval_cosine")
+RETRIEVAL = tuple(f"eval_{kind}{name}" for kind in ("", "asymmetric_") for name in ("recall1", "recall10", "map"))
+METRICS = ("eval_knn10", "eval_knn20", "eval_probe", *RETRIEVAL, "eval_overlap10", "eval_cosine")
 
 
 @pytest.fixture
