@@ -162,3 +162,41 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
     axes.spines["bottom"].set_color(OTHER)
     figure.tight_layout()
     figure.savefig(path, format="png")
+
+
+def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]], metric: str, title: str) -> None:
+    """Write a PNG of quality against latency: a dot a seed, a stroke at their mean.
+
+    Args:
+        path: of the PNG.
+        points: by name, milliseconds for one image and the metric of each seed, fractions in [0, 1].
+        metric: its name, for the axis.
+        title: what was compared, on what.
+    """
+    figure = _figure(7.5, 4.2)
+    axes = figure.add_subplot()
+    widest = max(ms for ms, _ in points.values())
+    heights = [100 * sum(values) / len(values) for _, values in points.values()]
+    # Names of rows that are close to each other are moved apart, upwards.
+    gap, last, places = 0.045 * (max(heights) - min(heights) or 1), {}, {}
+    for (name, (ms, _)), height in sorted(zip(points.items(), heights, strict=True), key=lambda item: item[1]):
+        places[name] = last[ms] = max(height, last.get(ms, -1e9) + gap)
+    for name, (ms, values) in points.items():
+        color, mean = (TEXT if name == "teacher" else SHARED), 100 * sum(values) / len(values)
+        axes.plot(
+            [ms] * len(values), [100 * value for value in values], "o", color=color, alpha=0.55, markeredgewidth=0
+        )
+        axes.plot([ms - 0.012 * widest, ms + 0.012 * widest], [mean] * 2, color=color, linewidth=1.5)
+        place = (ms + 0.03 * widest, places[name])
+        axes.annotate(f"{name} {mean:.1f}", place, fontsize=8.5, color=color, va="center")
+    axes.set_xlim(0, 1.35 * widest)
+    axes.margins(y=0.12)
+    axes.set_xlabel("milliseconds for one image", fontsize=9, color=MUTED)
+    axes.set_ylabel(f"{metric} (%)", fontsize=9, color=MUTED)
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT)
+    axes.grid(color="#e6e8eb", linewidth=0.8)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(OTHER)
+    figure.tight_layout()
+    figure.savefig(path, format="png")

@@ -14,14 +14,14 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from coss_hf.backbones import Backbone
 from coss_hf.checkpoints import NonFiniteLoss
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
-from coss_hf.evaluation.evaluator import Evaluator
+from coss_hf.evaluation.evaluator import Evaluator, random_weights
 from coss_hf.images import ImageSplits
 from coss_hf.neighbors import nearest_neighbors
 from coss_hf.pretraining import pretraining_images
 from coss_hf.trainer import DistillationTrainer, run_length
 from coss_hf.views import ViewDataset
 
-UNTRAINED = ("teacher", "random")  # what no method trains, measured like the others
+UNTRAINED = ("teacher", "random", "initial")  # what no method trains, measured like the others
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class Cell:
 
     Attributes:
         pair: name of teacher and student, for tables.
-        method: name of the row, for tables; ``teacher`` and ``random`` are not trained.
+        method: name of the row, for tables; ``teacher``, ``random`` weights and the ``initial`` ones of a
+            student that has its own are not trained.
         expression: ``--method``, with the scale in it.
         scale: of the method's ``beta``.
         seed: of initial weights, order and views.
         num_images: seen in training, neighbours included.
         split: what it is measured on: ``validation`` for a choice, ``test`` for a report.
         neighbors_k: drawn beside each anchor.
+        anchors: a device and step; None: as the setting says.
     """
 
     pair: str
@@ -47,6 +49,7 @@ class Cell:
     num_images: int
     split: str
     neighbors_k: int = 0
+    anchors: int | None = None
 
     @property
     def name(self) -> str:
@@ -99,8 +102,10 @@ def _arguments(cell: Cell, setting: Setting, folder: Path, images: int) -> Disti
     given = {"output_dir": str(folder), "method": cell.expression, "seed": cell.seed}
     given |= {"num_images": cell.num_images, "neighbors_k": cell.neighbors_k}
     quiet = {"disable_tqdm": True, "report_to": [], "save_total_limit": 1}
-    never = {"eval_strategy": "no"}  # a cell is measured once, at its end
-    args = DistillationArguments(**given, **(quiet | setting.training | never))
+    fixed = {"eval_strategy": "no"}  # a cell is measured once, at its end
+    if cell.anchors:
+        fixed["per_device_train_batch_size"] = cell.anchors
+    args = DistillationArguments(**given, **(quiet | setting.training | fixed))
     if setting.milestones:
         length = run_length(args, images)
         epochs = cell.num_images / length.images_after(length.steps_per_epoch)
@@ -158,8 +163,11 @@ def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int],
     result = asdict(cell) | {"images_seen": 0, "extra_teacher_images": 0}
     if cell.method in UNTRAINED:
         device = DistillationArguments(str(folder), use_cpu=setting.training.get("use_cpu", False)).device
+        models = setting.models[cell.pair]
         set_seed(cell.seed)
-        network = teacher if cell.method == "teacher" else setting.models[cell.pair].load_student(teacher)
+        network = teacher if cell.method == "teacher" else models.load_student(teacher)
+        if cell.method == "random" and models.student_init != "random":
+            network = random_weights(network, cell.seed)
         teacher.model.to(device)
         network.model.to(device)
         return result | measure(cell, setting, network)

@@ -12,7 +12,8 @@ T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-METRICS = ("eval_linear", "eval_probe", "eval_knn10", "eval_knn20", "eval_overlap10", "eval_cosine")
+METRICS = ("eval_linear", "eval_probe", "eval_knn10", "eval_knn20", "eval_map", "eval_asymmetric_map")
+METRICS += ("eval_overlap10", "eval_cosine")
 
 
 def half_interval(values: list[float]) -> float:
@@ -58,6 +59,26 @@ def _cell(rows: list[dict], metric: str) -> str:
     return f"{text} ± {factor * half:.{digits}f}" if math.isfinite(half) else text
 
 
+def cells_of(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None) -> list[list[str]]:
+    """A ranked table, header first: a line a method, means over seeds with 95 % t-intervals; see ``markdown``."""
+    extra = extra or {}
+    metrics = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
+    lines = [["method", "scale", "seeds", *(COLUMNS[name][0] for name in metrics), *extra]]
+    for name, group in ranked(rows, metric).items():
+        scales = ", ".join(sorted({f"{row['scale']:g}" for row in group}))
+        scores = [_cell(group, one) for one in metrics]
+        failed = sum("failed" in row for row in group)
+        seeds = f"{len(group)} ({failed} failed)" if failed else str(len(group))
+        lines.append([name, scales, seeds, *scores, *(column(name) for column in extra.values())])
+    return lines
+
+
+def as_markdown(lines: list[list[str]]) -> str:
+    """Of a table, header first, whose columns but the first hold numbers."""
+    rule = ["---", *["---:"] * (len(lines[0]) - 1)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
+
+
 def markdown(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None) -> str:
     """A ranked table: a line a method, means over seeds with 95 % t-intervals.
 
@@ -66,17 +87,7 @@ def markdown(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str
         metric: that ranks.
         extra: more columns, from the method's name.
     """
-    extra = extra or {}
-    metrics = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
-    header = ["method", "scale", "seeds", *(COLUMNS[name][0] for name in metrics), *extra]
-    lines = [header, ["---", "---:", "---:", *["---:"] * (len(metrics) + len(extra))]]
-    for name, group in ranked(rows, metric).items():
-        scales = ", ".join(sorted({f"{row['scale']:g}" for row in group}))
-        scores = [_cell(group, one) for one in metrics]
-        failed = sum("failed" in row for row in group)
-        seeds = f"{len(group)} ({failed} failed)" if failed else str(len(group))
-        lines.append([name, scales, seeds, *scores, *(column(name) for column in extra.values())])
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return as_markdown(cells_of(rows, metric, extra))
 
 
 def pair_section(
@@ -101,10 +112,10 @@ def pair_section(
         markdown(chosen, metric),
     ]
     if published:
-        table = [list(published), ["---:"] * len(published), [f"{value:.2f}" for value in published.values()]]
+        table = [list(published), [f"{value:.2f}" for value in published.values()]]
         parts += [
             "### Published: CIFAR-100 (lossless), 240 epochs, the best scale on test, linear top-1",
-            "\n".join("| " + " | ".join(line) + " |" for line in table),
+            as_markdown(table),
         ]
     return "\n\n".join(parts)
 

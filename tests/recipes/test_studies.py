@@ -12,7 +12,7 @@ import pytest
 import tests.helpers as h
 from tests.recipes.test_distill import load_recipe
 
-reproduce, compare = load_recipe("reproduce"), load_recipe("compare")
+reproduce, compare, report = load_recipe("reproduce"), load_recipe("compare"), load_recipe("report")
 
 
 def words(**options) -> list[str]:
@@ -71,6 +71,20 @@ def test_what_cannot_be_compared_is_refused(refused, networks, options, message)
     assert message in refused(compare, **models | options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--hours or --num_images: give one of them"),
+        ({"num_images": 64, "method": "rkd"}, "other methods"),
+        ({"num_images": 64, "timing_rounds": 0}, "--timing_rounds=0"),
+        ({"num_images": 64, "seeds": 1}, "--seeds=1 must be at least 2"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused(refused, networks, options, message):
+    models = {"teacher": networks.teacher, "student": networks.resnet, "per_device_train_batch_size": 8}
+    assert message in refused(report, **models | options)
+
+
 def start(recipe: str, **options) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{h.ROOT}/recipes/{recipe}.py", *words(**options)]
@@ -123,3 +137,22 @@ def test_a_comparison(tmp_path, image_parquet, networks):
     assert len(rows) == 5 * 2 + 2 + 1
     assert {row["images_seen"] for row in rows if row["method"] not in ("random", "teacher")} == {96}
     assert [row["extra_teacher_images"] for row in rows if row["method"] == "rkd"] == [48, 48]
+
+
+@pytest.mark.slow
+def test_a_report(tmp_path, image_parquet, networks):
+    """Of a student that has weights of its own and a head."""
+    options = {"teacher": networks.teacher, "student": networks.small, "dataset": image_parquet, "num_images": 96}
+    training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True, "timing_rounds": 2}
+    neighbors = {"neighbors_k": 1, "neighbors_pool": 4, "neighbors_cache": tmp_path / "cache"}
+    out = finish(start("report", **options, **training, **neighbors, output_dir=tmp_path / "out"))
+    names = ["coss", "coss, cosine only", "coss, no neighbours", "random", "initial", "teacher"]
+    assert all(f"| {name} |" in out for name in names) and "96 images seen, 3 seeds" in out
+    rows = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 * 3 + 3 + 1 + 1
+    initial = next(row for row in rows if row["method"] == "initial")
+    assert initial["eval_overlap10"] not in {row["eval_overlap10"] for row in rows if row["method"] == "random"}
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert found["verdict"][0].startswith(("It helped", "It did not help")) and found["images_seen"] == 96
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(sentence.replace("'", "&#x27;") in page for sentence in found["verdict"]) and "data:image/png" in page
