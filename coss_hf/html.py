@@ -10,7 +10,7 @@ STYLE = """
         --good: #12805c }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --muted: #9aa3ad; --line: #3a414a; --soft: #242a31;
         --page: #1b2026; --good: #4fc79a } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 60rem;
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 66rem;
        margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p.lead { font-size: 1.1rem; border-left: 4px solid var(--good); padding-left: .8rem; margin: .6rem 0 }

@@ -19,7 +19,8 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
 # Nothing else of a run's folder: training_args.bin, checkpoints and what the loss learnt stay at home.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "run.json", "loss.png", "neighbors.png"]
+PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "run.json", "report.html"]
+PUBLISHED += ["loss.png", "neighbors.png", "panel.png", "projection.png"]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 

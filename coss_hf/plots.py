@@ -137,6 +137,66 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     figure.savefig(path, format="png")
 
 
+def panel_curves(path: str | Path, panels: Sequence[dict]) -> None:
+    """Write a PNG of what a run's panels found, over the images seen: overlap, cosines, effective rank, labels.
+
+    Args:
+        path: of the PNG.
+        panels: entries of ``trainer.state.log_history`` with ``eval_overlap10``, one or more.
+    """
+    groups = [
+        ("overlap of the 10 nearest (%)", {"overlap": "eval_overlap10"}, 100),
+        ("cosine, CKA", {"per image": "eval_cosine", "per dimension": "eval_dimension_cosine", "CKA": "eval_cka"}, 1),
+        ("effective rank", {"student": "eval_effective_rank", "teacher": "eval_teacher_effective_rank"}, 1),
+        ("with labels (%)", {"k-NN 20": "eval_knn20", "probe": "eval_probe"}, 100),
+    ]
+    groups = [group for group in groups if any(key in entry for key in group[1].values() for entry in panels)]
+    figure = _figure(9, 2.3 * -(-len(groups) // 2))
+    axes = figure.subplots(-(-len(groups) // 2), 2, squeeze=False).ravel()
+    for one in axes[len(groups) :]:
+        one.set_visible(False)
+    for one, (title, lines, factor) in zip(axes, groups):
+        for (name, key), color in zip(lines.items(), (SHARED, "#3867b7", "#b7791f")):
+            points = [(entry["images_seen"], factor * entry[key]) for entry in panels if entry.get(key) is not None]
+            if points:
+                one.plot(*zip(*points), color=color, linewidth=1.5, marker="o", markersize=3, label=name)
+        if len(lines) > 1:
+            one.legend(fontsize=7.5, frameon=False)
+        one.set_title(title, loc="left", fontsize=9.5, color=TEXT)
+        one.grid(axis="y", color="#e6e8eb", linewidth=0.8)
+        one.tick_params(labelsize=8, colors=MUTED, length=0)
+        one.spines[["top", "right", "left"]].set_visible(False)
+        one.spines["bottom"].set_color(OTHER)
+        one.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        one.set_xlabel("images seen", fontsize=8, color=MUTED)
+    figure.tight_layout()
+    figure.savefig(path, format="png")
+
+
+def projection_picture(path: str | Path, student: np.ndarray, teacher: np.ndarray, labels: Sequence | None) -> None:
+    """Write a PNG of both spaces in the plane, side by side, an image in the same colour in both.
+
+    Args:
+        path: of the PNG.
+        student, teacher: ``(n, 2)`` coordinates of the same images.
+        labels: class numbers, which colour the images where there are at most 20; else the direction in the teacher's
+            plane does.
+    """
+    if labels is not None and len(set(labels)) <= 20:
+        colors = {"c": labels, "cmap": "tab10" if len(set(labels)) <= 10 else "tab20"}
+    else:
+        colors = {"c": np.arctan2(teacher[:, 1], teacher[:, 0]), "cmap": "hsv"}
+    figure = _figure(9, 4.5)
+    for axes, name, points in zip(figure.subplots(1, 2), ("Teacher", "Student"), (teacher, student)):
+        axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.6, linewidths=0, **colors)
+        axes.set_title(name, loc="left", fontsize=10, color=TEXT, weight="bold")
+        axes.set(xticks=[], yticks=[], aspect="equal")
+        for spine in axes.spines.values():
+            spine.set_color(OTHER)
+    figure.tight_layout()
+    figure.savefig(path, format="png")
+
+
 def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, title: str) -> None:
     """Write a PNG with a line a method: a dot a seed, and a stroke at their mean, the best on top.
 
@@ -177,8 +237,9 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
     axes = figure.add_subplot()
     widest = max(ms for ms, _ in points.values())
     heights = [100 * sum(values) / len(values) for _, values in points.values()]
+    seen = [100 * value for _, values in points.values() for value in values]
     # Names of rows that are close to each other are moved apart, upwards.
-    gap, last, places = 0.045 * (max(heights) - min(heights) or 1), {}, {}
+    gap, last, places = 0.055 * (max(seen) - min(seen) or 1), {}, {}
     for (name, (ms, _)), height in sorted(zip(points.items(), heights, strict=True), key=lambda item: item[1]):
         places[name] = last[ms] = max(height, last.get(ms, -1e9) + gap)
     for name, (ms, values) in points.items():

@@ -1,4 +1,4 @@
-"""The trainer's part in pushing to the Hub."""
+"""The trainer's part in pushing to the Hub, and in what W&B is told at the end."""
 
 import logging
 from pathlib import Path
@@ -10,6 +10,7 @@ from coss_hf.hub import check_repo, push
 from coss_hf.model_card import write_card
 from coss_hf.preprocessing import first_line
 from coss_hf.saving import SavingTrainer
+from coss_hf.tracking import WandbTracker
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,15 @@ class PublishingTrainer(SavingTrainer):
         """
         if self.is_world_process_zero():
             write_card(self, model_name, record or {}, metadata)
+
+    def track(self, record: dict, neighbors=None, projection=None) -> None:
+        """Hands the end of a run to W&B, if it reports there; see ``WandbTracker.report``."""
+        names = ("report.html", "loss.png", "panel.png", "neighbors.png", "projection.png")
+        paths = [path for name in names if (path := Path(self.args.output_dir, name)).is_file()]
+        files = {path.stem if path.suffix == ".html" else f"pictures/{path.stem}": path for path in paths}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, WandbTracker):
+                callback.report(record, files, neighbors, projection)
 
 
 def _warn(job) -> None:

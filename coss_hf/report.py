@@ -6,12 +6,29 @@ import shlex
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
 from coss_hf.decoding import decode
-from coss_hf.evaluation import nearest
-from coss_hf.plots import loss_curve, neighbor_picture
+from coss_hf.evaluation import cells, nearest
+from coss_hf.evaluation.projection import planes
+from coss_hf.html import code, heading, html_table, image, page, paragraph
+from coss_hf.panel import alarms, panels
+from coss_hf.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
+
+PICTURES = (
+    (
+        "panel.png",
+        "Agreement during training",
+        "On images held out of training; all but the accuracies need no labels.",
+    ),
+    ("neighbors.png", "Nearest neighbours", "Green: in both networks' lists."),
+    ("projection.png", "Both spaces", "First two principal components; the student's turned to match the teacher's."),
+    ("loss.png", "Loss", ""),
+)
 
 
 def versions() -> dict[str, str]:
@@ -39,7 +56,7 @@ def write_json(path: str | Path, content: dict) -> None:
     os.replace(unfinished, path)
 
 
-def write_record(output_dir, trainer, results: dict, arguments: dict, splits) -> dict:
+def write_record(output_dir, trainer, results: dict, splits) -> dict:
     """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results."""
     record = {
         "command": command(),
@@ -50,18 +67,41 @@ def write_record(output_dir, trainer, results: dict, arguments: dict, splits) ->
         "evaluated_on": "test" if splits.test is not None else "validation",
         "bad_images": splits.bad_images,
         "versions": versions(),
-        "arguments": arguments,
+        "arguments": trainer.arguments,
     }
     write_json(Path(output_dir, "run.json"), record)
     return record
 
 
-def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6) -> None:
-    """Writes ``loss.png`` and, with an evaluator, ``neighbors.png``."""
-    if any("loss" in line for line in trainer.state.log_history):
-        loss_curve(Path(output_dir, "loss.png"), trainer.state.log_history)
+class NeighborExamples(NamedTuple):
+    """Queries and what is nearest to them, as rows of the held-out images.
+
+    Attributes:
+        images: PIL images by row.
+        queries: ``q`` rows.
+        student, teacher: ``(q, n)`` rows, the nearest first.
+    """
+
+    images: dict[int, Image.Image]
+    queries: list[int]
+    student: np.ndarray
+    teacher: np.ndarray
+
+
+def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6, points: int = 2000):
+    """Writes ``loss.png`` and ``panel.png`` and, with an evaluator, ``neighbors.png`` and ``projection.png``.
+
+    Returns:
+        ``NeighborExamples``, and ``teacher`` and ``student`` coordinates ``(points, 2)`` with their ``labels`` or None;
+        None for both without an evaluator.
+    """
+    folder, history = Path(output_dir), trainer.state.log_history
+    if any("loss" in line for line in history):
+        loss_curve(folder / "loss.png", history)
+    if panels(history):
+        panel_curves(folder / "panel.png", panels(history))
     if evaluator is None or len(evaluator.queries) <= neighbors + 1:
-        return
+        return None, None
     teacher = evaluator.teacher_queries
     student = evaluator.embed(trainer.student, evaluator.queries, "Picture")
     rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
@@ -76,4 +116,64 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
     images = {
         row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}
     }
-    neighbor_picture(Path(output_dir, "neighbors.png"), images, rows.tolist(), *found)
+    examples = NeighborExamples(images, rows.tolist(), *found)
+    neighbor_picture(folder / "neighbors.png", images, examples.queries, *found)
+    some = torch.randperm(len(teacher), generator=torch.Generator().manual_seed(0))[:points]
+    flat = dict(zip(("student", "teacher"), (x.numpy() for x in planes(student[some], teacher[some]))))
+    labels = evaluator.labels.get("test_labels")
+    flat["labels"] = None if labels is None else labels[some].tolist()
+    projection_picture(folder / "projection.png", flat["student"], flat["teacher"], flat["labels"])
+    return examples, flat
+
+
+def said(results: dict[str, dict], history: list[dict], panel_images: int) -> list[str]:
+    """What a run came to, in sentences.
+
+    Args:
+        results: of ``compare``.
+        history: ``trainer.state.log_history``.
+        panel_images: of its panels.
+    """
+    found = list(alarms(history, panel_images, finished=True).values()) if panel_images else []
+    if not results:
+        return found
+    labelled = results["student"].get("eval_knn20") is not None
+    key = "eval_knn20" if labelled else "eval_overlap10"
+    student, random, teacher = (results[name].get(key) for name in ("student", "random", "teacher"))
+    if student is None:
+        return found
+    if student <= random:
+        first = "It did not help: the student is no better than at random weights"
+    else:
+        first = "The student has learnt from its teacher"
+    values = f"{100 * student:.1f} %, at random weights {100 * random:.1f} %"
+    if labelled:
+        measured = f"k-NN 20 accuracy {values}, its teacher {100 * teacher:.1f} %"
+    else:
+        measured = f"share of the 10 nearest neighbours that it has in common with its teacher {values}"
+    return [f"{first}: {measured}.", *found]
+
+
+def write_page(output_dir, trainer, record: dict) -> None:
+    """Writes ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file."""
+    folder, evaluator = Path(output_dir), trainer.evaluator
+    sentences = said(record["results"], trainer.state.log_history, 0 if evaluator is None else len(evaluator.queries))
+    parts = [paragraph(sentence, lead=True) for sentence in sentences]
+    if record["results"]:
+        below = (
+            f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; random: the"
+        )
+        parts += [html_table(cells(record["results"])), paragraph(f"{below} student at random weights.")]
+    for name, title, caption in PICTURES:
+        if (folder / name).is_file():
+            parts += [heading(title), image(folder / name, caption)]
+    facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}
+    facts |= {f"{name.lstrip('-')} (fingerprint)": value for name, value in trainer.identity().items()} | record[
+        "versions"
+    ]
+    parts += [heading("How it was made"), code(record["command"])]
+    parts.append(code("\n".join(f"{name}: {value}" for name, value in facts.items())))
+    parts.append(
+        code("\n".join(f"{name}: {value}" for name, value in record["arguments"].items() if value is not None))
+    )
+    (folder / "report.html").write_text(page(f"{folder.absolute().name}: {record['images_seen']:,} images seen", parts))

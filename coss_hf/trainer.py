@@ -6,12 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import WandbCallback
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 
 from coss_hf.accumulation import add_rests, refuse_randomness, with_gradient_times
 from coss_hf.assembly import build_model
 from coss_hf.backbones import Backbone
 from coss_hf.checkpoints import NonFiniteLoss
+from coss_hf.cli import to_dict
 from coss_hf.config import DistillationArguments
 from coss_hf.distributed import all_reduce_sum
 from coss_hf.engines import (
@@ -31,6 +33,7 @@ from coss_hf.panel import Watch
 from coss_hf.pretraining import pretrain
 from coss_hf.publishing import PublishingTrainer
 from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
+from coss_hf.tracking import WandbTracker
 from coss_hf.views import ViewDataset, collate_views
 
 
@@ -45,6 +48,9 @@ class DistillationTrainer(PublishingTrainer):
         evaluator: what ``evaluate`` measures; None for no evaluation.
         criterion: the loss; by default ``args.method``.
         callbacks, optimizers: as in ``transformers.Trainer``.
+
+    Attributes:
+        arguments: what the run was given, for its record; a recipe adds what it was given beside ``args``.
 
     Raises:
         ValueError: fewer images than one batch, dimensions that no head joins, or a batch that the loss cannot use.
@@ -88,6 +94,9 @@ class DistillationTrainer(PublishingTrainer):
             callbacks=[EpochCallback(train_dataset), *watch, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.arguments: dict = to_dict(args)
+        if self.pop_callback(WandbCallback) is not None:
+            self.add_callback(WandbTracker(self))
         self.teacher.model.to(args.device)
         if args.torch_compile:
             self.teacher.model.compile()

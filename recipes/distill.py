@@ -26,7 +26,7 @@ from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import check_neighbors, check_pool
 from coss_hf.neighbors import nearest_neighbors
 from coss_hf.processes import Processes
-from coss_hf.report import write_pictures, write_record
+from coss_hf.report import write_page, write_pictures, write_record
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
@@ -49,6 +49,7 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
     watch = evaluator(splits, teacher, args, sample(splits.validation, args.eval_sample_size), panel=True)
     trainer = DistillationTrainer(student, teacher, args, views, watch)
+    trainer.arguments = to_dict(models, data, args)
     if args.neighbors_k:
         views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
     if not args.dry_run:
@@ -132,9 +133,11 @@ def main() -> None:
     if args.process_index == 0:
         final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
         results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
-        record = write_record(args.output_dir, trainer, results, to_dict(models, data, args), splits)
-        write_pictures(args.output_dir, trainer, final)
+        record = write_record(args.output_dir, trainer, results, splits)
+        pictures = write_pictures(args.output_dir, trainer, final)
+        write_page(args.output_dir, trainer, record)
         trainer.create_model_card(record=record)
+        trainer.track(record, *pictures)
         print(table(results) if results else "No test or validation images: nothing was evaluated.")
         if args.push_to_hub:
             with stopped_run_exits():

@@ -60,6 +60,11 @@ def cost_table(found: dict[str, dict]) -> list[list[str]]:
     return [header, *lines]
 
 
+def quality_table(rows: list[dict], metric: str) -> list[list[str]]:
+    """As of a comparison; with one scale for all."""
+    return [[cell for column, cell in enumerate(line) if column != 1] for line in cells_of(rows, metric)]
+
+
 def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, hardware: str, facts: dict) -> None:
     """The page and its parts."""
     said = verdict(rows, metric, cost)
@@ -76,7 +81,7 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
     write_json(
         folder / "report.json", {"verdict": said, "metric": metric, "costs": cost, "hardware": hardware, **facts}
     )
-    quality, costing = cells_of(rows, metric), cost_table(cost)
+    quality, costing = quality_table(rows, metric), cost_table(cost)
     below = f"In %, means over seeds with 95 % t-intervals, on the {facts['split']} split. Times: {hardware}."
     text = [f"# {title}", *said, as_markdown(quality), as_markdown(costing), below, f"`{facts['command']}`"]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")

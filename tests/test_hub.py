@@ -95,7 +95,16 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
     assert f"revision {sha}" in done.stdout and message == "Student, 16 images seen"
     assert hub.private["models/me/my-student"]
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "head.safetensors"}
-    expected |= {"README.md", "run.json", "loss.png", "neighbors.png", ".gitattributes"}
+    expected |= {
+        "README.md",
+        "run.json",
+        "report.html",
+        "loss.png",
+        "neighbors.png",
+        "panel.png",
+        "projection.png",
+        ".gitattributes",
+    }
     assert {name for name in files if not name.endswith(".py")} == expected
     assert all(data == (out / name).read_bytes() for name, data in files.items() if name != ".gitattributes")
     here = [path.read_bytes() for path in out.rglob("*") if path.is_file()]

@@ -18,7 +18,7 @@ LEVELS = [
     {"modeling", "config", "cli", "evaluation", "neighbors"},
     {"model_card", "student"},
     {"hub"},
-    {"assembly", "pretraining"},
+    {"assembly", "pretraining", "tracking"},
     {"saving"},
     {"publishing"},
     {"trainer"},

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coss_hf.plots import SHARED, loss_curve, neighbor_picture
+from coss_hf.plots import SHARED, loss_curve, neighbor_picture, panel_curves, projection_picture
 
 GREEN = tuple(int(SHARED[i : i + 2], 16) for i in (1, 3, 5))
 
@@ -76,3 +76,20 @@ def test_loss_curve_without_images_seen_uses_steps(tmp_path):
 def test_loss_curve_of_nothing(tmp_path):
     with pytest.raises(ValueError, match="no entry with 'loss'"):
         loss_curve(tmp_path / "a.png", [{"train_loss": 1.0, "step": 1}])
+
+
+def test_panel_curves_show_what_there_is(tmp_path):
+    panels = [{"images_seen": 100 * i, "eval_overlap10": 0.1 * i, "eval_effective_rank": i} for i in range(3)]
+    panel_curves(tmp_path / "some.png", panels)
+    panel_curves(
+        tmp_path / "all.png", [entry | {"eval_cosine": 0.5, "eval_knn20": None, "eval_probe": 1} for entry in panels]
+    )
+    some, whole = read(tmp_path / "some.png"), read(tmp_path / "all.png")
+    assert whole.shape[0] == 2 * some.shape[0] and green(whole) > green(some) > 100
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1] * 20, list(range(40))])
+def test_projection_picture(tmp_path, labels):
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    projection_picture(tmp_path / "a.png", points, points[::-1], labels)
+    assert len(np.unique(read(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 10

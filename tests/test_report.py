@@ -17,8 +17,11 @@ def test_the_picture_shows_the_nearest_images(tmp_path, image_parquet, monkeypat
     shown = []
     monkeypatch.setattr(report, "neighbor_picture", lambda path, images, *rows: shown.extend(rows))
     trainer = SimpleNamespace(student=student, state=SimpleNamespace(log_history=[]))
-    report.write_pictures(tmp_path, trainer, evaluator, queries=4, neighbors=3)
+    examples, flat = report.write_pictures(tmp_path, trainer, evaluator, queries=4, neighbors=3, points=20)
     queries, *found = shown
+    assert examples.queries == queries and set(examples.images) >= {*queries, *found[0].ravel().tolist()}
+    assert flat["student"].shape == flat["teacher"].shape == (20, 2) and flat["labels"] is None
+    assert (tmp_path / "projection.png").exists() and not (tmp_path / "loss.png").exists()
     assert queries == [0, 8, 15, 23]
     for network, rows in zip((student, teacher), found, strict=True):
         unit = torch.nn.functional.normalize(evaluator.embed(network, splits.test, ""), dim=1)
@@ -34,3 +37,27 @@ def test_json_is_whole_or_not_there(tmp_path):
     except TypeError:
         pass
     assert json.loads(path.read_text()) == {"x": 1} and len(list(path.parent.iterdir())) == 1
+
+
+def results(student: float, key: str = "eval_knn20") -> dict:
+    return {name: {key: value} for name, value in (("teacher", 0.9), ("student", student), ("random", 0.5))}
+
+
+def test_what_is_said_of_a_run():
+    (said,) = report.said(results(0.8), [], 0)
+    assert said.startswith("The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %")
+    (said,) = report.said(results(0.5), [], 0)
+    assert said.startswith("It did not help: the student is no better than at random weights: k-NN 20")
+    (said,) = report.said(results(0.8, "eval_overlap10"), [], 0)
+    assert said.endswith("in common with its teacher 80.0 %, at random weights 50.0 %.")
+    assert report.said({}, [], 0) == []
+    panel = {
+        "images_seen": 0,
+        "eval_overlap10": 0.1,
+        "eval_effective_rank": 9,
+        "eval_dead_dimensions": 0,
+        "eval_duplicates": 0,
+    }
+    panel |= {"eval_teacher_effective_rank": 10, "eval_teacher_duplicates": 0}
+    flat = report.said(results(0.8), [panel, dict(panel)], 100)
+    assert len(flat) == 2 and flat[1].startswith("The student does not come closer")

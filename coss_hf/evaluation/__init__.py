@@ -122,6 +122,16 @@ COLUMNS = {
 }
 
 
+def cells(results: dict[str, dict]) -> list[list[str]]:
+    """:func:`table` as text, header first."""
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in results.values())}
+    lines = [["", *(title for title, _ in columns.values())]]
+    for name, row in results.items():
+        values = [(row.get(key), text) for key, (_, text) in columns.items()]
+        lines.append([name, *("-" if value is None else text(value) for value, text in values)])
+    return lines
+
+
 def table(results: dict[str, dict]) -> str:
     """A Markdown table, aligned to be read as plain text too.
 
@@ -133,14 +143,10 @@ def table(results: dict[str, dict]) -> str:
         Rows in the given order; of the columns those that some row has. Percent, except the cosine and the number
         of parameters; ``-`` for None or missing. Entries that are none of these are left out.
     """
-    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in results.values())}
-    cells = [["", *(title for title, _ in columns.values())]]
-    for name, row in results.items():
-        values = [(row.get(key), text) for key, (_, text) in columns.items()]
-        cells.append([name, *("-" if value is None else text(value) for value, text in values)])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    rows = cells(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in cells
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in rows
     ]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])

@@ -64,7 +64,7 @@ def world(tmp_path, image_parquet, monkeypatch):
 
 
 def test_every_stage(world, capsys):
-    world.run(neighbors_k=2, neighbors_pool=5, validation_size=8, eval_strategy="epoch", logging_steps=1)
+    world.run(neighbors_k=2, neighbors_pool=5, validation_size=12, eval_strategy="epoch", logging_steps=1)
     out = capsys.readouterr().out
     assert "pooling pooler" in out and "| student |" in out
     record = json.loads((world.out / "run.json").read_text())
@@ -73,8 +73,10 @@ def test_every_stage(world, capsys):
     for name, row in record["results"].items():
         assert row["parameters"] > 0 and 0 <= row["eval_knn10"] <= 1 and 0 <= row["eval_probe"] <= 1, name
     assert record["results"]["teacher"]["eval_overlap10"] == 1
-    for picture in ("loss.png", "neighbors.png"):
+    for picture in ("loss.png", "neighbors.png", "panel.png", "projection.png"):
         assert Image.open(world.out / picture).size[0] > 300
+    page = (world.out / "report.html").read_text()
+    assert page.count("data:image/png") == 4 and "random weights" in page and "neighbors_k: 2" in page
     # The folder is the student, whole, for anybody.
     images, _ = h.colour_images(3, seed=5)
     model = AutoModel.from_pretrained(world.out).eval()
