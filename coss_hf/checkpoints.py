@@ -87,13 +87,14 @@ def hold(output_dir: str | Path) -> None:
 
 def recover(output_dir: str | Path) -> None:
     """Puts a run's folder in order after a crash: what was half written goes, what was half replaced comes back."""
-    for replaced in Path(output_dir).glob(f"{REPLACED}checkpoint-*"):
+    folder, names = Path(output_dir), ("checkpoint-*", "best")
+    for replaced in [path for name in names for path in folder.glob(REPLACED + name)]:
         checkpoint = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if checkpoint.exists():
             shutil.rmtree(replaced)
         else:
             os.replace(replaced, checkpoint)
-    for unfinished in Path(output_dir).glob(f"{STAGING}checkpoint-*"):
+    for unfinished in [path for name in names for path in folder.glob(STAGING + name)]:
         shutil.rmtree(unfinished)
 
 

@@ -123,6 +123,7 @@ def test_a_checkpoint_that_was_half_replaced_comes_back(tmp_path):
     (tmp_path / "replaced-checkpoint-4").mkdir()
     (tmp_path / "replaced-checkpoint-2").mkdir()
     (tmp_path / "checkpoint-2").mkdir()
-    (tmp_path / "unfinished-checkpoint-6").mkdir()
+    for name in ("unfinished-checkpoint-6", "replaced-best", "unfinished-best"):
+        (tmp_path / name).mkdir()
     recover(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2", "checkpoint-4"]
