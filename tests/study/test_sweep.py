@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.study.cells import Cell, Setting, prepare
+from coss_hf.study.cells import Cell, Setting, prepare, run_cell
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
 
@@ -35,6 +35,21 @@ def test_finished_cells_are_kept_and_never_run_again(tmp_path, setting):
     again = Sweep(tmp_path / "study", "second", setting, 1, {}).run([replace(CELL, method="other"), failing])
     assert again == [rows[0] | {"method": "other"}, rows[1]]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
+
+
+def test_controls_of_a_student_with_weights_of_its_own(tmp_path, setting):
+    """Random weights are random, one draw a seed; the initial ones are the checkpoint's."""
+    own = replace(setting.models["pair"], student_init="pretrained")
+    untrained = replace(CELL, expression="", num_images=0)
+    rows, draws = {}, (("initial", 5), ("random", 5), ("random", 6))
+    for name, models in (("own", own), ("none", setting.models["pair"])):
+        setting = replace(setting, models={"pair": models})
+        for method, seed in draws:
+            found = run_cell(replace(untrained, method=method, seed=seed), setting, tmp_path)
+            rows[name, method, seed] = found["eval_cosine"]
+    assert len({rows["own", method, seed] for method, seed in draws}) == 3
+    # Without weights of its own a student starts from the very weights that the control has.
+    assert rows["none", "initial", 5] == rows["none", "random", 5] != rows["own", "initial", 5]
 
 
 def test_one_sweep_at_a_time(tmp_path, setting):
