@@ -2,7 +2,11 @@
 
 import logging
 import os
+import ssl
 import sys
+import threading
+import urllib.error
+import urllib.request
 
 from transformers.integrations import WandbCallback
 
@@ -32,6 +36,35 @@ def grouped(logs: dict[str, float]) -> dict[str, float]:
             group = GROUP.get(name, "eval" if name != key else "train")
             found[f"{group}/{name.removeprefix('teacher_') if group == 'teacher' else name}"] = value
     return found
+
+
+def reach(address: str) -> None:
+    """Whether a W&B server answers, whatever it does; its own library would ask for longer before it gives up.
+
+    Raises:
+        OSError: nothing that answers within ``INIT_SECONDS``.
+    """
+    found: list[Exception] = [TimeoutError(f"no answer from {address} in {INIT_SECONDS} seconds")]
+
+    def ask():
+        question = urllib.request.Request(f"{address}/graphql", b'{"query": "{serverInfo {cliVersionInfo}}"}')
+        question.add_header("Content-Type", "application/json")
+        try:
+            with urllib.request.urlopen(question, timeout=INIT_SECONDS):
+                found.clear()
+        except urllib.error.URLError as error:
+            # An answer, or certificates that the library may know more of.
+            answered = isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
+            found[:] = [] if answered else [error]
+        except OSError as error:
+            found[:] = [error]
+
+    # Looking up a name heeds no timeout.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(INIT_SECONDS)
+    if found:
+        raise found[0]
 
 
 class WandbTracker(WandbCallback):
@@ -69,12 +102,16 @@ class WandbTracker(WandbCallback):
         settings = self._wandb.Settings(init_timeout=INIT_SECONDS, x_disable_meta=secret)
         options = {"project": os.getenv("WANDB_PROJECT", "coss_hf"), "name": args.run_name, "settings": settings}
         try:
+            known = self._wandb.setup().settings
+            if known.mode == "online":
+                reach(known.base_url)
             self._wandb.init(**options)
-        except self._wandb.Error as error:
+        except (self._wandb.Error, OSError) as error:
             run = self._wandb.init(**options, mode="offline")
             logger.warning(
-                "W&B is not reached (%s): this run is kept on disk. To upload it later: `wandb login`, then `wandb "
-                "sync %s`. WANDB_MODE=offline starts like this at once, --report_to none without W&B.",
+                "W&B cannot be used (%s; is its server up, the key right?): this run is kept on disk. To upload it later: "
+                "`wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to none "
+                "without W&B.",
                 first_line(error),
                 os.path.dirname(run.dir),
             )

@@ -1,9 +1,12 @@
 """W&B: an offline run read back, and servers that cannot be reached."""
 
+import contextlib
 import io
 import json
 import logging
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -92,18 +95,35 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
-@pytest.mark.parametrize("server", ["no key", "refused", "silent"])
-def test_training_goes_on_without_a_server(
-    tmp_path, image_parquet, networks, wandb_folder, monkeypatch, caplog, server
-):
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 1)
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        if server != "no key":
-            monkeypatch.setenv("WANDB_API_KEY", SECRETS[1])
-            if server == "silent":
-                silent.listen()
-            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+class Refusing(BaseHTTPRequestHandler):
+    """A server that lets nobody in."""
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(401)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("kind", ["no key", "wrong key", "refused", "silent"])
+def test_training_goes_on_without_a_server(tmp_path, image_parquet, networks, wandb_folder, monkeypatch, caplog, kind):
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
+    if kind != "no key":
+        monkeypatch.setenv("WANDB_API_KEY", SECRETS[1])
+    with contextlib.ExitStack() as stack:
+        if kind.endswith("key"):
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Refusing))
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            stack.callback(server.shutdown)
+            port = server.server_port
+        else:
+            listener = stack.enter_context(socket.socket())
+            listener.bind(("127.0.0.1", 0))
+            port = listener.getsockname()[1]
+            if kind == "silent":
+                listener.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")
         with caplog.at_level(logging.WARNING):
             trainer.train()
@@ -111,6 +131,17 @@ def test_training_goes_on_without_a_server(
         wandb.teardown()
     assert trainer.state.global_step == 6
     (warning,) = [entry.getMessage() for entry in caplog.records if "W&B" in entry.getMessage()]
-    assert "is kept on disk" in warning and "wandb login" in warning and SECRETS[1] not in warning
+    reasons = {
+        "no key": "No API key",
+        "wrong key": "the key right",
+        "refused": "refused",
+        "silent": "no answer from",
+    }
+    assert (
+        reasons[kind] in warning
+        and "is kept on disk" in warning
+        and "wandb login" in warning
+        and SECRETS[1] not in warning
+    )
     folder = Path(warning.split("wandb sync ")[1].split("`")[0])
     assert [line["train/loss"] for line in read(folder)[0] if "train/loss" in line]
