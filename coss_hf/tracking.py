@@ -109,8 +109,8 @@ class WandbTracker(WandbCallback):
         except (self._wandb.Error, OSError) as error:
             run = self._wandb.init(**options, mode="offline")
             logger.warning(
-                "W&B cannot be used (%s; is its server up, the key right?): this run is kept on disk. To upload it later: "
-                "`wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to none "
+                "W&B cannot be used (%s; is its server up, the key right?): this run is kept on disk. To upload it "
+                "later: `wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to none "
                 "without W&B.",
                 first_line(error),
                 os.path.dirname(run.dir),
