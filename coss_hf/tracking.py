@@ -110,8 +110,8 @@ class WandbTracker(WandbCallback):
             run = self._wandb.init(**options, mode="offline")
             logger.warning(
                 "W&B cannot be used (%s; is its server up, the key right?): this run is kept on disk. To upload it "
-                "later: `wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to none "
-                "without W&B.",
+                "later: `wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to "
+                "none without W&B.",
                 first_line(error),
                 os.path.dirname(run.dir),
             )
