@@ -3,7 +3,7 @@
     python recipes/benchmarks/overlap_correlation.py --teacher runs/teacher-resnet56 --dataset ../shared/data/cifar10 \
         --validation_size 5000 --output_dir runs/correlation --results overlap_correlation.json
 
-22 students resnet20 that have seen equally many images: CoSS at several lambdas, scales, learning rates and seeds, and
+20 students resnet20 that have seen equally many images: CoSS at several lambdas, scales, learning rates and seeds, and
 other methods. Each is measured on held-out images with and without labels; Spearman's correlation is taken over the
 students, not over time. The same command goes on where it stopped.
 """
@@ -23,8 +23,8 @@ from coss_hf.study.sweep import Sweep
 
 PAIR = "resnet20/resnet56"
 LAMBDAS, SCALES = (0, 0.25, 0.5, 1), (0.5, 1, 4)
-OTHERS = [(paper.ROWS[2]["L_ss"], 1), ("bn", 1), ("dist", 1), ("sp", 1), ("pkt", 4), ("srrl", 1)]
-RATES = {0.01: [paper.COSS, "dist"], 0.2: [paper.COSS]}
+OTHERS = [(paper.ROWS[2]["L_ss"], 1), ("bn", 1), ("dist", 1), ("sp", 1), ("srrl", 1)]
+RATES = {0.01: [paper.COSS], 0.2: [paper.COSS]}
 SEEDS = (1,)
 RIVALS = {
     "overlap of 10 nearest": lambda row: row["eval_overlap10"],
