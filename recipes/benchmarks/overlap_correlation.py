@@ -22,8 +22,8 @@ from coss_hf.study.cells import Cell, Setting
 from coss_hf.study.sweep import Sweep
 
 PAIR = "resnet20/resnet56"
-LAMBDAS, SCALES = (0, 0.25, 0.5, 1), (0.5, 1, 4)
-OTHERS = [(paper.ROWS[2]["L_ss"], 1), ("bn", 1), ("dist", 1), ("sp", 1), ("srrl", 1)]
+LAMBDAS, SCALES = (0, 0.25, 0.5, 1), (0.5, 1.0, 4.0)
+OTHERS = [(paper.ROWS[2]["L_ss"], 1.0), ("bn", 1.0), ("dist", 1.0), ("sp", 1.0), ("srrl", 1.0)]
 RATES = {0.01: [paper.COSS], 0.2: [paper.COSS]}
 SEEDS = (1,)
 RIVALS = {
@@ -66,7 +66,7 @@ def main() -> None:
     training = paper.TRAINING | {"use_cpu": args.use_cpu, "channels_last": True}
     plain = Setting(data, models, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
 
-    def cell(expression: str, scale: float = 1, seed: int = 0) -> Cell:
+    def cell(expression: str, scale: float = 1.0, seed: int = 0) -> Cell:
         scaled = paper.scaled(expression, scale)
         return Cell(PAIR, expression, scaled, scale, seed, args.num_images, "validation")
 
