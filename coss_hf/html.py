@@ -14,8 +14,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var
        margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
 p.lead { font-size: 1.1rem; border-left: 4px solid var(--good); padding-left: .8rem; margin: .6rem 0 }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
-th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
+.scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
+th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: 1rem 0 } img { max-width: 100%; height: auto; background: #fff }

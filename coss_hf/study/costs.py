@@ -18,7 +18,8 @@ def device_name(device: torch.device) -> str:
     """Of the hardware that times were taken on."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{platform.machine()} CPU, {threads} thread{'s' * (threads > 1)}"
 
 
 @torch.inference_mode()
