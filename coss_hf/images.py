@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from datasets.fingerprint import Hasher
 
 from coss_hf.decoding import decode, encoded_bytes
+from coss_hf.disk import room_in_cache
 from coss_hf.lookup import find_dataset
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class ImageSplits(NamedTuple):
     bad_images: list[str]
 
 
+@room_in_cache()
 def load_images(
     dataset: str,
     *,

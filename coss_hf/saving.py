@@ -1,5 +1,6 @@
 """Saving and resuming: the student apart from the training state, and checkpoints that are whole or not there."""
 
+import contextlib
 import copy
 import json
 import os
@@ -25,6 +26,7 @@ from coss_hf.checkpoints import (
     shapes,
     staging,
 )
+from coss_hf.disk import full_disk
 from coss_hf.distributed import any_process
 from coss_hf.engines import load_weights
 from coss_hf.modeling import HEAD_FILE, DistillationModel
@@ -95,6 +97,20 @@ class SavingTrainer(Trainer):
             raise self._not_written(output_dir or self.args.output_dir, error) from error
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    @contextlib.contextmanager
+    def room(self):
+        """For what is written beside the student, on one process.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        try:
+            yield
+        except Exception as error:
+            if full := full_disk(error):
+                raise self._not_written(full.filename or self.args.output_dir, full) from error
+            raise
 
     def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):

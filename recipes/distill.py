@@ -128,15 +128,17 @@ def main() -> None:
     with stopped_run_exits():
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
-        trainer.save_state()
+        with trainer.room():
+            trainer.save_state()
 
     if args.process_index == 0:
         final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)
         results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
-        record = write_record(args.output_dir, trainer, results, splits)
-        pictures = write_pictures(args.output_dir, trainer, final)
-        write_page(args.output_dir, trainer, record)
-        trainer.create_model_card(record=record)
+        with stopped_run_exits(), trainer.room():
+            record = write_record(args.output_dir, trainer, results, splits)
+            pictures = write_pictures(args.output_dir, trainer, final)
+            write_page(args.output_dir, trainer, record)
+            trainer.create_model_card(record=record)
         trainer.track(record, *pictures)
         print(table(results) if results else "No test or validation images: nothing was evaluated.")
         if args.push_to_hub:

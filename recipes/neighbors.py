@@ -17,6 +17,7 @@ A run that was stopped goes on with the same command: finished shards of embeddi
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,8 +25,10 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
+from coss_hf.checkpoints import RunStopped, publish, staging
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.config import DataArguments, ModelArguments
+from coss_hf.disk import full_disk
 from coss_hf.hub import check_repo, push_dataset
 from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
@@ -88,6 +91,27 @@ def all_splits(splits: ImageSplits, train: datasets.Dataset) -> datasets.Dataset
     return datasets.DatasetDict(result).cast_column(splits.image_column, datasets.Image())
 
 
+def write(data: DataArguments, args: NeighborsArguments, splits, neighbors, meta: dict):
+    """The dataset of all splits and `neighbors.json`, in a folder that is there whole or not at all."""
+    output = Path(args.output)
+    unfinished = staging(output)
+    try:
+        result = all_splits(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+        result.save_to_disk(unfinished)
+        (unfinished / "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
+    except Exception as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if full := full_disk(error):
+            raise RunStopped(
+                f"--output {output} could not be written: {full}; make room and give the same command again: what "
+                f"was computed is kept in the cache."
+            ) from error
+        raise
+    publish(unfinished, output)
+    return result
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
@@ -95,9 +119,8 @@ def main() -> None:
         splits, neighbors, meta = find_neighbors(models, data, args)
     if not PartialState().is_main_process:
         return
-    result = all_splits(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
-    result.save_to_disk(args.output)
-    Path(args.output, "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
+    with stopped_run_exits():
+        result = write(data, args, splits, neighbors, meta)
     print(summary(meta))
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in result.items())
     print(f"{args.output}: {sizes} images, each of train with its {args.neighbors_pool} nearest neighbours.")

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS = [
     {"features", "distributed", "decoding", "plots", "checkpoints", "lookup", "schedule", "accumulation"}
-    | {"processes", "search_options", "neighbor_columns", "citations", "panel", "html"},
+    | {"processes", "search_options", "neighbor_columns", "citations", "panel", "html", "disk"},
     {"losses", "models", "preprocessing", "images", "views"},
     {"backbones"},
     {"loading"},

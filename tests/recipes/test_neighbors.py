@@ -78,3 +78,25 @@ def test_recipe_refuses_bad_input(recipe, teacher, image_folder, tmp_path, monke
     error = capsys.readouterr().err
     assert stop.value.code == 2 and re.search(message, error) and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_half_of_a_dataset(recipe, teacher, image_folder, tmp_path, monkeypatch, capsys):
+    arguments = {"teacher": teacher, "dataset": image_folder, "neighbors_pool": 3, "output": tmp_path / "new" / "out"}
+
+    def full(self, folder):
+        folder.mkdir(parents=True)
+        (folder / "dataset_dict.json").write_text("{")
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise ValueError("I/O operation on closed file")  # as pyarrow does
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(datasets.DatasetDict, "save_to_disk", full)
+        run_recipe(recipe, patch, tmp_path, **arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and re.search("--output .*out could not be written.*No space.*same command", error)
+    assert not any((tmp_path / "new").iterdir())
+    run_recipe(recipe, monkeypatch, tmp_path, **arguments)
+    assert (tmp_path / "new" / "out" / "neighbors.json").is_file()
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
