@@ -32,12 +32,7 @@ def check_engine(args: TrainingArguments) -> None:
             f"FSDP was asked for, but {'--use_cpu is set' if args.use_cpu else 'there is no GPU'}, where it would "
             f"silently not be used: launch with accelerate_configs/cpu.yaml instead."
         )
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if processes != args.world_size:
-        raise ValueError(
-            f"{processes} processes were launched, but each would train alone and write the same folder; on a CPU add "
-            f"--use_cpu."
-        )
+    check_processes(args)
     if not fsdp:
         return
     if args.channels_last:
@@ -50,6 +45,20 @@ def check_engine(args: TrainingArguments) -> None:
     ):
         if value != needed:
             raise ValueError(f"{name}={value} does not work here: use {needed}, as in accelerate_configs/fsdp.yaml.")
+
+
+def check_processes(args: TrainingArguments) -> None:
+    """Refuses processes that do not know of each other.
+
+    Raises:
+        ValueError: more were launched than Trainer sees.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if processes != args.world_size:
+        raise ValueError(
+            f"{processes} processes were launched, but each would train alone and write the same folder; on a CPU add "
+            f"--use_cpu."
+        )
 
 
 # ---- FSDP ----

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainingArguments, set_seed
 from coss_hf.backbones import Backbone
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments
+from coss_hf.engines import check_processes
 from coss_hf.evaluation.evaluator import labelled
 from coss_hf.images import ImageSplits, ProcessedImages
 from coss_hf.models.classifier import load_classifier
@@ -70,6 +71,7 @@ def class_names(splits: ImageSplits) -> list[str]:
 
 def prepare(data: DataArguments, args: TeacherArguments) -> tuple[Trainer, Backbone, ImageSplits]:
     """Everything up to the first step; all bad input is found here."""
+    check_processes(args)
     if not args.model:
         raise ValueError("--model is missing; see --help.")
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:

@@ -111,6 +111,28 @@ def test_fsdp_settings_that_are_refused(tmp_path, monkeypatch, change, message):
         check_engine(args)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_gpu": 2}, "2 GPUs in one process: start with `accelerate launch`"),
+        ({"WORLD_SIZE": "2"}, "2 processes were launched, but each would train alone.*add --use_cpu"),
+    ],
+)
+def test_processes_that_are_refused(monkeypatch, change, message):
+    from types import SimpleNamespace
+
+    from coss_hf.engines import check_engine
+
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+    args = SimpleNamespace(device=torch.device("cuda"), n_gpu=1, world_size=1, sync_batch_norm=False, fsdp=None)
+    check_engine(args)
+    for key, value in change.items():
+        monkeypatch.setenv(key, value) if key.isupper() else setattr(args, key, value)
+    with pytest.raises(ValueError, match=message):
+        check_engine(args)
+
+
 def test_the_recipe_refuses_fsdp_on_the_cpu(tmp_path):
     """accelerate would silently run DDP."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}

@@ -129,6 +129,13 @@ def test_bad_input(train, tmp_path, image_parquet, capsys, replaced, message):
     assert not (tmp_path / "teacher").exists()
 
 
+def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
+    args = train_teacher.TeacherArguments(output_dir=str(tmp_path / "out"), use_cpu=True, model="resnet20")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each would train alone.*--use_cpu"):
+        train_teacher.prepare(train_teacher.DataArguments(), args)
+
+
 def test_a_network_is_not_overwritten(train, capsys):
     train(num_train_epochs=1)
     with pytest.raises(SystemExit):
