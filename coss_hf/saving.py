@@ -204,7 +204,8 @@ class SavingTrainer(Trainer):
         return self._identity
 
     def check_checkpoint(self, checkpoint: str) -> None:
-        """Raises ValueError where the run that wrote ``checkpoint`` had another student, teacher, dataset, ..."""
+        """Raises ValueError where the run that wrote ``checkpoint`` had another student, teacher, dataset, ..., or kept
+        no training state to go on from."""
         saved = json.loads(Path(checkpoint, RECORD).read_text())
         mine = self.identity()
         other = [key for key in mine if saved.get(key) != mine[key]]
@@ -215,6 +216,12 @@ class SavingTrainer(Trainer):
             raise ValueError(
                 f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown)}. Give what it was "
                 f"written with, or start afresh in another --output_dir."
+            )
+        # Stock training would go on without momentum, schedule and random numbers, and not say so.
+        if not (any(Path(checkpoint).glob("rng_state*.pth")) or finished(read_state(checkpoint), self.args)):
+            raise ValueError(
+                f"--resume_from_checkpoint: {checkpoint} holds the student without the state of its training "
+                f"(--save_only_model). Start afresh in another --output_dir, from --student {checkpoint} if you like."
             )
 
     def find_checkpoint(self, asked: str | bool | None) -> str | None:

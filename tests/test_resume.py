@@ -67,6 +67,17 @@ def test_a_wrong_checkpoint_path_is_refused(tmp_path, image_parquet, networks):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
+def test_a_student_without_training_state_is_no_checkpoint_to_go_on_from(tmp_path, image_parquet, networks):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
+    h.make_trainer(*arguments, **options, max_steps=2).train()
+    with pytest.raises(ValueError, match="checkpoint-2 holds the student without .*--save_only_model.*--student"):
+        h.make_trainer(*arguments, **options, max_steps=4).train(resume_from_checkpoint=True)
+    ended = h.make_trainer(*arguments, **options, max_steps=2)
+    ended.train(resume_from_checkpoint=True)
+    assert ended.state.global_step == 2
+
+
 @pytest.mark.parametrize(
     "change, named",
     [
