@@ -114,10 +114,11 @@ def check_pool(k: int, n: int) -> None:
 
 def summary(meta: dict) -> str:
     """One line on how neighbours were found; of one from an earlier version, what it says."""
-    text = "Neighbours: {neighbors} of each of {images:,} images ({dim} numbers), {search}".format_map(
-        {"search": "exact"} | meta
-    )
-    if "recall" in meta:
+    meta = {"search": "exact"} | meta
+    text = "Neighbours: {neighbors} of each of {images:,} images ({dim} numbers), {search}".format_map(meta)
+    if "search_asked" in meta:  # exact search was quicker than as many probes
+        text += " in place of {search_asked}".format_map(meta)
+    elif "recall" in meta:
         text += " with {probes} probes: recall {recall:.4f} on {recall_queries:,} queries".format_map(meta)
     if meta.get("fewer"):
         text += "; near-duplicates left out, {fewer:,} images have fewer, {none:,} of them none".format_map(meta)

@@ -1,5 +1,6 @@
 """Exact nearest neighbours, the recall of approximate ones, and how processes share the queries out."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -15,6 +16,23 @@ logger = logging.getLogger(__name__)
 CHUNK = 1024  # queries at a time, and what processes share out: the result must not depend on their number
 SAMPLE, SAMPLE_UNIT = 1024, 256  # queries whose exact neighbours measure the recall; those a process takes at a time
 BLOCK = 16_384  # rows compared at a time: with 1,024 queries 64 MiB of similarities
+
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@contextlib.contextmanager
+def full_float32():
+    """No TF32 in products on a GPU, which --tf32 and --torch_compile switch on for all of a process: similarities
+    would be off by 1e-3, and the cache would keep what was found."""
+    matmul = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if TORCH >= (2, 9) else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
 
 
 class ExactSearch:
@@ -38,6 +56,7 @@ class ExactSearch:
         for start, block in self.vectors.blocks(BLOCK):
             yield start, torch.from_numpy(block).to(self.device)
 
+    @full_float32()
     def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest others of some rows.
 

@@ -15,7 +15,7 @@ from coss_hf.indexes import IndexSearch
 from coss_hf.neighbors import add_neighbors, check_neighbors, nearest_neighbors, search, search_vectors
 from coss_hf.processes import Processes
 from coss_hf.search_options import SearchOptions
-from coss_hf.searching import ExactSearch, random_rows, tune
+from coss_hf.searching import TORCH, ExactSearch, random_rows, tune
 from coss_hf.store import Vectors, read_neighbors, unit_rows
 from tests.neighbor_helpers import K, N, TinyBackbone, image_dataset
 
@@ -250,11 +250,25 @@ def test_kept_embeddings_serve_another_search(tmp_path):
     assert len(batches) == 2
 
 
-def test_auto_takes_an_index_for_many_images(tmp_path, monkeypatch):
+@pytest.mark.skipif(TORCH < (2, 9), reason="TF32 is switched by another name")
+def test_exact_search_is_exact_where_training_uses_tf32(monkeypatch):
+    found, matmul = [], torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    searcher = ExactSearch(Vectors([np.eye(3, dtype=np.float32)]))
+    blocks = searcher._blocks
+    monkeypatch.setattr(searcher, "_blocks", lambda: found.append(matmul.fp32_precision) or blocks())
+    searcher(np.arange(3), 2)
+    after, matmul.fp32_precision = matmul.fp32_precision, before
+    assert found == ["ieee"] and after == "tf32"
+
+
+def test_auto_takes_an_index_for_many_images(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
     monkeypatch.setitem(module.EXACT_UP_TO, "cpu", N - 1)
     for count, kind in ((N, "ivf"), (N - 1, "exact")):
         meta = nearest_neighbors(image_dataset(range(count)), TinyBackbone(), "picture", k=K, cache_dir=tmp_path)[1]
         assert meta.get("search_asked", meta["search"]) == kind
+    assert "exact in place of ivf; " in caplog.text, "probes and recall are those of a search that was not made"
 
 
 @pytest.mark.parametrize(
