@@ -159,7 +159,8 @@ def tune(index, k: int, limit: float, asked: float, processes: Processes) -> tup
             last = np.where(there, best, np.inf).min(axis=1, keepdims=True)
             found += np.minimum((index(rows, k, limit)[1] >= last - 1e-6).sum(axis=1), there.sum(axis=1)).sum()
             wanted += there.sum()
-        recall = np.divide(*np.sum(processes.gather((found, wanted)), axis=0))
+        found, wanted = np.sum(processes.gather((found, wanted)), axis=0)
+        recall = found / wanted if wanted else 1.0  # where the limit leaves the sample none, none is missed
         if recall >= asked or index.probes >= index.most:
             return float(recall), len(sample)
         before, index.probes = index.probes, min(2 * index.probes, index.most)

@@ -115,6 +115,12 @@ def test_a_recall_that_is_out_of_reach_is_said(tmp_path, caplog, monkeypatch):
     assert meta["recall"] < 1 and "stays below --neighbors_recall 1" in caplog.text and found.min() >= 0
 
 
+def test_recall_where_the_limit_leaves_the_sample_no_neighbour(tmp_path):
+    index = IndexSearch("hnsw", Vectors([np.ones((40, 1), np.float32)]), tmp_path / "i")
+    probes = index.probes
+    assert tune(index, 3, 0.9, 0.99, Processes(alone=True)) == (1.0, 40) and index.probes == probes
+
+
 def test_recall_counts_duplicates_as_found(tmp_path):
     """Of many equal rows any may be given: numbers differ from the exact search's, similarities do not."""
     rows = np.repeat(clusters(60, groups=60), 50, axis=0)
