@@ -15,12 +15,11 @@ import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from bare_loop import decode
-from trainer_step import IMAGENET, KEEP_MEMORY, BareLoop
+from trainer_step import IMAGENET, KEEP_MEMORY, BareLoop, now
 from transformers import set_seed
 
 from coss_hf.config import DistillationArguments
@@ -41,16 +40,16 @@ class Segments(BareLoop):
         self.skip = skip
 
     def on_step_end(self, args, state, control, **kwargs):
-        now = time.perf_counter()
+        moment = now()
         position = state.global_step % SEGMENT
         if position == self.skip:
-            self.start = now
+            self.start = moment
         if position == 0 and self.start is not None:
-            trainer = (now - self.start) / (SEGMENT - self.skip)
-            begin = time.perf_counter()
+            trainer = (moment - self.start) / (SEGMENT - self.skip)
+            begin = now()
             for _ in range(SEGMENT - self.skip):
                 self.step()
-            self.pairs.append((trainer, (time.perf_counter() - begin) / (SEGMENT - self.skip)))
+            self.pairs.append((trainer, (now() - begin) / (SEGMENT - self.skip)))
 
 
 def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
@@ -70,7 +69,7 @@ def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
     )
     images = decode(parquet)[: BATCH * 64, None]
     bare = Segments(copy.copy(teacher).freeze(), other, BATCH, images, skip=2 * workers + 1)
-    other.model.train()
+    other.model.to(args.device).train()
     DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
     shares = sorted(loop / trainer for trainer, loop in bare.pairs[1:])
     return {

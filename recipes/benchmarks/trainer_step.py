@@ -34,6 +34,13 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": s
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def now() -> float:
+    """Seconds, once what was begun on a GPU is done."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class InMemory(torch.utils.data.Dataset):
     """Views that cost nothing to make."""
 
@@ -67,7 +74,8 @@ class BareLoop(TrainerCallback):
 
     def step(self) -> None:
         rows = torch.randint(len(self.views), (self.batch_size,))
-        pixels = (self.views[rows, 0].float() - self.mean) / self.std
+        device = next(self.student.parameters()).device
+        pixels = (self.views[rows, 0].to(device).float() - self.mean.to(device)) / self.std.to(device)
         with torch.no_grad():
             t = self.teacher(pixels).pooler_output.flatten(1)
         s = self.student(pixels).pooler_output.flatten(1)
@@ -78,9 +86,9 @@ class BareLoop(TrainerCallback):
         self.optimizer.step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        reached = time.perf_counter()
+        reached = now()
         self.step()
-        end = time.perf_counter()
+        end = now()
         if self.start is not None:
             self.pairs.append((reached - self.start, end - reached))
         self.start = time.perf_counter()
@@ -104,7 +112,7 @@ def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict
     )
     other = load_backbone(f"{folder}/resnet20")
     bare = BareLoop(copy.copy(teacher).freeze(), other, batch_size, data.views)
-    other.model.train()
+    other.model.to(args.device).train()
     DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
     pairs = bare.pairs[4:]
     ratios = sorted(trainer / loop for trainer, loop in pairs)
@@ -136,6 +144,8 @@ def main() -> None:
         "command": f"python recipes/benchmarks/trainer_step.py --steps {options.steps} --threads {options.threads}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
+    if torch.cuda.is_available():
+        result["gpu"] = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as folder:
         result["batch_128"] = measure(128, options.steps, folder, "resnet56")
         result["short_step"] = measure(4, 10 * options.steps, folder, "resnet20")
