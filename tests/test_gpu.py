@@ -88,7 +88,7 @@ def test_fsdp_with_one_process(tmp_path, image_parquet, networks, precision):
         "save_total_limit": 9,
         "disable_tqdm": True,
     }
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0"}
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "CUDA_VISIBLE_DEVICES": "0"}
 
     def launch(config, output, *extra):
         command = [sys.executable, "-m", "accelerate.commands.launch"]
