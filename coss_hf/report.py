@@ -140,10 +140,19 @@ def said(results: dict[str, dict], history: list[dict], panel_images: int) -> li
     labelled = results["student"].get("eval_knn20") is not None
     key = "eval_knn20" if labelled else "eval_overlap10"
     student, random, teacher = (results[name].get(key) for name in ("student", "random", "teacher"))
-    if student is None:
+    if None in (student, random, teacher):
         return found
+    # A student that came with weights of its own is better than at random ones before any training.
+    seen = [entry[key] for entry in panels(history) if entry.get(key) is not None]
     if student <= random:
         first = "It did not help: the student is no better than at random weights"
+    elif len(seen) > 1 and seen[-1] <= seen[0]:
+        first = (
+            f"It did not help: on the images watched during training the student is no better than before it "
+            f"({100 * seen[-1]:.1f} %, before {100 * seen[0]:.1f} %)"
+        )
+    elif found:
+        first = "The student is better than at random weights, but something is wrong, see below"
     else:
         first = "The student has learnt from its teacher"
     values = f"{100 * student:.1f} %, at random weights {100 * random:.1f} %"

@@ -61,3 +61,10 @@ def test_what_is_said_of_a_run():
     panel |= {"eval_teacher_effective_rank": 10, "eval_teacher_duplicates": 0}
     flat = report.said(results(0.8), [panel, dict(panel)], 100)
     assert len(flat) == 2 and flat[1].startswith("The student does not come closer")
+    assert flat[0].startswith("The student is better than at random weights, but something is wrong")
+    # Better than at random weights, worse than its own that it started from.
+    history = [panel | {"eval_knn20": 0.85}, panel | {"eval_overlap10": 0.3, "eval_knn20": 0.8}]
+    (said,) = report.said(results(0.8), history, 100)
+    assert said.startswith("It did not help: on the images watched") and "(80.0 %, before 85.0 %)" in said
+    (said,) = report.said(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], 100)
+    assert said.startswith("The student has learnt from its teacher")
