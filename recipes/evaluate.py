@@ -48,7 +48,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         )
     teacher = models.load_teacher()
     student = models.load_student(teacher).freeze()
-    head = load_head(models.student)
+    head = load_head(models.student, models.student_revision)
     if head is not None and next(head.parameters()).shape[1] != student.dim:
         raise ValueError(
             f"--student_pooling={student.pooling}: embeddings of {student.dim} dimensions do not fit the head beside "

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,18 @@ def test_every_metric_of_every_network(tmp_path, image_folder, monkeypatch, caps
     result = call(monkeypatch, **options | {"student": teacher})
     assert result["student"] == result["teacher"]
     assert result["random"] != call(monkeypatch, **options | {"student": teacher}, seed=5)["random"]
+
+
+def test_the_head_is_that_of_the_students_revision(tmp_path, image_parquet, monkeypatch):
+    network, asked = h.save_resnet(tmp_path / "network"), []
+    monkeypatch.setattr(evaluate, "load_head", lambda *given: asked.append(given))
+    load = evaluate.ModelArguments.load_student
+    monkeypatch.setattr(
+        evaluate.ModelArguments, "load_student", lambda self, *a: load(replace(self, student_revision=None), *a)
+    )
+    options = {"teacher": network, "student": network, "dataset": image_parquet, "output": tmp_path / "f.json"}
+    call(monkeypatch, **options, student_revision="old")
+    assert asked == [(network, "old")]
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
