@@ -204,8 +204,9 @@ def _body(trainer, title: str, use: str, record: dict, revision: str | None, sen
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     parts = [
         f"# {title}",
-        f"An image encoder that was distilled from {_link(teacher.name)} without labels: it embeds images as its "
+        f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
         f"teacher does.",
+        "\n\n".join(record.get("verdict", [])),
         f"## Use\n\n{use}",
         f"## Training\n\n| | |\n|---|---|\n{rows}",
         f"```\n{record['command']}\n```" if "command" in record else "",

@@ -57,13 +57,15 @@ def write_json(path: str | Path, content: dict) -> None:
 
 
 def write_record(output_dir, trainer, results: dict, splits) -> dict:
-    """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results."""
+    """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results, verdict."""
+    evaluator = trainer.evaluator
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
+        "verdict": said(results, trainer.state.log_history, 0 if evaluator is None else len(evaluator.queries)),
         "evaluated_on": "test" if splits.test is not None else "validation",
         "bad_images": splits.bad_images,
         "versions": versions(),
@@ -165,9 +167,8 @@ def said(results: dict[str, dict], history: list[dict], panel_images: int) -> li
 
 def write_page(output_dir, trainer, record: dict) -> None:
     """Writes ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file."""
-    folder, evaluator = Path(output_dir), trainer.evaluator
-    sentences = said(record["results"], trainer.state.log_history, 0 if evaluator is None else len(evaluator.queries))
-    parts = [paragraph(sentence, lead=True) for sentence in sentences]
+    folder = Path(output_dir)
+    parts = [paragraph(sentence, lead=True) for sentence in record["verdict"]]
     if record["results"]:
         below = (
             f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; random: the"

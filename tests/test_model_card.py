@@ -49,6 +49,13 @@ def test_metadata_and_text(trainer, tmp_path, networks):
         assert words in card.content, words
 
 
+def test_it_says_whether_it_helped(trainer, tmp_path):
+    trainer().create_model_card(record=RECORD | {"verdict": ["It did not help: no better.", "It has collapsed."]})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It did not help: no better.\n\nIt has collapsed.\n\n## Use" in card
+    assert "embeds images as its teacher does" not in card
+
+
 @pytest.mark.parametrize("network", ["vit", "resnet"])
 def test_the_snippet_embeds_as_the_package(trainer, networks, network, tmp_path):
     run = trainer(student=getattr(networks, network))
