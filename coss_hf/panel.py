@@ -55,7 +55,8 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         found["no_progress"] = (
             f"The student does not come closer to its teacher: {100 * last[OVERLAP]:.1f} % of the 10 nearest "
             f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training. Check that teacher and "
-            f"student see the images as they should (--dry_run), or raise --learning_rate."
+            f"student see the images as they should (--dry_run)"
+            + ("." if "collapse" in found else ", or raise --learning_rate.")
         )
     return found
 
@@ -77,8 +78,9 @@ class Watch(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         finished = state.global_step >= state.max_steps
         # Of the history, which checkpoints hold: a resumed run does not raise an alarm again.
-        newest = max((i for i, entry in enumerate(state.log_history) if OVERLAP in entry), default=0)
-        before = alarms(state.log_history[:newest], self.images)
+        earlier = [i for i, entry in enumerate(state.log_history) if OVERLAP in entry]
+        # Of all panels before, not of the last alone: what comes and goes is said once, too.
+        before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
         for name, text in alarms(state.log_history, self.images, finished=finished).items():
             if name not in before and state.is_world_process_zero:
                 logger.warning("ALARM: %s", text)

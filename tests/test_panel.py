@@ -61,10 +61,16 @@ def test_progress_is_waited_for_and_asked_for_at_the_end():
 def test_an_alarm_is_raised_once_also_after_a_resumption(caplog):
     state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True, log_history=[panel()])
     with caplog.at_level(logging.WARNING):
-        for entry in (panel(0.1, 1.2), panel(0.2, 1.1), panel(0.3, 1.1)):
+        for entry in (panel(0.1, 1.2), panel(0.2, 1.1), panel(0.3, 20.0), panel(0.3, 1.1)):
             state.log_history.append(entry)
             Watch(2000, True).on_evaluate(None, state, None)  # a new one, as a new process has
     assert [record.message[:29] for record in caplog.records] == ["ALARM: The student has collap"]
+
+
+def test_alarms_do_not_ask_for_a_lower_and_a_higher_rate():
+    found = alarms([panel(), panel(0.01, 1.1)], 2000, finished=True)
+    assert "Lower --learning_rate" in found["collapse"] and "raise --learning_rate" not in found["no_progress"]
+    assert "raise --learning_rate" in alarms([panel(), panel(0.01)], 2000, finished=True)["no_progress"]
 
 
 def test_duplicates_are_those_in_one_direction():
