@@ -1,5 +1,6 @@
 """Did it help? In words, from the rows of a report."""
 
+import math
 import statistics
 
 from coss_hf.evaluation import COLUMNS
@@ -33,7 +34,9 @@ def _gain(group: list[dict], other: list[dict], metric: str) -> tuple[float, flo
     if len(other) == 1:
         values = [row[metric] - other[0][metric] for row in group]
         return 100 * statistics.fmean(values), 100 * half_interval(values)
-    mean, half = difference(group, other, metric)
+    # Without a common seed, since others failed, there is a difference but no interval.
+    means = [statistics.fmean(row[metric] for row in rows) for rows in (group, other)]
+    mean, half = difference(group, other, metric) or (means[0] - means[1], math.inf)
     return 100 * mean, 100 * half
 
 
@@ -43,6 +46,11 @@ def _helped(groups: dict[str, list[dict]], metric: str) -> str:
     gain, half = _gain(groups["coss"], groups[start], metric)
     missing = reached["teacher"] - reached["coss"]
     to_teacher = f"{abs(missing):.1f} {'below' if missing > 0 else 'above'} the teacher"
+    if math.isinf(half):
+        return (
+            f"Whether it helped cannot be said: too few runs came to an end. By {COLUMNS[metric][0]} the distilled "
+            f"student has {reached['coss']:.1f} %, {what} have {reached[start]:.1f} %."
+        )
     if gain <= half:
         return (
             f"It did not help: by {COLUMNS[metric][0]} the distilled student has {reached['coss']:.1f} %, {what} have "
@@ -66,6 +74,9 @@ def _parts(groups: dict[str, list[dict]], metric: str) -> list[str]:
         if control not in groups:
             continue
         gain, half = _gain(groups["coss"], groups[control], metric)
+        if math.isinf(half):
+            found.append(f"The part of {part.lower()} cannot be said: too few runs came to an end.")
+            continue
         noise = "inside the noise of these seeds" if abs(gain) <= half else "more than the noise of these seeds"
         found.append(f"{part} {verbs[gain <= 0]} {abs(gain):.1f} ± {half:.1f} points, {noise}.")
     return found

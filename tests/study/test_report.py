@@ -63,6 +63,15 @@ def test_a_part_inside_the_noise():
     assert said[1].startswith("Space similarity takes 0.3") and said[1].endswith("inside the noise of these seeds.")
 
 
+def test_too_few_runs_left_for_a_verdict():
+    """Single runs have no interval, and runs without a common seed no paired difference."""
+    group = rows(random=[0.3, 0.3, 0.31], coss=[0.7], teacher=[0.8])
+    cosine = [{"method": "coss, cosine only", "seed": seed, "eval_linear": 0.6} for seed in (2, 3)]
+    said = verdict(group + cosine, "eval_linear", COSTS)
+    assert said[0].startswith("Whether it helped cannot be said") and "70.0 %" in said[0]
+    assert said[1].startswith("The part of space similarity") and "inf" not in " ".join(said)
+
+
 def test_every_run_failed():
     failed = [{"method": "coss", "seed": 1, "failed": "The loss is nan at step 3"}]
     said = verdict(failed + rows(random=[0.1], teacher=[0.8]), "eval_linear", COSTS)
