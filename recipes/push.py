@@ -27,11 +27,12 @@ def main(arguments: list[str] | None = None) -> None:
             raise ValueError(f"{args.folder} holds no student and no dataset; give the output folder of a recipe.")
         if is_dataset and args.revision:
             raise ValueError(f"--revision={args.revision}: datasets are pushed to main; leave it out.")
+    private = args.private or None  # False would make a public one where an organisation's are private by default
     with stopped_run_exits():
         if is_dataset:
-            push_dataset(args.folder, args.repo_id, private=args.private)
+            push_dataset(args.folder, args.repo_id, private=private)
         else:
-            push(args.folder, args.repo_id, private=args.private, revision=args.revision)
+            push(args.folder, args.repo_id, private=private, revision=args.revision)
 
 
 if __name__ == "__main__":

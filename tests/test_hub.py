@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tests.helpers as h
+from recipes import push as recipe
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
 
 DISTILL = ["recipes/distill.py", "--use_cpu", "--per_device_train_batch_size=8", "--num_images=16", "--seed=1"]
@@ -188,3 +189,12 @@ def test_what_cannot_be_pushed_is_said(hub, tmp_path):
     ok, failed = rest
     assert ok == "OK me/x" and "cannot be reached" in failed and f"{student} is whole" in failed
     assert "asked again at the push" in done.stderr
+
+
+@pytest.mark.parametrize(("words", "private"), [([], None), (["--private"], True)])
+def test_an_organisations_default_is_left_to_it(tmp_path, monkeypatch, words, private):
+    """huggingface_hub takes False for public, and None for what the organisation says."""
+    given = {}
+    monkeypatch.setattr(recipe, "push", lambda *args, **options: given.update(options))
+    recipe.main([h.save_resnet(tmp_path / "s"), "--repo_id=me/x", *words])
+    assert given["private"] is private
