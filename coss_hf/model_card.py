@@ -11,6 +11,7 @@ from huggingface_hub.utils import validate_repo_id
 from coss_hf.backbones import Backbone
 from coss_hf.citations import papers
 from coss_hf.evaluation import table
+from coss_hf.evaluation.retrieval import MAX_QUERIES
 
 logger = logging.getLogger(__name__)
 
@@ -215,8 +216,8 @@ def _body(trainer, title: str, use: str, record: dict, revision: str | None, sen
         split = f" (split `{record['evaluated_on']}`)" if record.get("evaluated_on") else ""
         parts.append(
             f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
-            f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too. More figures in "
-            f"`run.json`.\n\n{table(results)}"
+            f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
+            f"{MAX_QUERIES:,} of the images at most. More figures in `run.json`.\n\n{table(results)}"
         )
         if Path(args.output_dir, "neighbors.png").is_file():
             parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")

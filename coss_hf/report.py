@@ -15,6 +15,7 @@ from PIL import Image
 from coss_hf.decoding import decode
 from coss_hf.evaluation import cells, nearest
 from coss_hf.evaluation.projection import planes
+from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.html import code, heading, html_table, image, page, paragraph
 from coss_hf.panel import alarms, panels
 from coss_hf.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
@@ -171,7 +172,8 @@ def write_page(output_dir, trainer, record: dict) -> None:
     parts = [paragraph(sentence, lead=True) for sentence in record["verdict"]]
     if record["results"]:
         below = (
-            f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; random: the"
+            f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: of "
+            f"{MAX_QUERIES:,} of them at most; random: the"
         )
         parts += [html_table(cells(record["results"])), paragraph(f"{below} student at random weights.")]
     for name, title, caption in PICTURES:

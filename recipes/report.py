@@ -18,6 +18,7 @@ from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
+from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.html import code, heading, html_table, image, page, paragraph
 from coss_hf.plots import quality_plot
 from coss_hf.report import command, versions, write_json
@@ -82,7 +83,10 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
         folder / "report.json", {"verdict": said, "metric": metric, "costs": cost, "hardware": hardware, **facts}
     )
     quality, costing = quality_table(rows, metric), cost_table(cost)
-    below = f"In %, means over seeds with 95 % t-intervals, on the {facts['split']} split. Times: {hardware}."
+    below = (
+        f"In %, means over seeds with 95 % t-intervals, on the {facts['split']} split (mAP: {MAX_QUERIES:,} of its "
+        f"images at most). Times: {hardware}."
+    )
     text = [f"# {title}", *said, as_markdown(quality), as_markdown(costing), below, f"`{facts['command']}`"]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     parts = [*(paragraph(sentence, lead=True) for sentence in said), html_table(quality), image(folder / "report.png")]

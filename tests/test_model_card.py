@@ -45,7 +45,15 @@ def test_metadata_and_text(trainer, tmp_path, networks):
     (result,) = card.data.eval_results
     assert (result.metric_value, result.metric_type, result.dataset_split) == (0.8234, "accuracy", "test")
     assert (result.dataset_type, result.dataset_revision) == ("somebody/images", "abc")
-    for words in (RECORD["command"], run.teacher.fingerprint(), "not stated", "2409.13939", "1904.05068", "| 0 |"):
+    for words in (
+        RECORD["command"],
+        run.teacher.fingerprint(),
+        "not stated",
+        "2409.13939",
+        "1904.05068",
+        "| 0 |",
+        "1,000 of the",
+    ):
         assert words in card.content, words
 
 
