@@ -1,5 +1,6 @@
 """Weights & Biases: grouped scalars while training, and the report at its end."""
 
+import http.client
 import logging
 import os
 import ssl
@@ -56,8 +57,8 @@ def reach(address: str) -> None:
             # An answer, or certificates that the library may know more of.
             answered = isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
             found[:] = [] if answered else [error]
-        except OSError as error:
-            found[:] = [error]
+        except (OSError, http.client.HTTPException) as error:  # the latter from what is no web server
+            found[:] = [OSError(first_line(error))]
 
     # Looking up a name heeds no timeout.
     thread = threading.Thread(target=ask, daemon=True)

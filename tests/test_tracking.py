@@ -106,6 +106,22 @@ class Refusing(BaseHTTPRequestHandler):
         pass
 
 
+def test_what_is_no_web_server_is_out_of_reach():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        with pytest.raises(OSError, match="SSH-2.0"):
+            tracking.reach(f"http://127.0.0.1:{listener.getsockname()[1]}")
+
+
 @pytest.mark.parametrize("kind", ["no key", "wrong key", "refused", "silent"])
 def test_training_goes_on_without_a_server(tmp_path, image_parquet, networks, wandb_folder, monkeypatch, caplog, kind):
     monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
