@@ -115,6 +115,18 @@ class PublishingTrainer(SavingTrainer):
         if self.is_world_process_zero():
             write_card(self, model_name, record or {}, metadata)
 
+    def finish(self, record: dict, neighbors=None, projection=None) -> None:
+        """Pushes the student with ``--push_to_hub``, and then tells W&B, which may keep a run waiting; see ``track``.
+
+        Raises:
+            PushFailed: as ``publish``.
+        """
+        try:
+            if self.args.push_to_hub:
+                self.publish()
+        finally:
+            self.track(record, neighbors, projection)
+
     def track(self, record: dict, neighbors=None, projection=None) -> None:
         """Hands the end of a run to W&B, if it reports there; see ``WandbTracker.report``."""
         names = ("report.html", "loss.png", "panel.png", "neighbors.png", "projection.png")

@@ -76,11 +76,21 @@ class WandbTracker(WandbCallback):
 
     Args:
         trainer: a ``DistillationTrainer``.
+
+    Raises:
+        ValueError: settings of W&B in the environment or its files that are not valid.
     """
 
     def __init__(self, trainer):
         super().__init__()
         self.trainer = trainer
+        try:
+            self._wandb.setup()
+        except ValueError as error:
+            raise ValueError(
+                f"--report_to wandb: W&B's settings are not valid ({error}); correct its WANDB_... variables, or leave "
+                f"it out."
+            ) from error
 
     def setup(self, args, state, model, **kwargs):
         if not state.is_world_process_zero:

@@ -139,11 +139,9 @@ def main() -> None:
             pictures = write_pictures(args.output_dir, trainer, final)
             write_page(args.output_dir, trainer, record)
             trainer.create_model_card(record=record)
-        trainer.track(record, *pictures)
         print(table(results) if results else "No test or validation images: nothing was evaluated.")
-        if args.push_to_hub:
-            with stopped_run_exits():
-                trainer.publish()
+        with stopped_run_exits():
+            trainer.finish(record, *pictures)
 
 
 if __name__ == "__main__":

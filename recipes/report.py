@@ -87,6 +87,10 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
         f"In %, means over seeds with 95 % t-intervals, on the {facts['split']} split (mAP: {MAX_QUERIES:,} of its "
         f"images at most). Times: {hardware}."
     )
+    extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
+    if extra:
+        passes = ", ".join(f"{count:,} images for {name}" for name, count in extra.items())
+        below += f" Teacher passes beside those of training, once each: {passes}."
     text = [f"# {title}", *said, as_markdown(quality), as_markdown(costing), below, f"`{facts['command']}`"]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     parts = [*(paragraph(sentence, lead=True) for sentence in said), html_table(quality), image(folder / "report.png")]

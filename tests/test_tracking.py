@@ -161,3 +161,10 @@ def test_training_goes_on_without_a_server(tmp_path, image_parquet, networks, wa
     )
     folder = Path(warning.split("wandb sync ")[1].split("`")[0])
     assert [line["train/loss"] for line in read(folder)[0] if "train/loss" in line]
+
+
+def test_settings_that_are_not_valid_are_refused_before_training(tmp_path, image_parquet, networks, monkeypatch):
+    monkeypatch.setenv("WANDB_BASE_URL", "127.0.0.1:9")
+    wandb.teardown()
+    with pytest.raises(ValueError, match="(?s)--report_to wandb: W&B's settings are not valid .*base_url"):
+        h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")

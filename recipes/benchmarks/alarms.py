@@ -60,8 +60,11 @@ def run(name: str, options: argparse.Namespace, splits) -> dict:
         trainer.train()
     history = trainer.state.log_history
     names = ("images_seen", "eval_overlap10", "eval_effective_rank", "eval_teacher_effective_rank", "eval_duplicates")
+    raised = {}
+    for end in range(1, len(history) + 1):  # those that come and go, too
+        raised = alarms(history[:end], len(evaluator.queries), finished=end == len(history)) | raised
     return {
-        "alarms": alarms(history, len(evaluator.queries), finished=True),
+        "alarms": raised,
         "panels": [{key: entry[key] for key in names} for entry in panels(history)],
         "last_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
     }
