@@ -81,6 +81,8 @@ def main() -> None:
     options = parser.parse_args()
     splits = load_images(options.dataset, validation_size=2000)
     result = {"command": command(), "versions": versions()}
+    if torch.cuda.is_available():
+        result["gpu"] = torch.cuda.get_device_name()
     result |= {name: run(name, options, splits) for name in RUNS}
     print(json.dumps(result, indent=2))
     if options.output:

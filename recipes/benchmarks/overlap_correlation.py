@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas
+import torch
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments, ModelArguments
@@ -82,10 +83,12 @@ def main() -> None:
         del sweep  # lets go of the folder
     finished = [row for row in rows if "failed" not in row]
     same_loss = [row for row in finished if row["method"].startswith("coss")]
-    result = {"command": command(), "versions": versions(), "images_seen": finished[0]["images_seen"]}
+    hardware = "CPU" if args.use_cpu else torch.cuda.get_device_name()
+    result = {"command": command(), "hardware": hardware, "versions": versions()}
+    result |= {"images_seen": finished[0]["images_seen"]}
     result |= {f"all {len(finished)} students": correlations(finished)}
     result |= {f"the {len(same_loss)} students of CoSS": correlations(same_loss)}
-    for name, found in list(result.items())[3:]:
+    for name, found in list(result.items())[4:]:
         print(f"{name}\n{pandas.DataFrame(found).T.to_string()}\n")
     if args.results:
         write_json(args.results, result | {"rows": rows})
