@@ -57,7 +57,8 @@ def test_same_run_as_on_the_cpu(tmp_path, image_parquet, networks):
 def test_channels_last_and_synchronised_batch_norm_change_nothing_at_one_process(tmp_path, image_parquet, networks):
     found, saved = [], []
     for option in ({}, {"channels_last": True}, {"sync_batch_norm": True}):
-        options = {"use_cpu": False, "tf32": False, "max_steps": 4, "learning_rate": 0.002} | option
+        # At ten times the rate a relative change of 1e-5, as other kernels make, grows to 1e-3 within these steps.
+        options = {"use_cpu": False, "tf32": False, "max_steps": 4, "learning_rate": 0.0002} | option
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
         norms = sum(isinstance(m, torch.nn.SyncBatchNorm) for m in trainer.student.model.modules())
         assert (norms > 0) == ("sync_batch_norm" in option)
