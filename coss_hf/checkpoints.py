@@ -67,9 +67,12 @@ def hold(output_dir: str | Path) -> None:
     Waits a while for one that is on its way out: what a killed launcher left behind ends with its step.
 
     Raises:
-        ValueError: another run is at work there.
+        ValueError: another run is at work there, or it cannot be made.
     """
-    Path(output_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir={output_dir} cannot be made ({error}); give another folder.") from error
     # The name is one that Trainer does not push. Within a process a second run may follow the first.
     lock = FileLock(Path(output_dir, "_lock"), is_singleton=True)
     try:

@@ -99,6 +99,13 @@ def test_a_run_is_not_written_over(world, capsys):
     assert (world.out / "model.safetensors").read_bytes() != before
 
 
+def test_a_folder_that_cannot_be_made(world, capsys):
+    world.out.write_text("a file")
+    with pytest.raises(SystemExit) as stop:
+        world.run(output_dir=world.out / "inside")
+    assert stop.value.code == 2 and "cannot be made" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("leaves", [False, True])
 def test_one_run_at_a_time_in_a_folder(world, capsys, monkeypatch, leaves):
     monkeypatch.setattr("coss_hf.checkpoints.PATIENCE", 20 if leaves else 0.2)
