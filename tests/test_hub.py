@@ -102,7 +102,6 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
         "report.html",
         "loss.png",
         "neighbors.png",
-        "panel.png",
         "projection.png",
         ".gitattributes",
     }

@@ -30,6 +30,7 @@ def wandb_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w").mkdir()
+    wandb.teardown()  # it reads its variables once a process
     yield tmp_path / "w"
     wandb.teardown()
 

@@ -5,9 +5,8 @@
 Both train resnet20 towards resnet56 on the same random tensors in memory. After every trainer step one bare step runs,
 so that each pair meets the machine in the same state; quote the medians.
 
-glibc hands freed memory back to the system and takes it again at the next step, page by page, which costs whichever
-loop the heap's layout happens to punish. The script starts itself anew with that switched off
-(MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_), for both loops alike.
+glibc hands freed memory back and takes it again at the next step, page by page, which costs whichever loop the heap's
+layout happens to punish: the script starts itself anew with that switched off, for both loops alike.
 """
 
 import argparse
@@ -36,8 +35,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 def now() -> float:
     """Seconds, once what was begun on a GPU is done."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    torch.cuda.synchronize() if torch.cuda.is_available() else None
     return time.perf_counter()
 
 
@@ -101,15 +99,8 @@ def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict
         cifar_image_processor(*IMAGENET).save_pretrained(f"{folder}/{name}")
     teacher, student = load_backbone(f"{folder}/{teacher_name}"), load_backbone(f"{folder}/resnet20")
     data = InMemory(batch_size * 8)
-    args = DistillationArguments(
-        output_dir=f"{folder}/out",
-        per_device_train_batch_size=batch_size,
-        max_steps=steps + 5,
-        save_strategy="no",
-        logging_steps=50,
-        disable_tqdm=True,
-        use_cpu=not torch.cuda.is_available(),
-    )
+    quiet = {"save_strategy": "no", "logging_steps": 50, "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
+    args = DistillationArguments(f"{folder}/out", per_device_train_batch_size=batch_size, max_steps=steps + 5, **quiet)
     other = load_backbone(f"{folder}/resnet20")
     bare = BareLoop(copy.copy(teacher).freeze(), other, batch_size, data.views)
     other.model.to(args.device).train()
@@ -144,8 +135,7 @@ def main() -> None:
         "command": f"python recipes/benchmarks/trainer_step.py --steps {options.steps} --threads {options.threads}",
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    if torch.cuda.is_available():
-        result["gpu"] = torch.cuda.get_device_name()
+    result |= {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     with tempfile.TemporaryDirectory() as folder:
         result["batch_128"] = measure(128, options.steps, folder, "resnet56")
         result["short_step"] = measure(4, 10 * options.steps, folder, "resnet20")
