@@ -18,10 +18,10 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
     """What has gone wrong so far, in words, by name.
 
     * ``teacher``: its effective rank is below 2, or every tenth image has another's embedding.
-    * ``collapse``: after the start the student's effective rank is below 2, or below a tenth of the teacher's and half
-      of what it was at the start; or most of its dimensions are dead, or most images
-      embedded as another one.
-    * ``no_progress``: two panels after the start, or at the end, the overlap of neighbours is not above its start by
+    * ``collapse``: in two panels in a row after the start, or in the last one, the student's effective rank is below
+      2, or below a tenth of the teacher's and half of what it was at the start; or most of its dimensions are dead, or
+      most images embedded as another one.
+    * ``no_progress``: three panels after the start, or at the end, the overlap of neighbours is not above its start by
       three standard errors.
 
     Args:
@@ -41,8 +41,8 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         )
     if last is start:
         return found
-    fallen = last[RANK] < min(0.1 * last[TEACHER_RANK], 0.5 * start[RANK])
-    if last[RANK] < 2 or fallen or last["eval_dead_dimensions"] > 0.5 or last["eval_duplicates"] > 0.5:
+    # Two panels in a row: the first steps may press all images together for a while.
+    if _collapsed(last, start) and (finished or _collapsed(seen[-2], start)):
         found["collapse"] = (
             f"The student has collapsed: its embeddings have effective rank {last[RANK]:.1f} (teacher "
             f"{last[TEACHER_RANK]:.1f}), {100 * last['eval_dead_dimensions']:.0f} % of their dimensions are dead, "
@@ -51,7 +51,7 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         )
     # Of a mean over 10 draws an image.
     error = max(start[OVERLAP] * (1 - start[OVERLAP]) / (10 * images), 1e-12) ** 0.5
-    if (len(seen) > 2 or finished) and max(entry[OVERLAP] for entry in seen[1:]) <= start[OVERLAP] + 3 * error:
+    if (len(seen) > 3 or finished) and max(entry[OVERLAP] for entry in seen[1:]) <= start[OVERLAP] + 3 * error:
         found["no_progress"] = (
             f"The student does not come closer to its teacher: {100 * last[OVERLAP]:.1f} % of the 10 nearest "
             f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training. Check that teacher and "
@@ -59,6 +59,12 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
             + ("." if "collapse" in found else ", or raise --learning_rate.")
         )
     return found
+
+
+def _collapsed(panel: dict, start: dict) -> bool:
+    fallen = panel[RANK] < min(0.1 * panel[TEACHER_RANK], 0.5 * start[RANK])
+    dead, same = panel["eval_dead_dimensions"] > 0.5, panel["eval_duplicates"] > 0.5
+    return panel is not start and (panel[RANK] < 2 or fallen or dead or same)
 
 
 class Watch(TrainerCallback):
