@@ -24,7 +24,7 @@ setup(
         "pyyaml",
         "safetensors",
         "tqdm",
-        "wandb",
+        "wandb>=0.30",  # login without a prompt
     ],
     extras_require={
         "timm": ["timm"],

@@ -129,6 +129,8 @@ class PublishingTrainer(SavingTrainer):
 
     def track(self, record: dict, neighbors=None, projection=None) -> None:
         """Hands the end of a run to W&B, if it reports there; see ``WandbTracker.report``."""
+        if not self.is_world_process_zero():
+            return
         names = ("report.html", "loss.png", "panel.png", "neighbors.png", "projection.png")
         paths = [path for name in names if (path := Path(self.args.output_dir, name)).is_file()]
         files = {path.stem if path.suffix == ".html" else f"pictures/{path.stem}": path for path in paths}

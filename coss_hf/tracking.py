@@ -6,16 +6,22 @@ import os
 import ssl
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
+from fnmatch import fnmatch
+from pathlib import Path
 
 from transformers.integrations import WandbCallback
 
+from coss_hf.hub import PUBLISHED
 from coss_hf.preprocessing import first_line
 
 logger = logging.getLogger(__name__)
 
 INIT_SECONDS = 10
+# For what is left to upload at a run's end; by default W&B waits for ever.
+FINISH_SECONDS = 300
 GROUPS = {
     "agreement": ("overlap10", "cosine", "dimension_cosine", "cka"),
     "student": ("effective_rank", "dead_dimensions", "duplicates"),
@@ -55,8 +61,12 @@ def reach(address: str) -> None:
                 found.clear()
         except urllib.error.URLError as error:
             # An answer, or certificates that the library may know more of.
-            answered = isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError)
-            found[:] = [] if answered else [error]
+            if isinstance(error, urllib.error.HTTPError) or isinstance(error.reason, ssl.SSLError):
+                found.clear()
+            elif not isinstance(error.reason, TimeoutError):
+                found[:] = [error]
+        except TimeoutError:
+            pass  # as was assumed before asking
         except (OSError, http.client.HTTPException) as error:  # the latter from what is no web server
             found[:] = [OSError(first_line(error))]
 
@@ -72,7 +82,9 @@ class WandbTracker(WandbCallback):
     """As the callback of Transformers, over images seen, with names in groups and everything that a run was given.
 
     Where W&B cannot be reached within 10 seconds, or there is no key, a run is written to disk instead, for
-    ``wandb sync``, after one warning.
+    ``wandb sync``, after one warning; nobody is asked for a key, since nobody may be there. A server that is lost later
+    is waited for at the end, for ``WANDB_FINISH_TIMEOUT`` or ``FINISH_SECONDS``. ``WANDB_LOG_MODEL`` keeps the student
+    of the end, as the Hub would have it.
 
     Args:
         trainer: a ``DistillationTrainer``.
@@ -108,17 +120,23 @@ class WandbTracker(WandbCallback):
         run.config.update(settings, allow_val_change=True)
 
     def _start(self, args) -> None:
+        wandb, start, left = self._wandb, time.monotonic(), INIT_SECONDS
+        known = wandb.setup().settings
         # W&B keeps the command line, which may hold a token.
-        secret = any("token" in word for word in sys.argv)
-        settings = self._wandb.Settings(init_timeout=INIT_SECONDS, x_disable_meta=secret)
-        options = {"project": os.getenv("WANDB_PROJECT", "coss_hf"), "name": args.run_name, "settings": settings}
+        fixed = {"x_disable_meta": any("token" in word for word in sys.argv)}
+        fixed["finish_timeout"] = known.finish_timeout or FINISH_SECONDS
+        options = {"project": os.getenv("WANDB_PROJECT", "coss_hf"), "name": args.run_name}
         try:
-            known = self._wandb.setup().settings
-            if known.mode == "online":
+            if known.mode not in ("offline", "dryrun", "disabled"):
                 reach(known.base_url)
-            self._wandb.init(**options)
-        except (self._wandb.Error, OSError) as error:
-            run = self._wandb.init(**options, mode="offline")
+                # Starting a run would ask a terminal for a key, for ever, and the server one question after another,
+                # each for seconds; this asks it once, for 10 seconds (or WANDB_HTTP_TIMEOUT).
+                if not wandb.login(prompt=False, verify=True):
+                    raise wandb.errors.UsageError("there is no key")
+                left = max(1.0, INIT_SECONDS - (time.monotonic() - start))
+            wandb.init(**options, settings=wandb.Settings(init_timeout=left, **fixed))
+        except (wandb.Error, OSError) as error:
+            run = wandb.init(**options, settings=wandb.Settings(**fixed), mode="offline")
             logger.warning(
                 "W&B cannot be used (%s; is its server up, the key right?): this run is kept on disk. To upload it "
                 "later: `wandb login`, then `wandb sync %s`. WANDB_MODE=offline starts like this at once, --report_to "
@@ -126,6 +144,12 @@ class WandbTracker(WandbCallback):
                 first_line(error),
                 os.path.dirname(run.dir),
             )
+
+    def on_train_end(self, *args, **kwargs):
+        """Stock training would keep the wrapper, and its arguments with their token; see ``report``."""
+
+    def on_save(self, *args, **kwargs):
+        """Checkpoints stay at home, as with the Hub."""
 
     def on_log(self, args, state, control, model=None, logs=None, **kwargs):
         if not self._initialized:
@@ -145,10 +169,11 @@ class WandbTracker(WandbCallback):
             neighbors: a ``NeighborExamples``.
             projection: ``teacher`` and ``student`` coordinates ``(n, 2)``, and ``labels`` or None.
         """
+        if not self._initialized:  # a finished run was gone on from: its report is all that is left to keep
+            self.setup(self.trainer.args, self.trainer.state, self.trainer.model)
         wandb, run = self._wandb, self._wandb.run
-        if run is None:  # of another process, or a run without training
-            return
-        logs = {
+        logs = {"images_seen": self.trainer.images_seen}
+        logs |= {
             name: (wandb.Html if str(path).endswith(".html") else wandb.Image)(str(path))
             for name, path in files.items()
         }
@@ -163,6 +188,12 @@ class WandbTracker(WandbCallback):
         run.log(logs)
         for network, row in record["results"].items():
             run.summary.update({f"final/{network}/{name.removeprefix('eval_')}": value for name, value in row.items()})
+        if self._log_model.is_enabled:
+            student = wandb.Artifact(f"model-{run.id}", type="model", metadata={"images_seen": logs["images_seen"]})
+            for path in Path(self.trainer.args.output_dir).iterdir():
+                if any(fnmatch(path.name, pattern) for pattern in (*PUBLISHED, "*.py")):
+                    student.add_file(str(path))
+            run.log_artifact(student, aliases=["final_model"])
         run.finish()
 
     def _neighbor_table(self, examples):

@@ -1,6 +1,6 @@
 """W&B: an offline run read back, and servers that cannot be reached."""
 
-import contextlib
+import base64
 import io
 import json
 import logging
@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 import wandb
 from PIL import Image
+from transformers import AutoModel, TrainerCallback
 
 import tests.helpers as h
 from coss_hf import tracking
 from tests.recipes.test_distill import world  # noqa: F401 (a fixture)
-from tests.wandb_reader import read, tables
+from tests.wandb_reader import artifacts, read, tables
 
 SECRETS = ("hf_abcdefghijklmnop", "0123456789" * 4)
 
 
 @pytest.fixture
 def wandb_folder(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL"):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_BASE_URL", "WANDB_LOG_MODEL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
         monkeypatch.setenv(name, str(tmp_path / "w"))
@@ -96,15 +97,86 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
-class Refusing(BaseHTTPRequestHandler):
-    """A server that lets nobody in."""
+def test_a_finished_run_that_is_gone_on_from_still_has_its_report(world, wandb_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    world.run(save_strategy="epoch")  # the process died in its last evaluation, say
+    world.run("--resume_from_checkpoint", report_to="wandb")
+    wandb.teardown()
+    history, config, summary = read(wandb_folder)
+    assert "final/student/overlap10" in summary and len(config["fingerprints"]["teacher"]) > 10
+    assert history[-1]["images_seen"] == 48 and history[-1]["report/path"].endswith(".html")
+
+
+def test_the_model_that_is_kept_is_the_student_without_secrets(world, wandb_folder, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
+    world.run(report_to="wandb", hub_token=SECRETS[0], save_strategy="epoch")
+    wandb.teardown()
+    kept = artifacts(wandb_folder, "model")
+    assert len(kept) == 2  # what the network looks like, and the student
+    for files in kept:
+        assert not {name for name in files if name.endswith((".bin", ".pt", ".pth"))}, "a pickle hides what it holds"
+    folder = wandb_folder / "student"
+    folder.mkdir()
+    for name, content in kept[-1].items():
+        (folder / name).write_bytes(content)
+    h.assert_same(AutoModel.from_pretrained(folder).state_dict(), AutoModel.from_pretrained(world.out).state_dict())
+
+
+class Server(BaseHTTPRequestHandler):
+    """As much of W&B as a run needs to start: it lets in ``key``, and no longer answers once it is ``lost``."""
+
+    protocol_version = "HTTP/1.1"
+    key = SECRETS[1]
+    lost = threading.Event()
+    gone = threading.Event()
+    ANSWERS = {
+        "serverInfo": {"cliVersionInfo": {"max_cli_version": "9.9.9"}, "features": []},
+        "viewer": {"id": "u", "username": "me", "entity": "me", "flags": "{}", "teams": {"edges": []}},
+        "upsertBucket": {
+            "bucket": {
+                "id": "r",
+                "name": "run",
+                "displayName": "run",
+                "config": "{}",
+                "historyLineCount": 0,
+                "project": {"id": "p", "name": "coss_hf", "entity": {"id": "e", "name": "me"}},
+            },
+            "inserted": True,
+        },
+        "createRunFiles": {"runID": "r", "uploadHeaders": [], "files": []},
+    }
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
-        self.send_error(401)
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.lost.is_set():
+            self.gone.wait()
+        user, _, password = base64.b64decode((self.headers["Authorization"] or "Basic ")[6:]).decode().partition(":")
+        body = json.dumps({"data": self.ANSWERS}).encode()
+        self.send_response(200 if password == self.key else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A W&B server of the test's own, the address of which runs are given."""
+    Server.lost.clear()
+    Server.gone.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        running.daemon_threads, running.block_on_close = True, False
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{running.server_port}")
+        yield Server
+        Server.gone.set()
+        running.shutdown()
 
 
 def test_what_is_no_web_server_is_out_of_reach():
@@ -123,24 +195,26 @@ def test_what_is_no_web_server_is_out_of_reach():
             tracking.reach(f"http://127.0.0.1:{listener.getsockname()[1]}")
 
 
-@pytest.mark.parametrize("kind", ["no key", "wrong key", "refused", "silent"])
-def test_training_goes_on_without_a_server(tmp_path, image_parquet, networks, wandb_folder, monkeypatch, caplog, kind):
+REASONS = {"no key": "no key", "malformed key": "40+", "wrong key": "authenticate", "refused": "refused"}
+REASONS["silent"] = "no answer from"
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_training_goes_on_without_a_server(
+    tmp_path, image_parquet, networks, wandb_folder, server, monkeypatch, caplog, kind
+):
     monkeypatch.setattr(tracking, "INIT_SECONDS", 2)
-    if kind != "no key":
-        monkeypatch.setenv("WANDB_API_KEY", SECRETS[1])
-    with contextlib.ExitStack() as stack:
-        if kind.endswith("key"):
-            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Refusing))
-            threading.Thread(target=server.serve_forever, daemon=True).start()
-            stack.callback(server.shutdown)
-            port = server.server_port
-        else:
-            listener = stack.enter_context(socket.socket())
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            if kind == "silent":
-                listener.listen()
-        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    # As in a terminal that nobody sits at: a question there would be waited for, for ever.
+    monkeypatch.setattr("wandb.errors.term.can_use_terminput", lambda: True)
+    keys = {"no key": None, "malformed key": "short", "wrong key": "9876543210" * 4}
+    if key := keys.get(kind, SECRETS[1]):
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    if kind == "silent":
+        server.lost.set()
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        if kind == "refused":
+            monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}")
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")
         with caplog.at_level(logging.WARNING):
             trainer.train()
@@ -148,20 +222,28 @@ def test_training_goes_on_without_a_server(tmp_path, image_parquet, networks, wa
         wandb.teardown()
     assert trainer.state.global_step == 6
     (warning,) = [entry.getMessage() for entry in caplog.records if "W&B" in entry.getMessage()]
-    reasons = {
-        "no key": "No API key",
-        "wrong key": "the key right",
-        "refused": "refused",
-        "silent": "no answer from",
-    }
-    assert (
-        reasons[kind] in warning
-        and "is kept on disk" in warning
-        and "wandb login" in warning
-        and SECRETS[1] not in warning
-    )
+    assert REASONS[kind] in warning and "is kept on disk" in warning and "wandb login" in warning
+    assert SECRETS[1] not in warning
     folder = Path(warning.split("wandb sync ")[1].split("`")[0])
     assert [line["train/loss"] for line in read(folder)[0] if "train/loss" in line]
+
+
+def test_a_server_that_is_lost_ends_no_run(tmp_path, image_parquet, networks, wandb_folder, server, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", SECRETS[1])
+    monkeypatch.setattr(tracking, "FINISH_SECONDS", 2)
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")
+
+    class Lose(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            server.lost.set()
+
+    trainer.add_callback(Lose)
+    trainer.train()
+    assert wandb.run.settings.mode == "online"
+    trainer.track({"results": {}})
+    assert wandb.run is None and trainer.state.global_step == 6
+    wandb.teardown()
+    assert [line["train/loss"] for line in read(wandb_folder)[0] if "train/loss" in line]
 
 
 def test_settings_that_are_not_valid_are_refused_before_training(tmp_path, image_parquet, networks, monkeypatch):

@@ -49,6 +49,15 @@ def read(folder: Path) -> tuple[list[dict], dict, dict]:
     return history, config, summary
 
 
+def artifacts(folder: Path, kind: str) -> list[dict[str, bytes]]:
+    """The files of each artifact of a kind, in order."""
+    return [
+        {entry.path: Path(entry.local_path).read_bytes() for entry in record.artifact.manifest.contents}
+        for record in records(folder)
+        if record.WhichOneof("record_type") == "artifact" and record.artifact.type == kind
+    ]
+
+
 def tables(folder: Path) -> dict[str, tuple[dict, dict[str, bytes]]]:
     """By name, the tables that were logged with their pictures: the table, and each file beside it."""
     found = {}
