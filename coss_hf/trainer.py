@@ -32,7 +32,7 @@ from coss_hf.modeling import DistillationModel
 from coss_hf.panel import Watch
 from coss_hf.pretraining import pretrain
 from coss_hf.publishing import PublishingTrainer
-from coss_hf.schedule import EpochCallback, RunLength, milestone_schedule
+from coss_hf.schedule import EpochCallback, milestone_schedule, run_length
 from coss_hf.tracking import WandbTracker
 from coss_hf.views import ViewDataset, collate_views
 
@@ -224,6 +224,13 @@ class DistillationTrainer(PublishingTrainer):
             self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Only where it is logged: the norm over all parameters is half of what a step costs beyond a bare loop's."""
+        step, every = self.state.global_step + 1, self.args.logging_strategy == IntervalStrategy.STEPS
+        if every and step % self.state.logging_steps and not (step == 1 and self.args.logging_first_step):
+            return grad_norm
+        return super()._get_grad_norm(model, grad_norm)
+
     # ---- logs ----
 
     @property
@@ -278,21 +285,3 @@ class DistillationTrainer(PublishingTrainer):
         ]
         criterion.train(training)
         return torch.stack(losses).mean().item()
-
-
-def run_length(args: DistillationArguments, images: int) -> RunLength:
-    """Length of an epoch over ``images`` training images.
-
-    Raises:
-        ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
-    """
-    anchors = args.images_per_step // (1 + args.neighbors_k)
-    if images < anchors:
-        raise ValueError(
-            f"--per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {anchors} anchors, the "
-            f"training split has {images} images; use a smaller batch or more images."
-        )
-    if args.num_images is not None and args.num_images < args.images_per_step:
-        raise ValueError(f"--num_images={args.num_images} is less than one step of {args.images_per_step} images.")
-    batches = images // (args.per_device_train_batch_size * args.world_size)
-    return RunLength(batches, args.gradient_accumulation_steps, args.images_per_batch)

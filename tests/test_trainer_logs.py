@@ -58,6 +58,21 @@ class Poisoned(nn.Module):
         return {**output, "loss": output["loss"] * (float("nan") if self.calls == 3 else 1)}
 
 
+@pytest.mark.parametrize("options", [{"logging_steps": 2}, {"logging_steps": 3, "logging_first_step": True}])
+def test_the_gradient_norm_is_taken_where_it_is_logged(tmp_path, image_parquet, networks, monkeypatch, options):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    steps, norm = [], trainer.accelerator.clip_grad_norm_
+
+    def spy(*args, **kwargs):
+        steps.append(trainer.state.global_step + 1)
+        return norm(*args, **kwargs)
+
+    monkeypatch.setattr(trainer.accelerator, "clip_grad_norm_", spy)
+    trainer.train()
+    assert steps == [line["step"] for line in trainer.state.log_history if "grad_norm" in line]
+    assert steps == ([1, 3, 6] if "logging_first_step" in options else [2, 4, 6])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(
         tmp_path,

@@ -18,7 +18,8 @@ from coss_hf.evaluation.evaluator import Evaluator, random_weights
 from coss_hf.images import ImageSplits
 from coss_hf.neighbors import nearest_neighbors
 from coss_hf.pretraining import pretraining_images
-from coss_hf.trainer import DistillationTrainer, run_length
+from coss_hf.schedule import run_length
+from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
 UNTRAINED = ("teacher", "random", "initial")  # what no method trains, measured like the others
