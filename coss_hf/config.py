@@ -1,6 +1,9 @@
 """Arguments of a run, with the method's defaults, from YAML files and the command line."""
 
+import json
+import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import yaml
@@ -12,9 +15,11 @@ from coss_hf.images import ImageSplits, load_images
 from coss_hf.loading import DTYPES, INITS, load_backbone
 from coss_hf.losses import LOSSES, SEPARABLE
 from coss_hf.losses.combination import Method, parse_methods
-from coss_hf.modeling import HEADS
+from coss_hf.modeling import HEADS, file_beside
 from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
+
+logger = logging.getLogger(__name__)
 
 # Seen between two looks at held-out images.
 EVAL_IMAGES = 50_000
@@ -117,6 +122,26 @@ class DataArguments(SearchOptions):
         default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
     )
 
+    # Whether images are held out by default, as a training does.
+    watched = False
+
+    def follow(self, student: str, revision: str | None = None) -> None:
+        """Holds out of train what the run that left ``student`` (folder, or name on the Hub) held out of this dataset.
+
+        So that it is not measured on what it was trained on; a ``validation_size`` that was given stands.
+        """
+        record = file_beside(student, "run.json", revision)
+        given = json.loads(Path(record).read_text()).get("arguments", {}) if record else {}
+        if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
+            return
+        if self.validation_size is None:
+            self.watched, self.validation_size = True, given.get("validation_size")
+        elif self.validation_size != given.get("validation_size"):
+            logger.warning(
+                "--validation_size %g: %s was trained with %s, perhaps on some of what is held out now.",
+                *(self.validation_size, student, given.get("validation_size") or "the default"),
+            )
+
     def load(self, watched: bool = False) -> ImageSplits:
         """The images, checked; ``watched``: a training's, which holds some out by default."""
         if not self.dataset:
@@ -129,7 +154,7 @@ class DataArguments(SearchOptions):
             test_split=self.test_split,
             image_column=self.image_column,
             label_column=self.label_column,
-            validation_size=self.validation_size if watched else self.validation_size or 0,
+            validation_size=self.validation_size if watched or self.watched else self.validation_size or 0,
             max_train_samples=self.max_train_samples,
             on_bad_image=self.on_bad_image,
             num_proc=self.preprocessing_num_workers,
@@ -214,6 +239,9 @@ class DistillationArguments(TrainingArguments):
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
     # Hides a loss that is not finite; here it stops the run.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "wandb, tensorboard, several, all or none."}
+    )
     save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
     hub_strategy: str = field(

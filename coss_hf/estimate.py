@@ -41,6 +41,7 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         f"{short if fewer else ''}",
         f"step        {args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x "
         f"{1 + args.neighbors_k} views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
+        watched(trainer),
         f"length      {steps:,} steps, {images:,} images seen",
         f"device      {args.device}, mixed precision: {trainer.accelerator.mixed_precision}",
     ]
@@ -51,6 +52,14 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
             f"{memory / 2**30:.2f} GiB a device"
         )
     return "\n".join(line for line in lines if line)
+
+
+def watched(trainer: DistillationTrainer) -> str:
+    """On how many images the training is watched, and how often; or that it is not."""
+    if trainer.evaluator is None or trainer.args.eval_strategy == "no":
+        return "watched     no: without images held out of train (--validation_size) or with --eval_strategy no"
+    often = f"every {trainer.args.eval_steps:g} steps" if trainer.args.eval_strategy == "steps" else "after each epoch"
+    return f"watched     on {len(trainer.evaluator.queries):,} images held out of train, {often}"
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:

@@ -7,13 +7,14 @@ from pathlib import Path
 
 STYLE = """
 :root { color-scheme: light dark; --text: #22272e; --muted: #68707a; --line: #d8dce1; --soft: #f4f6f8; --page: #fff;
-        --good: #12805c }
+        --good: #12805c; --bad: #b3261e }
 @media (prefers-color-scheme: dark) { :root { --text: #e6e8eb; --muted: #9aa3ad; --line: #3a414a; --soft: #242a31;
-        --page: #1b2026; --good: #4fc79a } }
+        --page: #1b2026; --good: #4fc79a; --bad: #f2786f } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 66rem;
        margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.6rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem }
-p.lead { font-size: 1.1rem; border-left: 4px solid var(--good); padding-left: .8rem; margin: .6rem 0 }
+p.lead, p.alarm { font-size: 1.1rem; border-left: 4px solid var(--good); padding-left: .8rem; margin: .6rem 0 }
+p.alarm { border-color: var(--bad) }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .85rem }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal }
@@ -42,9 +43,9 @@ def heading(text: str) -> str:
     return f"<h2>{escape(text)}</h2>"
 
 
-def paragraph(text: str, lead: bool = False) -> str:
-    """Plain text; ``lead`` for the sentences that say it all."""
-    return f"<p{' class=lead' if lead else ''}>{escape(text)}</p>"
+def paragraph(text: str, kind: str | None = None) -> str:
+    """Plain text; ``kind`` is ``lead`` for a sentence that says it all, ``alarm`` for one of what went wrong."""
+    return f"<p{f' class={kind}' if kind else ''}>{escape(text)}</p>"
 
 
 def code(text: str) -> str:

@@ -182,7 +182,10 @@ def _explained(repo_id: str):
         status = error.response.status_code
         refused = status < 500 and status not in (408, 429)
         raise _Problem(reasons.get(status, f"the Hub answers {first_line(error)}"), refused) from error
-    except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
+    except Exception as error:
+        if path := getattr(error, "filename", None):
+            raise _Problem(f"{path} cannot be read ({error.strerror})") from error
+        # No network, in the words of whichever HTTP library huggingface_hub uses.
         raise _Problem(f"the Hub cannot be reached, or the connection broke ({first_line(error)})", False) from error
 
 

@@ -41,6 +41,12 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
     return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
 
 
+def file_beside(name: str | Path, file: str, revision: str | None = None) -> str | None:
+    """Path of a file that a run left beside its student, a folder or a name on the Hub; None where there is none."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    return cached_file(str(name), file, revision=revision, **quiet)
+
+
 def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:
     """The projection head that a run left beside its student, in evaluation mode; None where there is none.
 
@@ -51,8 +57,7 @@ def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None
     Raises:
         ValueError: a file that holds no head of ``projection_head``.
     """
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    path = cached_file(str(name), HEAD_FILE, revision=revision, **quiet)
+    path = file_beside(name, HEAD_FILE, revision)
     if path is None:
         return None
     tensors = load_file(path)

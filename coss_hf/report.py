@@ -20,6 +20,10 @@ from coss_hf.html import code, heading, html_table, image, page, paragraph
 from coss_hf.panel import alarms, panels
 from coss_hf.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
 
+# Read before any library sets it.
+LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
+
+FAILED = "It did not help"
 PICTURES = (
     (
         "panel.png",
@@ -38,14 +42,18 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, its secrets hidden."""
+    """The command line, its secrets hidden; how many processes and which precision, where accelerate launched it."""
+    world, precision = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher = ["accelerate", "launch"] if LAUNCHED or world > 1 else ["python"]
+    launcher += ["--num_processes", str(world)] if world > 1 else []
+    launcher += ["--mixed_precision", precision] if LAUNCHED and precision != "no" else []
     words, hide = [], False
     for word in sys.argv:
         name, equals, _ = word.partition("=")
         secret = name.startswith("--") and name.endswith("token")
         words.append("***" if hide else f"{name}=***" if secret and equals else word)
         hide = secret and not equals
-    return shlex.join(words)
+    return shlex.join([*launcher, *words])
 
 
 def write_json(path: str | Path, content: dict) -> None:
@@ -59,14 +67,16 @@ def write_json(path: str | Path, content: dict) -> None:
 
 def write_record(output_dir, trainer, results: dict, splits) -> dict:
     """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results, verdict."""
-    evaluator = trainer.evaluator
+    history = trainer.state.log_history
+    raised = alarms(history, len(trainer.evaluator.queries), finished=True) if trainer.evaluator else {}
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "verdict": said(results, trainer.state.log_history, 0 if evaluator is None else len(evaluator.queries)),
+        "verdict": said(results, history, [*raised.values()]),
+        "alarms": [*raised.values()],
         "evaluated_on": "test" if splits.test is not None else "validation",
         "bad_images": splits.bad_images,
         "versions": versions(),
@@ -129,15 +139,14 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
     return examples, flat
 
 
-def said(results: dict[str, dict], history: list[dict], panel_images: int) -> list[str]:
+def said(results: dict[str, dict], history: list[dict], found: list[str]) -> list[str]:
     """What a run came to, in sentences.
 
     Args:
         results: of ``compare``.
         history: ``trainer.state.log_history``.
-        panel_images: of its panels.
+        found: alarms, which come last.
     """
-    found = list(alarms(history, panel_images, finished=True).values()) if panel_images else []
     if not results:
         return found
     labelled = results["student"].get("eval_knn20") is not None
@@ -148,10 +157,10 @@ def said(results: dict[str, dict], history: list[dict], panel_images: int) -> li
     # A student that came with weights of its own is better than at random ones before any training.
     seen = [entry[key] for entry in panels(history) if entry.get(key) is not None]
     if student <= random:
-        first = "It did not help: the student is no better than at random weights"
+        first = f"{FAILED}: the student is no better than at random weights"
     elif len(seen) > 1 and seen[-1] <= seen[0]:
         first = (
-            f"It did not help: on the images watched during training the student is no better than before it "
+            f"{FAILED}: on the images watched during training the student is no better than before it "
             f"({100 * seen[-1]:.1f} %, before {100 * seen[0]:.1f} %)"
         )
     elif found:
@@ -169,7 +178,10 @@ def said(results: dict[str, dict], history: list[dict], panel_images: int) -> li
 def write_page(output_dir, trainer, record: dict) -> None:
     """Writes ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file."""
     folder = Path(output_dir)
-    parts = [paragraph(sentence, lead=True) for sentence in record["verdict"]]
+    parts = [
+        paragraph(text, "alarm" if text in record["alarms"] or text.startswith(FAILED) else "lead")
+        for text in record["verdict"]
+    ]
     if record["results"]:
         below = (
             f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: of "

@@ -262,7 +262,8 @@ class SavingTrainer(Trainer):
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
             return self._train(**kwargs)
         state = read_state(checkpoint)
-        print(f"Resuming from {checkpoint}, step {state['global_step']}.", flush=True)
+        if self.args.process_index == 0:
+            print(f"Resuming from {checkpoint}, step {state['global_step']}.", flush=True)
         if not finished(state, self.args):
             return self._train(resume_from_checkpoint=checkpoint, **kwargs)
         # Stock training would do one more step where a finished run ended in mid-epoch.

@@ -112,7 +112,8 @@ def search_all(
         mine = chunks(processes.rank)
         total, first = sum(map(len, mine)), processes.rank == 0
         neighbors, done = np.empty((total, k), np.int32), 0
-        with tqdm(total=total, desc="Searching neighbours", unit="img", leave=False, disable=not first) as progress:
+        hidden = {} if first else {"disable": True}  # {}: as TQDM_DISABLE says
+        with tqdm(total=total, desc="Searching neighbours", unit="img", leave=False, **hidden) as progress:
             for rows in mine:
                 neighbors[done : done + len(rows)] = searcher(rows, k, limit)[0]
                 done += len(rows)

@@ -152,12 +152,13 @@ def embed_shards(
         device = next(backbone.model.parameters()).device
         options = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
         embedded = embed_batches(backbone, DataLoader(images, batch_sampler=batches, **options))
+        hidden = {"disable": True} if processes.rank else {}  # else as TQDM_DISABLE says
         progress = tqdm(
             total=sum(shapes[i][0] for i in mine),
             desc="Embedding for neighbours",
             unit="img",
             leave=False,
-            disable=processes.rank > 0,
+            **hidden,
         )
         with progress, contextlib.closing(embedded):
             for i in mine:

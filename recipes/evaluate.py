@@ -3,7 +3,8 @@
     python recipes/evaluate.py --teacher google/vit-base-patch16-224 --student my-student --dataset path/to/images \
         --output results.json
 
-Queries are the test split (else what --validation_size holds out of train), the bank is the un-augmented train split.
+Queries are the test split (else what was held out of train), the bank is the un-augmented train split. Unless
+--validation_size is given, the images that the student's own run held out of this dataset are held out again.
 Without labels only the agreement with the teacher is measured. A head that recipes/distill.py left in the student's
 folder brings its embeddings into the teacher's space, for the cosine. Also done at the end of recipes/distill.py.
 """
@@ -39,6 +40,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
             raise ValueError(f"--{name} is missing; see --help.")
     if Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    data.follow(models.student, models.student_revision)
     splits = data.load()
     queries = splits.test or splits.validation
     if queries is None:

@@ -4,8 +4,8 @@
 
 The graph maps `pixel_values` (batch, 3, h, w) to `embedding` (batch, d), pooling (and with --head the projection into
 the teacher's space) inside. `dynamic` quantisation suits transformers; `static`, calibrated on training images,
-convolutional networks. Figures are of the test split (else what --validation_size holds out of train), printed and
-written to export.json.
+convolutional networks. Figures are of the test split (else what --validation_size, or by default the model's own run,
+held out of train), printed and written to export.json.
 """
 
 import logging
@@ -61,6 +61,7 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     if args.head and head is None:
         raise ValueError(f"--head: there is no {HEAD_FILE} in {args.model}; leave it out.")
     student = Student(backbone, head)
+    data.follow(args.model)
     splits = data.load()
     test = splits.test or splits.validation
     if test is None:

@@ -93,7 +93,7 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
         below += f" Teacher passes beside those of training, once each: {passes}."
     text = [f"# {title}", *said, as_markdown(quality), as_markdown(costing), below, f"`{facts['command']}`"]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
-    parts = [*(paragraph(sentence, lead=True) for sentence in said), html_table(quality), image(folder / "report.png")]
+    parts = [*(paragraph(sentence, "lead") for sentence in said), html_table(quality), image(folder / "report.png")]
     parts += [heading("What it costs"), html_table(costing), paragraph(below)]
     parts += [
         heading("How it was made"),

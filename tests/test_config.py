@@ -53,6 +53,15 @@ def test_bad_yaml(tmp_path, yaml, message):
         read(tmp_path, yaml)[0].overrides()
 
 
+@pytest.mark.parametrize(
+    ("words", "report_to"), [([], []), (["--report_to", "wandb", "tensorboard"], ["wandb", "tensorboard"])]
+)
+def test_several_trackers(tmp_path, words, report_to):
+    (args,) = parse((DistillationArguments,), [f"--output_dir={tmp_path}", *words])
+    assert args.report_to == report_to
+    assert DistillationArguments(str(tmp_path), report_to="tensorboard").report_to == ["tensorboard"]
+
+
 def test_unknown_flag_suggests(tmp_path):
     with pytest.raises(ValueError, match="--batchsize is no argument"):
         parse(EVERYTHING, ["--batchsize", "3"])

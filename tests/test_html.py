@@ -29,7 +29,12 @@ class Reader(HTMLParser):
 def test_a_page_is_whole_and_fetches_nothing(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (2, 3)).save(path)
-    parts = [html.heading("A & B"), html.paragraph("<b>not bold</b>", lead=True), html.code("a <b>")]
+    parts = [
+        html.heading("A & B"),
+        html.paragraph("<b>not bold</b>", "lead"),
+        html.code("a <b>"),
+        html.paragraph("!", "alarm"),
+    ]
     parts += [html.html_table([["", "x"], ["row <1>", "2"]]), html.image(path, 'a "caption"')]
     text = html.page("Title <i>", parts)
     reader = Reader(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import coss_hf.hub as hub_module
 import tests.helpers as h
 from recipes import push as recipe
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
@@ -188,6 +189,14 @@ def test_what_cannot_be_pushed_is_said(hub, tmp_path):
     ok, failed = rest
     assert ok == "OK me/x" and "cannot be reached" in failed and f"{student} is whole" in failed
     assert "asked again at the push" in done.stderr
+
+
+def test_a_file_that_cannot_be_read_is_no_matter_of_the_network(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(hub_module._Problem, match="config.json cannot be read \\(Is a directory") as caught:
+        with hub_module._explained("me/x"):
+            (tmp_path / "config.json").read_text()
+    assert caught.value.refused
 
 
 @pytest.mark.parametrize(("words", "private"), [([], None), (["--private"], True)])

@@ -1,6 +1,7 @@
 import json
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import coss_hf.report as report
@@ -44,13 +45,13 @@ def results(student: float, key: str = "eval_knn20") -> dict:
 
 
 def test_what_is_said_of_a_run():
-    (said,) = report.said(results(0.8), [], 0)
+    (said,) = report.said(results(0.8), [], [])
     assert said.startswith("The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %")
-    (said,) = report.said(results(0.5), [], 0)
+    (said,) = report.said(results(0.5), [], [])
     assert said.startswith("It did not help: the student is no better than at random weights: k-NN 20")
-    (said,) = report.said(results(0.8, "eval_overlap10"), [], 0)
+    (said,) = report.said(results(0.8, "eval_overlap10"), [], [])
     assert said.endswith("in common with its teacher 80.0 %, at random weights 50.0 %.")
-    assert report.said({}, [], 0) == []
+    assert report.said({}, [], []) == []
     panel = {
         "images_seen": 0,
         "eval_overlap10": 0.1,
@@ -59,12 +60,34 @@ def test_what_is_said_of_a_run():
         "eval_duplicates": 0,
     }
     panel |= {"eval_teacher_effective_rank": 10, "eval_teacher_duplicates": 0}
-    flat = report.said(results(0.8), [panel, dict(panel)], 100)
-    assert len(flat) == 2 and flat[1].startswith("The student does not come closer")
+    assert report.said({}, [], ["alarm"]) == ["alarm"]
+    flat = report.said(results(0.8), [panel, dict(panel)], ["alarm"])
+    assert len(flat) == 2 and flat[1] == "alarm"
     assert flat[0].startswith("The student is better than at random weights, but something is wrong")
     # Better than at random weights, worse than its own that it started from.
     history = [panel | {"eval_knn20": 0.85}, panel | {"eval_overlap10": 0.3, "eval_knn20": 0.8}]
-    (said,) = report.said(results(0.8), history, 100)
+    (said,) = report.said(results(0.8), history, [])
     assert said.startswith("It did not help: on the images watched") and "(80.0 %, before 85.0 %)" in said
-    (said,) = report.said(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], 100)
+    (said,) = report.said(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], [])
     assert said.startswith("The student has learnt from its teacher")
+
+
+@pytest.mark.parametrize(
+    ("environment", "launcher"),
+    [
+        ({}, "python"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"},
+            "accelerate launch --num_processes 2 --mixed_precision bf16",
+        ),
+    ],
+)
+def test_the_command_says_how_it_was_launched(monkeypatch, environment, launcher):
+    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(report, "LAUNCHED", "ACCELERATE_MIXED_PRECISION" in environment)
+    monkeypatch.setattr("sys.argv", ["recipes/distill.py", "--hub_token", "secret", "--seed=1"])
+    assert report.command() == f"{launcher} recipes/distill.py --hub_token '***' --seed=1"

@@ -125,6 +125,27 @@ def test_no_images_to_test_on(tmp_path, image_folder, monkeypatch, capsys):
     assert "eval_knn10" in call(monkeypatch, **options, validation_size=12)["random"]
 
 
+def test_what_the_students_run_held_out_is_held_out_again(tmp_path, image_folder, monkeypatch, caplog):
+    network, dataset = h.save_resnet(tmp_path / "network"), str(image_folder / "train")
+    options = {"teacher": network, "student": network, "dataset": dataset, "output": tmp_path / "f.json"}
+    given, measured = {"dataset": dataset, "dataset_name": None, "train_split": None}, []
+
+    class Spy(evaluate.Evaluator):
+        def __init__(self, teacher, queries, *args, bank, **kwargs):
+            measured.append(set(queries["image_hash"]) & set(bank["image_hash"]) or len(queries))
+            super().__init__(teacher, queries, *args, bank=bank, **kwargs)
+
+    monkeypatch.setattr(evaluate, "Evaluator", Spy)
+    for size, words in ((9, {}), (9, {"validation_size": 12})):
+        record = {"arguments": given | {"validation_size": size}}
+        (tmp_path / "network" / "run.json").write_text(json.dumps(record))
+        call(monkeypatch, **options, **words)
+    assert measured == [9, 12] and "was trained with 9" in caplog.text
+    (tmp_path / "network" / "run.json").write_text(json.dumps({"arguments": given | {"dataset": "another"}}))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, **options)
+
+
 def test_a_head_of_another_kind(tmp_path):
     save_file({"layers.0.weight": torch.zeros(2, 2)}, tmp_path / "head.safetensors")
     with pytest.raises(ValueError, match="layers.0.weight"):
