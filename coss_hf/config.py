@@ -16,6 +16,7 @@ from coss_hf.loading import DTYPES, INITS, load_backbone
 from coss_hf.losses import LOSSES, SEPARABLE
 from coss_hf.losses.combination import Method, parse_methods
 from coss_hf.modeling import HEADS, file_beside
+from coss_hf.schedule import RunLength
 from coss_hf.search_options import SearchOptions
 from coss_hf.views import AUGMENTATIONS
 
@@ -326,3 +327,20 @@ class DistillationArguments(TrainingArguments):
     def images_per_batch(self) -> int:
         """Images of one forward pass over all processes, neighbours included."""
         return self.per_device_train_batch_size * self.world_size * (1 + self.neighbors_k)
+
+    def run_length(self, images: int) -> RunLength:
+        """Length of an epoch over ``images`` training images.
+
+        Raises:
+            ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
+        """
+        anchors = self.images_per_step // (1 + self.neighbors_k)
+        if images < anchors:
+            raise ValueError(
+                f"--per_device_train_batch_size={self.per_device_train_batch_size}: a step takes {anchors} anchors, "
+                f"the training split has {images} images; use a smaller batch or more images."
+            )
+        if self.num_images is not None and self.num_images < self.images_per_step:
+            raise ValueError(f"--num_images={self.num_images} is less than one step of {self.images_per_step} images.")
+        batches = images // (self.per_device_train_batch_size * self.world_size)
+        return RunLength(batches, self.gradient_accumulation_steps, self.images_per_batch)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import TimmWrapperImageProcessor
 
 from coss_hf.evaluation import knn_accuracy, neighbor_overlap
 from coss_hf.evaluation.knn import unit
-from coss_hf.preprocessing import first_line
+from coss_hf.preprocessing import first_line, from_timm
 from coss_hf.student import Student
 
 QUANTIZATIONS = ("none", "dynamic", "static")
@@ -220,7 +219,7 @@ def export(
         for batch_size in (1, 64):
             for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
                 results[name][f"batch_{batch_size}"] = times
-        if isinstance(student.backbone.processor, TimmWrapperImageProcessor):  # kept in the configuration
+        if from_timm(student.backbone.processor):  # kept in the configuration
             student.model.config.to_json_file(staged / "config.json")
         else:
             student.backbone.processor.save_pretrained(staged)

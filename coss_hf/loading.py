@@ -10,13 +10,13 @@ import torch
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel, TimmWrapperImageProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as hf_logging
 
 from coss_hf.backbones import Backbone, backbone_classes
 from coss_hf.models import CIFAR_NETWORKS, cifar_config
-from coss_hf.preprocessing import first_line, flag
+from coss_hf.preprocessing import first_line, flag, from_timm
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def load_backbone(
         interpolate_pos_encoding=interpolate_pos_encoding,
         argument=argument,
     )
-    if isinstance(backbone.processor, TimmWrapperImageProcessor):
+    if from_timm(backbone.processor):
         # timm's are saved with the network, not beside it.
         own = getattr(model.config, "pretrained_cfg", None) or {}
         model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
@@ -321,6 +321,8 @@ def find_processor(
     if timm_model is not None:
         # In the network's configuration; before it is saved for the first time, in timm.
         settings = getattr(model.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+        from transformers import TimmWrapperImageProcessor  # imports timm
+
         return TimmWrapperImageProcessor(settings, architecture=model.config.architecture)
     try:
         if not name or _is_architecture(name):

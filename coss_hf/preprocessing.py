@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
-from transformers import TimmWrapperImageProcessor
 
 # Two shapes that a processor must bring to one size: otherwise images cannot be stacked.
 _PROBES = ((300, 200), (200, 300))
@@ -16,6 +15,11 @@ _PROBES = ((300, 200), (200, 300))
 def flag(argument: str, option: str = "") -> str:
     """How errors name a network or an option of it: ``--teacher_size`` on the command line, ``size`` in a call."""
     return f"--{argument}_{option}".rstrip("_") if argument else option or "model"
+
+
+def from_timm(processor) -> bool:
+    """Told by name: importing the class imports timm, a second of every run without it."""
+    return type(processor).__name__ == "TimmWrapperImageProcessor"
 
 
 def first_line(error: Exception) -> str:
@@ -92,7 +96,7 @@ class Preprocessing:
         self._slope = ((white - black) / 255).float().reshape(1, 3, 1, 1)
         self._offset = black.float().reshape(1, 3, 1, 1)
         self._flip = bool((red[2] - black[2]).abs() > (red[0] - black[0]).abs())
-        if isinstance(self.processor, TimmWrapperImageProcessor):  # cannot leave resize and crop out
+        if from_timm(self.processor):  # cannot leave resize and crop out
             image, options = _plain((200, 100, 50), self.size), {}
         else:
             image, options = _noise(self.size[1], self.size[0]), {"do_resize": False, "do_center_crop": False}
@@ -115,7 +119,7 @@ def _noise(width: int, height: int) -> Image.Image:
 
 def _resized(processor, size: int):
     """A copy of ``processor`` whose output is ``size`` x ``size``, its resize-to-crop proportion kept."""
-    if isinstance(processor, TimmWrapperImageProcessor):
+    if from_timm(processor):
         config = {**processor.data_config, "input_size": (3, size, size)}
         return type(processor)(pretrained_cfg=config, architecture=processor.architecture)
     processor = copy.deepcopy(processor)

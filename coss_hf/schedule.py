@@ -5,8 +5,6 @@ from typing import NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from coss_hf.config import DistillationArguments
-
 
 class RunLength(NamedTuple):
     """Counts images, neighbours included, exactly: the last step of an epoch may accumulate fewer batches.
@@ -45,24 +43,6 @@ def milestone_schedule(optimizer, drops: list[int], gamma: float, warmup: int) -
         return rising * gamma ** sum(step >= drop for drop in drops)
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def run_length(args: DistillationArguments, images: int) -> RunLength:
-    """Length of an epoch over ``images`` training images.
-
-    Raises:
-        ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
-    """
-    anchors = args.images_per_step // (1 + args.neighbors_k)
-    if images < anchors:
-        raise ValueError(
-            f"--per_device_train_batch_size={args.per_device_train_batch_size}: a step takes {anchors} anchors, the "
-            f"training split has {images} images; use a smaller batch or more images."
-        )
-    if args.num_images is not None and args.num_images < args.images_per_step:
-        raise ValueError(f"--num_images={args.num_images} is less than one step of {args.images_per_step} images.")
-    batches = images // (args.per_device_train_batch_size * args.world_size)
-    return RunLength(batches, args.gradient_accumulation_steps, args.images_per_batch)
 
 
 class EpochCallback(TrainerCallback):

@@ -32,7 +32,7 @@ from coss_hf.modeling import DistillationModel
 from coss_hf.panel import Watch
 from coss_hf.pretraining import pretrain
 from coss_hf.publishing import PublishingTrainer
-from coss_hf.schedule import EpochCallback, milestone_schedule, run_length
+from coss_hf.schedule import EpochCallback, milestone_schedule
 from coss_hf.tracking import WandbTracker
 from coss_hf.views import ViewDataset, collate_views
 
@@ -67,7 +67,7 @@ class DistillationTrainer(PublishingTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
-        self.length = run_length(args, len(train_dataset))
+        self.length = args.run_length(len(train_dataset))
         if args.num_images is not None:
             args.max_steps = self.length.steps_for(args.num_images)
         self.teacher = teacher.freeze()

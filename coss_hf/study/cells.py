@@ -18,7 +18,6 @@ from coss_hf.evaluation.evaluator import Evaluator, random_weights
 from coss_hf.images import ImageSplits
 from coss_hf.neighbors import nearest_neighbors
 from coss_hf.pretraining import pretraining_images
-from coss_hf.schedule import run_length
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
@@ -108,7 +107,7 @@ def _arguments(cell: Cell, setting: Setting, folder: Path, images: int) -> Disti
         fixed["per_device_train_batch_size"] = cell.anchors
     args = DistillationArguments(**given, **(quiet | setting.training | fixed))
     if setting.milestones:
-        length = run_length(args, images)
+        length = args.run_length(images)
         epochs = cell.num_images / length.images_after(length.steps_per_epoch)
         args.lr_milestones = [share * epochs for share in setting.milestones]
     return args
