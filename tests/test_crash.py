@@ -71,27 +71,28 @@ def wait_for(process, found):
 
 
 def wait_for_checkpoint(process, output):
-    wait_for(process, lambda: any(output.glob("checkpoint-*")))
+    wait_for(process, lambda: newest(output))
+
+
+def newest(output) -> int:
+    return max((int(folder.name[11:]) for folder in output.glob("checkpoint-*")), default=0)
 
 
 def kill_and_resume(world, output, seed, *set_up):
+    before = newest(output)
     process = start(world, output, *set_up)
-    wait_for_checkpoint(process, output)
+    wait_for(process, lambda: newest(output) > before)
     time.sleep(random.Random(seed).uniform(0, 1.0))
     end(process, signal.SIGKILL)
-    process.communicate()
+    out, _ = process.communicate()
+    assert not before or f"step {before}." in out
     # A half-written folder must be passed over, wherever the kill fell.
-    newest = max(int(folder.name[11:]) for folder in output.glob("checkpoint-*"))
-    (output / f"unfinished-checkpoint-{newest + 1}").mkdir()
+    step = newest(output)
+    (output / f"unfinished-checkpoint-{step + 1}").mkdir()
     out, student = finish(world, output, *set_up)
-    assert "Resuming from" in out and f"step {newest}." in out
+    assert "Resuming from" in out and f"step {step}." in out
     assert not list(output.glob("unfinished-*"))
     h.assert_same(student, uninterrupted(world, *set_up))
-
-
-@pytest.mark.parametrize("set_up", SET_UPS)
-def test_sigkill_then_the_same_command(world, tmp_path, set_up):
-    kill_and_resume(world, tmp_path / "run", sum(set_up), *set_up)
 
 
 @pytest.mark.slow
@@ -164,7 +165,7 @@ def test_what_a_killed_launcher_leaves_ends_before_the_next_run_begins(world, tm
 
 
 @pytest.mark.parametrize("set_up", SET_UPS)
-def test_sigterm_saves_the_step_and_ends_with_143(world, tmp_path, set_up):
+def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, set_up):
     output = tmp_path / "run"
     process = start(world, output, *set_up)
     wait_for_checkpoint(process, output)
@@ -175,12 +176,10 @@ def test_sigterm_saves_the_step_and_ends_with_143(world, tmp_path, set_up):
     else:
         assert process.returncode not in (0, 143), "the launcher has a code of its own"
         assert "exitcode  : 143" in err or "SIGTERM" in err or "Signal 15" in err
-    newest = max((folder for folder in output.glob("checkpoint-*")), key=lambda folder: int(folder.name[11:]))
-    step = json.loads((newest / "trainer_state.json").read_text())["global_step"]
+    step = newest(output)
+    assert json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
     assert 4 <= step < STEPS and not (output / "model.safetensors").exists()
-    resumed, student = finish(world, output, *set_up)
-    assert f"step {step}." in resumed
-    h.assert_same(student, uninterrupted(world, *set_up))
+    kill_and_resume(world, output, sum(set_up), *set_up)
 
 
 @contextlib.contextmanager
