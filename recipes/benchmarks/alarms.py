@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--num_images", type=int, default=12_800)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", help="JSON file")
     options = parser.parse_args()
@@ -83,7 +84,7 @@ def main() -> None:
     result = {"command": command(), "versions": versions()}
     if torch.cuda.is_available():
         result["gpu"] = torch.cuda.get_device_name()
-    result |= {name: run(name, options, splits) for name in RUNS}
+    result |= {name: run(name, options, splits) for name in options.runs}
     print(json.dumps(result, indent=2))
     if options.output:
         write_json(options.output, result)
