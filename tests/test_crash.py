@@ -111,16 +111,9 @@ def kill_and_finish(world, output, process, *set_up, argv=()):
     return out
 
 
-def test_sigkill_in_the_final_save(world, tmp_path):
-    output = tmp_path / "run"
-    process = start(world, output, 1, 2)
-    wait_for(process, lambda: any(output.glob("*.json")) or any(output.glob("model*")))
-    kill_and_finish(world, output, process, 1, 2)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("set_up", EVERY_SET_UP)
-def test_sigkill_in_the_final_save_in_every_set_up(world, tmp_path, set_up):
+def test_sigkill_in_the_final_save(world, tmp_path, set_up):
     output = tmp_path / "run"
     process = start(world, output, *set_up)
     wait_for(process, lambda: any(output.glob("*.json")) or any(output.glob("model*")))
