@@ -225,7 +225,7 @@ class DistillationTrainer(PublishingTrainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Only where it is logged: it is the largest part of what a step costs beyond that of a bare loop."""
+        """Only where it is logged: it is a pass over all parameters."""
         step, every = self.state.global_step + 1, self.args.logging_strategy == IntervalStrategy.STEPS
         if every and step % self.state.logging_steps and not (step == 1 and self.args.logging_first_step):
             return grad_norm

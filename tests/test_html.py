@@ -37,6 +37,7 @@ def test_a_page_is_whole_and_fetches_nothing(tmp_path):
     ]
     parts += [html.html_table([["", "x"], ["row <1>", "2"]]), html.image(path, 'a "caption"')]
     text = html.page("Title <i>", parts)
+    assert "<p class=lead>" in text and "<p class=alarm>!</p>" in text and "p.alarm {" in text
     reader = Reader(text)
     assert {"b", "i", "script", "link"}.isdisjoint(reader.tags)
     assert all(word in reader.text for word in ("Title <i>", "A & B", "<b>not bold</b>", "row <1>", "a <b>"))

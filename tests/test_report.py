@@ -91,3 +91,13 @@ def test_the_command_says_how_it_was_launched(monkeypatch, environment, launcher
     monkeypatch.setattr(report, "LAUNCHED", "ACCELERATE_MIXED_PRECISION" in environment)
     monkeypatch.setattr("sys.argv", ["recipes/distill.py", "--hub_token", "secret", "--seed=1"])
     assert report.command() == f"{launcher} recipes/distill.py --hub_token '***' --seed=1"
+
+
+def test_only_good_news_looks_like_it(tmp_path):
+    trainer = SimpleNamespace(identity=lambda: {})
+    record = {"results": {}, "images_seen": 8, "teacher": "t", "student": "s", "versions": {}, "arguments": {}}
+    record |= {"command": "c", "verdict": ["learnt", f"{report.FAILED}: x", "fell"], "alarms": ["fell"]}
+    report.write_page(tmp_path, trainer, record)
+    text = (tmp_path / "report.html").read_text()
+    assert "<p class=lead>learnt" in text
+    assert f"<p class=alarm>{report.FAILED}" in text and "<p class=alarm>fell" in text
