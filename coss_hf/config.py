@@ -258,6 +258,8 @@ class DistillationArguments(TrainingArguments):
     def __post_init__(self):
         # Decided where the images are known: as often as EVAL_IMAGES says, and not at all without held-out images.
         self.watched = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps
+        if self.accelerator_config is None and torch.cuda.is_available() and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}  # else each step waits for the one before
         super().__post_init__()
         if self.watched:
             self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))

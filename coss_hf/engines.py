@@ -13,13 +13,16 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from coss_hf.distributed import world_size
 
+GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile, that record CUDA graphs
+
 
 def check_engine(args: TrainingArguments) -> None:
     """Refuses settings under which a run would silently be another one, or leave no student.
 
     Raises:
         ValueError: several GPUs in one process, processes that do not know of each other, FSDP on a CPU (accelerate
-            would run DDP) or with settings that do not work here, batch norm that cannot be synchronised.
+            would run DDP) or with settings that do not work here, batch norm that cannot be synchronised, CUDA graphs
+            with accumulated gradients.
     """
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` to use them.")
@@ -33,6 +36,11 @@ def check_engine(args: TrainingArguments) -> None:
             f"silently not be used: launch with accelerate_configs/cpu.yaml instead."
         )
     check_processes(args)
+    if args.torch_compile_mode in GRAPH_MODES and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"--torch_compile_mode={args.torch_compile_mode} writes all gradients into the same memory, where "
+            f"--gradient_accumulation_steps={args.gradient_accumulation_steps} adds them up: leave one of them out."
+        )
     if not fsdp:
         return
     if args.channels_last:

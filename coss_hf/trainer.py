@@ -99,7 +99,10 @@ class DistillationTrainer(PublishingTrainer):
             self.add_callback(WandbTracker(self))
         self.teacher.model.to(args.device)
         if args.torch_compile:
-            self.teacher.model.compile()
+            for backbone in (student, teacher):
+                backbone.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=args.device))  # not compiled twice
+            options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+            self._teacher_features = torch.compile(self._teacher_features, **options)
         if self.is_fsdp_enabled:
             # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
@@ -154,6 +157,8 @@ class DistillationTrainer(PublishingTrainer):
         views = inputs["pixel_values"]
         if self._clock is None:
             self._clock = time.perf_counter(), self.images_seen
+        if self.args.torch_compile:
+            torch.compiler.cudagraph_mark_step_begin()  # else the student's graph takes the teacher's memory
         exact = "rest" in inputs
         teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
         outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
@@ -162,7 +167,8 @@ class DistillationTrainer(PublishingTrainer):
             if name != "loss":
                 self._parts[name] = self._parts.get(name, 0) + value.detach()
         self._parts_steps += 1
-        self._suspects.append((self.state.global_step + 1, loss.detach(), inputs["index"], finite))
+        # Copies: a graph on a GPU writes its output into the same memory at each step.
+        self._suspects.append((self.state.global_step + 1, loss.detach().clone(), inputs["index"], finite.clone()))
         if loss.device.type == "cpu":
             self._stop_if_not_finite()
         if exact and model.training:
@@ -173,8 +179,11 @@ class DistillationTrainer(PublishingTrainer):
     def embed_teacher(self, views: Tensor) -> Features:
         """Its features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
         with self.accelerator.autocast():
-            dtype = next(self.teacher.model.parameters()).dtype
-            return self.teacher.features(self.teacher.normalize(views).to(dtype))
+            return self._teacher_features(views)
+
+    def _teacher_features(self, views: Tensor) -> Features:
+        dtype = next(self.teacher.model.parameters()).dtype
+        return self.teacher.features(self.teacher.normalize(views).to(dtype))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)

@@ -1,7 +1,5 @@
 """The paper's tables on a dataset of yours: pairs x methods x scales of the loss, and fresh seeds for the report.
 
-    python recipes/reproduce.py --table 1 --dataset path/to/cifar --output_dir table1
-
     python recipes/reproduce.py --table 1 --dataset ../shared/data/cifar10 --pairs resnet20/resnet56 \
         --teacher runs/teacher-resnet56 --scales 0.5 1 4 --finalists 4 --budget 0.005 --jobs 2 --use_cpu \
         --output_dir runs/table1
@@ -27,6 +25,10 @@ from coss_hf.study.cells import Setting, load
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
 
+# Of teachers, too.
+ENGINE = ("use_cpu", "bf16", "torch_compile", "torch_compile_mode")
+ENGINE += ("dataloader_num_workers", "dataloader_persistent_workers")
+
 
 @dataclass
 class ReproduceArguments:
@@ -50,6 +52,10 @@ class ReproduceArguments:
     bf16: bool = field(default=False, metadata={"help": "Autocast in training; evaluation is in float32."})
     channels_last: bool = field(default=False, metadata={"help": "Memory layout; quicker on most machines."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile both networks."})
+    torch_compile_mode: str | None = field(default=None, metadata={"help": "On a GPU reduce-overhead is the quickest."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes of each cell that make its views."})
+    dataloader_persistent_workers: bool = field(default=False, metadata={"help": "Keep them from epoch to epoch."})
+    save_steps: int = field(default=500, metadata={"help": "Steps between a cell's checkpoints."})
 
 
 def check(args: ReproduceArguments, data: DataArguments) -> None:
@@ -61,7 +67,7 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
         for name in given:
             if name not in known:
                 raise ValueError(f"--{flag}={name!r} is not in table {args.table}: choose among {', '.join(known)}.")
-    for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size"):
+    for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag}={value} must be above 0.")
     if not args.scales or min(args.scales) <= 0:
@@ -84,7 +90,7 @@ def find_teacher(pair: str, args: ReproduceArguments, data: DataArguments) -> st
         given |= {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if getattr(data, f.name) != f.default}
         words = [f"--{key}={value}" for key, value in given.items()]
         words += ["--lr_milestones", *(str(args.teacher_epochs * drop // paper.EPOCHS) for drop in paper.MILESTONES)]
-        words += ["--overwrite_output_dir"] + ["--use_cpu"] * args.use_cpu
+        words += ["--overwrite_output_dir", *(f"--{name}={value}" for name in ENGINE if (value := getattr(args, name)))]
         recipe = Path(__file__).with_name("train_teacher.py")
         if code := subprocess.run([sys.executable, str(recipe), *words]).returncode:
             raise SystemExit(code)
@@ -115,8 +121,7 @@ def main() -> None:
         models = {pair: ModelArguments(student=paper.PAIRS[pair][0], student_init="random") for pair in args.pairs}
         for pair, one in models.items():
             one.teacher = find_teacher(pair, args, data)
-        engine = ("use_cpu", "bf16", "channels_last", "torch_compile")
-        training = paper.TRAINING | {name: getattr(args, name) for name in engine}
+        training = paper.TRAINING | {name: getattr(args, name) for name in (*ENGINE, "channels_last", "save_steps")}
         training["per_device_train_batch_size"] = args.batch_size
         setting = Setting(data, models, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
         header = {"table": args.table, "command": command()}

@@ -21,7 +21,15 @@ def losses(trainer) -> list[float]:
 
 
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
-@pytest.mark.parametrize("precision", [{"bf16": True}, {"fp16": True}, {"bf16": True, "torch_compile": True}])
+@pytest.mark.parametrize(
+    "precision",
+    [
+        {"bf16": True},
+        {"fp16": True},
+        {"bf16": True, "torch_compile": True},
+        {"bf16": True, "torch_compile": True, "torch_compile_mode": "reduce-overhead"},
+    ],
+)
 def test_mixed_precision(tmp_path, image_parquet, networks, kind, precision):
     options = {"use_cpu": False, "max_steps": 12, "logging_steps": 4, "learning_rate": 0.002}
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, kind), **options, **precision)

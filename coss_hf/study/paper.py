@@ -31,7 +31,6 @@ TRAINING = {
     "weight_decay": 5e-4,
     "per_device_train_batch_size": 128,
     "save_strategy": "steps",
-    "save_steps": 500,
 }
 # Top-1 in %, CIFAR-100 (the lossless original), 240 epochs, the best of the scales on test images.
 PUBLISHED = {
