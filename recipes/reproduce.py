@@ -52,7 +52,7 @@ class ReproduceArguments:
     bf16: bool = field(default=False, metadata={"help": "Autocast in training; evaluation is in float32."})
     channels_last: bool = field(default=False, metadata={"help": "Memory layout; quicker on most machines."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile both networks."})
-    torch_compile_mode: str | None = field(default=None, metadata={"help": "On a GPU reduce-overhead is the quickest."})
+    torch_compile_mode: str | None = field(default=None, metadata={"help": "reduce-overhead: CUDA graphs."})
     dataloader_num_workers: int = field(default=0, metadata={"help": "Processes of each cell that make its views."})
     dataloader_persistent_workers: bool = field(default=False, metadata={"help": "Keep them from epoch to epoch."})
     save_steps: int = field(default=500, metadata={"help": "Steps between a cell's checkpoints."})
