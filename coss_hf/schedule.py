@@ -46,10 +46,15 @@ def milestone_schedule(optimizer, drops: list[int], gamma: float, warmup: int) -
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the dataset the epoch: accelerate's own call reaches it at one process only, and not after a resume."""
+    """Tells the dataset the epoch: accelerate's own call reaches it at one process only, and not after a resume. Has it
+    keep its images, if it can, where they are seen more than once."""
 
     def __init__(self, dataset):
         self.dataset = dataset
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.num_train_epochs > 1:
+            self.dataset.keep_images()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch or 0))

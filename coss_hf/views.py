@@ -1,6 +1,7 @@
 """Views of images for training: augmentation, each anchor's group with its neighbours, collation."""
 
 import struct
+from collections.abc import Iterator
 from hashlib import blake2b
 
 import datasets
@@ -15,6 +16,7 @@ from coss_hf.decoding import decode
 from coss_hf.images import image_rows
 
 AUGMENTATIONS = ("none", "cifar", "imagenet", "moco")
+KEPT_BYTES = 2**29  # of images, cut to size, that are kept in memory
 DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
 
 
@@ -28,6 +30,24 @@ class Fit(torch.nn.Module):
 
     def forward(self, image: Image.Image) -> Image.Image:
         return image if image.size == (self.size, self.size) else self.crop(image)
+
+
+class CropAndFlip(torch.nn.Module):
+    """`v2.RandomCrop` with zero padding and `v2.RandomHorizontalFlip` of a tensor (3, h, w), draw for draw, in part of
+    the time that they take for so small an image."""
+
+    def __init__(self, padding: int):
+        super().__init__()
+        self.padding = padding
+
+    def extra_repr(self) -> str:
+        return f"padding={self.padding}"
+
+    def forward(self, image: Tensor) -> Tensor:
+        if p := self.padding:
+            top, left = (int(torch.randint(0, 2 * p + 1, ())) for _ in range(2))
+            image = torch.nn.functional.pad(image, [p] * 4)[:, top:, left:][:, : image.shape[1], : image.shape[2]]
+        return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
 class SeparableBlur(v2.GaussianBlur):
@@ -57,7 +77,7 @@ def augmentation(name: str, size: int) -> v2.Transform:
     if name == "none":
         return v2.Compose([Fit(size), to_tensor])
     if name == "cifar":
-        return v2.Compose([Fit(size), v2.RandomCrop(size, padding=size // 8), flip, to_tensor])
+        return v2.Compose([Fit(size), to_tensor, CropAndFlip(size // 8)])
     if name == "imagenet":
         return v2.Compose([to_tensor, v2.RandomResizedCrop(size), flip])
     # Colours on the PIL image: faster, and no sum whose rounding depends on the number of threads.
@@ -101,6 +121,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self._hashes = dataset.select_columns("image_hash")
         self.image_column = image_column
         self.size, self.seed = size, seed
+        self._kept: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.use_neighbors(neighbors, k)
 
@@ -111,6 +132,18 @@ class ViewDataset(torch.utils.data.Dataset):
         self.neighbors, self.k = neighbors if k else None, k
         if k:
             self._check_neighbors()
+
+    def keep_images(self) -> bool:
+        """Decodes all images once and holds them in memory, uint8 (n, 3, size, size), where nothing is drawn before
+        they have that size, and they are not too many. Views stay the same. Returns whether it did."""
+        transforms = self.augment.transforms
+        if isinstance(transforms[0], Fit) and len(self) * 3 * self.size**2 <= KEPT_BYTES:
+            fit, to_tensor, *_ = transforms
+            self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+            records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
+            for kept, record in zip(self._kept, records):
+                kept.copy_(to_tensor(fit(decode(record))))
+        return self._kept is not None
 
     def _check_neighbors(self):
         n, shape = len(self.rows), None if self.neighbors is None else self.neighbors.shape
@@ -160,11 +193,11 @@ class ViewDataset(torch.utils.data.Dataset):
         """One item an anchor: `pixel_values` uint8 (1+k, 3, size, size) and `index` int64 (1+k,), the anchor first."""
         epoch = self.epoch
         groups = [self._group(anchor, epoch) for anchor in anchors]
-        records = iter(self.rows[[index for group in groups for index in group]][self.image_column])
+        images = self._images([index for group in groups for index in group])
         items = []
         with torch.random.fork_rng(devices=[]):
             for anchor, group in zip(anchors, groups, strict=True):
-                views = [self._view(next(records), epoch, anchor, slot) for slot in range(len(group))]
+                views = [self._view(next(images), epoch, anchor, slot) for slot in range(len(group))]
                 items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
         return items
 
@@ -178,7 +211,7 @@ class ViewDataset(torch.utils.data.Dataset):
         epoch = self.epoch if epoch is None else epoch
         index = self._group(anchor, epoch)[slot]
         with torch.random.fork_rng(devices=[]):
-            return self._view(self.rows[index][self.image_column], epoch, anchor, slot), index
+            return self._view(next(self._images([index])), epoch, anchor, slot), index
 
     def _group(self, anchor: int, epoch: int) -> list[int]:
         if not 0 <= anchor < len(self.rows):
@@ -192,10 +225,19 @@ class ViewDataset(torch.utils.data.Dataset):
         generator = np.random.default_rng(self._key(epoch, anchor, DRAW))
         return [int(anchor), *generator.choice(pool, self.k, replace=len(pool) < self.k).tolist()]
 
-    def _view(self, record: dict, epoch: int, anchor: int, slot: int) -> Tensor:
+    def _images(self, indices: list[int]) -> Iterator[Image.Image | Tensor]:
+        if self._kept is not None:
+            return iter(self._kept[indices])
+        return map(decode, self.rows[indices][self.image_column])
+
+    def _view(self, image: Image.Image | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
         # Not torch.manual_seed, which would reseed the accelerators' generators as well.
         torch.default_generator.manual_seed(self._key(epoch, anchor, slot))
-        return self.augment(decode(record))
+        if isinstance(image, Image.Image):
+            return self.augment(image)
+        for transform in self.augment.transforms[2:]:
+            image = transform(image)
+        return image
 
     def _key(self, epoch: int, anchor: int, slot: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""

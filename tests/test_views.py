@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from coss_hf.images import ProcessedImages
-from coss_hf.views import AUGMENTATIONS, SeparableBlur, ViewDataset, augmentation, collate_views
+from coss_hf.views import AUGMENTATIONS, Fit, SeparableBlur, ViewDataset, augmentation, collate_views
 
 N, SIZE = 12, 32
 NEIGHBORS = np.array([[(i + j) % N for j in range(1, 7)] for i in range(N)], np.int32)
@@ -87,6 +88,36 @@ def test_separable_blur_equals_torchvisions():
     separable, params = SeparableBlur(9, (0.1, 2.0)), {"sigma": [1.7, 1.7]}
     difference = separable.transform(image, params).int() - F.gaussian_blur(image, [9, 9], [1.7, 1.7]).int()
     assert difference.abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [32, 7])
+def test_cifar_draws_as_torchvision_does(size):
+    theirs = v2.Compose([Fit(size), v2.RandomCrop(size, size // 8), v2.RandomHorizontalFlip(), v2.PILToTensor()])
+    ours = augmentation("cifar", size)
+    for seed in range(200):
+        drawn = []
+        for augment in (theirs, ours):
+            torch.manual_seed(seed)
+            drawn.append(augment(photo(seed)))
+        assert torch.equal(*drawn), seed
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_kept_images_give_the_same_views(rows, name):
+    plain, keeping = views(rows, name), views(rows, name)
+    assert keeping.keep_images() == (name in ("none", "cifar"))
+    for epoch in (0, 1):
+        plain.set_epoch(epoch), keeping.set_epoch(epoch)
+        for workers in (0, 2):
+            expected, found = load(plain), load(keeping, num_workers=workers)
+            assert torch.equal(expected["pixel_values"], found["pixel_values"])
+            assert torch.equal(expected["index"], found["index"])
+    assert torch.equal(plain.view(3, 1)[0], keeping.view(3, 1)[0])
+
+
+def test_too_many_images_are_not_kept(rows, monkeypatch):
+    monkeypatch.setattr("coss_hf.views.KEPT_BYTES", N * 3 * SIZE**2 - 1)
+    assert not views(rows, "cifar").keep_images()
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

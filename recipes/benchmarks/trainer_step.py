@@ -57,6 +57,9 @@ class InMemory(torch.utils.data.Dataset):
     def set_epoch(self, epoch):
         pass
 
+    def keep_images(self):
+        pass
+
     def identity(self):
         return {}
 
