@@ -116,7 +116,7 @@ class ViewDataset(torch.utils.data.Dataset):
         neighbors: np.ndarray | None = None,
         k: int = 0,
     ):
-        self.augment = augmentation(augmentation_name, size)
+        self.augment, self.augmentation_name = augmentation(augmentation_name, size), augmentation_name
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self._hashes = dataset.select_columns("image_hash")
         self.image_column = image_column
@@ -169,7 +169,7 @@ class ViewDataset(torch.utils.data.Dataset):
         hashes = self._hashes.with_format("numpy")[:]["image_hash"]
         return {
             "--dataset": _digest(hashes),
-            "--augmentation": str(self.augment),
+            "--augmentation": self.augmentation_name,
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
