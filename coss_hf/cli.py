@@ -97,7 +97,9 @@ def _method(entry: str | dict) -> str:
     """``{name: rkd, beta: 2}`` as ``rkd(beta=2)``."""
     if not isinstance(entry, dict):
         return str(entry)
-    return f"{entry.get('name')}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
+    if "name" not in entry:
+        raise ValueError(f"method: {entry} names no method; write {{name: rkd, beta: 2}}.")
+    return f"{entry['name']}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
 
 
 def to_dict(*parsed) -> dict:

@@ -53,7 +53,9 @@ def pretrain(trainer) -> None:
         if world_size() > 1:
             for tensor in part.paraphraser.state_dict().values():
                 dist.broadcast(tensor, 0)
-        logger.info("Paraphraser trained on %d batches, reconstruction error %.4f", part.pretraining_steps, error)
+        logger.info(
+            "Paraphraser trained on %d batches, reconstruction error %.4f", part.pretraining_steps, error.detach()
+        )
 
 
 def _groups(trainer) -> int:

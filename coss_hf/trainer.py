@@ -116,7 +116,7 @@ class DistillationTrainer(PublishingTrainer):
 
     def collect(self) -> None:
         """Makes ``student`` and ``project`` the same on every process; all of them must call."""
-        same_buffers(self._unwrapped)
+        same_buffers(self._unwrapped.student)
         if is_sharded(self.model):
             gather(self._unwrapped, self._standby)
 

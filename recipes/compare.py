@@ -5,10 +5,10 @@
 
 Every method runs with the same seeds, from the same initial weights, on as many images as --hours allow (or
 --num_images). Controls run with them: random weights, the student's own if it has any, cosine alone
-(lambda_ss=0), CoSS without neighbours. Where the
-images have labels methods are ranked by linear evaluation, else by the overlap of neighbours with the teacher's, on
-test images (or --validation_size held-out ones). Flags are those of recipes/distill.py. The same command goes on where
-it stopped.
+(lambda_ss=0), CoSS without neighbours. Where the images have labels methods are ranked by linear evaluation, else by
+the overlap of neighbours with the teacher's, on held-out images (--validation_size): a method is chosen here, and what
+is chosen on test images cannot be believed of them. Flags are those of recipes/distill.py. The same command goes on
+where it stopped.
 """
 
 import logging
@@ -42,7 +42,10 @@ def check(args: CompareArguments, models: ModelArguments, training: Distillation
     """Name of the split that is measured on. Raises ValueError for what cannot be compared."""
     if training.method != "coss" or training.beta is not None:
         raise ValueError("--method and --beta: give --methods 'coss(beta=50)' 'rkd(beta=2)' ... to be compared.")
-    return check_study(training, args.hours, args.seeds, args.jobs, splits)
+    check_study(training, args.hours, args.seeds, args.jobs, splits)
+    if splits.validation is None:
+        raise ValueError("--validation_size: hold images out of train, say 2000, to compare the methods on.")
+    return "validation"
 
 
 def main() -> None:
@@ -50,7 +53,7 @@ def main() -> None:
     with bad_input_exits():
         args, models, data, training = parse((CompareArguments, ModelArguments, DataArguments, DistillationArguments))
         folder, pair = Path(training.output_dir), f"{models.student} / {models.teacher}"
-        setting = Setting(data, {pair: models}, changed(training))
+        setting = Setting(data, {pair: models}, changed(training)).identified()
         split = check(args, models, training, load(setting, pair)[0])
         sweep = Sweep(folder, "compared", setting, args.jobs, {"command": command()})
         trained = trained_cells(pair, training, args.seeds, split, args.methods)

@@ -114,7 +114,7 @@ def main() -> None:
                 f"is of CoSS at its own beta, with a timed round at least; recipes/compare.py compares other methods."
             )
         folder, pair = Path(training.output_dir), f"{models.student} / {models.teacher}"
-        setting = Setting(data, {pair: models}, changed(training))
+        setting = Setting(data, {pair: models}, changed(training)).identified()
         splits, teacher = load(setting, pair)
         split = check_study(training, args.hours, args.seeds, args.jobs, splits)
         sweep = Sweep(folder, "report", setting, args.jobs, {"command": command()})

@@ -11,8 +11,7 @@ finished cells are never run twice. --budget is a share of the paper's 240 epoch
 
 import dataclasses
 import logging
-import subprocess
-import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments, ModelArguments
 from coss_hf.plots import method_plot
 from coss_hf.report import command
-from coss_hf.study import paper
+from coss_hf.study import paper, teachers
 from coss_hf.study.cells import Setting, load
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
@@ -36,7 +35,9 @@ class ReproduceArguments:
 
     table: int = field(default=1, metadata={"help": "Of the supplementary document.", "choices": [1, 2, 3, 4]})
     pairs: list[str] | None = field(default=None, metadata={"help": "student/teacher; default: the table's."})
-    methods: list[str] | None = field(default=None, metadata={"help": "Rows of the table; default: all."})
+    methods: list[str] | None = field(
+        default=None, metadata={"help": "Rows of the table (default: all), or any --method of recipes/distill.py."}
+    )
     scales: list[float] = field(default_factory=lambda: list(paper.SCALES), metadata={"help": "Of each method's beta."})
     seeds: int = field(default=3, metadata={"help": "Seeds of a reported row: 1, 2, ...; 0 chooses."})
     finalists: int | None = field(default=None, metadata={"help": "Report only so many best rows, and CoSS."})
@@ -45,7 +46,7 @@ class ReproduceArguments:
     metric: str = field(default="eval_linear", metadata={"help": "That chooses and ranks.", "choices": list(METRICS)})
     batch_size: int = field(default=128, metadata={"help": "Images a step, of teachers too."})
     teacher: str | None = field(default=None, metadata={"help": "Of a single pair; default: trained first."})
-    teacher_epochs: int = field(default=paper.EPOCHS, metadata={"help": "Of a teacher that is trained first."})
+    teacher_epochs: int | None = field(default=None, metadata={"help": "Of one trained first; default: 240 * budget."})
     jobs: int = field(default=1, metadata={"help": "Cells side by side."})
     output_dir: str = field(default="reproduced", metadata={"help": "Results, table, plot; checkpoints while it runs."})
     use_cpu: bool = field(default=False, metadata={"help": "Not the GPU."})
@@ -60,16 +61,17 @@ class ReproduceArguments:
 
 def check(args: ReproduceArguments, data: DataArguments) -> None:
     """Raises ValueError for what cannot be run."""
-    rows = paper.ROWS[args.table]
     args.pairs = args.pairs or list(paper.PUBLISHED[args.table])
-    args.methods = args.methods or list(rows)
-    for flag, given, known in (("pairs", args.pairs, paper.PAIRS), ("methods", args.methods, rows)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"--{flag}={name!r} is not in table {args.table}: choose among {', '.join(known)}.")
+    args.methods = args.methods or list(paper.ROWS[args.table])
+    for name in args.pairs:
+        if name not in paper.PAIRS:
+            raise ValueError(f"--pairs={name!r} is unknown: choose among {', '.join(paper.PAIRS)}.")
+    for name in args.methods:
+        paper.expression(args.table, name)
     for flag in ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps"):
         if (value := getattr(args, flag)) is not None and value <= 0:
             raise ValueError(f"--{flag}={value} must be above 0.")
+    args.teacher_epochs = args.teacher_epochs or max(1, round(paper.EPOCHS * args.budget))
     if not args.scales or min(args.scales) <= 0:
         raise ValueError(f"--scales={args.scales} must be above 0.")
     if args.teacher and len(args.pairs) > 1:
@@ -78,23 +80,9 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
         raise ValueError("--validation_size: the scales are chosen on images held out of train; give at least 1,000.")
 
 
-def find_teacher(pair: str, args: ReproduceArguments, data: DataArguments) -> str:
-    """Folder of the pair's teacher, trained on the training images where none is given."""
-    if args.teacher:
-        return args.teacher
-    name = paper.PAIRS[pair][1]
-    folder = Path(args.output_dir, "teachers", name)
-    if not (folder / "run.json").exists():
-        given = {"model": name, "output_dir": folder, "num_train_epochs": args.teacher_epochs}
-        given["per_device_train_batch_size"] = args.batch_size
-        given |= {f.name: getattr(data, f.name) for f in dataclasses.fields(data) if getattr(data, f.name) != f.default}
-        words = [f"--{key}={value}" for key, value in given.items()]
-        words += ["--lr_milestones", *(str(args.teacher_epochs * drop // paper.EPOCHS) for drop in paper.MILESTONES)]
-        words += ["--overwrite_output_dir", *(f"--{name}={value}" for name in ENGINE if (value := getattr(args, name)))]
-        recipe = Path(__file__).with_name("train_teacher.py")
-        if code := subprocess.run([sys.executable, str(recipe), *words]).returncode:
-            raise SystemExit(code)
-    return str(folder)
+def own_teacher(pair: str, args: ReproduceArguments) -> Path:
+    """Folder of the pair's teacher where none is given."""
+    return Path(args.output_dir, "teachers", paper.PAIRS[pair][1])
 
 
 def write(args: ReproduceArguments, data: DataArguments, chosen: dict, reported: dict) -> None:
@@ -105,6 +93,8 @@ def write(args: ReproduceArguments, data: DataArguments, chosen: dict, reported:
         title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({share})"
         figures = paper.published(args.table, pair)
         parts.append(pair_section(title, rows, chosen[pair], args.metric, int(data.validation_size), figures))
+        if not args.teacher:
+            parts.append(teachers.describe(own_teacher(pair, args), args.teacher_epochs))
         method_plot(
             folder / f"table{args.table}-{pair.replace('/', '-')}.png", ranked(rows, args.metric), args.metric, title
         )
@@ -118,22 +108,32 @@ def main() -> None:
     with bad_input_exits():
         args, data = parse((ReproduceArguments, DataArguments))
         check(args, data)
-        models = {pair: ModelArguments(student=paper.PAIRS[pair][0], student_init="random") for pair in args.pairs}
-        for pair, one in models.items():
-            one.teacher = find_teacher(pair, args, data)
-        training = paper.TRAINING | {name: getattr(args, name) for name in (*ENGINE, "channels_last", "save_steps")}
-        training["per_device_train_batch_size"] = args.batch_size
-        setting = Setting(data, models, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
+        common = {"per_device_train_batch_size": args.batch_size}
+        common |= {name: getattr(args, name) for name in (*ENGINE, "save_steps")}
+        training = paper.TRAINING | common | {"channels_last": args.channels_last}
+        plain = Setting(data, {}, training, tuple(drop / paper.EPOCHS for drop in paper.MILESTONES))
+
+        def setting(folders: dict[str, str]) -> Setting:
+            own = {pair: (folder, paper.PAIRS[pair][0]) for pair, folder in folders.items()}
+            models = {pair: ModelArguments(*networks, student_init="random") for pair, networks in own.items()}
+            return dataclasses.replace(plain, models=models)
+
         header = {"table": args.table, "command": command()}
-        sweep = Sweep(Path(args.output_dir), f"table{args.table}", setting, args.jobs, header)
-        train_images = paper.EPOCHS * len(load(setting, args.pairs[0])[0].train)
-        tried, seen = (round(share * train_images) for share in (args.choice_budget or args.budget, args.budget))
-        cells = [
-            cell
-            for pair in args.pairs
-            for cell in paper.choice_cells(args.table, pair, args.methods, args.scales, tried)
-        ]
-        sweep.check(cells)
+        sweep = Sweep(Path(args.output_dir), f"table{args.table}", plain, args.jobs, header)
+        with tempfile.TemporaryDirectory() as folder:
+            at_random = {pair: teachers.untrained(paper.PAIRS[pair][1], Path(folder, pair)) for pair in args.pairs}
+            sweep.setting = setting({pair: args.teacher or at_random[pair] for pair in args.pairs})
+            budgets = {"choice_budget": args.choice_budget or args.budget, "budget": args.budget}
+            tried, seen = paper.lengths(budgets, args.batch_size, len(load(sweep.setting, args.pairs[0])[0].train))
+            choices = [(args.table, pair, args.methods, args.scales, tried) for pair in args.pairs]
+            cells = [cell for choice in choices for cell in paper.choice_cells(*choice)]
+            sweep.check(cells)
+        if not args.teacher:
+            own = list(dict.fromkeys(own_teacher(pair, args) for pair in args.pairs))
+            teachers.train(Path(__file__).with_name("train_teacher.py"), own, data, args.teacher_epochs, common)
+        sweep.setting = setting(
+            {pair: args.teacher or str(own_teacher(pair, args)) for pair in args.pairs}
+        ).identified()
     rows = min(len(args.methods), (args.finalists or len(args.methods)) + 1)
     results = sweep.run(cells, later=seen * args.seeds * rows * len(args.pairs))
     chosen, finals = {}, []

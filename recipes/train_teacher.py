@@ -18,6 +18,7 @@ import torch
 from datasets import ClassLabel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from coss_hf.backbones import Backbone
 from coss_hf.cli import bad_input_exits, parse
@@ -51,7 +52,7 @@ class TeacherArguments(TrainingArguments):
     momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
     weight_decay: float = field(default=5e-4, metadata={"help": "With SGD on every parameter, as in the paper."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
-    lr_milestones: list[int] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
+    lr_milestones: list[float] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
@@ -100,7 +101,7 @@ def build_trainer(model, backbone: Backbone, labels: torch.Tensor, args: Teacher
     if args.lr_milestones:
         if optimizer is None or max(args.lr_milestones) >= args.num_train_epochs:
             raise ValueError(f"--lr_milestones {args.lr_milestones}: needs --optim sgd, and epochs of this run.")
-        drops = [epoch * (len(views) // step) for epoch in args.lr_milestones]
+        drops = [round(epoch * (len(views) // step)) for epoch in args.lr_milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -129,7 +130,7 @@ def main() -> None:
         data, args = parse((DataArguments, TeacherArguments))
         trainer, backbone, splits = prepare(data, args)
     print(f"{backbone!r}, {len(splits.train):,} images", flush=True)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
     trainer.save_model()
     result = {"command": command(), "seed": args.seed, "versions": versions()}
     queries, name = (splits.test, "test") if splits.test else (splits.validation, "validation")

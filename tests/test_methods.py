@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 import tests.helpers as h
 from coss_hf.backbones import Backbone
@@ -47,6 +49,10 @@ def test_a_sum_that_cannot_be_read(text):
         ({"method": "seed(queue_size=12)"}, "queue_size=12 must be a multiple of the batch of 8 images and at most 48"),
         ({"method": "seed(queue_size=56)"}, "queue_size=56 must be .* at most 48"),
         ({"method": "crd(negatives=48)"}, "negatives=48 must lie between 1 and the 47 others"),
+        ({"method": "crd(negatives=2.5)"}, r"--method=crd\(negatives=2.5.*\): negatives=2.5 must be a whole number"),
+        ({"method": "seed(queue_size=true)"}, "queue_size=True must be a whole number"),
+        ({"method": "factor(pretraining_steps=0.5)"}, "pretraining_steps=0.5 must be a whole number"),
+        ({"method": "coss + rkd(beta=-1)"}, r"--method=rkd\(beta=-1\): beta=-1 must be"),
         ({"method": "vid(student_dim=3)"}, "vid has no option 'student_dim'"),
         ({"method": "coss+rkd", "exact_accumulation": True}, "--exact_accumulation works with --method coss, not"),
     ],
@@ -54,6 +60,11 @@ def test_a_sum_that_cannot_be_read(text):
 def test_bad_methods_are_refused(tmp_path, image_parquet, networks, options, message):
     with pytest.raises(ValueError, match=message):
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+
+
+def test_counts_may_be_written_as_powers_of_ten(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, method="crd(negatives=1e1)")
+    assert trainer.model.criterion.negatives == 10
 
 
 def classifying(folder) -> str:
@@ -85,11 +96,13 @@ def test_srrl_takes_a_classifier_only_of_its_own_features(tmp_path, image_parque
         assert (trainer.model.criterion.teacher_fc is not None) == expected
 
 
-# The small student has another dimension than the teacher, the ViT tokens and other sizes of map.
+# The small student has another dimension than the teacher, the ViT tokens and other sizes of map. With neighbours.
 @pytest.mark.parametrize("student", ["small", "vit"])
 @pytest.mark.parametrize("method", [*LOSSES, "at(beta=10) + coss + rkd", "seed + coss(lambda_co=0)"])
 def test_every_method_trains_a_student(tmp_path, image_parquet, networks, method, student):
     options = {"max_steps": 2, "logging_steps": 1, "head_hidden_size": 12, "learning_rate": 1e-5, "bf16": True}
+    options |= {"per_device_train_batch_size": 4, "neighbors_k": 1, "neighbors_pool": 2}
+    options["neighbors"] = torch.stack([torch.arange(48).roll(-1), torch.arange(48).roll(-2)], 1).numpy()
     teacher = classifying(tmp_path) if method in OF_CLASSIFIERS else networks.teacher
     trainer = h.make_trainer(tmp_path, image_parquet, teacher, getattr(networks, student), method=method, **options)
     before = h.state(trainer)
@@ -145,8 +158,11 @@ def test_every_network_gives_maps(name):
     assert len(features.maps) == 2 and features.maps[-1].shape[1:] == maps[-1].shape[1:]
 
 
+QUEUE = "seed(queue_size=24)"  # goes round after three steps
+
+
 # What they learn, and the state of: a paraphraser, two memories and their constants, a queue, running statistics.
-@pytest.mark.parametrize("method", ["vid", "factor(pretraining_steps=3)", "crd", "seed", "bn + srrl"])
+@pytest.mark.parametrize("method", ["vid", "factor(pretraining_steps=3)", "crd", QUEUE, "bn + srrl"])
 def test_what_a_loss_learns_and_remembers_is_resumed(tmp_path, image_parquet, networks, method):
     options = {"method": method, "head_hidden_size": 12, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     runs = []
@@ -157,6 +173,20 @@ def test_what_a_loss_learns_and_remembers_is_resumed(tmp_path, image_parquet, ne
         runs.append({name: value.clone() for name, value in h.state(trainer).items()})
         assert not any(torch.equal(value, runs[-1][f"criterion.{name}"]) for name, value in start.items())
     h.assert_same(*runs)
+
+
+def test_data_parallel_leaves_memories_to_their_loss(tmp_path, image_parquet, networks):
+    """It would overwrite those of all processes with the first one's at every forward pass."""
+    options = {"method": "crd + seed + bn", "head_hidden_size": 12}
+    model = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options).model
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/port", rank=0, world_size=1)
+    try:
+        ignored = DistributedDataParallel(model).parameters_to_ignore
+    finally:
+        dist.destroy_process_group()
+    names = {f"criterion.{name}" for name, _ in model.criterion.named_buffers()}
+    assert {name.rsplit(".")[-1] for name in names} >= {"memory_s", "memory_t", "Z", "queue", "ptr", "running_mean"}
+    assert names == set(ignored)
 
 
 def test_the_paraphraser_learns_first_and_then_rests(tmp_path, image_parquet, networks):

@@ -13,7 +13,7 @@ from torch import nn
 from coss_hf.features import Features
 from coss_hf.losses.at import ATLoss
 from coss_hf.losses.bn import BNLoss
-from coss_hf.losses.combination import Method, SumLoss
+from coss_hf.losses.combination import Method, OfLastMap, SumLoss
 from coss_hf.losses.coss import CoSSLoss
 from coss_hf.losses.crd import CRDLoss
 from coss_hf.losses.dist import DISTLoss
@@ -71,7 +71,8 @@ def build_loss(methods: list[Method], student: Features, teacher: Features, **gi
         own = given | _shapes(method.name, student, teacher)
         if method.name == "srrl" and not _pools_to_embedding(teacher):
             own["classifier"] = None
-        losses[method.name] = _build(method, own)
+        loss = _build(method, own)
+        losses[method.name] = OfLastMap(loss) if method.name == "sp" else loss
     return SumLoss(losses) if len(losses) > 1 else losses[methods[0].name]
 
 
@@ -83,8 +84,9 @@ def _build(method: Method, given: dict) -> nn.Module:
             raise ValueError(f"--method={method}: {method.name} has no option {name!r}; it has {', '.join(options)}.")
     try:
         return LOSSES[method.name](**{name: given[name] for name in takes if name in given}, **method.options)
-    except TypeError as error:
-        raise ValueError(f"--method={method}: {error}.") from error
+    except (TypeError, ValueError) as error:
+        told = str(error)
+        raise ValueError(told if told.startswith("--method") else f"--method={method}: {told}") from error
 
 
 def _shapes(name: str, student: Features, teacher: Features) -> dict:

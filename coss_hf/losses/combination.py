@@ -53,6 +53,17 @@ def _value(text: str):
     return value
 
 
+class OfLastMap(nn.Module):
+    """A loss of the last map alone."""
+
+    def __init__(self, criterion: nn.Module):
+        super().__init__()
+        self.criterion = criterion
+
+    def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
+        return self.criterion(*(x._replace(maps=x.maps[-1:]) for x in (student, teacher)), index)
+
+
 class SumLoss(nn.Module):
     """The sum of several losses, each scaled by its own ``beta``.
 

@@ -25,6 +25,14 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number > 0.")
 
 
+def whole(**counts: float) -> list[int]:
+    """The counts as integers. Raises ValueError for one that is none."""
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+            raise ValueError(f"{name}={value} must be a whole number.")
+    return [int(value) for value in counts.values()]
+
+
 @contextlib.contextmanager
 def full_precision(device: torch.device):
     """No autocast inside: what is given in float32 or wider is computed so."""

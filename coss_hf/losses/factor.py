@@ -8,7 +8,7 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from coss_hf.features import Features
 from coss_hf.losses.at import attention
-from coss_hf.losses.common import check_weights, full_precision, last_maps, match_size, unit, widen
+from coss_hf.losses.common import check_weights, full_precision, last_maps, match_size, unit, whole, widen
 
 VARIANTS = ("author", "repdistiller")
 
@@ -68,13 +68,13 @@ class FactorLoss(nn.Module):
     ):
         super().__init__()
         check_weights(beta=beta, rate=rate, pretraining_steps=pretraining_steps)
+        (self.pretraining_steps,) = whole(pretraining_steps=pretraining_steps)
         factors = int(rate * teacher_dim)
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
         if factors < 1:
             raise ValueError(f"rate={rate} leaves no channel of {teacher_dim}: give at least {1 / teacher_dim:.2g}.")
         self.beta, self.variant, self.dims = beta, variant, (student_dim, teacher_dim)
-        self.pretraining_steps = pretraining_steps
         down = (teacher_dim, teacher_dim, factors, factors)
         encoder, decoder = _convolutions(nn.Conv2d, down), _convolutions(nn.ConvTranspose2d, down[::-1])
         translator = _convolutions(nn.Conv2d, (student_dim, student_dim, factors, factors), variant == "repdistiller")

@@ -6,7 +6,7 @@ from torch.nn.functional import normalize
 
 from coss_hf.distributed import all_gather
 from coss_hf.features import Features
-from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision, unit
+from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision, unit, whole
 
 
 class SEEDLoss(nn.Module):
@@ -57,6 +57,7 @@ class SEEDLoss(nn.Module):
         check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         largest = num_images // batch_size * batch_size
         queue_size = min(65_536 // batch_size * batch_size, largest) if queue_size is None else queue_size
+        (queue_size,) = whole(queue_size=queue_size)
         if not 1 <= queue_size <= largest or queue_size % batch_size:
             raise ValueError(
                 f"--method seed: queue_size={queue_size} must be a multiple of the batch of {batch_size} images and at "

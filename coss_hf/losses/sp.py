@@ -11,7 +11,8 @@ class SPLoss(nn.Module):
     """Similarity-preserving: images that the teacher finds alike should be alike for the student.
 
     ``loss = beta / b^2 * sum_ij (G(T) - G(S))_ij^2``: ``G(X)`` is ``X X^T`` with rows at unit length, ``X`` ``(b, D)``
-    the last map of every image, flattened, or the embedding where the networks give no maps. Dimensions may differ.
+    a map of every image, flattened, or the embedding where there are no maps; summed over the maps given, of which a
+    run gives the last alone. Dimensions may differ.
 
     Several processes: features are gathered, so ``b`` counts the images of all, and value and gradient are those of one
     process, uneven shards too.
@@ -43,9 +44,13 @@ class SPLoss(nn.Module):
 
     def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
         if student.maps or teacher.maps:
-            s, t = pairs_of_maps("sp", student, teacher)[-1]
+            pairs = pairs_of_maps("sp", student, teacher)
         else:
-            s, t = widen(student.embedding, teacher.embedding)
-        with full_precision(s.device):
-            s, t = (all_gather(x.flatten(1)) for x in (s, t))
-            return {"loss": self.beta * (unit(t @ t.T) - unit(s @ s.T)).square().mean()}
+            pairs = [widen(student.embedding, teacher.embedding)]
+        with full_precision(student.embedding.device):
+            return {"loss": self.beta * sum(_difference(s, t) for s, t in pairs)}
+
+
+def _difference(s: Tensor, t: Tensor) -> Tensor:
+    s, t = (all_gather(x.flatten(1)) for x in (s, t))
+    return (unit(t @ t.T) - unit(s @ s.T)).square().mean()

@@ -67,6 +67,7 @@ class Setting:
         training: fields of ``DistillationArguments``.
         milestones: shares of a run after which its rate falls tenfold; none: ``training`` says the schedule.
         bank_size: training images that a choice is measured against; a report takes all.
+        identity: of images and teacher by the name of the pair; see ``identified``.
     """
 
     data: DataArguments
@@ -74,10 +75,21 @@ class Setting:
     training: dict = field(default_factory=dict)
     milestones: tuple[float, ...] = ()
     bank_size: int = 10_000
+    identity: dict[str, str] = field(default_factory=dict)
+
+    def identified(self) -> "Setting":
+        """With hashes of the images and of each teacher's weights, so that what stands at a path may change."""
+        found = {}
+        for pair in self.models:
+            splits, teacher = load(self, pair)
+            hashes = [split["image_hash"][:] for split in (splits.train, splits.validation, splits.test) if split]
+            found[pair] = hashlib.sha256(f"{teacher.fingerprint()} {hashes}".encode()).hexdigest()
+        return replace(self, identity=found)
 
     def key(self, cell: Cell) -> str:
         """Name of the file of a finished cell: of everything that its result depends on, not its row's name."""
         shared = [asdict(self.data), asdict(self.models[cell.pair]), self.training, self.milestones, self.bank_size]
+        shared.append(self.identity.get(cell.pair))
         method = cell.method if cell.method in UNTRAINED else None
         text = json.dumps([asdict(replace(cell, method=method)), shared], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -21,8 +21,9 @@ def trained_cells(
     Without neighbours a step takes as many images as with them.
     """
     k, anchors = training.neighbors_k, training.per_device_train_batch_size
-    rows = [(COSINE, "coss(lambda_ss=0)", k, None), ("coss", "coss", k, None)]
-    rows += [(PLAIN, "coss", 0, anchors * (1 + k))] if k else []
+    coss = "coss" if training.lambda_ss == 1 else f"coss(lambda_ss={training.lambda_ss:g})"
+    rows = [(COSINE, "coss(lambda_ss=0)", k, None), ("coss", coss, k, None)]
+    rows += [(PLAIN, coss, 0, anchors * (1 + k))] if k else []
     rows += [(method, method, k, None) for method in methods if method != "coss"]
     return [
         Cell(pair, name, expression, 1, seed, training.num_images, split, k, anchors)
@@ -45,8 +46,10 @@ def check_study(training: DistillationArguments, hours: float | None, seeds: int
         raise ValueError("--hours or --num_images: give one of them, the length of the comparison.")
     if hours is not None and hours <= 0:
         raise ValueError(f"--hours={hours} must be above 0.")
-    if seeds < 2 or jobs < 1:
-        raise ValueError(f"--seeds={seeds} must be at least 2, 3 to be believed, and --jobs={jobs} at least 1.")
+    if seeds < 3 or jobs < 1:
+        raise ValueError(f"--seeds={seeds} must be at least 3, for intervals that mean something, and --jobs={jobs} 1.")
+    if training.seed != DistillationArguments.seed:
+        raise ValueError(f"--seed={training.seed}: the runs have the seeds 1 to {seeds}; give --seeds, their number.")
     if splits.test is None and splits.validation is None:
         raise ValueError("--validation_size: there is no test split, so hold images out of train to compare on.")
     return "test" if splits.test is not None else "validation"

@@ -50,6 +50,20 @@ def published(table: int, pair: str) -> dict[str, float]:
     return dict(zip(ROWS[table], PUBLISHED[table].get(pair, ())))
 
 
+def expression(table: int, name: str) -> str:
+    """Of a row: one of the table's, or any other that ``name`` spells out.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name not in ROWS[table] and any(method.name not in LOSSES for method in parse_methods(name)):
+        rows, methods = ", ".join(ROWS[table]), ", ".join(LOSSES)
+        raise ValueError(
+            f"--methods={name!r} is neither a row of table {table} ({rows}) nor made of methods ({methods})."
+        )
+    return ROWS[table].get(name, name)
+
+
 def scaled(expression: str, scale: float) -> str:
     """A method expression with every ``beta`` times ``scale``."""
     betas = {name: inspect.signature(loss).parameters["beta"].default for name, loss in LOSSES.items()}
@@ -59,11 +73,30 @@ def scaled(expression: str, scale: float) -> str:
     )
 
 
+def lengths(budgets: dict[str, float], batch_size: int, train_images: int) -> list[int]:
+    """Images of runs that are a share of the paper's 240 epochs.
+
+    Args:
+        budgets: the share of each, by its flag.
+
+    Raises:
+        ValueError: one that is less than a step.
+    """
+    whole = EPOCHS * train_images
+    for flag, share in budgets.items():
+        if round(share * whole) < batch_size:
+            raise ValueError(
+                f"--{flag}={share:g} of 240 epochs of {train_images:,} images is less than one step: give at least "
+                f"{batch_size / whole:.2g}."
+            )
+    return [round(share * whole) for share in budgets.values()]
+
+
 def choice_cells(table: int, pair: str, methods: list[str], scales: list[float], images: int) -> list[Cell]:
     """What chooses the scale of each row, on held-out images, with the seed that no report uses."""
     rows = [(name, scale) for name in methods for scale in scales]
     seen = {"seed": CHOICE_SEED, "num_images": images, "split": "validation"}
-    return [Cell(pair, name, scaled(ROWS[table][name], scale), scale, **seen) for name, scale in rows]
+    return [Cell(pair, name, scaled(expression(table, name), scale), scale, **seen) for name, scale in rows]
 
 
 def report_cells(pair: str, chosen: list[dict], finalists: int | None, seeds: int, images: int) -> list[Cell]:

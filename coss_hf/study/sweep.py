@@ -69,7 +69,9 @@ class Sweep:
 
     def write(self) -> None:
         """The file of results, whole or as it was."""
-        lines = [json.dumps(self.header | row) for cell in self.plan if (row := self.result(cell))]
+        rows = [row for cell in self.plan if (row := self.result(cell))]
+        # The last logged loss is a mean over the steps since a cell was last resumed.
+        lines = [json.dumps(self.header | {k: v for k, v in row.items() if k != "loss"}) for row in rows]
         part = self.file.with_suffix(".part")
         part.write_text("".join(f"{line}\n" for line in lines))
         os.replace(part, self.file)
@@ -81,9 +83,8 @@ class Sweep:
             cells: to run.
             later: images of cells to come, for the time left that is displayed.
         """
-        self.plan += cells
-        done = [cell for cell in cells if self.result(cell)]
-        todo = [cell for cell in cells if cell not in done]
+        self.plan += [cell for cell in dict.fromkeys(cells) if cell not in self.plan]
+        todo = list({self.setting.key(cell): cell for cell in cells if not self.result(cell)}.values())
         # The largest first would be quicker, the order of the plan is what a reader expects to watch.
         context = multiprocessing.get_context("spawn")
         seen, total = context.Queue(), sum(cell.num_images for cell in self.plan) + later

@@ -105,9 +105,8 @@ def pair_section(
     tried = max(row["images_seen"] for row in chosen)
     parts = [
         f"## {title}",
-        f"On test images, in %, means over seeds with 95 % t-intervals; scales chosen on {held_out:,} held-out images "
-        f"by {metric}.",
-        markdown(rows, metric),
+        f"On test images; scales chosen on {held_out:,} held-out images by {metric}.",
+        comparison(rows, metric),
         f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
         markdown(chosen, metric),
     ]
@@ -122,22 +121,30 @@ def pair_section(
 
 def comparison(rows: list[dict], metric: str) -> str:
     """A ranked table of a comparison, each method's difference to the best, and in words whether it says anything."""
-    trained = {name: group for name, group in ranked(rows, metric).items() if name not in UNTRAINED}
-    first = next(iter(trained))
-    words = {first: "-"}
-    close = []
-    for name, group in list(trained.items())[1:]:
-        found = difference(group, trained[first], metric)
+    groups = ranked(rows, metric)
+    first = next(name for name in groups if name not in UNTRAINED)
+    words, close, ahead = {first: "-"}, [], []
+    for name, group in groups.items():
+        found = None if name in (first, "teacher") else difference(group, groups[first], metric)
         if found is None:
-            words[name] = "failed"
+            words.setdefault(name, "" if name in UNTRAINED else "failed")
             continue
-        inside = abs(found[0]) <= found[1]
-        close += [name] * inside
-        words[name] = f"{100 * found[0]:.1f} ± {100 * found[1]:.1f}" + (", inside the noise" if inside else "")
+        mean, half = found
+        words[name] = f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
+        label = f"{name} weights" if name in UNTRAINED else name
+        if abs(mean) > half:
+            ahead += [label] * (mean > 0)
+        elif math.isfinite(half):
+            words[name] += ", inside the noise"
+            close.append(label)
     table = markdown(rows, metric, {f"difference to {first}, paired": lambda name: words.get(name, "")})
-    if close:
+    if ahead:
+        verdict = f"No method is better than {' or '.join(ahead)}: nothing was learnt here."
+    elif close:
         verdict = f"{first} leads, but what separates it from {', '.join(close)} lies inside the noise of these seeds."
+    elif len(groups[first]) < 2:
+        verdict = f"{first} leads; one seed says nothing of the noise."
     else:
-        verdict = f"{first} is ahead of every other method by more than the noise of these seeds."
+        verdict = f"{first} is ahead of every other row by more than the noise of these seeds."
     header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric.removeprefix('eval_')}."
     return f"{header}\n\n{table}\n\n{verdict}"

@@ -23,8 +23,9 @@ class _Clock(TrainerCallback):
 def images_within(seconds: float, trained: list[Cell], others: list[Cell], setting: Setting) -> int:
     """Images that each of the ``trained`` cells may see.
 
-    Each method is timed over a few steps, the measurement once on an untrained cell; what a step costs beside others on
-    the same machine is not measured: side by side they are taken to share what one alone has.
+    Each method is timed over a few steps, and what it takes before its first; the measurement once, on an untrained
+    cell; what a step costs beside others on the same machine is not measured: side by side they are taken to share what
+    one alone has.
 
     Args:
         seconds: for everything.
@@ -33,23 +34,25 @@ def images_within(seconds: float, trained: list[Cell], others: list[Cell], setti
     Raises:
         ValueError: not even a few steps of each fit.
     """
+    begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
         run_cell(others[0], setting, Path(folder))
-        measuring = (time.perf_counter() - start) * (len(trained) + len(others))
+        fixed = (time.perf_counter() - begin) * (len(trained) + len(others))
         per_image, least = 0.0, 0
         for cell in {(cell.expression, cell.neighbors_k): cell for cell in trained}.values():
-            clock = _Clock()
+            clock, start = _Clock(), time.perf_counter()
             trainer = prepare(replace(cell, num_images=None), setting, Path(folder), [clock])
             trainer.args.max_steps = STEPS + FIRST
             trainer.args.save_strategy = "no"
             trainer.train()
             spent = (clock.times[-1] - clock.times[FIRST - 1]) / STEPS
             same = sum((one.expression, one.neighbors_k) == (cell.expression, cell.neighbors_k) for one in trained)
+            fixed += same * (clock.times[0] - start)
             per_image += same * spent / trainer.args.images_per_step
             least = max(least, 10 * trainer.args.images_per_step)
-    images = int((seconds - measuring) / per_image)
+    fixed += time.perf_counter() - begin
+    images = int((seconds - fixed) / per_image)
     if images < least:
-        needed = (measuring + least * per_image) / 3600
+        needed = (fixed + least * per_image) / 3600
         raise ValueError(f"--hours={seconds / 3600:g} is too short for these runs: give {needed:.2g} at least.")
     return images

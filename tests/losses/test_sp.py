@@ -6,7 +6,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coss_hf.features import Features
+from coss_hf.losses import build_loss
 from coss_hf.losses.at import ATLoss
+from coss_hf.losses.combination import parse_methods
 from coss_hf.losses.sp import SPLoss
 from tests.losses.reference import reference_cases
 from tests.losses.running import (
@@ -20,25 +22,23 @@ from tests.losses.running import (
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_values_and_gradients_equal_the_reference(shared, dtype):
-    """Pair by pair: the reference sums over a list, of which this takes the last."""
-    pairs = 0
-    for _, _, x in reference_cases(shared, "sp"):
-        for i in range(len(maps(x, dtype)[0])):
-            (s, t), loss = ([side[i]] for side in maps(x, dtype)), SPLoss(beta=1.0)
-            value = loss(features(s), features(t))["loss"]
-            value.backward()
-            rtol = 1e-9 if dtype == torch.float64 else 1e-5
-            torch.testing.assert_close(value.double(), x[f"out.loss_pair{i}"], rtol=rtol, atol=0)
-            name = f"in.f_s{i}"
-            assert_gradients({name: s[0].grad}, {f"grad.{name}": x[f"grad.{name}"]})
-            assert t[0].grad is None
-            pairs += 1
-    assert pairs == 3
+    cases = list(reference_cases(shared, "sp"))
+    for _, _, x in cases:
+        s, t = maps(x, dtype)
+        value = SPLoss(beta=1.0)(features(s), features(t))["loss"]
+        value.backward()
+        rtol = 1e-9 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(value.double(), x["out.loss"], rtol=rtol, atol=0)
+        named = {f"in.f_s{i}": one.grad for i, one in enumerate(s)}
+        assert_gradients(named, {f"grad.{name}": x[f"grad.{name}"] for name in named})
+        assert all(one.grad is None for one in t)
+    assert len(cases) >= 2 and max(len(maps(x, dtype)[0]) for _, _, x in cases) == 2
 
 
-def test_of_several_maps_the_last_is_compared():
-    s, t = (draw((5, 2, 4, 4), (5, 3, 2, 2), seed=seed) for seed in (0, 1))
-    assert SPLoss()(features(s), features(t))["loss"] == SPLoss()(features(s[1:]), features(t[1:]))["loss"]
+def test_a_run_compares_the_last_map():
+    s, t = draw((5, 2, 4, 4), (5, 3, 2, 2), seed=0), draw((5, 2, 4, 4), (5, 3, 2, 2), seed=1)
+    loss = build_loss(parse_methods("sp"), features(s), features(t))
+    assert loss(features(s), features(t))["loss"] == SPLoss()(features(s[1:]), features(t[1:]))["loss"]
 
 
 def test_equals_a_loop_over_pairs_of_images():

@@ -10,6 +10,7 @@ import time
 import pytest
 
 import tests.helpers as h
+from coss_hf.study.cells import UNTRAINED
 from tests.recipes.test_distill import load_recipe
 
 reproduce, compare, report = load_recipe("reproduce"), load_recipe("compare"), load_recipe("report")
@@ -39,9 +40,12 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pairs": ["resnet20/resnet110"]}, "--pairs='resnet20/resnet110' is not in table 1: choose among resnet20/"),
-        ({"methods": ["seed"]}, "--methods='seed' is not in table 1: choose among at, sp"),
-        ({"table": 3, "methods": ["lambda 2"]}, "--methods='lambda 2' is not in table 3: choose among lambda 0"),
+        ({"pairs": ["resnet20/resnet110"]}, "--pairs='resnet20/resnet110' is unknown: choose among resnet20/"),
+        ({"methods": ["sed"]}, "--methods='sed' is neither a row of table 1 (at, sp, "),
+        ({"table": 3, "methods": ["lambda 2"]}, "--methods='lambda 2' is neither a row of table 3 (lambda 0, "),
+        ({"methods": ["seed(queue_size=7)"]}, "queue_size=7 must be a multiple of the batch"),
+        ({"budget": 1e-7}, "--choice_budget=1e-07 of 240 epochs of 40 images is less than one step: give at least"),
+        ({"budget": 1e-7, "choice_budget": 1}, "--budget=1e-07 of 240 epochs of 40 images is less than one step"),
         ({"budget": 0}, "--budget=0.0 must be above 0"),
         ({"scales": [1, 0]}, "--scales=[1.0, 0.0] must be above 0"),
         ({"teacher": "x"}, "--teacher=x is one, --pairs are 3"),
@@ -50,7 +54,8 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_reproduced_is_refused(refused, options, message):
-    assert message in refused(reproduce, **{"validation_size": 8} | options)
+    """Before a teacher is trained."""
+    assert message in refused(reproduce, **{"validation_size": 8, "batch_size": 8} | options)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +64,9 @@ def test_what_cannot_be_reproduced_is_refused(refused, options, message):
         ({}, "--hours or --num_images: give one of them"),
         ({"num_images": 64, "hours": 1}, "--hours or --num_images: give one of them"),
         ({"num_images": 64, "method": "rkd"}, "--method and --beta: give --methods"),
-        ({"num_images": 64, "seeds": 1}, "--seeds=1 must be at least 2"),
+        ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
+        ({"num_images": 64, "seed": 7}, "--seed=7: the runs have the seeds 1 to 3"),
+        ({"num_images": 64, "validation_size": 0}, "--validation_size: hold images out of train"),
         ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: the checkpoint of --teacher"),
         ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
         ({"hours": 1e-9, "methods": ["rkd"]}, "--hours=1e-09 is too short for these runs: give"),
@@ -68,7 +75,7 @@ def test_what_cannot_be_reproduced_is_refused(refused, options, message):
 )
 def test_what_cannot_be_compared_is_refused(refused, networks, options, message):
     models = {"teacher": networks.teacher, "student": networks.resnet, "per_device_train_batch_size": 8}
-    assert message in refused(compare, **models | options)
+    assert message in refused(compare, **models | {"validation_size": 12} | options)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def test_what_cannot_be_compared_is_refused(refused, networks, options, message)
         ({}, "--hours or --num_images: give one of them"),
         ({"num_images": 64, "method": "rkd"}, "other methods"),
         ({"num_images": 64, "timing_rounds": 0}, "--timing_rounds=0"),
-        ({"num_images": 64, "seeds": 1}, "--seeds=1 must be at least 2"),
+        ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
     ],
 )
 def test_what_cannot_be_reported_is_refused(refused, networks, options, message):
@@ -100,14 +107,16 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet):
-    """Teacher first, two methods at two scales, then two seeds; killed once a cell is finished, and again later."""
-    budget = {"budget": 32 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
+    """Teacher first, two methods at two scales, then two seeds; killed in the teacher's training, in that of a cell,
+    and where some are finished."""
+    budget = {"budget": 960 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
+    budget |= {"save_steps": 7}
     options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["vid", "coss"], "scales": [0.5, 1]}
     options |= budget | {"use_cpu": True, "batch_size": 16}
     finish(start("reproduce", **options, output_dir=tmp_path / "whole"))
-    for count in (1, 5):
+    for name, count in (("teachers/*/checkpoint-*", 1), ("cells/*/checkpoint-*", 1), ("cells/*.json", 5)):
         process = start("reproduce", **options, output_dir=tmp_path / "killed")
-        while len(list((tmp_path / "killed" / "cells").glob("*.json"))) < count:
+        while len(list((tmp_path / "killed").glob(name))) < count:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGKILL)  # its workers must end by themselves
@@ -119,24 +128,32 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
         return [json.loads(line) for line in lines]
 
     assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1
-    assert {row["images_seen"] for row in rows("whole")} == {0, 32}
+    assert {row["images_seen"] for row in rows("whole")} == {0, 960}
+    assert not list((tmp_path / "killed" / "teachers").rglob("checkpoint-*"))
+    assert "trained first, for 8 epochs" in (tmp_path / "whole" / "table1.md").read_text()
     assert "of the paper's 240 epochs" in (tmp_path / "whole" / "table1.md").read_text()
 
 
 @pytest.mark.slow
 def test_a_comparison(tmp_path, image_parquet, networks):
     models = {"teacher": networks.teacher, "student": networks.resnet, "methods": ["rkd", "seed + coss(lambda_co=0)"]}
-    options = models | {"dataset": image_parquet, "output_dir": tmp_path / "out", "num_images": 96, "seeds": 2}
-    training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True}
+    options = models | {
+        "dataset": image_parquet,
+        "output_dir": tmp_path / "out",
+        "num_images": 96,
+        "validation_size": 12,
+    }
+    training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True, "lambda_ss": 0.5}
     neighbors = {"neighbors_k": 1, "neighbors_pool": 4, "neighbors_cache": tmp_path / "cache"}
     out = finish(start("compare", **options, **training, **neighbors))
     names = ["rkd", "seed + coss(lambda_co=0)", "coss", "coss, cosine only", "coss, no neighbours", "random", "teacher"]
     assert all(f"| {name} |" in out for name in names) and "96 images seen" in out
     assert "noise" in out and (tmp_path / "out" / "compared.png").exists()
     rows = [json.loads(line) for line in (tmp_path / "out" / "compared.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 * 2 + 2 + 1
-    assert {row["images_seen"] for row in rows if row["method"] not in ("random", "teacher")} == {96}
-    assert [row["extra_teacher_images"] for row in rows if row["method"] == "rkd"] == [48, 48]
+    assert len(rows) == 5 * 3 + 3 + 1 + 1 and {row["split"] for row in rows} == {"validation"}
+    assert {row["expression"] for row in rows if row["method"] == "coss"} == {"coss(lambda_ss=0.5)"}
+    assert {row["images_seen"] for row in rows if row["method"] not in UNTRAINED} == {96}
+    assert [row["extra_teacher_images"] for row in rows if row["method"] == "rkd"] == [36] * 3
 
 
 @pytest.mark.slow
@@ -152,7 +169,7 @@ def test_a_report(tmp_path, image_parquet, networks):
     rows = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 3 + 3 + 1 + 1
     initial = next(row for row in rows if row["method"] == "initial")
-    assert initial["eval_overlap10"] not in {row["eval_overlap10"] for row in rows if row["method"] == "random"}
+    assert initial["eval_cka"] not in {row["eval_cka"] for row in rows if row["method"] == "random"}
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["verdict"][0].startswith(("It helped", "It did not help")) and found["images_seen"] == 96
     page = (tmp_path / "out" / "report.html").read_text()

@@ -1,10 +1,13 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from coss_hf.config import DataArguments, ModelArguments
+from coss_hf.study import cells
 from coss_hf.study.cells import Cell, Setting, prepare, run_cell
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
@@ -22,19 +25,38 @@ def setting(image_parquet, networks):
 
 def test_finished_cells_are_kept_and_never_run_again(tmp_path, setting):
     failing = replace(CELL, method="diverges", expression="coss(beta=1e30)", num_images=40)
-    cells = [CELL, failing, replace(CELL, method="random", expression="", num_images=0)]
-    rows = Sweep(tmp_path / "study", "first", setting, 1, {"command": "c"}).run(cells)
+    cells = [CELL, CELL, failing, replace(CELL, method="random", expression="", num_images=0)]
+    rows = Sweep(tmp_path / "study", "first", setting, 2, {"command": "c"}).run(cells)
+    assert rows.pop(0) == rows[0], "one and the same cell"
     assert rows[0]["images_seen"] == 48 and 0 <= rows[0]["eval_linear"] <= 1 and rows[0]["extra_teacher_images"] == 0
     assert "The loss is" in rows[1]["failed"] and "eval_linear" not in rows[1]
     assert rows[2]["images_seen"] == 0 and rows[2]["eval_knn10"] is not None
     lines = (tmp_path / "study" / "first.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"command": "c"} | row for row in rows]
+    expected = [{"command": "c"} | {key: value for key, value in row.items() if key != "loss"} for row in rows]
+    assert [json.loads(line) for line in lines] == expected
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
     assert len(files) == 3 and not [path for path in (tmp_path / "study" / "cells").iterdir() if path.is_dir()]
     # Another study of the same runs under other names, in another order.
     again = Sweep(tmp_path / "study", "second", setting, 1, {}).run([replace(CELL, method="other"), failing])
     assert again == [rows[0] | {"method": "other"}, rows[1]]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
+
+
+def test_a_cell_that_was_stopped_ends_as_an_unbroken_one(tmp_path, setting):
+    setting = replace(setting, training=setting.training | {"save_strategy": "steps", "save_steps": 3})
+    whole = run_cell(CELL, setting, tmp_path / "whole")
+    steps = iter(range(1, 99))
+
+    def stop_in_step_five(images: int) -> None:
+        if next(steps) == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(CELL, setting, tmp_path / "stopped", stop_in_step_five)
+    assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
+    resumed = run_cell(CELL, setting, tmp_path / "stopped")
+    assert resumed.pop("loss") is not None and whole.pop("loss") is not None
+    assert resumed == whole
 
 
 def test_controls_of_a_student_with_weights_of_its_own(tmp_path, setting):
@@ -82,6 +104,22 @@ def test_a_key_is_of_all_that_a_result_depends_on(setting):
     changed = [replace(CELL, **change) for change in ({"seed": 2}, {"num_images": 56}, {"split": "validation"})]
     keys = {setting.key(cell) for cell in [CELL, *changed]} | {replace(setting, bank_size=5).key(CELL)}
     assert len(keys) == 5 and setting.key(replace(CELL, method="other")) in keys
+
+
+def test_other_weights_or_images_are_other_cells(tmp_path, setting):
+    first = setting.identified()
+    assert first.key(CELL) == setting.identified().key(CELL) != setting.key(CELL)
+    other_images = replace(setting, data=replace(setting.data, max_train_samples=30)).identified()
+    assert other_images.identity != first.identity
+    path = Path(setting.models["pair"].teacher, "model.safetensors")
+    weights, before = load_file(path), path.read_bytes()
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, path, {"format": "pt"})
+    cells._load.cache_clear()
+    try:
+        assert setting.identified().key(CELL) != first.key(CELL)
+    finally:
+        path.write_bytes(before)
+        cells._load.cache_clear()
 
 
 def test_the_rate_falls_at_shares_of_the_run(tmp_path, setting):

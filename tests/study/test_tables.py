@@ -44,7 +44,17 @@ def test_a_comparison_says_what_lies_inside_the_noise():
     text = comparison([*found, *rows("random", 0.2, 0.2)], "eval_linear")
     assert "a leads, but what separates it from b lies inside the noise" in text
     assert "-30.0 ± 0.0 |" in text and "inside the noise |" in text
-    assert "a is ahead of every other method" in comparison(found[:3] + found[6:], "eval_linear")
+    assert "a is ahead of every other row" in comparison(found[:3] + found[6:], "eval_linear")
+    assert "one seed says nothing" in comparison([found[0], found[6]], "eval_linear")
+
+
+def test_a_comparison_says_when_nothing_was_learnt():
+    found = [*rows("a", 0.30, 0.31, 0.32), *rows("b", 0.2, 0.2, 0.2)]
+    assert "separates it from random weights lies" in comparison(
+        [*found, *rows("random", 0.3, 0.3, 0.33)], "eval_linear"
+    )
+    better = comparison([*found, *rows("random", 0.4, 0.41, 0.42), *rows("teacher", 0.9)], "eval_linear")
+    assert "No method is better than random weights" in better
 
 
 def test_scales_multiply_every_beta():
