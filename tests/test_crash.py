@@ -163,7 +163,7 @@ def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, 
     process = start(world, output, *set_up)
     wait_for_checkpoint(process, output)
     end(process, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     if set_up[0] == 1:
         assert process.returncode == 143, err
     else:

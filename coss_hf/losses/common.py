@@ -83,7 +83,7 @@ def pairs_of_maps(method: str, student: Features, teacher: Features) -> list[tup
 
 def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Maps ``(b, c, h, w)`` of one size: the larger is averaged down to the smaller."""
-    size = min(student.shape[-2:], teacher.shape[-2:])
+    size = tuple(map(min, student.shape[-2:], teacher.shape[-2:]))
     return tuple(x if x.shape[-2:] == size else adaptive_avg_pool2d(x, size) for x in (student, teacher))
 
 

@@ -157,10 +157,10 @@ def _start(seen, threads: int, gpus: list[str], turns) -> None:
     show_gpu(gpus, turns.get())
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # one progress display, not one for each process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """A sweep that is killed must not leave processes that write into its folder."""
     multiprocessing.parent_process().join()
     os._exit(1)

@@ -1,15 +1,18 @@
 """Teachers of a study that are trained first."""
 
 import json
+import multiprocessing
+import runpy
 import shutil
-import subprocess
 import sys
+import threading
 from dataclasses import fields
 from pathlib import Path
 
 from coss_hf.config import DataArguments
 from coss_hf.models.classifier import load_classifier
 from coss_hf.study.paper import EPOCHS, MILESTONES
+from coss_hf.study.sweep import end_with_parent
 
 
 def untrained(name: str, folder: Path) -> str:
@@ -41,10 +44,20 @@ def train(recipe: Path, folders: list[Path], data: DataArguments, epochs: int, o
         named = {"model": folder.name, "output_dir": folder} | given
         words = [f"--{key}={value}" for key, value in named.items() if value is not None]
         words += [*drops, "--overwrite_output_dir", "--resume_from_checkpoint"]
-        if code := subprocess.run([sys.executable, str(recipe), *words]).returncode:
-            raise SystemExit(code)
+        # A process that dies with this one, and with a memory of its own.
+        process = multiprocessing.get_context("spawn").Process(target=_run, args=(str(recipe), words))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(process.exitcode)
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
+
+
+def _run(recipe: str, words: list[str]) -> None:
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.argv = [recipe, *words]
+    runpy.run_path(recipe, run_name="__main__")
 
 
 def describe(folder: Path, epochs: int) -> str:

@@ -128,7 +128,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
         return [json.loads(line) for line in lines]
 
     assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1
-    assert {row["images_seen"] for row in rows("whole")} == {0, 960}
+    assert max(row["images_seen"] for row in rows("whole")) == 960
     assert not list((tmp_path / "killed" / "teachers").rglob("checkpoint-*"))
     assert "trained first, for 8 epochs" in (tmp_path / "whole" / "table1.md").read_text()
     assert "of the paper's 240 epochs" in (tmp_path / "whole" / "table1.md").read_text()
@@ -159,7 +159,8 @@ def test_a_comparison(tmp_path, image_parquet, networks):
 @pytest.mark.slow
 def test_a_report(tmp_path, image_parquet, networks):
     """Of a student that has weights of its own and a head."""
-    options = {"teacher": networks.teacher, "student": networks.small, "dataset": image_parquet, "num_images": 96}
+    student = h.save_resnet(tmp_path / "own", seed=9, hidden_sizes=(4, 4, 8))  # no seed of a run
+    options = {"teacher": networks.teacher, "student": student, "dataset": image_parquet, "num_images": 96}
     training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True, "timing_rounds": 2}
     neighbors = {"neighbors_k": 1, "neighbors_pool": 4, "neighbors_cache": tmp_path / "cache"}
     out = finish(start("report", **options, **training, **neighbors, output_dir=tmp_path / "out"))
