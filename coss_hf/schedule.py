@@ -46,8 +46,12 @@ def milestone_schedule(optimizer, drops: list[int], gamma: float, warmup: int) -
 
 
 class EpochCallback(TrainerCallback):
-    """Tells the dataset the epoch: accelerate's own call reaches it at one process only, and not after a resume. Has it
-    keep its images, if it can, where they are seen more than once."""
+    """What a dataset of views needs of a training.
+
+    It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. It keeps its
+    images, if it can, where they are seen more than once. Persistent loader workers end with the training: left to the
+    garbage collector, each of them is waited for 5 seconds, since their queues are gone before they are told.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
@@ -58,3 +62,9 @@ class EpochCallback(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.dataset.set_epoch(int(state.epoch or 0))
+
+    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
+        iterator = getattr(train_dataloader, "_iterator", None)
+        if iterator is not None:
+            train_dataloader._iterator = None
+            iterator._shutdown_workers()

@@ -40,6 +40,13 @@ def assert_same_batches(first, second):
         h.assert_same(one, other)
 
 
+def test_persistent_workers_end_with_the_training(tmp_path, image_parquet, networks):
+    options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
+    before = set(multiprocessing.active_children())
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options).train()
+    assert set(multiprocessing.active_children()) <= before
+
+
 def test_same_training_with_any_workers(tmp_path, image_parquet, networks):
     batches, epochs, weights = run(tmp_path, image_parquet, networks, num_train_epochs=3, **WORKERS["none"])
     assert epochs == [0] * 6 + [1] * 6 + [2] * 6
