@@ -177,13 +177,17 @@ class Preemption(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-def read_state(folder: str | Path) -> dict | None:
-    """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse."""
+def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECORD)) -> dict | None:
+    """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse.
+
+    Args:
+        files: that must be there, too.
+    """
     try:
         state = json.loads((Path(folder) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return None
-    whole = all((Path(folder) / name).is_file() for name in ("config.json", RECORD))
+    whole = all((Path(folder) / name).is_file() for name in files)
     return state if "global_step" in state and whole else None
 
 
@@ -194,13 +198,14 @@ def finished(state: dict, args) -> bool:
     return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
 
 
-def find_checkpoint(output_dir: str, asked: str | bool | None) -> str | None:
+def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str | None:
     """Folder to resume from.
 
     Args:
         output_dir: of the run.
         asked: None or False for a fresh start; True, ``"auto"`` or ``"True"`` for the newest complete checkpoint, None
             if there is none; else a checkpoint folder.
+        options: of ``read_state``.
 
     Raises:
         ValueError: a folder that is not a complete checkpoint.
@@ -210,9 +215,9 @@ def find_checkpoint(output_dir: str, asked: str | bool | None) -> str | None:
     if asked is True or str(asked).lower() in ("auto", "true"):
         folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
         folders.sort(key=lambda folder: int(folder.name[11:]), reverse=True)
-        return next((str(folder) for folder in folders if read_state(folder)), None)
+        return next((str(folder) for folder in folders if read_state(folder, **options)), None)
     folder = Path(asked)
-    if not read_state(folder):
+    if not read_state(folder, **options):
         inside = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         hint = f" Did you mean {inside}?" if inside else " Give --resume_from_checkpoint auto for the newest."
         raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint.{hint}")

@@ -36,11 +36,7 @@ def check_engine(args: TrainingArguments) -> None:
             f"silently not be used: launch with accelerate_configs/cpu.yaml instead."
         )
     check_processes(args)
-    if args.torch_compile_mode in GRAPH_MODES and args.gradient_accumulation_steps > 1:
-        raise ValueError(
-            f"--torch_compile_mode={args.torch_compile_mode} writes all gradients into the same memory, where "
-            f"--gradient_accumulation_steps={args.gradient_accumulation_steps} adds them up: leave one of them out."
-        )
+    check_graphs(args)
     if not fsdp:
         return
     if args.channels_last:
@@ -53,6 +49,21 @@ def check_engine(args: TrainingArguments) -> None:
     ):
         if value != needed:
             raise ValueError(f"{name}={value} does not work here: use {needed}, as in accelerate_configs/fsdp.yaml.")
+
+
+def check_graphs(args: TrainingArguments) -> None:
+    """Refuses CUDA graphs where gradients are accumulated.
+
+    Raises:
+        ValueError: both.
+    """
+    graphs = args.torch_compile_mode in GRAPH_MODES or args.torch_compile_backend == "cudagraphs"
+    if graphs and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"--torch_compile_mode={args.torch_compile_mode}, --torch_compile_backend={args.torch_compile_backend}: "
+            f"CUDA graphs write all gradients into the same memory, where --gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} adds them up; leave one of them out."
+        )
 
 
 def check_processes(args: TrainingArguments) -> None:

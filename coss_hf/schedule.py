@@ -49,8 +49,8 @@ class EpochCallback(TrainerCallback):
     """What a dataset of views needs of a training.
 
     It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. It keeps its
-    images, if it can, where they are seen more than once. Persistent loader workers end with the training: left to the
-    garbage collector, each of them is waited for 5 seconds, since their queues are gone before they are told.
+    images, if it can, where they are seen more than once. Persistent loader workers end where the training ends well:
+    left to the garbage collector each of them is waited for 5 seconds, since their queues go before they are told.
     """
 
     def __init__(self, dataset):
@@ -64,7 +64,8 @@ class EpochCallback(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
     def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
-        iterator = getattr(train_dataloader, "_iterator", None)
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+        iterator = getattr(loader, "_iterator", None)
         if iterator is not None:
-            train_dataloader._iterator = None
+            loader._iterator = None
             iterator._shutdown_workers()

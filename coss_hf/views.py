@@ -137,7 +137,7 @@ class ViewDataset(torch.utils.data.Dataset):
         """Decodes all images once and holds them in memory, uint8 (n, 3, size, size), where nothing is drawn before
         they have that size, and they are not too many. Views stay the same. Returns whether it did."""
         transforms = self.augment.transforms
-        if isinstance(transforms[0], Fit) and len(self) * 3 * self.size**2 <= KEPT_BYTES:
+        if self._kept is None and isinstance(transforms[0], Fit) and len(self) * 3 * self.size**2 <= KEPT_BYTES:
             fit, to_tensor, *_ = transforms
             self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
             records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
+from coss_hf.images import PANEL_SIZE
 from coss_hf.plots import method_plot
 from coss_hf.report import command
 from coss_hf.study.cells import Setting, load
@@ -48,11 +49,20 @@ def check(args: CompareArguments, models: ModelArguments, training: Distillation
     return "validation"
 
 
+def held_out(data: DataArguments) -> int | float:
+    """Images to hold out: by default as many as a training does, where the dataset has none of its own."""
+    if data.validation_size is not None:
+        return data.validation_size
+    splits = data.load()
+    return 0 if splits.validation is not None else min(PANEL_SIZE, len(splits.train) // 10)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
         args, models, data, training = parse((CompareArguments, ModelArguments, DataArguments, DistillationArguments))
         folder, pair = Path(training.output_dir), f"{models.student} / {models.teacher}"
+        data.validation_size = held_out(data)
         setting = Setting(data, {pair: models}, changed(training)).identified()
         split = check(args, models, training, load(setting, pair)[0])
         sweep = Sweep(folder, "compared", setting, args.jobs, {"command": command()})

@@ -26,7 +26,7 @@ from coss_hf.study.cells import UNTRAINED, Setting, load
 from coss_hf.study.controls import changed, check_study, length, trained_cells, untrained_cells
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.sweep import Sweep
-from coss_hf.study.tables import as_markdown, cells_of, ranked
+from coss_hf.study.tables import as_markdown, cells_of, extra_passes, ranked
 from coss_hf.study.verdict import verdict
 
 
@@ -87,10 +87,7 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
         f"In %, means over seeds with 95 % t-intervals, on the {facts['split']} split (mAP: {MAX_QUERIES:,} of its "
         f"images at most). Times: {hardware}."
     )
-    extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
-    if extra:
-        passes = ", ".join(f"{count:,} images for {name}" for name, count in extra.items())
-        below += f" Teacher passes beside those of training, once each: {passes}."
+    below = " ".join([below, *extra_passes(rows)])
     text = [f"# {title}", *said, as_markdown(quality), as_markdown(costing), below, f"`{facts['command']}`"]
     (folder / "report.md").write_text("\n\n".join(text) + "\n")
     parts = [*(paragraph(sentence, "lead") for sentence in said), html_table(quality), image(folder / "report.png")]

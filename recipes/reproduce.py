@@ -21,6 +21,7 @@ from coss_hf.plots import method_plot
 from coss_hf.report import command
 from coss_hf.study import paper, teachers
 from coss_hf.study.cells import Setting, load
+from coss_hf.study.controls import check_report
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
 
@@ -77,24 +78,18 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
     if args.teacher and len(args.pairs) > 1:
         raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.pairs)}: give one pair.")
     if not data.validation_size:
-        raise ValueError("--validation_size: the scales are chosen on images held out of train; give at least 1,000.")
+        raise ValueError("--validation_size: the scales are chosen on images held out of train; give 1,000 or more.")
 
 
-def own_teacher(pair: str, args: ReproduceArguments) -> Path:
-    """Folder of the pair's teacher where none is given."""
-    return Path(args.output_dir, "teachers", paper.PAIRS[pair][1])
-
-
-def write(args: ReproduceArguments, data: DataArguments, chosen: dict, reported: dict) -> None:
-    """``table1.md`` and a plot of each pair."""
+def write(args: ReproduceArguments, data: DataArguments, held_out: int, chosen: dict, reported: dict, own: dict):
+    """``table1.md`` and a plot of each pair; ``own``: folders of the teachers that were trained first."""
     share = "the paper's 240 epochs" if args.budget == 1 else f"a budget of {args.budget:g} of the paper's 240 epochs"
     folder, parts = Path(args.output_dir), [f"# Table {args.table}, {share}", f"{data.dataset}; `{command()}`"]
     for pair, rows in reported.items():
         title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({share})"
         figures = paper.published(args.table, pair)
-        parts.append(pair_section(title, rows, chosen[pair], args.metric, int(data.validation_size), figures))
-        if not args.teacher:
-            parts.append(teachers.describe(own_teacher(pair, args), args.teacher_epochs))
+        parts.append(pair_section(title, rows, chosen[pair], args.metric, held_out, figures))
+        parts += [teachers.describe(own[pair])] if own else []
         method_plot(
             folder / f"table{args.table}-{pair.replace('/', '-')}.png", ranked(rows, args.metric), args.metric, title
         )
@@ -123,17 +118,20 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             at_random = {pair: teachers.untrained(paper.PAIRS[pair][1], Path(folder, pair)) for pair in args.pairs}
             sweep.setting = setting({pair: args.teacher or at_random[pair] for pair in args.pairs})
-            budgets = {"choice_budget": args.choice_budget or args.budget, "budget": args.budget}
-            tried, seen = paper.lengths(budgets, args.batch_size, len(load(sweep.setting, args.pairs[0])[0].train))
+            budgets = [("choice_budget", args.choice_budget)] if args.choice_budget else [("budget", args.budget)]
+            budgets.append(("budget", args.budget))
+            splits = load(sweep.setting, args.pairs[0])[0]
+            check_report(args.metric, splits)
+            tried, seen = paper.lengths(budgets, args.batch_size, len(splits.train))
             choices = [(args.table, pair, args.methods, args.scales, tried) for pair in args.pairs]
             cells = [cell for choice in choices for cell in paper.choice_cells(*choice)]
             sweep.check(cells)
-        if not args.teacher:
-            own = list(dict.fromkeys(own_teacher(pair, args) for pair in args.pairs))
-            teachers.train(Path(__file__).with_name("train_teacher.py"), own, data, args.teacher_epochs, common)
-        sweep.setting = setting(
-            {pair: args.teacher or str(own_teacher(pair, args)) for pair in args.pairs}
-        ).identified()
+            names = {} if args.teacher else {pair: paper.PAIRS[pair][1] for pair in args.pairs}
+            own = {pair: Path(args.output_dir, "teachers", name) for pair, name in names.items()}
+            teachers.check(set(own.values()), data, args.teacher_epochs, common)
+        recipe = Path(__file__).with_name("train_teacher.py")
+        teachers.train(recipe, dict.fromkeys(own.values()), data, args.teacher_epochs, common)
+        sweep.setting = setting({pair: args.teacher or str(own[pair]) for pair in args.pairs}).identified()
     rows = min(len(args.methods), (args.finalists or len(args.methods)) + 1)
     results = sweep.run(cells, later=seen * args.seeds * rows * len(args.pairs))
     chosen, finals = {}, []
@@ -143,7 +141,7 @@ def main() -> None:
         finals += paper.report_cells(pair, chosen[pair], args.finalists, args.seeds, seen)
     results = sweep.run(finals)
     reported = {pair: [row for row in results if row["pair"] == pair] for pair in args.pairs}
-    write(args, data, chosen, reported)
+    write(args, data, len(splits.validation), chosen, reported, own)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ import torch
 from datasets import ClassLabel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from coss_hf.backbones import Backbone
+from coss_hf.checkpoints import find_checkpoint
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments
-from coss_hf.engines import check_processes
+from coss_hf.engines import check_graphs, check_processes
 from coss_hf.evaluation.evaluator import labelled
 from coss_hf.images import ImageSplits, ProcessedImages
 from coss_hf.models.classifier import load_classifier
@@ -73,6 +73,7 @@ def class_names(splits: ImageSplits) -> list[str]:
 def prepare(data: DataArguments, args: TeacherArguments) -> tuple[Trainer, Backbone, ImageSplits]:
     """Everything up to the first step; all bad input is found here."""
     check_processes(args)
+    check_graphs(args)
     if not args.model:
         raise ValueError("--model is missing; see --help.")
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
@@ -128,9 +129,10 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
         data, args = parse((DataArguments, TeacherArguments))
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, files=("config.json",))
         trainer, backbone, splits = prepare(data, args)
     print(f"{backbone!r}, {len(splits.train):,} images", flush=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(args.output_dir) if args.resume_from_checkpoint else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     result = {"command": command(), "seed": args.seed, "versions": versions()}
     queries, name = (splits.test, "test") if splits.test else (splits.validation, "validation")

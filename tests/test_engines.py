@@ -103,7 +103,7 @@ def test_fsdp_settings_that_are_refused(tmp_path, monkeypatch, change, message):
 
     launched_environment(monkeypatch, "fsdp")
     options = {"channels_last": False, "sync_batch_norm": False, "fsdp": None, "fsdp_plugin_args": None}
-    options |= {"torch_compile_mode": None}
+    options |= {"torch_compile_mode": None, "torch_compile_backend": None}
     args = SimpleNamespace(device=torch.device("cuda"), n_gpu=1, world_size=1, use_cpu=False, **options)
     check_engine(args)
     for key, value in change.items():
@@ -127,7 +127,7 @@ def test_processes_that_are_refused(monkeypatch, change, message):
     for name in ("WORLD_SIZE", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
     args = SimpleNamespace(device=torch.device("cuda"), n_gpu=1, world_size=1, sync_batch_norm=False, fsdp=None)
-    args.torch_compile_mode = None
+    args.torch_compile_mode = args.torch_compile_backend = None
     check_engine(args)
     for key, value in change.items():
         monkeypatch.setenv(key, value) if key.isupper() else setattr(args, key, value)
@@ -277,9 +277,9 @@ def test_batch_norm_that_cannot_be_synchronised_is_refused(tmp_path):
 
 
 def test_graphs_and_accumulated_gradients_exclude_each_other(tmp_path):
-    options = {"use_cpu": True, "torch_compile_mode": "reduce-overhead", "gradient_accumulation_steps": 2}
-    with pytest.raises(ValueError, match="--torch_compile_mode=reduce-overhead .* --gradient_accumulation_steps=2 "):
-        DistillationArguments(str(tmp_path), **options)
+    for graphs in ({"torch_compile_mode": "reduce-overhead"}, {"torch_compile_backend": "cudagraphs"}):
+        with pytest.raises(ValueError, match="CUDA graphs .* --gradient_accumulation_steps=2 adds"):
+            DistillationArguments(str(tmp_path), use_cpu=True, gradient_accumulation_steps=2, **graphs)
 
 
 @pytest.mark.slow  # 30 s

@@ -50,6 +50,7 @@ def test_a_sum_that_cannot_be_read(text):
         ({"method": "seed(queue_size=56)"}, "queue_size=56 must be .* at most 48"),
         ({"method": "crd(negatives=48)"}, "negatives=48 must lie between 1 and the 47 others"),
         ({"method": "crd(negatives=2.5)"}, r"--method=crd\(negatives=2.5.*\): negatives=2.5 must be a whole number"),
+        ({"method": "crd(negatives=1e400)"}, "negatives=inf must be a whole number"),
         ({"method": "seed(queue_size=true)"}, "queue_size=True must be a whole number"),
         ({"method": "factor(pretraining_steps=0.5)"}, "pretraining_steps=0.5 must be a whole number"),
         ({"method": "coss + rkd(beta=-1)"}, r"--method=rkd\(beta=-1\): beta=-1 must be"),

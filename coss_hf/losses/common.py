@@ -28,7 +28,7 @@ def check_positive(**values: float) -> None:
 def whole(**counts: float) -> list[int]:
     """The counts as integers. Raises ValueError for one that is none."""
     for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        if isinstance(value, bool) or not float(value).is_integer():
             raise ValueError(f"{name}={value} must be a whole number.")
     return [int(value) for value in counts.values()]
 

@@ -21,6 +21,8 @@ from coss_hf.pretraining import pretraining_images
 from coss_hf.trainer import DistillationTrainer
 from coss_hf.views import ViewDataset
 
+# How a cell is run, not what it comes to.
+OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers")
 UNTRAINED = ("teacher", "random", "initial")  # what no method trains, measured like the others
 
 
@@ -78,17 +80,24 @@ class Setting:
     identity: dict[str, str] = field(default_factory=dict)
 
     def identified(self) -> "Setting":
-        """With hashes of the images and of each teacher's weights, so that what stands at a path may change."""
+        """With hashes of images, labels and weights, so that what stands at a path may change."""
         found = {}
-        for pair in self.models:
+        for pair, models in self.models.items():
             splits, teacher = load(self, pair)
-            hashes = [split["image_hash"][:] for split in (splits.train, splits.validation, splits.test) if split]
-            found[pair] = hashlib.sha256(f"{teacher.fingerprint()} {hashes}".encode()).hexdigest()
+            columns = ["image_hash", *([splits.label_column] if splits.label_column else [])]
+            parts = [
+                part[name][:] for part in (splits.train, splits.validation, splits.test) if part for name in columns
+            ]
+            parts.append(teacher.fingerprint())
+            if models.student_init != "random":
+                parts.append(models.load_student(teacher).fingerprint())
+            found[pair] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return replace(self, identity=found)
 
     def key(self, cell: Cell) -> str:
         """Name of the file of a finished cell: of everything that its result depends on, not its row's name."""
-        shared = [asdict(self.data), asdict(self.models[cell.pair]), self.training, self.milestones, self.bank_size]
+        training = {name: value for name, value in self.training.items() if name not in OPERATION}
+        shared = [asdict(self.data), asdict(self.models[cell.pair]), training, self.milestones, self.bank_size]
         shared.append(self.identity.get(cell.pair))
         method = cell.method if cell.method in UNTRAINED else None
         text = json.dumps([asdict(replace(cell, method=method)), shared], sort_keys=True, default=str)

@@ -9,7 +9,8 @@ from coss_hf.report import write_json
 from coss_hf.study.cells import Cell, Setting
 from coss_hf.study.timing import images_within
 
-CELL = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta", "lambda_ss")
+CELL = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
+WITHOUT_LABELS = ("eval_overlap10", "eval_cosine")
 COSINE, PLAIN = "coss, cosine only", "coss, no neighbours"
 
 
@@ -21,10 +22,9 @@ def trained_cells(
     Without neighbours a step takes as many images as with them.
     """
     k, anchors = training.neighbors_k, training.per_device_train_batch_size
-    coss = "coss" if training.lambda_ss == 1 else f"coss(lambda_ss={training.lambda_ss:g})"
-    rows = [(COSINE, "coss(lambda_ss=0)", k, None), ("coss", coss, k, None)]
-    rows += [(PLAIN, coss, 0, anchors * (1 + k))] if k else []
-    rows += [(method, method, k, None) for method in methods if method != "coss"]
+    rows = [(COSINE, "coss(lambda_ss=0)", k, None), ("coss", "coss", k, None)]
+    rows += [(PLAIN, "coss", 0, anchors * (1 + k))] if k else []
+    rows += [(method, method, k, None) for method in dict.fromkeys(methods) if method != "coss"]
     return [
         Cell(pair, name, expression, 1, seed, training.num_images, split, k, anchors)
         for name, expression, k, anchors in rows
@@ -47,12 +47,22 @@ def check_study(training: DistillationArguments, hours: float | None, seeds: int
     if hours is not None and hours <= 0:
         raise ValueError(f"--hours={hours} must be above 0.")
     if seeds < 3 or jobs < 1:
-        raise ValueError(f"--seeds={seeds} must be at least 3, for intervals that mean something, and --jobs={jobs} 1.")
+        raise ValueError(
+            f"--seeds={seeds} must be at least 3, for intervals that mean something, and --jobs={jobs} at least 1."
+        )
     if training.seed != DistillationArguments.seed:
         raise ValueError(f"--seed={training.seed}: the runs have the seeds 1 to {seeds}; give --seeds, their number.")
     if splits.test is None and splits.validation is None:
         raise ValueError("--validation_size: there is no test split, so hold images out of train to compare on.")
     return "test" if splits.test is not None else "validation"
+
+
+def check_report(metric: str, splits) -> None:
+    """Raises ValueError where there is nothing to report on."""
+    if splits.test is None:
+        raise ValueError("--test_split: a table is reported on test images, and there are none; name their split.")
+    if splits.label_column is None and metric not in WITHOUT_LABELS:
+        raise ValueError(f"--metric={metric} needs labels, and none were found: name --label_column.")
 
 
 def changed(given: DistillationArguments) -> dict:

@@ -73,23 +73,23 @@ def scaled(expression: str, scale: float) -> str:
     )
 
 
-def lengths(budgets: dict[str, float], batch_size: int, train_images: int) -> list[int]:
+def lengths(budgets: list[tuple[str, float]], batch_size: int, train_images: int) -> list[int]:
     """Images of runs that are a share of the paper's 240 epochs.
 
     Args:
-        budgets: the share of each, by its flag.
+        budgets: the flag and the share of each.
 
     Raises:
         ValueError: one that is less than a step.
     """
     whole = EPOCHS * train_images
-    for flag, share in budgets.items():
+    for flag, share in budgets:
         if round(share * whole) < batch_size:
             raise ValueError(
                 f"--{flag}={share:g} of 240 epochs of {train_images:,} images is less than one step: give at least "
                 f"{batch_size / whole:.2g}."
             )
-    return [round(share * whole) for share in budgets.values()]
+    return [round(share * whole) for _, share in budgets]
 
 
 def choice_cells(table: int, pair: str, methods: list[str], scales: list[float], images: int) -> list[Cell]:

@@ -45,7 +45,10 @@ def ranked(rows: list[dict], metric: str) -> dict[str, list[dict]]:
 def difference(rows: list[dict], other: list[dict], metric: str) -> tuple[float, float] | None:
     """Mean difference of two methods paired by seed, and half of its 95 % interval; None without a common seed."""
     seeds = {row["seed"]: row[metric] for row in other if row.get(metric) is not None}
-    pairs = [row[metric] - seeds[row["seed"]] for row in rows if row.get(metric) is not None and row["seed"] in seeds]
+    mine = {row["seed"]: row[metric] for row in rows if row.get(metric) is not None}
+    if mine and rows[0]["method"] == "initial":  # one network, whatever the seed
+        mine = dict.fromkeys(seeds, *mine.values())
+    pairs = [mine[seed] - seeds[seed] for seed in mine if seed in seeds]
     return (statistics.fmean(pairs), half_interval(pairs)) if pairs else None
 
 
@@ -109,6 +112,7 @@ def pair_section(
         comparison(rows, metric),
         f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
         markdown(chosen, metric),
+        *extra_passes(chosen),
     ]
     if published:
         table = [list(published), [f"{value:.2f}" for value in published.values()]]
@@ -123,28 +127,40 @@ def comparison(rows: list[dict], metric: str) -> str:
     """A ranked table of a comparison, each method's difference to the best, and in words whether it says anything."""
     groups = ranked(rows, metric)
     first = next(name for name in groups if name not in UNTRAINED)
-    words, close, ahead = {first: "-"}, [], []
+    words, close, better, unknown = {first: "-"}, [], [], []
     for name, group in groups.items():
-        found = None if name in (first, "teacher") else difference(group, groups[first], metric)
-        if found is None:
-            words.setdefault(name, "" if name in UNTRAINED else "failed")
+        if name in (first, "teacher"):
+            continue
+        found = difference(group, groups[first], metric)
+        label = f"{name} weights" if name in UNTRAINED else name
+        words[name] = "failed" if found is None else f"{100 * found[0]:.1f}"
+        if found is None or math.isinf(found[1]):
+            unknown.append(label)
             continue
         mean, half = found
-        words[name] = f"{100 * mean:.1f}" + (f" ± {100 * half:.1f}" if math.isfinite(half) else "")
-        label = f"{name} weights" if name in UNTRAINED else name
-        if abs(mean) > half:
-            ahead += [label] * (mean > 0)
-        elif math.isfinite(half):
-            words[name] += ", inside the noise"
+        words[name] += f" ± {100 * half:.1f}"
+        if mean > half and name in UNTRAINED:
+            better.append(label)
+        elif mean >= -half:
+            words[name] += ", inside the noise" if mean <= half else ""
             close.append(label)
     table = markdown(rows, metric, {f"difference to {first}, paired": lambda name: words.get(name, "")})
-    if ahead:
-        verdict = f"No method is better than {' or '.join(ahead)}: nothing was learnt here."
+    if all(row.get(metric) is None for row in groups[first]):
+        verdict = "Every run failed."
+    elif better:
+        verdict = f"No method is better than {' or '.join(better)}: nothing was learnt here."
     elif close:
         verdict = f"{first} leads, but what separates it from {', '.join(close)} lies inside the noise of these seeds."
-    elif len(groups[first]) < 2:
-        verdict = f"{first} leads; one seed says nothing of the noise."
+    elif unknown:
+        verdict = f"{first} leads; too few runs ended to say whether by more than noise over {', '.join(unknown)}."
     else:
         verdict = f"{first} is ahead of every other row by more than the noise of these seeds."
     header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric.removeprefix('eval_')}."
-    return f"{header}\n\n{table}\n\n{verdict}"
+    return "\n\n".join([header, table, verdict, *extra_passes(rows)])
+
+
+def extra_passes(rows: list[dict]) -> list[str]:
+    """A sentence on what methods cost beside their steps, where any does."""
+    extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
+    passes = ", ".join(f"{count:,} images for {name}" for name, count in extra.items())
+    return [f"Teacher passes beside those of training, once each: {passes}."] if extra else []

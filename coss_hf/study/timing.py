@@ -5,6 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from transformers import TrainerCallback
 
 from coss_hf.study.cells import Cell, Setting, prepare, run_cell
@@ -17,6 +18,8 @@ class _Clock(TrainerCallback):
         self.times = []
 
     def on_step_end(self, args, state, control, **kwargs):
+        if args.device.type == "cuda":
+            torch.cuda.synchronize()  # steps are begun before earlier ones are done
         self.times.append(time.perf_counter())
 
 

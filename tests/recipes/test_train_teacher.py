@@ -44,6 +44,12 @@ def losses(output: str) -> list[float]:
     ]
 
 
+def test_a_checkpoint_that_is_not_there_is_refused(train, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train(f"--resume_from_checkpoint={tmp_path / 'nowhere'}")
+    assert "nowhere is not a complete checkpoint" in capsys.readouterr().err
+
+
 def test_learns_and_reloads(train, capsys):
     folder = train("--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.2", "0.2")
     out = capsys.readouterr().out

@@ -109,6 +109,10 @@ def test_a_key_is_of_all_that_a_result_depends_on(setting):
 def test_other_weights_or_images_are_other_cells(tmp_path, setting):
     first = setting.identified()
     assert first.key(CELL) == setting.identified().key(CELL) != setting.key(CELL)
+    operation = setting.training | {"save_steps": 7, "dataloader_num_workers": 2}
+    assert replace(first, training=operation).key(CELL) == first.key(CELL)
+    own = {"pair": replace(setting.models["pair"], student_init="pretrained")}
+    assert replace(setting, models=own).identified().identity != first.identity
     other_images = replace(setting, data=replace(setting.data, max_train_samples=30)).identified()
     assert other_images.identity != first.identity
     path = Path(setting.models["pair"].teacher, "model.safetensors")

@@ -45,7 +45,25 @@ def test_a_comparison_says_what_lies_inside_the_noise():
     assert "a leads, but what separates it from b lies inside the noise" in text
     assert "-30.0 ± 0.0 |" in text and "inside the noise |" in text
     assert "a is ahead of every other row" in comparison(found[:3] + found[6:], "eval_linear")
-    assert "one seed says nothing" in comparison([found[0], found[6]], "eval_linear")
+    assert "too few runs ended" in comparison([found[0], found[6]], "eval_linear")
+
+
+def test_a_comparison_claims_no_more_than_it_has():
+    low = rows("a", 0.30, 0.31, 0.32)
+    ahead = "is ahead of every other row"
+    assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "eval_linear")
+    beaten = comparison([*low, *rows("initial", 0.1)], "eval_linear")
+    assert "-21.0 ± 2.5" in beaten and f"a {ahead}" in beaten
+    assert "Every run failed" in comparison([*rows("a", None, None), *rows("random", 0.3, 0.3)], "eval_linear")
+    one_left = comparison([*low, *rows("b", 0.2, None, None)], "eval_linear")
+    assert "too few runs ended to say whether by more than noise over b" in one_left
+    mixed = comparison([*rows("a", 0.5, 0.5, 0.9), *rows("b", 0.52, 0.521, None)], "eval_linear")
+    assert "inside the noise" in mixed and ahead not in mixed
+
+
+def test_teacher_passes_beside_the_steps_are_said():
+    found = [*rows("factor", 0.3, 0.3, extra_teacher_images=64_000), *rows("a", 0.3, 0.4)]
+    assert "once each: 64,000 images for factor" in comparison(found, "eval_linear")
 
 
 def test_a_comparison_says_when_nothing_was_learnt():

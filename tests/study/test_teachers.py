@@ -1,0 +1,49 @@
+"""Teachers that a study trains first."""
+
+import json
+import shutil
+
+import pytest
+
+import tests.helpers as h
+from coss_hf.config import DataArguments
+from coss_hf.study import teachers
+
+RECIPE = h.ROOT / "recipes" / "train_teacher.py"
+OPTIONS = {
+    "per_device_train_batch_size": 16,
+    "bf16": False,
+    "use_cpu": True,
+    "save_steps": 1,
+    "torch_compile_mode": None,
+}
+
+
+@pytest.fixture
+def data(image_parquet):
+    return DataArguments(dataset=str(image_parquet), validation_size=12)
+
+
+def test_one_that_was_stopped_in_a_checkpoint_goes_on(tmp_path, data):
+    folder = tmp_path / "resnet20"
+    with pytest.raises(SystemExit) as exit:  # stopped before its first step, by an argument that it refuses
+        teachers.train(RECIPE, [folder], data, 1, OPTIONS | {"augmentation": "none of these"})
+    assert exit.value.code == 2 and not (folder / "run.json").exists()
+    half = folder / "checkpoint-1"
+    half.mkdir(parents=True)
+    (half / "config.json").write_text("{}")
+    teachers.train(RECIPE, [folder], data, 1, OPTIONS)
+    assert (folder / "run.json").exists() and not list(folder.glob("checkpoint-*"))
+    record = json.loads((folder / "run.json").read_text())
+    assert "--lr_milestones 0.625 0.75 0.875" in record["command"]
+    assert f"trained first, for 1 epochs: {100 * record['accuracy']:.1f} % of test" in teachers.describe(folder)
+    before = (folder / "run.json").stat().st_mtime_ns
+    teachers.train(RECIPE, [folder], data, 1, OPTIONS)
+    assert before == (folder / "run.json").stat().st_mtime_ns
+    teachers.check([folder], data, 1, OPTIONS | {"save_steps": 5, "use_cpu": False})
+    with pytest.raises(
+        ValueError, match="--output_dir: its teacher .* trained with num_train_epochs 1, not 4, lr_miles"
+    ):
+        teachers.check([folder], data, 4, OPTIONS)
+    shutil.rmtree(folder)
+    teachers.check([folder], data, 4, OPTIONS)
