@@ -8,7 +8,7 @@ quickstart: $(VENV)/.quickstart
 	$(VENV)/bin/python recipes/quickstart.py
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile
+	$(VENV)/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

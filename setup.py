@@ -31,6 +31,6 @@ setup(
         "tensorboard": ["tensorboard"],
         "quickstart": ["scikit-learn"],
         "export": EXPORT,
-        "dev": [*EXPORT, "psutil", "pytest", "pytest-xdist", "ruff", "scikit-learn", "tensorboard", "timm"],
+        "dev": [*EXPORT, "psutil", "pytest", "pytest-xdist>=3.7", "ruff", "scikit-learn", "tensorboard", "timm"],
     },
 )

@@ -17,6 +17,13 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def leave() -> None:
+    """Ends the process group of a run that has ended well, when no process has more to say to another: left to the end
+    of the interpreter, its threads may abort the process."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 class _AllReduceSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import set_seed
 from coss_hf.checkpoints import find_checkpoint, hold, recover
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits, to_dict
 from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
+from coss_hf.distributed import leave
 from coss_hf.estimate import describe
 from coss_hf.evaluation import table
 from coss_hf.evaluation.evaluator import Evaluator, compare, sample
@@ -130,6 +131,7 @@ def main() -> None:
         trainer.save_model(_internal_call=True)  # not pushed yet
         with trainer.room():
             trainer.save_state()
+    leave()
 
     if args.process_index == 0:
         final = evaluator(splits, trainer.teacher, args, splits.test or splits.validation)

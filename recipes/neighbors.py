@@ -29,6 +29,7 @@ from coss_hf.checkpoints import RunStopped, publish, staging
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.config import DataArguments, ModelArguments
 from coss_hf.disk import full_disk
+from coss_hf.distributed import leave
 from coss_hf.hub import check_repo, push_dataset
 from coss_hf.images import ImageSplits
 from coss_hf.neighbor_columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
@@ -117,6 +118,7 @@ def main() -> None:
     with bad_input_exits():
         models, data, args = parse((ModelArguments, DataArguments, NeighborsArguments))
         splits, neighbors, meta = find_neighbors(models, data, args)
+    leave()
     if not PartialState().is_main_process:
         return
     with stopped_run_exits():

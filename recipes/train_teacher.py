@@ -23,6 +23,7 @@ from coss_hf.backbones import Backbone
 from coss_hf.checkpoints import find_checkpoint
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.config import DataArguments
+from coss_hf.distributed import leave
 from coss_hf.engines import check_graphs, check_processes
 from coss_hf.evaluation.evaluator import labelled
 from coss_hf.images import ImageSplits, ProcessedImages
@@ -61,8 +62,7 @@ class TeacherArguments(TrainingArguments):
 
 def class_names(splits: ImageSplits) -> list[str]:
     """Names of the classes, by number."""
-    column = splits.label_column
-    if column is None:
+    if (column := splits.label_column) is None:
         raise ValueError("--label_column: no labels found, and a supervised teacher needs them; name their column.")
     numbers, feature = splits.train[column][:], splits.train.features[column]
     if not labelled(numbers):
@@ -83,8 +83,7 @@ def prepare(data: DataArguments, args: TeacherArguments) -> tuple[Trainer, Backb
     set_seed(args.seed)
     shape = {"size": args.image_size, "mean": args.mean, "std": args.std, "hidden_sizes": args.hidden_sizes}
     model, processor = load_classifier(args.model, class_names(splits), **shape)
-    # Errors of sizes that the network cannot take.
-    backbone = Backbone(model, processor, size=args.image_size, argument="image")
+    backbone = Backbone(model, processor, size=args.image_size, argument="image")  # refuses sizes it cannot take
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, max(backbone.size), seed=args.seed)
     labels = torch.as_tensor(splits.train[splits.label_column][:])
     return build_trainer(model, backbone, labels, args, views), backbone, splits
@@ -134,6 +133,7 @@ def main() -> None:
     print(f"{backbone!r}, {len(splits.train):,} images", flush=True)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
+    leave()
     result = {"command": command(), "seed": args.seed, "versions": versions()}
     queries, name = (splits.test, "test") if splits.test else (splits.validation, "validation")
     if not trainer.is_world_process_zero():

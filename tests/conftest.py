@@ -11,6 +11,14 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+# Files whose few tests start processes of their own and take longest: first, so that none is left over at the end.
+LONGEST = ("test_crash", "test_hub", "test_two_processes", "test_distributed", "test_neighbor_processes", "test_fsdp")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Folder of real images, checkpoints and numerical references beside the repository."""
