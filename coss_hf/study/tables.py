@@ -150,9 +150,9 @@ def comparison(rows: list[dict], metric: str) -> str:
     elif better:
         verdict = f"No method is better than {' or '.join(better)}: nothing was learnt here."
     elif close:
-        verdict = f"{first} leads, but what separates it from {', '.join(close)} lies inside the noise of these seeds."
+        verdict = f"{first} leads, but what separates it from {'; '.join(close)} lies inside the noise of these seeds."
     elif unknown:
-        verdict = f"{first} leads; too few runs ended to say whether by more than noise over {', '.join(unknown)}."
+        verdict = f"{first} leads; too few runs ended to say whether by more than noise over {'; '.join(unknown)}."
     else:
         verdict = f"{first} is ahead of every other row by more than the noise of these seeds."
     header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric.removeprefix('eval_')}."
@@ -162,5 +162,5 @@ def comparison(rows: list[dict], metric: str) -> str:
 def extra_passes(rows: list[dict]) -> list[str]:
     """A sentence on what methods cost beside their steps, where any does."""
     extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
-    passes = ", ".join(f"{count:,} images for {name}" for name, count in extra.items())
+    passes = "; ".join(f"{count:,} images for {name}" for name, count in extra.items())
     return [f"Teacher passes beside those of training, once each: {passes}."] if extra else []

@@ -26,9 +26,6 @@ def data(image_parquet):
 
 def test_one_that_was_stopped_in_a_checkpoint_goes_on(tmp_path, data):
     folder = tmp_path / "resnet20"
-    with pytest.raises(SystemExit) as exit:  # stopped before its first step, by an argument that it refuses
-        teachers.train(RECIPE, [folder], data, 1, OPTIONS | {"augmentation": "none of these"})
-    assert exit.value.code == 2 and not (folder / "run.json").exists()
     half = folder / "checkpoint-1"
     half.mkdir(parents=True)
     (half / "config.json").write_text("{}")
