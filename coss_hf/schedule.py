@@ -50,7 +50,7 @@ class EpochCallback(TrainerCallback):
 
     It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. It keeps its
     images, if it can, where they are seen more than once. Persistent loader workers end where the training ends well:
-    left to the garbage collector each of them is waited for 5 seconds, since their queues go before they are told.
+    the garbage collector may take their queues before they are told, and torch then waits 5 seconds for each.
     """
 
     def __init__(self, dataset):

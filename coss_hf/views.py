@@ -33,8 +33,7 @@ class Fit(torch.nn.Module):
 
 
 class CropAndFlip(torch.nn.Module):
-    """`v2.RandomCrop` with zero padding and `v2.RandomHorizontalFlip` of a tensor (3, h, w), draw for draw, in part of
-    the time that they take for so small an image."""
+    """`v2.RandomCrop` with zero padding and `v2.RandomHorizontalFlip` of a tensor (3, h, w), draw for draw."""
 
     def __init__(self, padding: int):
         super().__init__()

@@ -43,7 +43,8 @@ def assert_same_batches(first, second):
 def test_persistent_workers_end_with_the_training(tmp_path, image_parquet, networks):
     options = {"dataloader_num_workers": 2, "dataloader_persistent_workers": True}
     before = set(multiprocessing.active_children())
-    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options).train()
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    trainer.train()  # kept: its end would end them, too
     assert set(multiprocessing.active_children()) <= before
 
 

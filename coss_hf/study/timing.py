@@ -43,10 +43,11 @@ def images_within(seconds: float, trained: list[Cell], others: list[Cell], setti
         fixed = (time.perf_counter() - begin) * (len(trained) + len(others))
         per_image, least = 0.0, 0
         for cell in {(cell.expression, cell.neighbors_k): cell for cell in trained}.values():
-            clock, start = _Clock(), time.perf_counter()
+            clock = _Clock()
             trainer = prepare(replace(cell, num_images=None), setting, Path(folder), [clock])
             trainer.args.max_steps = STEPS + FIRST
             trainer.args.save_strategy = "no"
+            start = time.perf_counter()  # neighbours are searched once for all cells
             trainer.train()
             spent = (clock.times[-1] - clock.times[FIRST - 1]) / STEPS
             same = sum((one.expression, one.neighbors_k) == (cell.expression, cell.neighbors_k) for one in trained)

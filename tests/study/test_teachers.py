@@ -24,7 +24,7 @@ def data(image_parquet):
     return DataArguments(dataset=str(image_parquet), validation_size=12)
 
 
-def test_one_that_was_stopped_in_a_checkpoint_goes_on(tmp_path, data):
+def test_a_half_written_checkpoint_is_passed_over_and_other_wishes_are_refused(tmp_path, data):
     folder = tmp_path / "resnet20"
     half = folder / "checkpoint-1"
     half.mkdir(parents=True)
