@@ -1,25 +1,51 @@
 """Unsupervised knowledge distillation of vision backbones: a big teacher, unlabelled images, a small student."""
 
-import importlib
+from typing import TYPE_CHECKING
 
-_ROOMS = {
-    "embed": "embedding",
-    "Features": "features",
-    "LOSSES": "losses",
-    "load_backbone": "loading",
-    "load_images": "images",
-    "add_neighbors": "neighbors",
-    "Student": "student",
-    "ViewDataset": "views",
-    "DistillationArguments": "config",
-    "DistillationTrainer": "trainer",
-    "Evaluator": "evaluation.evaluator",
-}
-__all__ = list(_ROOMS)
+from coss_hf.utils.lazy import lazy_names
 
+if TYPE_CHECKING:
+    from coss_hf.data.loading import load_images
+    from coss_hf.data.views import ViewDataset
+    from coss_hf.evaluation.evaluator import Evaluator
+    from coss_hf.features import Features
+    from coss_hf.losses.registry import LOSSES
+    from coss_hf.models.embedding import embed
+    from coss_hf.models.loading import load_backbone
+    from coss_hf.models.student import Student
+    from coss_hf.neighbors.mining import add_neighbors
+    from coss_hf.trainer.trainer import DistillationTrainer
+    from coss_hf.trainer.training_args import DistillationArguments
 
-def __getattr__(name: str):
-    # On first use: a loss alone should not import Trainer, datasets and faiss.
-    if name in _ROOMS:
-        return getattr(importlib.import_module(f"coss_hf.{_ROOMS[name]}"), name)
-    raise AttributeError(f"module 'coss_hf' has no attribute {name!r}")
+__version__ = "0.1.0"
+__all__ = [
+    "DistillationArguments",
+    "DistillationTrainer",
+    "Evaluator",
+    "Features",
+    "LOSSES",
+    "Student",
+    "ViewDataset",
+    "add_neighbors",
+    "embed",
+    "load_backbone",
+    "load_images",
+]
+
+# On first use: a loss alone should not import Trainer, datasets and faiss.
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "DistillationArguments": "trainer.training_args",
+        "DistillationTrainer": "trainer.trainer",
+        "Evaluator": "evaluation.evaluator",
+        "Features": "features",
+        "LOSSES": "losses.registry",
+        "Student": "models.student",
+        "ViewDataset": "data.views",
+        "add_neighbors": "neighbors.mining",
+        "embed": "models.embedding",
+        "load_backbone": "models.loading",
+        "load_images": "data.loading",
+    },
+)

@@ -15,15 +15,16 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
-from coss_hf.images import PANEL_SIZE
-from coss_hf.plots import method_plot
-from coss_hf.report import command
-from coss_hf.study.cells import Setting, load
-from coss_hf.study.controls import changed, check_study, length, trained_cells, untrained_cells
+from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.data.loading import PANEL_SIZE
+from coss_hf.reporting.plots import method_plot
+from coss_hf.reporting.run_record import command
+from coss_hf.study.baselines import changed, check_study, length, trained_cells, untrained_cells
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import comparison, ranked
+from coss_hf.study.trials import Setting, load
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.training_args import DistillationArguments
 
 
 @dataclass

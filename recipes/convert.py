@@ -9,7 +9,8 @@ import argparse
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from coss_hf.models import cifar_image_processor, convert_akamaster
+from coss_hf.models.cifar.convert import convert_akamaster
+from coss_hf.models.cifar.registry import cifar_image_processor
 
 
 def main(arguments: list[str] | None = None) -> None:

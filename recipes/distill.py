@@ -16,20 +16,22 @@ from pathlib import Path
 import numpy as np
 from transformers import set_seed
 
-from coss_hf.checkpoints import find_checkpoint, hold, recover
-from coss_hf.cli import bad_input_exits, parse, stopped_run_exits, to_dict
-from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
-from coss_hf.distributed import leave
-from coss_hf.estimate import describe
-from coss_hf.evaluation import table
+from coss_hf.cli.parser import bad_input_exits, parse, stopped_run_exits
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, compare, sample
-from coss_hf.images import ImageSplits
-from coss_hf.neighbor_columns import check_neighbors, check_pool
-from coss_hf.neighbors import nearest_neighbors
-from coss_hf.processes import Processes
-from coss_hf.report import write_page, write_pictures, write_record
-from coss_hf.trainer import DistillationTrainer
-from coss_hf.views import ViewDataset
+from coss_hf.evaluation.tables import table
+from coss_hf.neighbors.columns import check_neighbors, check_pool
+from coss_hf.neighbors.mining import nearest_neighbors
+from coss_hf.reporting.run_record import to_dict
+from coss_hf.reporting.run_report import write_page, write_pictures, write_record
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.checkpoint_files import find_checkpoint, hold, recover
+from coss_hf.trainer.dry_run import describe
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.distributed import leave
+from coss_hf.utils.process_group import Processes
 
 
 def prepare(models: ModelArguments, data: DataArguments, args: DistillationArguments):

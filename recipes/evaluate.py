@@ -15,12 +15,12 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.evaluation import table
+from coss_hf.cli.parser import bad_input_exits, parse
 from coss_hf.evaluation.evaluator import Evaluator, compare
-from coss_hf.modeling import load_head
-from coss_hf.report import command, versions, write_json
+from coss_hf.evaluation.tables import table
+from coss_hf.models.heads import load_head
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 
 @dataclass

@@ -15,14 +15,14 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments
-from coss_hf.export import QUANTIZATIONS, export, onnx_packages
-from coss_hf.images import ProcessedImages
-from coss_hf.loading import load_backbone
-from coss_hf.modeling import HEAD_FILE, load_head
-from coss_hf.report import command, versions, write_json
-from coss_hf.student import Student
+from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
+from coss_hf.models.heads import HEAD_FILE, load_head
+from coss_hf.models.loading import load_backbone
+from coss_hf.models.student import Student
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.trainer.arguments import DataArguments
 
 
 @dataclass

@@ -25,15 +25,16 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
-from coss_hf.checkpoints import RunStopped, publish, staging
-from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
-from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.disk import full_disk
-from coss_hf.distributed import leave
-from coss_hf.hub import check_repo, push_dataset
-from coss_hf.images import ImageSplits
-from coss_hf.neighbor_columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
-from coss_hf.neighbors import cache_folder, nearest_neighbors
+from coss_hf.cli.parser import bad_input_exits, parse, stopped_run_exits
+from coss_hf.data.loading import ImageSplits
+from coss_hf.hub.push import check_repo, push_dataset
+from coss_hf.neighbors.columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
+from coss_hf.neighbors.mining import cache_folder, nearest_neighbors
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.checkpoint_files import publish, staging
+from coss_hf.utils.disk import full_disk
+from coss_hf.utils.distributed import leave
+from coss_hf.utils.errors import RunStopped
 
 
 @dataclass

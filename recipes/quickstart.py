@@ -22,8 +22,10 @@ from datasets import ClassLabel, Dataset, Features, Image
 from PIL.Image import fromarray
 from sklearn.datasets import load_digits
 
-from coss_hf.evaluation import knn_accuracy, linear_probe, table
-from coss_hf.report import versions, write_json
+from coss_hf.evaluation.knn import knn_accuracy
+from coss_hf.evaluation.linear_probe import linear_probe
+from coss_hf.evaluation.tables import table
+from coss_hf.reporting.run_record import versions, write_json
 
 RECIPES = Path(os.path.relpath(Path(__file__).parent))
 PYTHON = Path(os.path.relpath(sys.executable))

@@ -16,18 +16,19 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments, DistillationArguments, ModelArguments
+from coss_hf.cli.parser import bad_input_exits, parse
 from coss_hf.evaluation.retrieval import MAX_QUERIES
-from coss_hf.html import code, heading, html_table, image, page, paragraph
-from coss_hf.plots import quality_plot
-from coss_hf.report import command, versions, write_json
-from coss_hf.study.cells import UNTRAINED, Setting, load
-from coss_hf.study.controls import changed, check_study, length, trained_cells, untrained_cells
+from coss_hf.reporting.html_page import code, heading, html_table, image, page, paragraph
+from coss_hf.reporting.plots import quality_plot
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.study.baselines import changed, check_study, length, trained_cells, untrained_cells
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import as_markdown, cells_of, extra_passes, ranked
+from coss_hf.study.trials import UNTRAINED, Setting, load
 from coss_hf.study.verdict import verdict
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.training_args import DistillationArguments
 
 
 @dataclass

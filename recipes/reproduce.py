@@ -15,15 +15,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.plots import method_plot
-from coss_hf.report import command
-from coss_hf.study import paper, teachers
-from coss_hf.study.cells import Setting, load
-from coss_hf.study.controls import check_report
+from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.reporting.plots import method_plot
+from coss_hf.reporting.run_record import command
+from coss_hf.study import paper_tables as paper
+from coss_hf.study import teachers
+from coss_hf.study.baselines import check_report
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
+from coss_hf.study.trials import Setting, load
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 # Of teachers, too.
 ENGINE = ("use_cpu", "bf16", "torch_compile", "torch_compile_mode")

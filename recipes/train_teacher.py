@@ -19,18 +19,20 @@ from datasets import ClassLabel
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, set_seed
 
-from coss_hf.backbones import Backbone
-from coss_hf.checkpoints import find_checkpoint
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments
-from coss_hf.distributed import leave
-from coss_hf.engines import check_graphs, check_processes
+from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.data.transforms import AUGMENTATIONS
+from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import labelled
-from coss_hf.images import ImageSplits, ProcessedImages
-from coss_hf.models.classifier import load_classifier
-from coss_hf.report import command, versions, write_json
-from coss_hf.schedule import EpochCallback
-from coss_hf.views import AUGMENTATIONS, ViewDataset, collate_views
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.cifar.classifier import load_classifier
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.engine import check_graphs, check_processes
+from coss_hf.utils.distributed import leave
 
 
 @dataclass

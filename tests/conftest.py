@@ -12,7 +12,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 # Files whose few tests start processes of their own and take longest: first, so that none is left over at the end.
-LONGEST = ("test_crash", "test_hub", "test_two_processes", "test_distributed", "test_neighbor_processes", "test_fsdp")
+LONGEST = ("test_crash", "test_push", "test_two_processes", "test_distributed", "test_processes", "test_fsdp")
 
 
 def pytest_collection_modifyitems(items):
@@ -36,7 +36,7 @@ def _one_thread():
 @pytest.fixture
 def image_parquet(tmp_path):
     """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
-    from tests.helpers import write_images
+    from tests.helpers.runs import write_images
 
     return write_images(tmp_path / "images")
 
@@ -46,7 +46,7 @@ def networks(tmp_path):
     """Folders of tiny networks: a teacher and students of several kinds."""
     from types import SimpleNamespace
 
-    import tests.helpers as h
+    import tests.helpers.runs as h
 
     return SimpleNamespace(
         teacher=h.save_resnet(tmp_path / "teacher", seed=1),
@@ -59,7 +59,7 @@ def networks(tmp_path):
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the embedding passes, the expensive part that the cache saves."""
-    from coss_hf import neighbors as module
+    from coss_hf.neighbors import mining as module
 
     calls = []
     real = module.embed_shards

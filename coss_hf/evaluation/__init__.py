@@ -1,22 +1,16 @@
-"""Evaluation of embeddings: weighted k-NN and a linear probe where there are labels, agreement with the teacher."""
+"""How good embeddings are: k-NN and linear classification with labels, agreement with the teacher without."""
 
-from torch import Tensor
-
-from coss_hf.evaluation.agreement import (
-    dead_share,
-    dimension_cosine,
-    duplicate_share,
-    effective_rank,
-    linear_cka,
-    mean_cosine,
-    neighbor_overlap,
-)
+from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
+from coss_hf.evaluation.embeddings import evaluate_embeddings
 from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
-from coss_hf.evaluation.linear import linear_evaluation
-from coss_hf.evaluation.probe import linear_probe
+from coss_hf.evaluation.linear_evaluation import linear_evaluation
+from coss_hf.evaluation.linear_probe import linear_probe
 from coss_hf.evaluation.retrieval import retrieval
+from coss_hf.evaluation.tables import COLUMNS, cells, table
 
 __all__ = [
+    "COLUMNS",
+    "cells",
     "evaluate_embeddings",
     "knn_accuracy",
     "knn_predict",
@@ -28,125 +22,3 @@ __all__ = [
     "retrieval",
     "table",
 ]
-
-KS = (10, 20)
-OVERLAP_K = 10
-RECALLS = (1, 10)
-
-
-def evaluate_embeddings(
-    student: Tensor,
-    teacher: Tensor,
-    *,
-    student_bank: Tensor | None = None,
-    bank_labels: Tensor | None = None,
-    test_labels: Tensor | None = None,
-    projected: Tensor | None = None,
-    teacher_bank: Tensor | None = None,
-    linear: bool = False,
-    panel: bool = False,
-) -> dict[str, float | None]:
-    """All metrics of one network.
-
-    Args:
-        student: ``(m, d_s)`` embeddings of the test images.
-        teacher: ``(m, d_t)`` the teacher's embeddings of the same images.
-        student_bank: ``(n, d_s)`` the student's embeddings of the un-augmented training images.
-        bank_labels: ``(n,)`` class numbers of the bank.
-        test_labels: ``(m,)`` class numbers of the test images.
-        projected: ``(m, d_t)`` the student's embeddings through its head, in the teacher's space.
-        teacher_bank: ``(n, d_t)`` the teacher's embeddings of the bank, for retrieval.
-        linear: with labels also ``eval_linear``, the paper's linear evaluation.
-        panel: also what tells whether training works, see below.
-
-    Returns:
-        ``eval_overlap10`` and ``eval_cosine``, and where the bank and both labels are given ``eval_knn10``,
-        ``eval_knn20`` and ``eval_probe``. Fractions in [0, 1], the cosine in [-1, 1]. None for what is not defined:
-        the cosine of different dimensions, neighbours where there are not enough images. With ``panel`` also
-        ``eval_dimension_cosine``, ``eval_cka``, ``eval_effective_rank``, ``eval_dead_dimensions`` and
-        ``eval_duplicates``, of the student without its head but for the cosine. With ``teacher_bank`` also
-        ``eval_recall1``, ``eval_recall10`` and ``eval_map``, of retrieval from the student's own bank, and the same of
-        retrieval from the teacher's, by projected queries, with ``asymmetric_`` in their names.
-
-    Raises:
-        ValueError: rows, dimensions or labels that do not match.
-    """
-    results: dict[str, float | None] = {}
-    if student_bank is not None and bank_labels is not None and test_labels is not None:
-        ks = tuple(k for k in KS if k <= len(student_bank))
-        scores = knn_accuracy(student_bank, bank_labels, student, test_labels, ks) if ks else {}
-        results |= {f"eval_knn{k}": scores.get(f"knn{k}") for k in KS}
-        results["eval_probe"] = linear_probe(student_bank, bank_labels, student, test_labels)["accuracy"]
-        if linear:
-            results["eval_linear"] = linear_evaluation(student_bank, bank_labels, student, test_labels)
-        if teacher_bank is not None:
-            results |= _retrieval(student, student_bank, "", bank_labels, test_labels)
-            queries = student if projected is None else projected
-            results |= _retrieval(queries, teacher_bank, "asymmetric_", bank_labels, test_labels)
-    enough = len(student) > OVERLAP_K
-    results[f"eval_overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
-    aligned = student if projected is None else projected
-    comparable = aligned.shape[1] == teacher.shape[1]
-    results["eval_cosine"] = mean_cosine(aligned, teacher) if comparable else None
-    if panel:
-        results["eval_dimension_cosine"] = dimension_cosine(aligned, teacher) if comparable else None
-        results["eval_cka"] = linear_cka(student, teacher)
-        results["eval_effective_rank"] = effective_rank(student)
-        results["eval_dead_dimensions"] = dead_share(student)
-        results["eval_duplicates"] = duplicate_share(student)
-    return results
-
-
-def _retrieval(queries: Tensor, gallery: Tensor, kind: str, gallery_labels: Tensor, labels: Tensor) -> dict:
-    if queries.shape[1] != gallery.shape[1]:  # random weights without a head
-        return {}
-    ks = tuple(k for k in RECALLS if k <= len(gallery))
-    found = retrieval(queries, labels, gallery, gallery_labels, ks)
-    return {f"eval_{kind}{name}": value for name, value in found.items()}
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-COLUMNS = {
-    "parameters": ("parameters", lambda value: f"{value:,}"),
-    "eval_knn10": ("k-NN 10", _percent),
-    "eval_knn20": ("k-NN 20", _percent),
-    "eval_probe": ("linear probe", _percent),
-    "eval_linear": ("linear evaluation", _percent),
-    "eval_overlap10": ("overlap 10", _percent),
-    "eval_map": ("mAP", _percent),
-    "eval_asymmetric_map": ("mAP in the teacher's gallery", _percent),
-    "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
-}
-
-
-def cells(results: dict[str, dict]) -> list[list[str]]:
-    """:func:`table` as text, header first."""
-    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in results.values())}
-    lines = [["", *(title for title, _ in columns.values())]]
-    for name, row in results.items():
-        values = [(row.get(key), text) for key, (_, text) in columns.items()]
-        lines.append([name, *("-" if value is None else text(value) for value, text in values)])
-    return lines
-
-
-def table(results: dict[str, dict]) -> str:
-    """A Markdown table, aligned to be read as plain text too.
-
-    Args:
-        results: for each row's name (teacher, student, ...) what :func:`evaluate_embeddings` returned, with the
-            network's number of ``parameters`` where it has any.
-
-    Returns:
-        Rows in the given order; of the columns those that some row has. Percent, except the cosine and the number
-        of parameters; ``-`` for None or missing. Entries that are none of these are left out.
-    """
-    rows = cells(results)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in rows
-    ]
-    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])

@@ -10,10 +10,11 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 
-from coss_hf.backbones import Backbone, embed_dataset
-from coss_hf.evaluation import evaluate_embeddings
+from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.evaluation.agreement import duplicate_share, effective_rank
-from coss_hf.images import ProcessedImages
+from coss_hf.evaluation.embeddings import evaluate_embeddings
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.embedding import embed_dataset
 
 logger = logging.getLogger(__name__)
 

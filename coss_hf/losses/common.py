@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
-from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
+from coss_hf.utils.distributed import all_reduce_sum
 
 
 def check_weights(**weights: float) -> None:

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from coss_hf.distributed import all_reduce_sum
 from coss_hf.features import Features
 from coss_hf.losses.common import check_weights
+from coss_hf.utils.distributed import all_reduce_sum
 
 EPS = 1e-12
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from coss_hf.distributed import all_gather, all_reduce_sum, rank, world_size
 from coss_hf.features import Features
 from coss_hf.losses.common import check_positive, check_weights, full_precision, whole, widen
-from coss_hf.losses.memory import products, weighted
+from coss_hf.losses.memory_bank import products, weighted
+from coss_hf.utils.distributed import all_gather, all_reduce_sum, rank, world_size
 
 EPS = 1e-7
 

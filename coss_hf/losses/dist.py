@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from coss_hf.distributed import all_gather
 from coss_hf.features import Features
 from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision
+from coss_hf.utils.distributed import all_gather
 
 VARIANTS = ("features_raw", "softmax", "coss_authors")
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from coss_hf.distributed import all_gather
 from coss_hf.features import Features
 from coss_hf.losses.common import check_weights, full_precision, widen
+from coss_hf.utils.distributed import all_gather
 
 EPS = 1e-7
 

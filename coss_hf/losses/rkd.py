@@ -5,9 +5,9 @@ from torch import Tensor, nn
 from torch.nn.functional import smooth_l1_loss
 from torch.utils.checkpoint import checkpoint
 
-from coss_hf.distributed import all_gather, all_reduce_sum, rank, world_size
 from coss_hf.features import Features
 from coss_hf.losses.common import check_weights, full_precision, widen
+from coss_hf.utils.distributed import all_gather, all_reduce_sum, rank, world_size
 
 # Numbers in the largest tensor of a chunk of anchors: 128 MiB in float32.
 CHUNK = 2**25

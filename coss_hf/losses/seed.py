@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from coss_hf.distributed import all_gather
 from coss_hf.features import Features
 from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision, unit, whole
+from coss_hf.utils.distributed import all_gather
 
 
 class SEEDLoss(nn.Module):

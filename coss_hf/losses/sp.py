@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from coss_hf.distributed import all_gather
 from coss_hf.features import Features
 from coss_hf.losses.common import check_weights, full_precision, pairs_of_maps, unit, widen
+from coss_hf.utils.distributed import all_gather
 
 
 class SPLoss(nn.Module):

@@ -1,40 +1,4 @@
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+"""Teachers and students: any vision network, and the networks of the paper's CIFAR tables."""
 
-from .cifar import CIFAR_NETWORKS, cifar_config, cifar_image_processor
-from .configuration_cifar_resnet import CifarResNetConfig
-from .configuration_cifar_vgg import CifarVGGConfig
-from .configuration_cifar_wide_resnet import CifarWideResNetConfig
-from .convert import CIFAR10_LABELS, convert_akamaster
-from .modeling_cifar_resnet import CifarResNetForImageClassification, CifarResNetModel
-from .modeling_cifar_vgg import CifarVGGForImageClassification, CifarVGGModel
-from .modeling_cifar_wide_resnet import CifarWideResNetForImageClassification, CifarWideResNetModel
-
-__all__ = [
-    "CIFAR10_LABELS",
-    "CIFAR_NETWORKS",
-    "CifarResNetConfig",
-    "CifarResNetForImageClassification",
-    "CifarResNetModel",
-    "CifarVGGConfig",
-    "CifarVGGForImageClassification",
-    "CifarVGGModel",
-    "CifarWideResNetConfig",
-    "CifarWideResNetForImageClassification",
-    "CifarWideResNetModel",
-    "cifar_config",
-    "cifar_image_processor",
-    "convert_akamaster",
-]
-
-for config, model, classifier in (
-    (CifarResNetConfig, CifarResNetModel, CifarResNetForImageClassification),
-    (CifarVGGConfig, CifarVGGModel, CifarVGGForImageClassification),
-    (CifarWideResNetConfig, CifarWideResNetModel, CifarWideResNetForImageClassification),
-):
-    AutoConfig.register(config.model_type, config)
-    AutoModel.register(config, model)
-    AutoModelForImageClassification.register(config, classifier)
-    # save_pretrained copies the files of code into the checkpoint.
-    config.register_for_auto_class()
-    model.register_for_auto_class("AutoModel")
-    classifier.register_for_auto_class("AutoModelForImageClassification")
+from coss_hf.models.cifar import *  # noqa: F403 (registers these networks with AutoModel)
+from coss_hf.models.cifar import __all__  # noqa: F401

@@ -8,8 +8,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from coss_hf.backbones import Backbone
-from coss_hf.export import latency
+from coss_hf.hub.export import latency
+from coss_hf.models.backbone import Backbone
 
 BATCHES = (1, 64)
 

@@ -16,8 +16,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
-from coss_hf.report import write_json
-from coss_hf.study.cells import Cell, Setting, prepare, run_cell
+from coss_hf.reporting.run_record import write_json
+from coss_hf.study.trials import Cell, Setting, prepare, run_cell
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,8 @@ import math
 import statistics
 from collections.abc import Callable
 
-from coss_hf.evaluation import COLUMNS
-from coss_hf.study.cells import UNTRAINED
+from coss_hf.evaluation.tables import COLUMNS
+from coss_hf.study.trials import UNTRAINED
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
 T_QUANTILES = (

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from coss_hf.config import DataArguments
-from coss_hf.models.classifier import load_classifier
-from coss_hf.report import write_json
-from coss_hf.study.paper import EPOCHS, MILESTONES
+from coss_hf.models.cifar.classifier import load_classifier
+from coss_hf.reporting.run_record import write_json
+from coss_hf.study.paper_tables import EPOCHS, MILESTONES
 from coss_hf.study.sweep import end_with_parent
+from coss_hf.trainer.arguments import DataArguments
 
 ASKED = "asked.json"  # what a teacher was trained with, written before it is
 

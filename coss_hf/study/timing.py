@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from coss_hf.study.cells import Cell, Setting, prepare, run_cell
+from coss_hf.study.trials import Cell, Setting, prepare, run_cell
 
 STEPS, FIRST = 12, 4  # steps timed, and those before that are slower
 

@@ -3,8 +3,8 @@
 import math
 import statistics
 
-from coss_hf.evaluation import COLUMNS
-from coss_hf.study.controls import COSINE, PLAIN
+from coss_hf.evaluation.tables import COLUMNS
+from coss_hf.study.baselines import COSINE, PLAIN
 from coss_hf.study.tables import difference, half_interval, ranked
 
 

@@ -16,15 +16,15 @@ import tempfile
 import torch
 from transformers import set_seed
 
-from coss_hf.config import DistillationArguments
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
+from coss_hf.evaluation.diagnostics import alarms, panels
 from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.features import Features
-from coss_hf.images import load_images
-from coss_hf.loading import load_backbone
-from coss_hf.panel import alarms, panels
-from coss_hf.report import command, versions, write_json
-from coss_hf.trainer import DistillationTrainer
-from coss_hf.views import ViewDataset
+from coss_hf.models.loading import load_backbone
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
 
 RUNS = {"healthy": {}, "shuffled": {}, "collapsing": {"learning_rate": 100.0}}
 

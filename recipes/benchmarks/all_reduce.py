@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from torch.distributed.nn.functional import all_gather
 
 from coss_hf.features import Features
-from coss_hf.losses import LOSSES
+from coss_hf.losses.registry import LOSSES
 
 SIZES = [(128, 64), (128, 768), (1024, 768)]
 

@@ -21,7 +21,8 @@ from PIL import Image
 from transformers import AutoModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from coss_hf.models import CifarResNetModel, cifar_config, cifar_image_processor
+from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
+from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
 
 BETA, LAMBDA, LEARNING_RATE = 50.0, 0.5, 0.05
 CHECKPOINT_STEPS = 500

@@ -23,11 +23,12 @@ import PIL.Image
 import torch
 from transformers import AutoModel, ViTConfig, ViTImageProcessor
 
-from coss_hf.backbones import embed_batches
-from coss_hf.images import ProcessedImages
-from coss_hf.loading import load_backbone
-from coss_hf.models import CifarResNetModel, cifar_config, cifar_image_processor
-from coss_hf.store import embed_shards
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
+from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
+from coss_hf.models.embedding import embed_batches
+from coss_hf.models.loading import load_backbone
+from coss_hf.neighbors.embedding_store import embed_shards
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -22,12 +22,13 @@ from bare_loop import decode
 from trainer_step import IMAGENET, KEEP_MEMORY, BareLoop, now
 from transformers import set_seed
 
-from coss_hf.config import DistillationArguments
-from coss_hf.images import load_images
-from coss_hf.loading import load_backbone
-from coss_hf.models import CifarResNetModel, cifar_config, cifar_image_processor
-from coss_hf.trainer import DistillationTrainer
-from coss_hf.views import ViewDataset
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
+from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
+from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
 
 BATCH, SEGMENT = 128, 30
 

@@ -25,11 +25,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from coss_hf.neighbors import search_vectors
-from coss_hf.processes import Processes
-from coss_hf.search_options import SearchOptions
-from coss_hf.searching import ExactSearch, random_rows, search_all
-from coss_hf.store import Vectors, save_array, shard_rows
+from coss_hf.neighbors.embedding_store import Vectors, save_array, shard_rows
+from coss_hf.neighbors.exact_search import ExactSearch, random_rows, search_all
+from coss_hf.neighbors.mining import search_vectors
+from coss_hf.neighbors.options import SearchOptions
+from coss_hf.utils.process_group import Processes
 
 DIM, K, QUERIES = 256, 10, 2_000
 

@@ -15,12 +15,12 @@ from pathlib import Path
 import pandas
 import torch
 
-from coss_hf.cli import bad_input_exits, parse
-from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.report import command, versions, write_json
-from coss_hf.study import paper
-from coss_hf.study.cells import Cell, Setting
+from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.study import paper_tables as paper
 from coss_hf.study.sweep import Sweep
+from coss_hf.study.trials import Cell, Setting
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 PAIR = "resnet20/resnet56"
 LAMBDAS, SCALES = (0, 0.25, 0.5, 1), (0.5, 1.0, 4.0)

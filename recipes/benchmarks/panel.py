@@ -22,12 +22,12 @@ import torch
 from trainer_step import KEEP_MEMORY
 from transformers import TrainerCallback, set_seed
 
-from coss_hf.config import EVAL_IMAGES, DistillationArguments
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
-from coss_hf.images import load_images
-from coss_hf.loading import load_backbone
-from coss_hf.trainer import DistillationTrainer
-from coss_hf.views import ViewDataset
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import EVAL_IMAGES, DistillationArguments
 
 BATCH, INTERVAL = 128, 20
 

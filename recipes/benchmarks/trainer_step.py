@@ -23,10 +23,11 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
-from coss_hf.config import DistillationArguments
-from coss_hf.loading import load_backbone
-from coss_hf.models import CifarResNetModel, cifar_config, cifar_image_processor
-from coss_hf.trainer import DistillationTrainer
+from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
+from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
 
 KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": str(2**34)}
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

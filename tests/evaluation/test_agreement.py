@@ -1,8 +1,14 @@
 import pytest
 import torch
 
-from coss_hf.evaluation import mean_cosine, neighbor_overlap
-from coss_hf.evaluation.agreement import dead_share, dimension_cosine, effective_rank, linear_cka
+from coss_hf.evaluation.agreement import (
+    dead_share,
+    dimension_cosine,
+    effective_rank,
+    linear_cka,
+    mean_cosine,
+    neighbor_overlap,
+)
 
 
 def embeddings(n: int = 300, d: int = 16, seed: int = 0):

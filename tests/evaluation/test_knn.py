@@ -4,7 +4,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from coss_hf.evaluation import knn, knn_accuracy, knn_predict, nearest
+from coss_hf.evaluation import knn
+from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
 
 
 def clusters(n: int, d: int = 8, classes: int = 4, seed: int = 0, noise: float = 1.0):

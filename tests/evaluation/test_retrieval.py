@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from coss_hf.evaluation import evaluate_embeddings, retrieval
+from coss_hf.evaluation.embeddings import evaluate_embeddings
+from coss_hf.evaluation.retrieval import retrieval
 
 
 def by_definition(queries, labels, gallery, gallery_labels, k):

@@ -4,9 +4,9 @@ from torch.nn.functional import batch_norm
 
 from coss_hf.features import Features
 from coss_hf.losses.bn import BNLoss
-from tests.losses.comparing import TOLERANCES
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_gradients, draw
+from tests.helpers.loss_cases import assert_gradients, draw
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import TOLERANCES
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

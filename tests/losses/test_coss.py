@@ -3,8 +3,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from coss_hf.features import Features
-from coss_hf.losses import LOSSES
-from tests.losses.reference import reference_cases
+from coss_hf.losses.registry import LOSSES
+from tests.helpers.loss_references import reference_cases
 
 
 def run(s, t, **options):

@@ -3,9 +3,9 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.crd import CRDLoss
-from tests.losses.comparing import TOLERANCES
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_gradients, draw
+from tests.helpers.loss_cases import assert_gradients, draw
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import TOLERANCES
 
 
 def build(images: int = 10, **options) -> CRDLoss:
@@ -17,7 +17,7 @@ def build(images: int = 10, **options) -> CRDLoss:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_two_steps_equal_the_reference(shared, monkeypatch, dtype, dense):
     if not dense:
-        monkeypatch.setattr("coss_hf.losses.memory._is_small", lambda *args: False)
+        monkeypatch.setattr("coss_hf.losses.memory_bank._is_small", lambda *args: False)
     ((_, meta, x),) = reference_cases(shared, "crd")
     names = {"student_dim": "s_dim", "teacher_dim": "t_dim", "num_images": "n_data", "negatives": "K"}
     names |= {"temperature": "T", "momentum": "m", "feature_dim": "feat_dim"}

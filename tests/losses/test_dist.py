@@ -3,8 +3,8 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.dist import DISTLoss, inter_and_intra
-from tests.losses.comparing import DTYPES, assert_gradients, assert_values
-from tests.losses.reference import reference_cases
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import DTYPES, assert_gradients, assert_values
 
 VARIANTS = {"logits": "softmax", "features_raw": "features_raw", "features_coss_authors": "coss_authors"}
 

@@ -4,9 +4,7 @@ from torch.nn.functional import conv2d, leaky_relu
 
 from coss_hf.features import Features
 from coss_hf.losses.factor import FactorLoss
-from tests.losses.comparing import TOLERANCES
-from tests.losses.reference import reference_cases
-from tests.losses.running import (
+from tests.helpers.loss_cases import (
     assert_full_precision_under_autocast,
     assert_gradients,
     assert_reference,
@@ -14,6 +12,8 @@ from tests.losses.running import (
     features,
     maps,
 )
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import TOLERANCES
 
 CASES = ["c0_repdistiller", "c1_repdistiller_student_larger", "c2_author_no_bn"]
 DIMS = {"student_dim": 3, "teacher_dim": 4}

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from coss_hf.losses.hint import HintLoss
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_cases import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_references import reference_cases
 
 
 def build(s: torch.Size, t: torch.Size, **options) -> HintLoss:

@@ -3,8 +3,8 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.kd import KDLoss
-from tests.losses.comparing import DTYPES, assert_gradients, assert_values
-from tests.losses.reference import reference_cases
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import DTYPES, assert_gradients, assert_values
 
 
 def features(logits):

@@ -3,8 +3,8 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.nst import NSTLoss
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_cases import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_references import reference_cases
 
 MAPS = [(4, 3, 8, 8), (4, 5, 4, 4)]
 

@@ -4,8 +4,8 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from coss_hf.features import Features
 from coss_hf.losses.pkt import PKTLoss
-from tests.losses.comparing import DTYPES, assert_gradients, assert_values
-from tests.losses.reference import reference_cases
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import DTYPES, assert_gradients, assert_values
 
 
 def run(s, t, beta=1.0):

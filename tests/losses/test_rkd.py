@@ -5,8 +5,8 @@ from torch.nn.functional import huber_loss, normalize
 import coss_hf.losses.rkd as module
 from coss_hf.features import Features
 from coss_hf.losses.rkd import RKDLoss
-from tests.losses.comparing import DTYPES, assert_gradients, assert_values
-from tests.losses.reference import reference_cases
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import DTYPES, assert_gradients, assert_values
 
 
 def run(s, t, **options):

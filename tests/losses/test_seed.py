@@ -3,9 +3,9 @@ import torch
 
 from coss_hf.features import Features
 from coss_hf.losses.seed import SEEDLoss
-from tests.losses.comparing import TOLERANCES
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_gradients, draw
+from tests.helpers.loss_cases import assert_gradients, draw
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import TOLERANCES
 
 SIZES = {"teacher_dim": 3, "num_images": 13, "batch_size": 4}
 

@@ -6,18 +6,18 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from coss_hf.features import Features
-from coss_hf.losses import build_loss
 from coss_hf.losses.at import ATLoss
 from coss_hf.losses.combination import parse_methods
+from coss_hf.losses.registry import build_loss
 from coss_hf.losses.sp import SPLoss
-from tests.losses.reference import reference_cases
-from tests.losses.running import (
+from tests.helpers.loss_cases import (
     assert_full_precision_under_autocast,
     assert_gradients,
     draw,
     features,
     maps,
 )
+from tests.helpers.loss_references import reference_cases
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

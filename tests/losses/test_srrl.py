@@ -4,8 +4,8 @@ from torch import nn
 
 from coss_hf.features import Features
 from coss_hf.losses.srrl import SRRLLoss
-from tests.losses.reference import reference_cases
-from tests.losses.running import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_cases import assert_full_precision_under_autocast, assert_reference, draw, features
+from tests.helpers.loss_references import reference_cases
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -4,9 +4,7 @@ from torch.distributions import Normal
 
 from coss_hf.features import Features
 from coss_hf.losses.vid import VIDLoss
-from tests.losses.comparing import TOLERANCES
-from tests.losses.reference import reference_cases
-from tests.losses.running import (
+from tests.helpers.loss_cases import (
     assert_full_precision_under_autocast,
     assert_reference,
     draw,
@@ -14,6 +12,8 @@ from tests.losses.running import (
     load,
     maps,
 )
+from tests.helpers.loss_references import reference_cases
+from tests.helpers.loss_tolerances import TOLERANCES
 
 
 def build(x: dict) -> VIDLoss:

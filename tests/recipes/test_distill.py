@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, BertConfig, BertModel
 
-import tests.helpers as h
-from coss_hf.images import load_images
-from coss_hf.loading import load_backbone
-from coss_hf.neighbors import add_neighbors
+import tests.helpers.runs as h
+from coss_hf.data.loading import load_images
+from coss_hf.models.loading import load_backbone
+from coss_hf.neighbors.mining import add_neighbors
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,7 +108,7 @@ def test_a_folder_that_cannot_be_made(world, capsys):
 
 @pytest.mark.parametrize("leaves", [False, True])
 def test_one_run_at_a_time_in_a_folder(world, capsys, monkeypatch, leaves):
-    monkeypatch.setattr("coss_hf.checkpoints.PATIENCE", 20 if leaves else 0.2)
+    monkeypatch.setattr("coss_hf.trainer.checkpoint_files.PATIENCE", 20 if leaves else 0.2)
     world.out.mkdir()
     program = "import filelock, sys; l = filelock.FileLock(sys.argv[1]); l.acquire(); print('held', flush=1); input()"
     other = subprocess.Popen(

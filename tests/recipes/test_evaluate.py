@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import tests.helpers as h
-from coss_hf.modeling import load_head, projection_head
+import tests.helpers.runs as h
+from coss_hf.models.heads import load_head, projection_head
 from tests.recipes.test_distill import ROOT, load_recipe
 
 evaluate = load_recipe("evaluate")

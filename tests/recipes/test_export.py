@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import coss_hf
-import tests.helpers as h
-from coss_hf.modeling import projection_head
+import tests.helpers.runs as h
+from coss_hf.models.heads import projection_head
 from tests.recipes.test_distill import ROOT, load_recipe
 
 recipe = load_recipe("export")

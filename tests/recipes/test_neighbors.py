@@ -9,8 +9,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from coss_hf.images import load_images
-from coss_hf.neighbors import check_neighbors
+from coss_hf.data.loading import load_images
+from coss_hf.neighbors.columns import check_neighbors
 
 ROOT = Path(__file__).resolve().parents[2]
 

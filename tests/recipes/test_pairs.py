@@ -21,8 +21,8 @@ from transformers import (
     ViTImageProcessor,
 )
 
-import tests.helpers as h
-from coss_hf.loading import load_backbone
+import tests.helpers.runs as h
+from coss_hf.models.loading import load_backbone
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

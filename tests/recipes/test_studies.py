@@ -11,9 +11,9 @@ from dataclasses import replace
 import datasets
 import pytest
 
-import tests.helpers as h
-from coss_hf.config import DataArguments
-from coss_hf.study.cells import UNTRAINED
+import tests.helpers.runs as h
+from coss_hf.study.trials import UNTRAINED
+from coss_hf.trainer.arguments import DataArguments
 from tests.recipes.test_distill import load_recipe
 
 reproduce, compare, report = load_recipe("reproduce"), load_recipe("compare"), load_recipe("report")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
-import tests.helpers as h
+import tests.helpers.runs as h
 from tests.recipes.test_distill import load_recipe
 
 train_teacher = load_recipe("train_teacher")

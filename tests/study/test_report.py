@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-import tests.helpers as h
-from coss_hf.config import DistillationArguments, ModelArguments
-from coss_hf.loading import load_backbone
-from coss_hf.plots import quality_plot
-from coss_hf.study.controls import trained_cells, untrained_cells
+import tests.helpers.runs as h
+from coss_hf.models.loading import load_backbone
+from coss_hf.reporting.plots import quality_plot
+from coss_hf.study.baselines import trained_cells, untrained_cells
 from coss_hf.study.costs import costs
 from coss_hf.study.verdict import verdict
+from coss_hf.trainer.arguments import ModelArguments
+from coss_hf.trainer.training_args import DistillationArguments
 
 TIMES = {f"batch_{n}": {"ms": 10.0 * n, "images_per_second": 1} for n in (1, 64)}
 COSTS = {"teacher": {"parameters": 400, "macs": 1000, "bytes": 50} | TIMES}

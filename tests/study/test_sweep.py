@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from coss_hf.config import DataArguments, ModelArguments
-from coss_hf.study import cells
-from coss_hf.study.cells import Cell, Setting, prepare, run_cell
+from coss_hf.study import trials as cells
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
+from coss_hf.study.trials import Cell, Setting, prepare, run_cell
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 CELL = Cell("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
 

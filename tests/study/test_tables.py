@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from coss_hf.plots import method_plot
-from coss_hf.study.paper import ROWS, choice_cells, published, report_cells, scaled
+from coss_hf.reporting.plots import method_plot
+from coss_hf.study.paper_tables import ROWS, choice_cells, published, report_cells, scaled
 from coss_hf.study.tables import best, comparison, difference, half_interval, markdown, ranked
 
 

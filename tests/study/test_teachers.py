@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-import tests.helpers as h
-from coss_hf.config import DataArguments
+import tests.helpers.runs as h
 from coss_hf.study import teachers
+from coss_hf.trainer.arguments import DataArguments
 
 RECIPE = h.ROOT / "recipes" / "train_teacher.py"
 OPTIONS = {

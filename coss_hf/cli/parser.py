@@ -1,0 +1,123 @@
+"""Command lines and YAML files to dataclasses, and errors to exit codes."""
+
+import contextlib
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+from transformers import HfArgumentParser
+
+from coss_hf.utils.errors import RunStopped
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str):
+        raise ValueError(f"{message.replace('argument ', '')}; see --help.")
+
+
+def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
+    """Dataclasses from ``--config FILE.yaml`` and the command line, which overrides the file.
+
+    Args:
+        dataclass_types: one dataclass or several.
+        argv: default ``sys.argv[1:]``.
+
+    Raises:
+        ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
+    """
+    parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
+    known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
+    argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv:
+        position = argv.index("--config")
+        path = argv[position + 1 : position + 2]
+        argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
+    *parsed, _, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    for word in rest:
+        close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)
+        hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
+        raise ValueError(f"{word} is no argument of this command.{hint}")
+    return tuple(parsed)
+
+
+def _bare_resume(argv: list[str]) -> list[str]:
+    """``--resume_from_checkpoint`` without a value means ``auto``."""
+    flag = "--resume_from_checkpoint"
+    if flag in argv:
+        after = argv.index(flag) + 1
+        if after == len(argv) or argv[after].startswith("--"):
+            argv.insert(after, "auto")
+    return argv
+
+
+def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
+    """A YAML file as command-line words: typed and checked like them."""
+    if not path or not Path(path[0]).is_file():
+        raise ValueError(f"--config {' '.join(path)}: no such file.")
+    try:
+        content = yaml.safe_load(Path(path[0]).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path[0]} must hold `argument: value` lines.")
+    words = []
+    for key, value in content.items():
+        if key not in known or key == "config":
+            close = difflib.get_close_matches(str(key), known, n=2)
+            raise ValueError(
+                f"--config {path[0]}: {key!r} is no argument of this command."
+                + (f" Did you mean {' or '.join(close)}?" if close else "")
+            )
+        if value is None:
+            continue
+        if key == "student_config_overrides" and isinstance(value, dict):
+            value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
+        if key == "method" and isinstance(value, list):
+            value = " + ".join(_method(entry) for entry in value)
+        if isinstance(value, bool):
+            # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
+            choices = key.endswith("_strategy")
+            words += [f"--{key}", ("no" if choices and not value else str(value).lower())]
+        elif isinstance(value, list):
+            words += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            words += [f"--{key}", json.dumps(value)]
+        else:
+            words += [f"--{key}={value}"]
+    return words
+
+
+def _method(entry: str | dict) -> str:
+    """``{name: rkd, beta: 2}`` as ``rkd(beta=2)``."""
+    if not isinstance(entry, dict):
+        return str(entry)
+    if "name" not in entry:
+        raise ValueError(f"method: {entry} names no method; write {{name: rkd, beta: 2}}.")
+    return f"{entry['name']}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
+
+
+@contextlib.contextmanager
+def bad_input_exits():
+    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def stopped_run_exits():
+    """Turns a ``RunStopped`` into one paragraph on stderr and exit code 1."""
+    try:
+        yield
+    except RunStopped as error:
+        if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,1 @@
+"""Images: loading, checking, augmentation and the groups of views that training sees."""

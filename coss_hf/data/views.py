@@ -1,0 +1,187 @@
+"""Views of images for training: augmentation, each anchor's group with its neighbours, collation."""
+
+import struct
+from collections.abc import Iterator
+from hashlib import blake2b
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from coss_hf.data.decoding import decode
+from coss_hf.data.processed_images import image_rows
+from coss_hf.data.transforms import Fit, augmentation
+
+KEPT_BYTES = 2**29  # of images, cut to size, that are kept in memory
+DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """Groups of views for training: the anchor's and those of k of its neighbours.
+
+    Neighbours and views are pure functions of (seed, epoch, anchor, slot in the group): they depend neither on workers
+    nor on what was drawn before, and an image drawn for two anchors gets two views.
+
+    Args:
+        dataset: n rows as `load_images` returns them.
+        image_column: their images.
+        augmentation_name, size: see `augmentation`.
+        seed: of all draws.
+        neighbors: (n, K) row numbers of each image's neighbours; -1 is padding, never drawn.
+        k: neighbours drawn without replacement from an anchor's K (with, where padding leaves fewer than k; where it
+            leaves none, other views of the anchor stand in).
+
+    Raises:
+        ValueError: an unknown augmentation, or neighbours that do not fit.
+    """
+
+    def __init__(
+        self,
+        dataset: datasets.Dataset,
+        image_column: str,
+        augmentation_name: str,
+        size: int,
+        *,
+        seed: int = 0,
+        neighbors: np.ndarray | None = None,
+        k: int = 0,
+    ):
+        self.augment, self.augmentation_name = augmentation(augmentation_name, size), augmentation_name
+        self.rows = image_rows(dataset.select_columns(image_column), image_column)
+        self._hashes = dataset.select_columns("image_hash")
+        self.image_column = image_column
+        self.size, self.seed = size, seed
+        self._kept: Tensor | None = None
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self.use_neighbors(neighbors, k)
+
+    def use_neighbors(self, neighbors: np.ndarray | None, k: int):
+        """Draws `k` of `neighbors` (n, K) beside each anchor from now on."""
+        if k < 0:
+            raise ValueError(f"--neighbors_k {k}: give 0 (no neighbours) or more.")
+        self.neighbors, self.k = neighbors if k else None, k
+        if k:
+            self._check_neighbors()
+
+    def keep_images(self) -> bool:
+        """Decodes all images once and holds them in memory, uint8 (n, 3, size, size), where nothing is drawn before
+        they have that size, and they are not too many. Views stay the same. Returns whether it did."""
+        transforms = self.augment.transforms
+        if self._kept is None and isinstance(transforms[0], Fit) and len(self) * 3 * self.size**2 <= KEPT_BYTES:
+            fit, to_tensor, *_ = transforms
+            self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+            records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
+            for kept, record in zip(self._kept, records):
+                kept.copy_(to_tensor(fit(decode(record))))
+        return self._kept is not None
+
+    def _check_neighbors(self):
+        n, shape = len(self.rows), None if self.neighbors is None else self.neighbors.shape
+        if shape is None or len(shape) != 2 or shape[0] != n:
+            raise ValueError(f"--neighbors_k {self.k} needs the neighbours of each of {n} images, (n, K), not {shape}.")
+        if shape[1] < self.k:
+            raise ValueError(
+                f"--neighbors_k {self.k} is more than the {shape[1]} neighbours known: compute a larger pool."
+            )
+        if self.neighbors.max() >= n or self.neighbors.min() < -1:
+            raise ValueError(
+                f"--neighbors_k {self.k}: neighbours outside rows 0..{n - 1}; compute them on these images."
+            )
+
+    @property
+    def short(self) -> tuple[int, int]:
+        """How many images have fewer than k neighbours (drawn with replacement), and how many none (own views)."""
+        left = np.full(1, self.k) if self.neighbors is None else (self.neighbors >= 0).sum(axis=1)
+        return int((left < self.k).sum()), int((self.k > 0) * (left == 0).sum())
+
+    def identity(self) -> dict[str, str]:
+        """What decides the views of a run, each under its argument: equal where the views are."""
+        hashes = self._hashes.with_format("numpy")[:]["image_hash"]
+        return {
+            "--dataset": _digest(hashes),
+            "--augmentation": self.augmentation_name,
+            "--view_size": str(self.size),
+            "--neighbors_k": str(self.k),
+            "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
+        }
+
+    @property
+    def epoch(self) -> int:
+        """Held in shared memory: a change reaches loader workers that are already running."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int):
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, anchor: int) -> dict[str, Tensor]:
+        return self.__getitems__([anchor])[0]
+
+    def __getitems__(self, anchors: list[int]) -> list[dict[str, Tensor]]:
+        """One item an anchor: `pixel_values` uint8 (1+k, 3, size, size) and `index` int64 (1+k,), the anchor first."""
+        epoch = self.epoch
+        groups = [self._group(anchor, epoch) for anchor in anchors]
+        images = self._images([index for group in groups for index in group])
+        items = []
+        with torch.random.fork_rng(devices=[]):
+            for anchor, group in zip(anchors, groups, strict=True):
+                views = [self._view(next(images), epoch, anchor, slot) for slot in range(len(group))]
+                items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
+        return items
+
+    def names(self, indices: list[int]) -> list[str]:
+        """What to call images in messages: their path, else their row."""
+        records = self.rows[indices][self.image_column]
+        return [record["path"] or f"row {index}" for index, record in zip(indices, records, strict=True)]
+
+    def view(self, anchor: int, slot: int, epoch: int | None = None) -> tuple[Tensor, int]:
+        """Computes one view again: uint8 (3, size, size), and the row of its image. `epoch`: the current one."""
+        epoch = self.epoch if epoch is None else epoch
+        index = self._group(anchor, epoch)[slot]
+        with torch.random.fork_rng(devices=[]):
+            return self._view(next(self._images([index])), epoch, anchor, slot), index
+
+    def _group(self, anchor: int, epoch: int) -> list[int]:
+        if not 0 <= anchor < len(self.rows):
+            raise IndexError(f"anchor {anchor} of {len(self.rows)} images")
+        if not self.k:
+            return [int(anchor)]
+        pool = self.neighbors[anchor]
+        pool = pool[pool >= 0]
+        if not len(pool):
+            return [int(anchor)] * (1 + self.k)
+        generator = np.random.default_rng(self._key(epoch, anchor, DRAW))
+        return [int(anchor), *generator.choice(pool, self.k, replace=len(pool) < self.k).tolist()]
+
+    def _images(self, indices: list[int]) -> Iterator[Image.Image | Tensor]:
+        if self._kept is not None:
+            return iter(self._kept[indices])
+        return map(decode, self.rows[indices][self.image_column])
+
+    def _view(self, image: Image.Image | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
+        # Not torch.manual_seed, which would reseed the accelerators' generators as well.
+        torch.default_generator.manual_seed(self._key(epoch, anchor, slot))
+        if isinstance(image, Image.Image):
+            return self.augment(image)
+        for transform in self.augment.transforms[2:]:
+            image = transform(image)
+        return image
+
+    def _key(self, epoch: int, anchor: int, slot: int) -> int:
+        """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
+        return int.from_bytes(
+            blake2b(struct.pack("<4q", self.seed, epoch, anchor, slot), digest_size=4).digest(), "little"
+        )
+
+
+def _digest(array: np.ndarray) -> str:
+    return blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
+
+
+def collate_views(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """b groups of 1+k to `pixel_values` uint8 (b*(1+k), 3, S, S) and `index` int64 (b*(1+k),), group by group."""
+    return {key: torch.cat([item[key] for item in items]) for key in ("pixel_values", "index")}

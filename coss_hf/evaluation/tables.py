@@ -1,0 +1,48 @@
+"""Metrics as a table."""
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+COLUMNS = {
+    "parameters": ("parameters", lambda value: f"{value:,}"),
+    "eval_knn10": ("k-NN 10", _percent),
+    "eval_knn20": ("k-NN 20", _percent),
+    "eval_probe": ("linear probe", _percent),
+    "eval_linear": ("linear evaluation", _percent),
+    "eval_overlap10": ("overlap 10", _percent),
+    "eval_map": ("mAP", _percent),
+    "eval_asymmetric_map": ("mAP in the teacher's gallery", _percent),
+    "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
+}
+
+
+def cells(results: dict[str, dict]) -> list[list[str]]:
+    """:func:`table` as text, header first."""
+    columns = {key: column for key, column in COLUMNS.items() if any(key in row for row in results.values())}
+    lines = [["", *(title for title, _ in columns.values())]]
+    for name, row in results.items():
+        values = [(row.get(key), text) for key, (_, text) in columns.items()]
+        lines.append([name, *("-" if value is None else text(value) for value, text in values)])
+    return lines
+
+
+def table(results: dict[str, dict]) -> str:
+    """A Markdown table, aligned to be read as plain text too.
+
+    Args:
+        results: for each row's name (teacher, student, ...) what :func:`evaluate_embeddings` returned, with the
+            network's number of ``parameters`` where it has any.
+
+    Returns:
+        Rows in the given order; of the columns those that some row has. Percent, except the cosine and the number
+        of parameters; ``-`` for None or missing. Entries that are none of these are left out.
+    """
+    rows = cells(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in rows
+    ]
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])

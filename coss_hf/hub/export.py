@@ -1,0 +1,232 @@
+"""A backbone as an ONNX file: its graph, its int8 version, and how closely and how fast both run."""
+
+import contextlib
+import logging
+import os
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from coss_hf.evaluation.agreement import neighbor_overlap
+from coss_hf.evaluation.knn import knn_accuracy, unit
+from coss_hf.models.image_processor import from_timm
+from coss_hf.models.student import Student
+from coss_hf.utils.messages import first_line
+
+QUANTIZATIONS = ("none", "dynamic", "static")
+FLOAT_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
+INPUT, OUTPUT = "pixel_values", "embedding"
+LEAST_COSINE = 0.9999
+LARGEST = 2**31  # bytes of one protobuf file
+
+
+def onnx_packages():
+    """``onnx`` and ``onnxruntime``; ValueError where they or ``onnxscript`` are not installed."""
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch.onnx.export needs it)
+    except ImportError as error:
+        raise ValueError(f"export needs {error.name}, which is not installed: pip install coss-hf[export].") from error
+    return onnx, onnxruntime
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without exporter's and quantiser's reports of each node."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+
+
+def write_graph(student: Student, path: Path) -> None:
+    """Writes an ONNX file for any number of images; ValueError for 2 GB or more, or a network it cannot be done for."""
+    size = sum(parameter.nbytes for parameter in student.parameters())
+    if size >= LARGEST:
+        raise ValueError(f"--model: {size:,} bytes of weights; one ONNX file holds less than {LARGEST:,}.")
+    try:
+        with _quiet(), warnings.catch_warnings(action="ignore"):
+            program = torch.onnx.export(
+                student,
+                (torch.zeros(2, 3, *student.backbone.size),),
+                dynamo=True,
+                input_names=[INPUT],
+                dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch")}},
+                verbose=False,
+            )
+    except Exception as error:  # the exporter lets through the errors of every network's code
+        raise ValueError(
+            f"--model {student.backbone.name}: torch.onnx cannot export this network ({first_line(error)}); another "
+            f"release of torch or of the network's code may."
+        ) from error
+    # CLIP and SigLIP have values of the output's name inside.
+    graph = program.model.graph
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name == OUTPUT:
+            value.name = f"inner_{OUTPUT}"
+    graph.outputs[0].name = OUTPUT
+    program.save(str(path), external_data=False)
+
+
+class _Batches:
+    """Calibration images as onnxruntime asks for them."""
+
+    def __init__(self, batches: Iterable[Tensor]):
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {INPUT: batch.numpy()}
+
+
+def quantize(source: Path, target: Path, kind: str, batches: Iterable[Tensor] = ()) -> None:
+    """Writes the int8 version of an ONNX file; ValueError where there is nothing to quantise.
+
+    ``dynamic``: matrix products alone, activations scaled as they come, for transformers; ``static``: convolutions too,
+    per output channel, activations scaled as calibrated on ``batches`` ``(b, 3, h, w)``.
+    """
+    onnx, _ = onnx_packages()
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = target.with_name(f"{target.name}.prepared")
+    with _quiet():
+        # Folds batch norm into convolutions.
+        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
+        if kind == "dynamic":
+            options = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": quantization.QuantType.QInt8}
+            quantization.quantize_dynamic(str(prepared), str(target), per_channel=True, **options)
+        else:
+            quantization.quantize_static(
+                str(prepared),
+                str(target),
+                _Batches(batches),
+                quant_format=quantization.QuantFormat.QDQ,
+                per_channel=True,
+            )
+    prepared.unlink()
+    if kind == "dynamic":
+        found = {node.op_type for node in onnx.load(str(target)).graph.node}
+        if not found & {"MatMulInteger", "DynamicQuantizeLinear"}:
+            raise ValueError(
+                "--quantize dynamic: the network has no matrix products to quantise; use --quantize static."
+            )
+
+
+def open_file(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
+    """A function from pixel values to embeddings that runs an ONNX file on the CPU."""
+    _, onnxruntime = onnx_packages()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
+
+
+@torch.inference_mode()
+def embed_by_all(runners: dict[str, Callable], batches: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Embeddings ``(n, d)`` of the same images by every runner; each image is decoded once."""
+    rows = {name: [] for name in runners}
+    for batch in batches:
+        for name, run in runners.items():
+            rows[name].append(run(batch))
+    return {name: torch.cat(parts) for name, parts in rows.items()}
+
+
+def agreement(embeddings: Tensor, reference: Tensor) -> dict[str, float | None]:
+    """Least and mean cosine to the reference's embeddings, and the overlap of 10 nearest neighbours with it."""
+    cosines = (unit(embeddings.double()) * unit(reference.double())).sum(1)
+    overlap = neighbor_overlap(embeddings, reference, 10) if len(reference) > 10 else None
+    return {"cosine_min": cosines.min().item(), "cosine_mean": cosines.mean().item(), "overlap10": overlap}
+
+
+@torch.inference_mode()
+def latency(runners: dict[str, Callable], images: Tensor, batch_size: int, rounds: int) -> dict[str, dict]:
+    """Median time of a batch by each runner, in turns, so that other load on the machine strikes all alike."""
+    pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].contiguous()
+    times = {name: [] for name in runners}
+    for turn in range(rounds + 1):
+        for name, run in runners.items():
+            start = time.perf_counter()
+            run(pixels)
+            if turn:  # the first warms up
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    return {name: {"ms": 1000 * s, "images_per_second": batch_size / s} for name, s in medians.items()}
+
+
+def export(
+    student: Student,
+    output: Path,
+    *,
+    images: Iterable[Tensor],
+    calibration: Iterable[Tensor] = (),
+    bank: Iterable[Tensor] = (),
+    labels: tuple[Tensor, Tensor] | None = None,
+    quantization: str = "none",
+    rounds: int = 20,
+) -> dict[str, dict]:
+    """Writes and measures the ONNX files of a network; they are moved into place once the float one is checked.
+
+    Args:
+        student: the network.
+        output: folder for ``model.onnx``, ``model_int8.onnx`` and ``preprocessor_config.json`` (timm: ``config.json``).
+        images: batches of test images ``(b, 3, h, w)``, processed.
+        calibration: batches of training images, for ``static``.
+        bank, labels: batches of training images and the class numbers of bank and test images, for k-NN.
+        quantization: ``none``, ``dynamic`` or ``static``.
+        rounds: timed runs of each batch size.
+
+    Returns:
+        For ``pytorch``, ``onnx`` and ``int8``: bytes, agreement, k-NN, ``batch_1`` and ``batch_64``.
+
+    Raises:
+        ValueError: a cosine to PyTorch below 0.9999, or what ``write_graph`` and ``quantize`` raise.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    staged = output / ".unfinished"
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    try:
+        write_graph(student, staged / FLOAT_FILE)
+        files = {"onnx": staged / FLOAT_FILE}
+        if quantization != "none":
+            files["int8"] = staged / INT8_FILE
+            quantize(files["onnx"], files["int8"], quantization, calibration)
+        runners = {"pytorch": student} | {name: open_file(p, torch.get_num_threads()) for name, p in files.items()}
+        found = embed_by_all(runners, images)
+        results = {name: agreement(rows, found["pytorch"]) for name, rows in found.items()}
+        least = results["onnx"]["cosine_min"]
+        if not least >= LEAST_COSINE:
+            raise ValueError(
+                f"--model {student.backbone.name}: the ONNX graph's embeddings have a cosine of {least:.6f} to "
+                f"PyTorch's, below {LEAST_COSINE}; nothing was written. Another release of torch or onnxruntime may do."
+            )
+        for name, path in files.items():
+            results[name]["bytes"] = path.stat().st_size
+        if labels is not None:
+            banks = embed_by_all(runners, bank)
+            for name, rows in found.items():
+                ks = tuple(k for k in (10, 20) if k <= len(labels[0]))
+                results[name] |= knn_accuracy(banks[name], labels[0], rows, labels[1], ks)
+        for batch_size in (1, 64):
+            for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
+                results[name][f"batch_{batch_size}"] = times
+        if from_timm(student.backbone.processor):  # kept in the configuration
+            student.model.config.to_json_file(staged / "config.json")
+        else:
+            student.backbone.processor.save_pretrained(staged)
+        (output / INT8_FILE).unlink(missing_ok=True)  # of an earlier export
+        for path in sorted(staged.iterdir()):
+            os.replace(path, output / path.name)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return results

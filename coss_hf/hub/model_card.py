@@ -1,0 +1,229 @@
+"""The model card of a student: what it is, how to load it, and what it was made from."""
+
+import logging
+import re
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from coss_hf.evaluation.retrieval import MAX_QUERIES
+from coss_hf.evaluation.tables import table
+from coss_hf.losses.citations import papers
+from coss_hf.models.backbone import Backbone
+
+logger = logging.getLogger(__name__)
+
+HUB = "https://huggingface.co"
+TASK = "image-feature-extraction"
+PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0")
+METRICS = {
+    "eval_knn10": ("accuracy", "k-NN accuracy, k = 10"),
+    "eval_knn20": ("accuracy", "k-NN accuracy, k = 20"),
+    "eval_probe": ("accuracy", "linear probe accuracy"),
+    "eval_linear": ("accuracy", "linear evaluation accuracy"),
+    "eval_overlap10": ("neighbor_overlap", "overlap of the 10 nearest with the teacher's"),
+    "eval_cosine": ("cosine_similarity", "mean cosine with the teacher"),
+    "eval_map": ("mean_average_precision", "retrieval, mean average precision"),
+    "eval_asymmetric_map": ("mean_average_precision", "retrieval in the teacher's gallery, mean average precision"),
+}
+
+
+def renamed(card: str, name: str) -> str:
+    """The card with a snippet that loads ``name``."""
+    return re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
+
+
+def on_hub(name: str | None) -> bool:
+    """Whether a model or dataset given by ``name`` came from the Hub, and not from a disk."""
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]:
+    """A network's licence, by its own card, and a sentence on it.
+
+    Args:
+        name: Hub name or folder.
+        revision: on the Hub.
+    """
+    gated = False
+    try:
+        if on_hub(name):
+            info = HfApi().model_info(name, revision=revision, timeout=10)
+            card, gated = (info.card_data.to_dict() if info.card_data else {}), bool(info.gated)
+        else:
+            path = Path(name, "README.md")
+            card = (metadata_load(path) if path.is_file() else None) or {}
+    except Exception as error:  # no network, or a card that is no YAML: no reason to lose a student
+        logger.debug("no card of %s: %s", name, error)
+        return None, "**could not be read**: look it up before you publish or use this student."
+    given = card.get("license")
+    licence = ", ".join(given) if isinstance(given, list) else given
+    if not licence:
+        return (
+            None,
+            "**not stated**: without a licence its author keeps all rights; ask before you publish or use this.",
+        )
+    named = f"`{card['license_name']}`" if licence == "other" and card.get("license_name") else f"`{licence}`"
+    if gated:
+        return licence, f"{named}, and **access to it is gated**: its terms may reach this student."
+    if licence in PERMISSIVE:
+        return licence, f"{named}."
+    limit = "no commercial use" if "-nc" in licence else "terms of its own"
+    return licence, f"{named}: **{limit}**; read it before you publish or use this student."
+
+
+def revision_of(network: Backbone, given: str | None = None) -> str | None:
+    """The commit that a network of the Hub was loaded from; ``given`` where that is not known."""
+    if not on_hub(network.name):
+        return None
+    # Not every configuration keeps it; the cache has what was loaded.
+    file = try_to_load_from_cache(network.name, "config.json", revision=given)
+    kept = Path(file).parent.name if isinstance(file, str) else given
+    return getattr(network.model.config, "_commit_hash", None) or kept
+
+
+def snippet(name: str, student: Backbone) -> str:
+    """Code that embeds an image with Transformers alone."""
+    trust = ", trust_remote_code=True" if getattr(student.model.config, "auto_map", None) else ""
+    layout, height, width = student.layout, *student.size
+    axes = (1, 2) if layout.channels_last else (2, 3)
+    mean = f"output.last_hidden_state[:, {layout.prefix}:].mean(1)"
+    expression = {
+        "pooler": "output.pooler_output.flatten(1)",
+        "cls": "output.last_hidden_state[:, 0]",
+    }.get(student.pooling, mean if layout.tokens else f"output.last_hidden_state.mean({axes})")
+    options = "".join(f", {key}={value}" for key, value in student.options.items())
+    return f'''import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+name = "{name}"
+model = AutoModel.from_pretrained(name{trust}).eval()
+processor = AutoImageProcessor.from_pretrained(name)
+
+image = Image.new("RGB", ({width}, {height}))  # yours
+with torch.no_grad():
+    output = model(**processor(image, return_tensors="pt"){options})
+embedding = {expression}  # (1, {student.dim})'''
+
+
+def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None:
+    """Writes ``README.md`` into the trainer's output folder.
+
+    Args:
+        trainer: a ``DistillationTrainer``.
+        title: default: the repository's or the folder's name.
+        record: what ``run.json`` holds, as far as it is known.
+        metadata: ``license``, ``language`` and ``tags`` of the student.
+    """
+    args, teacher = trainer.args, trainer.teacher
+    name = trainer.hub_model_id or args.output_dir
+    title = title or Path(name).absolute().name
+    arguments, results = record.get("arguments", {}), record.get("results") or {}
+    revision = revision_of(teacher, arguments.get("teacher_revision"))
+    licence, sentence = licence_of(teacher.name, revision)
+    if licence not in PERMISSIVE:
+        logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
+    tags = metadata.pop("tags", None) or []
+    data = ModelCardData(
+        **{key: value for key, value in metadata.items() if key in ("license", "language") and value},
+        library_name="transformers",
+        pipeline_tag=TASK,
+        base_model=teacher.name if on_hub(teacher.name) else None,
+        datasets=arguments.get("dataset") if on_hub(arguments.get("dataset")) else None,
+        tags=["distillation", "coss", *([tags] if isinstance(tags, str) else tags)],
+        model_name=title,
+        eval_results=_results(record) or None,
+    )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    body = _body(trainer, title, _use(name, trainer.student), record, revision, sentence, results)
+    (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _use(name: str, student: Backbone) -> str:
+    ours = "import coss_hf\n\nembeddings = coss_hf.embed(name, [image])"
+    space, dropped = student.model.config.teacher_space, ""
+    if space is not None:
+        dropped = (
+            f"\n\nIn the teacher's space ({space['dim']} numbers), to be compared with the teacher's embeddings, for "
+            f"instance in a gallery that the teacher has embedded:\n\n```python\n"
+            f"embeddings = coss_hf.Student.from_pretrained(name).embed([image])\n```"
+        )
+    return (
+        f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
+        f"once:\n\n```python\n{ours}\n```{dropped}"
+    )
+
+
+def _results(record: dict) -> list[EvalResult]:
+    dataset = record.get("arguments", {}).get("dataset") or "images"
+    row = (record.get("results") or {}).get("student", {})
+    where = {
+        "task_type": TASK,
+        "dataset_type": dataset if on_hub(dataset) else Path(dataset).name,
+        "dataset_name": Path(dataset).name,
+        "dataset_config": record.get("arguments", {}).get("dataset_name"),
+        "dataset_split": record.get("evaluated_on"),
+        "dataset_revision": record.get("arguments", {}).get("dataset_revision"),
+    }
+    return [
+        EvalResult(**where, metric_type=kind, metric_name=text, metric_value=round(row[key], 4))
+        for key, (kind, text) in METRICS.items()
+        if row.get(key) is not None
+    ]
+
+
+def _link(name: str, prefix: str = "") -> str:
+    return f"[{name}]({HUB}/{prefix}{name})" if on_hub(name) else f"`{name}`"
+
+
+def _body(trainer, title: str, use: str, record: dict, revision: str | None, sentence: str, results: dict) -> str:
+    args, teacher, student = trainer.args, trainer.teacher, trainer.student
+    arguments, head = record.get("arguments", {}), trainer.model.head
+    dataset = arguments.get("dataset")
+    cited = papers([method.name for method in args.methods])
+    facts = {
+        "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
+        "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
+        "its licence": sentence,
+        "student": f"{type(student.model).__name__}, {student.num_parameters():,} parameters, started from "
+        f"`{student.name}` ({arguments.get('student_init', 'as given')})",
+        "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
+        "head": "none" if head is None else "`head.safetensors`, into the teacher's space; not part of the student",
+        "method": f"`{' + '.join(map(str, args.methods))}`, no labels",
+        "dataset": (f"{_link(dataset, 'datasets/')}" if dataset else "not recorded")
+        + (f", revision `{arguments['dataset_revision']}`" if arguments.get("dataset_revision") else ""),
+        "images seen": f"{trainer.images_seen:,}",
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    parts = [
+        f"# {title}",
+        f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
+        f"teacher does.",
+        "\n\n".join(record.get("verdict", [])),
+        f"## Use\n\n{use}",
+        f"## Training\n\n| | |\n|---|---|\n{rows}",
+        f"```\n{record['command']}\n```" if "command" in record else "",
+    ]
+    if results:
+        split = f" (split `{record['evaluated_on']}`)" if record.get("evaluated_on") else ""
+        parts.append(
+            f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
+            f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
+            f"{MAX_QUERIES:,} of the images at most. More figures in `run.json`.\n\n{table(results)}"
+        )
+        if Path(args.output_dir, "neighbors.png").is_file():
+            parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")
+    links = [f"* [{paper}]({address})" if address else f"* {paper}" for paper, address, _ in cited]
+    links += [f"* teacher: {_link(teacher.name)}"] if on_hub(teacher.name) else []
+    links += [f"* dataset: {_link(dataset, 'datasets/')}"] if on_hub(dataset) else []
+    entries = "\n\n".join(entry for *_, entry in cited)
+    parts += [f"## Citation\n\n```bibtex\n{entries}\n```", "## Links\n\n" + "\n".join(links)]
+    return "\n\n".join(part for part in parts if part) + "\n"

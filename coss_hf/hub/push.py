@@ -1,0 +1,206 @@
+"""Students and neighbour datasets on the Hub: whether they may be pushed, the push, and what to do where it failed."""
+
+import contextlib
+import json
+import logging
+import shlex
+from pathlib import Path
+
+from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
+
+from coss_hf.hub.model_card import renamed
+from coss_hf.models.heads import HEAD_FILE
+from coss_hf.utils.errors import RunStopped
+from coss_hf.utils.messages import first_line
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
+# Nothing else of a run's folder: training_args.bin, checkpoints and what the loss learnt stay at home.
+PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "run.json", "report.html"]
+PUBLISHED += ["loss.png", "neighbors.png", "panel.png", "projection.png"]
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
+
+
+class PushFailed(RunStopped):
+    """Nothing was pushed; what was to be is whole on disk, and the message says how to push it again."""
+
+
+class _Problem(Exception):
+    """Why the Hub does not take something; ``refused`` where asking again would not help."""
+
+    def __init__(self, reason: str, refused: bool = True):
+        super().__init__(reason)
+        self.refused = refused
+
+
+def check_repo(
+    repo_id: str,
+    argument: str,
+    *,
+    repo_type: str = "model",
+    token: str | None = None,
+    private: bool | None = None,
+    create: bool = True,
+) -> str:
+    """Before anything is computed: whether ``repo_id`` can be pushed to, as far as can be known.
+
+    Args:
+        repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
+        argument: the command-line flag that errors name.
+        repo_type: ``model`` or ``dataset``.
+        token: by default that of ``HF_TOKEN`` or ``hf auth login``.
+        private: of a new one; an existing public one is refused.
+        create: create it, if it is not there.
+
+    Returns:
+        The full name; without network, after a warning, the name as it was given.
+
+    Raises:
+        ValueError: no valid name, no or a wrong token, a repository of somebody else.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{argument}={repo_id!r} can be no name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
+            f"digits, '-', '_' and '.'."
+        ) from error
+    if not create:
+        return repo_id
+    try:
+        return _open(HfApi(token=token), repo_id, repo_type, private)
+    except _Problem as problem:
+        if problem.refused:
+            raise ValueError(f"{argument}={repo_id}: {problem}.") from problem
+        logger.warning("The Hub cannot be asked about %s now (%s): it is asked again at the push.", repo_id, problem)
+        return repo_id
+
+
+def push(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    message: str | None = None,
+) -> CommitInfo:
+    """Pushes a student's folder as one commit: the student, its head, its card, its figures and pictures.
+
+    Args:
+        folder: as ``recipes/distill.py`` leaves it.
+        repo_id, token, private: see ``check_repo``.
+        revision: a branch, made if it is not there; default: main.
+        message: of the commit; by default it tells the images seen.
+
+    Raises:
+        PushFailed: whatever went wrong; the folder is untouched.
+    """
+    folder = Path(folder)
+    with _pushing(folder, repo_id, private, revision):
+        api = HfApi(token=token)
+        repo_id = _open(api, repo_id, "model", private)
+        card = folder / "README.md"
+        if card.is_file():  # its snippet loads what it is the card of
+            card.write_text(renamed(card.read_text(), repo_id))
+        with _explained(repo_id):
+            if revision:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            code = ["*.py"] if "auto_map" in json.loads((folder / "config.json").read_text()) else []
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message=message or f"Student{_images_seen(folder)}",
+                revision=revision,
+                allow_patterns=PUBLISHED + code,
+                ignore_patterns=["*/*"],
+                delete_patterns=WEIGHTS,  # of an earlier push, where this one has none of that name
+            )
+    print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
+    return commit
+
+
+def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:
+    """Pushes a folder of ``recipes/neighbors.py``, images included; ``--dataset REPO_ID`` loads it.
+
+    Raises:
+        PushFailed: as ``push``.
+    """
+    import datasets  # of no use to a student
+
+    folder = Path(folder)
+    with _pushing(folder, repo_id, private):
+        api = HfApi()
+        repo_id = _open(api, repo_id, "dataset", private)
+        with _explained(repo_id):
+            found = folder / "neighbors.json"
+            if found.is_file():  # first, so that the dataset's revision has it
+                api.upload_file(path_or_fileobj=found, path_in_repo=found.name, repo_id=repo_id, repo_type="dataset")
+            commit = datasets.load_from_disk(str(folder)).push_to_hub(repo_id, commit_message="Images and neighbours")
+    print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
+    return commit
+
+
+def _open(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
+    """The full name of a repository that the token may write to, created if it is not there."""
+    with _explained(repo_id):
+        me = api.whoami()
+        given, _, name = repo_id.rpartition("/")
+        owner = given or me["name"]
+        mine = [me["name"], *(organisation["name"] for organisation in me.get("orgs") or [])]
+        if owner.lower() not in [other.lower() for other in mine]:
+            raise _Problem(
+                f"{owner} is neither you ({me['name']}) nor an organisation of yours; give {me['name']}/{name}, or "
+                f"log in as somebody who may write there"
+            )
+        if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise _Problem(f"the token may only read; {LOG_IN}")
+        repo_id = api.create_repo(f"{owner}/{name}", repo_type=repo_type, private=private, exist_ok=True).repo_id
+        if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
+            raise _Problem(f"{repo_id} exists and is public; make it private in its settings, or give another name")
+    return repo_id
+
+
+@contextlib.contextmanager
+def _explained(repo_id: str):
+    """Errors of ``huggingface_hub``, and of the HTTP library beneath it, as a reason and what to do."""
+    reasons = {
+        401: f"the token is wrong or out of date; {LOG_IN}",
+        403: f"the token may not write to {repo_id}; {LOG_IN} there, or give another name",
+        404: f"there is no {repo_id} that this token can see; {LOG_IN} there, or give another name",
+    }
+    try:
+        yield
+    except _Problem:
+        raise
+    except LocalTokenNotFoundError as error:
+        raise _Problem(f"there is no token; {LOG_IN}") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        refused = status < 500 and status not in (408, 429)
+        raise _Problem(reasons.get(status, f"the Hub answers {first_line(error)}"), refused) from error
+    except Exception as error:
+        if path := getattr(error, "filename", None):
+            raise _Problem(f"{path} cannot be read ({error.strerror})") from error
+        # No network, in the words of whichever HTTP library huggingface_hub uses.
+        raise _Problem(f"the Hub cannot be reached, or the connection broke ({first_line(error)})", False) from error
+
+
+@contextlib.contextmanager
+def _pushing(folder: Path, repo_id: str, private: bool | None, revision: str | None = None):
+    """Whatever ends a push, a key included, as a ``PushFailed`` that says how to do it again."""
+    try:
+        yield
+    except (_Problem, KeyboardInterrupt) as problem:
+        words = ["python", "recipes/push.py", str(folder), "--repo_id", repo_id, *(["--private"] if private else [])]
+        words += ["--revision", revision] if revision else []
+        why = f"Not pushed to {repo_id}: {str(problem) or 'interrupted'}"
+        raise PushFailed(f"{why}. {folder} is whole; push it with: {shlex.join(words)}") from problem
+
+
+def _images_seen(folder: Path) -> str:
+    record = folder / "run.json"
+    return f", {json.loads(record.read_text())['images_seen']:,} images seen" if record.is_file() else ""

@@ -1,0 +1,39 @@
+"""The linear classifier that a teacher's checkpoint has on top of its embedding."""
+
+import torch
+from torch import nn
+from transformers import AutoModelForImageClassification
+
+from coss_hf.models.backbone import Backbone, evaluating
+from coss_hf.models.loading import quiet_loading
+
+
+@torch.no_grad()
+def find_classifier(backbone: Backbone) -> nn.Linear | None:
+    """The layer that makes the checkpoint's logits of ``backbone``'s embedding; None where there is none.
+
+    Accepted only if on random images it gives the logits of the whole classification network, so that a classifier of
+    other features (another pooling, class token and mean joined) is not taken for one of these.
+    """
+    revision = getattr(backbone.model.config, "_commit_hash", None)
+    try:
+        with quiet_loading():
+            whole, info = AutoModelForImageClassification.from_pretrained(
+                backbone.name, revision=revision, trust_remote_code=False, output_loading_info=True
+            )
+    except Exception:  # no such checkpoint, no such head, code of any origin: each means no classifier
+        return None
+    if info["missing_keys"]:
+        return None
+    # In one place and precision, so that both round alike.
+    first = next(backbone.model.parameters())
+    whole.eval().to(first.device, first.dtype)
+    images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
+    expected = whole(pixel_values=images, **backbone.options).logits
+    with evaluating(backbone.model):
+        embedding = backbone.features(images).embedding
+    for layer in reversed([module for module in whole.modules() if isinstance(module, nn.Linear)]):
+        if (layer.in_features, layer.out_features) == (embedding.shape[1], expected.shape[1]):
+            if torch.allclose(layer(embedding), expected, rtol=1e-3, atol=1e-3):
+                return layer.cpu().float()
+    return None

@@ -1,0 +1,150 @@
+"""`coss_hf.embed`: images to embeddings, by any vision network."""
+
+import copy
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from coss_hf.data.decoding import to_rgb
+from coss_hf.models.backbone import Backbone, evaluating, vision_tower
+from coss_hf.models.image_processor import Preprocessing
+from coss_hf.models.loading import find_processor, load_network, missing_weights
+
+
+@torch.no_grad()
+def embed(
+    model: Backbone | PreTrainedModel | str | Path,
+    images,
+    pooling: str = "auto",
+    *,
+    processor=None,
+    batch_size: int = 64,
+) -> Tensor:
+    """Embeds images with any vision network: in evaluation mode, without gradients, the network left as it was.
+
+    Args:
+        model: a `Backbone` (for many calls: it is prepared once), a network in memory, a Hub name or a folder.
+        images: PIL images of any mode, uint8 arrays ``(h, w, 3)`` or uint8 tensors ``(3, h, w)``, one or many, which
+            go through the full image processor; or a float tensor ``(b, 3, h, w)`` of pixel values, which does not.
+        pooling: ``cls`` (class token), ``mean`` or ``gap`` (over positions), ``pooler`` (the network's own), or
+            ``auto``: what was stored with the network (``config.embedding_pooling``), else by its architecture.
+        processor: image processor; by default the one beside the network's checkpoint.
+        batch_size: images a forward pass.
+
+    Returns:
+        ``(b, d)``, of the network's dtype and on its device.
+
+    Raises:
+        ValueError: images of another kind, no image processor, a network without this pooling, or one that would embed
+            through weights that its checkpoint did not contain.
+    """
+    pixels = isinstance(images, Tensor) and images.is_floating_point()
+    images = images if pixels else _as_images(images)
+    if not len(images) or (pixels and (images.dim() != 4 or images.shape[1] != 3)):
+        raise ValueError(f"images: {_described(images)}; give one image or more, pixel values as (b, 3, h, w).")
+    if isinstance(model, Backbone):
+        backbone = copy.copy(model)
+        if pooling not in ("auto", model.pooling):
+            backbone._probe(pooling, "")
+        if processor is not None:
+            backbone.preprocessing = Preprocessing(processor)
+    else:
+        network, missing = load_network(str(model)) if isinstance(model, (str, Path)) else (model, None)
+        if not isinstance(network, PreTrainedModel):
+            raise ValueError(
+                f"model: {_described(network)}; give a Backbone, a PreTrainedModel, a Hub name or a folder."
+            )
+        tower = vision_tower(network, "")
+        missing = missing_weights(tower, network.name_or_path) if missing is None else missing
+        settings = dict(vars(tower.config))
+        try:
+            processor = None if pixels else processor or find_processor(network)
+            size = tuple(images.shape[2:]) if pixels else None
+            backbone = Backbone(network, processor, pooling=pooling, missing=missing, size=size)
+        finally:
+            vars(tower.config).clear()
+            vars(tower.config).update(settings)
+    first, rows = next(backbone.model.parameters()), []
+    with evaluating(backbone.model):
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            batch = batch if pixels else backbone.preprocess(batch)
+            rows.append(backbone.features(batch.to(first.device, first.dtype)).embedding)
+    return torch.cat(rows)
+
+
+def _as_images(images) -> list[Image.Image]:
+    if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3):
+        images = [images]
+    return [_as_image(image) for image in images]
+
+
+def _as_image(image) -> Image.Image:
+    if isinstance(image, Image.Image):
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+    if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3:
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return Image.fromarray(image)
+    raise ValueError(
+        f"images: {_described(image)}; give PIL images, uint8 arrays (h, w, 3), uint8 tensors (3, h, w), or pixel "
+        f"values as one float tensor (b, 3, h, w)."
+    )
+
+
+def _described(value) -> str:
+    if isinstance(value, (np.ndarray, Tensor)):
+        return f"{type(value).__name__} {tuple(value.shape)} of {value.dtype}"
+    return f"{len(value)} images" if isinstance(value, list) else type(value).__name__
+
+
+def embed_dataset(
+    backbone: Backbone,
+    dataset: Dataset,
+    *,
+    batch_size: int = 256,
+    num_workers: int = 0,
+    device: torch.device | str | None = None,
+    description: str = "Embedding",
+) -> Tensor:
+    """Embeddings of processed images, in evaluation mode.
+
+    Args:
+        backbone: the network, on any device.
+        dataset: items ``(3, h, w)`` float32, what ``backbone.preprocess`` gives for an image.
+        batch_size: images a forward pass.
+        num_workers: processes that decode.
+        device: where the network runs; by default where it is.
+        description: of the progress bar.
+
+    Returns:
+        ``(n, d)`` float32 on the CPU.
+    """
+    device = torch.device(device or next(backbone.model.parameters()).device)
+    backbone.model.to(device)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
+    rows, start = torch.empty(len(dataset), backbone.dim), 0
+    with tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
+        for embedding in embed_batches(backbone, loader):
+            rows[start : start + len(embedding)] = embedding
+            start += len(embedding)
+            progress.update(len(embedding))
+    return rows
+
+
+@torch.no_grad()
+def embed_batches(backbone: Backbone, loader: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Embeddings ``(b, d)``, float32 on the CPU, of each batch ``(b, 3, h, w)``, in evaluation mode."""
+    first = next(backbone.model.parameters())
+    with evaluating(backbone.model):
+        for pixel_values in loader:
+            pixel_values = pixel_values.to(first.device, first.dtype, non_blocking=True)
+            yield backbone.features(pixel_values).embedding.float().cpu()

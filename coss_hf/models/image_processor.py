@@ -1,0 +1,129 @@
+"""One image processor, two uses: in full on single images, and on the device for training views."""
+
+import copy
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from coss_hf.utils.messages import first_line, flag
+
+# Two shapes that a processor must bring to one size: otherwise images cannot be stacked.
+_PROBES = ((300, 200), (200, 300))
+
+
+def from_timm(processor) -> bool:
+    """Told by name: importing the class imports timm, a second of every run without it."""
+    return type(processor).__name__ == "TimmWrapperImageProcessor"
+
+
+class Preprocessing:
+    """What an image processor does, split for evaluation and for training.
+
+    Evaluation and neighbour search run the processor itself (resize, crop, scale, normalise) on each image. Training
+    augments an image once for both networks, so a view only needs the processor's arithmetic: to the network's input
+    size, scale, channel order, mean and std, on the device.
+
+    Attributes:
+        processor: the image processor, at ``size``.
+        size: ``(h, w)`` of what it gives, in pixels.
+
+    Raises:
+        ValueError: for a processor that does anything else, gives images of several sizes, or cannot give ``size``.
+    """
+
+    def __init__(self, processor, size: int | None = None, argument: str = ""):
+        if size is not None and size < 1:
+            raise ValueError(f"{flag(argument, 'size')}={size}: give a number of pixels, or leave it out.")
+        kind = type(processor).__name__
+        try:
+            self.processor = processor if size is None else _resized(processor, size)
+            shapes = {tuple(self.full([_noise(*shape)]).shape[1:]) for shape in _PROBES}
+        except Exception as error:  # processors of any origin fail in any way
+            at = f" at {size}x{size} pixels" if size else ""
+            raise ValueError(
+                f"{flag(argument)}: its image processor ({kind}) fails on an RGB image{at} ({first_line(error)}); "
+                f"correct its preprocessor_config.json."
+            ) from error
+        if any(len(shape) != 3 or shape[0] != 3 for shape in shapes):
+            raise ValueError(
+                f"{flag(argument)}: its image processor ({kind}) gives arrays of shape {sorted(shapes)[0]}, not RGB "
+                f"images (3, h, w); give the network a processor of images (preprocessor_config.json)."
+            )
+        sizes = sorted(shape[1:] for shape in shapes)
+        if len(sizes) > 1 or (size and sizes[0] != (size, size)):
+            raise ValueError(
+                f"{flag(argument)}: its image processor ({kind}) gives images of "
+                f"{' and '.join(f'{h}x{w}' for h, w in sizes)} pixels, where one size is needed"
+                + (
+                    f" ({size}x{size}); correct its preprocessor_config.json."
+                    if size
+                    else f"; set {flag(argument, 'size')}."
+                )
+            )
+        self.size = sizes[0]
+        self._measure(argument)
+
+    def full(self, images: list[Image.Image]) -> Tensor:
+        """RGB images of any sizes to ``(b, 3, h, w)`` float32."""
+        return self.processor(images, return_tensors="pt")["pixel_values"].float()
+
+    def normalize(self, views: Tensor) -> Tensor:
+        """Views ``(b, 3, H, W)``, uint8 on any device, to ``(b, 3, h, w)`` float32."""
+        pixels = views.float()
+        if pixels.shape[-2:] != self.size:
+            pixels = interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
+        if self._flip:
+            pixels = pixels.flip(1)
+        if self._slope.device != pixels.device:
+            self._slope, self._offset = self._slope.to(pixels.device), self._offset.to(pixels.device)
+        return torch.addcmul(self._offset, pixels, self._slope)
+
+    def _measure(self, argument: str) -> None:
+        """Reads slope and offset of pixel -> slope * pixel + offset off two plain images, and proves them on noise."""
+        black, white, red = (
+            self.full([_plain(value, self.size)])[0, :, 0, 0].double() for value in (0, 255, (255, 0, 0))
+        )
+        self._slope = ((white - black) / 255).float().reshape(1, 3, 1, 1)
+        self._offset = black.float().reshape(1, 3, 1, 1)
+        self._flip = bool((red[2] - black[2]).abs() > (red[0] - black[0]).abs())
+        if from_timm(self.processor):  # cannot leave resize and crop out
+            image, options = _plain((200, 100, 50), self.size), {}
+        else:
+            image, options = _noise(self.size[1], self.size[0]), {"do_resize": False, "do_center_crop": False}
+        expected = self.processor([image], return_tensors="pt", **options)["pixel_values"].float()
+        views = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        if expected.shape[-2:] != self.size or (self.normalize(views) - expected).abs().max() > 1e-5:
+            raise ValueError(
+                f"{flag(argument)}: its image processor ({type(self.processor).__name__}) does more than resize, crop, "
+                f"scale and normalise; give the network a processor of these steps (preprocessor_config.json)."
+            )
+
+
+def _plain(color, size: tuple[int, int]) -> Image.Image:
+    return Image.fromarray(np.full((*size, 3), color, dtype=np.uint8))
+
+
+def _noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def _resized(processor, size: int):
+    """A copy of ``processor`` whose output is ``size`` x ``size``, its resize-to-crop proportion kept."""
+    if from_timm(processor):
+        config = {**processor.data_config, "input_size": (3, size, size)}
+        return type(processor)(pretrained_cfg=config, architecture=processor.architecture)
+    processor = copy.deepcopy(processor)
+    edges = dict(getattr(processor, "size", None) or {})
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+    if crop:
+        processor.size = {key: round(edge * size / crop["height"]) for key, edge in edges.items()}
+        processor.crop_size = {"height": size, "width": size}
+    elif getattr(processor, "crop_pct", None) and "shortest_edge" in edges:
+        processor.size = {"shortest_edge": size}  # ConvNeXt: resizes by crop_pct and crops by itself
+    else:
+        processor.size = {"height": size, "width": size}
+    processor.do_resize = True
+    return processor

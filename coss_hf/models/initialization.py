@@ -1,0 +1,76 @@
+"""Students that are built: from a changed configuration, or from layers of the teacher."""
+
+import difflib
+import logging
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from coss_hf.models.backbone import Backbone
+from coss_hf.utils.messages import flag
+
+logger = logging.getLogger(__name__)
+
+
+def _rebuilt(config, changes: dict, argument: str):
+    """A configuration with other entries, built anew, so that entries derived from others follow and are checked."""
+    given, known = flag(argument, "config_overrides"), config.to_dict()
+    for key in changes:
+        if key not in known and key not in config.attribute_map:
+            close = difflib.get_close_matches(key, known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
+            raise ValueError(f"{given}: {type(config).__name__} has no entry {key!r}{hint}")
+    # Stages are named and numbered by depth, for uses other than as a backbone.
+    kept = {key: value for key, value in known.items() if key not in ("stage_names", "out_features", "out_indices")}
+    try:
+        return type(config).from_dict({**kept, **changes})
+    except Exception as error:  # each configuration checks in its own way
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{given}={changes}: {type(config).__name__} refuses this ({reason}).") from error
+
+
+def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, argument: str) -> PreTrainedModel:
+    """A student of every n-th layer of a transformer teacher, embeddings and norms included."""
+    given = f"{flag(argument, 'init')}=teacher_layers"
+    if teacher is None:
+        raise ValueError(f"{given} needs a teacher to take layers from.")
+    if set(overrides) - {"num_hidden_layers"}:
+        raise ValueError(
+            f"{flag(argument, 'config_overrides')}={overrides}: with teacher_layers only num_hidden_layers can differ."
+        )
+    config, source = teacher.model.config, teacher.model.state_dict()
+    timm_blocks = getattr(getattr(teacher.model, "timm_model", None), "blocks", ())
+    total = getattr(config, "num_hidden_layers", None) or len(timm_blocks)
+    stacks = [path for path, module in teacher.model.named_modules() if total and _is_stack(module, total)]
+    if len(stacks) != 1:
+        raise ValueError(
+            f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
+            f"{flag(argument, 'init')} random or pretrained."
+        )
+    kept = overrides.get("num_hidden_layers", max(total // 2, 1))
+    if not isinstance(kept, int) or not 1 <= kept <= total:
+        raise ValueError(f"{flag(argument, 'config_overrides')}: num_hidden_layers={kept} must lie in 1..{total}.")
+    # A timm network is built from its name, with other arguments where given.
+    depth = {"model_args": {**(config.model_args or {}), "depth": kept}} if timm_blocks else {"num_hidden_layers": kept}
+    student = type(teacher.model)._from_config(_rebuilt(config, depth, argument), **options)
+    chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
+    state = {key: value for key, value in source.items() if not key.startswith(f"{stacks[0]}.")}
+    for position, layer in enumerate(chosen):
+        path = f"{stacks[0]}.{layer}."
+        state |= {
+            f"{stacks[0]}.{position}.{key.removeprefix(path)}": value
+            for key, value in source.items()
+            if key.startswith(path)
+        }
+    student.load_state_dict(state)
+    student.name_or_path = f"{teacher.name}, layers {chosen}"
+    logger.info("the student takes layers %s of the teacher's %d", chosen, total)
+    return student
+
+
+def _is_stack(module: nn.Module, count: int | None) -> bool:
+    if not isinstance(module, (nn.ModuleList, nn.Sequential)) or len(module) != count:
+        return False
+    shapes = [[parameter.shape for parameter in layer.parameters()] for layer in module]
+    return all(layer == shapes[0] for layer in shapes)  # unlike the stages of a Swin or ConvNeXt

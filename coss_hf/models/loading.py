@@ -1,0 +1,276 @@
+"""Teachers and students by name: from the Hub, a folder, or random weights of an architecture."""
+
+import contextlib
+import copy
+import logging
+from pathlib import Path
+
+import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as hf_logging
+
+from coss_hf.models.backbone import Backbone, backbone_classes
+from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
+from coss_hf.models.image_processor import from_timm
+from coss_hf.models.initialization import _rebuilt, _teacher_layers
+from coss_hf.utils.messages import first_line, flag
+
+logger = logging.getLogger(__name__)
+
+INITS = ("pretrained", "random", "teacher_layers")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load_backbone(
+    name: str,
+    *,
+    argument: str = "",
+    pooling: str = "auto",
+    size: int | None = None,
+    interpolate_pos_encoding: bool = False,
+    revision: str | None = None,
+    dtype: str = "float32",
+    trust_remote_code: bool = False,
+    attn_implementation: str | None = None,
+    init: str = "pretrained",
+    config_overrides: dict | None = None,
+    teacher: Backbone | None = None,
+) -> Backbone:
+    """Loads a vision network and finds its pooling, dimension and input size.
+
+    Args:
+        name: Hub name or folder. With ``init="random"`` also a CIFAR network of this package (``resnet20``) or a
+            model type of Transformers (``vit``, ``timm_wrapper``).
+        argument: the command-line flag that errors name, such as ``teacher``.
+        pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
+        size: side of the input in pixels; by default the image processor's.
+        interpolate_pos_encoding: stretch a transformer's position embeddings to ``size``.
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: allow a checkpoint to run its own code.
+        attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``.
+        init: ``pretrained``; ``random``; ``teacher_layers``: every n-th layer of ``teacher``, a transformer.
+        config_overrides: entries of the configuration to change, for ``random`` and ``teacher_layers``.
+        teacher: source of layers, and of the image processor where ``name`` has none.
+
+    Raises:
+        ValueError: an unknown name (similar ones are suggested), a network that is not of images, a checkpoint that
+            lacks needed weights, a size or pooling it cannot do.
+    """
+    if init not in INITS:
+        raise ValueError(f"{flag(argument, 'init')}={init!r} is unknown: choose one of {', '.join(INITS)}.")
+    if config_overrides and init == "pretrained":
+        raise ValueError(
+            f"{flag(argument, 'config_overrides')}={config_overrides}: a pretrained checkpoint has its own shape; "
+            f"use {flag(argument, 'init')} random (or teacher_layers)."
+        )
+    options = {"dtype": _dtype(dtype, argument), "attn_implementation": attn_implementation}
+    is_checkpoint = init != "teacher_layers" and not (init == "random" and _is_architecture(name))
+    hub = _hub(name, argument, revision, trust_remote_code) if is_checkpoint else {}
+    missing = set()
+    if init == "pretrained":
+        model, missing = _load(name, argument, hub, options)
+    else:
+        options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
+        if init == "random":
+            config = _images_only(_config(name, argument, hub) if is_checkpoint else _architecture(name), argument)
+            config = _rebuilt(config, config_overrides or {}, argument)
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **options)
+            model.name_or_path = name
+        else:
+            model = _teacher_layers(teacher, config_overrides or {}, options, argument)
+            missing = teacher.missing
+    if init == "teacher_layers":
+        processor = teacher.processor
+    else:
+        processor = find_processor(model, teacher, argument, hub)
+    backbone = Backbone(
+        model,
+        processor,
+        pooling=pooling,
+        missing=missing,
+        size=size,
+        interpolate_pos_encoding=interpolate_pos_encoding,
+        argument=argument,
+    )
+    if from_timm(backbone.processor):
+        # timm's are saved with the network, not beside it.
+        own = getattr(model.config, "pretrained_cfg", None) or {}
+        model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
+    return backbone
+
+
+def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
+    """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks."""
+    return _load(name, "", _hub(name, "", None, False), {"dtype": torch.float32})
+
+
+def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    config = _images_only(_config(name, argument, hub), argument)
+    try:
+        # What matters of its report of weights, the embedding's, `Backbone` checks and says itself.
+        with quiet_loading():
+            model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
+    except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
+        raise ValueError(
+            f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
+            f"give a whole checkpoint of this architecture."
+        ) from error
+    return model, _missing(info)
+
+
+def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
+    """Names of weights that the checkpoint ``name``, which a network in memory came from, did not contain.
+
+    Reads no weights. Empty where there is no such checkpoint.
+    """
+    if not name:
+        return set()
+    try:
+        with quiet_loading():
+            _, info = type(model).from_pretrained(
+                name,
+                config=copy.deepcopy(model.config),
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                revision=getattr(model.config, "_commit_hash", None),
+                local_files_only=True,
+            )
+        return _missing(info)
+    except Exception as error:  # gone, renamed, or never a checkpoint
+        logger.debug("no checkpoint of %s: %s", name, error)
+        return set()
+
+
+@contextlib.contextmanager
+def quiet_loading():
+    """Without Transformers' report of missing and unexpected weights, and without progress bars."""
+    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(hf_logging.CRITICAL)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if progress:
+            hf_logging.enable_progress_bar()
+
+
+def _missing(info: dict) -> set[str]:
+    return set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+
+
+def _dtype(dtype: str, argument: str) -> torch.dtype | str:
+    if dtype not in DTYPES:
+        raise ValueError(f"{flag(argument, 'dtype')}={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    return dtype if dtype == "auto" else getattr(torch, dtype)
+
+
+def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> dict:
+    """How to ask for files of ``name``: asks the Hub once, where ``from_pretrained`` retries for half a minute."""
+    hub = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if Path(name).exists():
+        return hub
+    try:
+        HfApi().model_info(name, revision=revision, timeout=10)
+    except RevisionNotFoundError as error:
+        raise ValueError(
+            f"{flag(argument, 'revision')}={revision}: {name} has no such branch, tag or commit."
+        ) from error
+    except HFValidationError as error:
+        raise _unknown(name, argument, "is no folder, nor can it be the name of a model on the Hub") from error
+    except RepositoryNotFoundError as error:
+        reason = "is no folder, nor a model on the Hub (if it is private: hf auth login)"
+        raise _unknown(name, argument, reason, ask_hub=True) from error
+    except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
+        logger.warning("The Hub cannot be reached (%s): %s is looked for in the cache.", first_line(error), name)
+        return hub | {"local_files_only": True}
+    return hub
+
+
+def _config(name: str, argument: str, hub: dict):
+    try:
+        return AutoConfig.from_pretrained(name, **hub)
+    except Exception as error:  # damaged files, code of any origin
+        given = f"{flag(argument)}={name}"
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"{given} brings code of its own; read it, then allow it with --trust_remote_code."
+            ) from error
+        if "local_files_only" in hub:
+            reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
+            raise _unknown(name, argument, reason) from error
+        raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
+
+
+def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> ValueError:
+    """Names are suggested out of this package, the folder beside, the local cache and, where it answered, the Hub."""
+    from coss_hf.utils.hub_lookup import similar_names
+
+    text = f"{flag(argument)}={name} {reason}."
+    if _is_architecture(name):
+        return ValueError(
+            f"{text} It is an architecture without weights: {flag(argument, 'init')} random would build it."
+        )
+    names, parent = list(CIFAR_NETWORKS), Path(name).parent
+    names += [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    cached = Path(constants.HF_HUB_CACHE).glob("models--*")
+    names += [folder.name.removeprefix("models--").replace("--", "/") for folder in cached]
+    try:
+        names += [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)] if ask_hub else []
+    except Exception as error:  # a suggestion is not worth another error
+        logger.debug("no suggestions from the Hub: %s", error)
+    similar = similar_names(name, names)
+    return ValueError(text + (f" Did you mean {' or '.join(similar)}?" if similar else ""))
+
+
+def _is_architecture(name: str) -> bool:
+    return not Path(name).exists() and (name in CIFAR_NETWORKS or name in CONFIG_MAPPING)
+
+
+def _architecture(name: str):
+    return cifar_config(name) if name in CIFAR_NETWORKS else CONFIG_MAPPING[name]()
+
+
+def _images_only(config, argument: str):
+    """The vision tower of a two-tower configuration; errors for networks of text or sound."""
+    config = getattr(config, "vision_config", None) or config
+    for model_class in backbone_classes(config)[:1]:
+        if model_class.main_input_name != "pixel_values":
+            raise ValueError(
+                f"{flag(argument)}: {model_class.__name__} ({config.model_type}) reads {model_class.main_input_name}, "
+                f"not images; give a vision backbone such as a ViT, DINOv2, ResNet or ConvNeXt."
+            )
+    if config.model_type == "vit_mae":
+        config.mask_ratio = 0.0  # its pre-training hides a random part of each image
+    return config
+
+
+def find_processor(
+    model: PreTrainedModel, teacher: Backbone | None = None, argument: str = "", hub: dict | None = None
+):
+    """The image processor beside a network's checkpoint, else timm's own, else the teacher's."""
+    timm_model, name = getattr(model, "timm_model", None), model.name_or_path
+    if timm_model is not None:
+        # In the network's configuration; before it is saved for the first time, in timm.
+        settings = getattr(model.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+        from transformers import TimmWrapperImageProcessor  # imports timm
+
+        return TimmWrapperImageProcessor(settings, architecture=model.config.architecture)
+    try:
+        if not name or _is_architecture(name):
+            raise ValueError("it is not from a checkpoint")
+        hub = hub or _hub(name, argument, getattr(model.config, "_commit_hash", None), False)
+        return AutoImageProcessor.from_pretrained(name, **hub)
+    except Exception as error:  # also packages that are not installed
+        if teacher is not None:
+            logger.info("%s has no image processor: the teacher's is used", name)
+            return teacher.processor
+        raise ValueError(
+            f"{flag(argument)}={name or type(model).__name__}: no image processor is beside its weights "
+            f"({first_line(error)}); add a preprocessor_config.json."
+        ) from error

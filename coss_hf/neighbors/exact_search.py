@@ -1,0 +1,172 @@
+"""Exact nearest neighbours, the recall of approximate ones, and how processes share the queries out."""
+
+import contextlib
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from coss_hf.neighbors.embedding_store import Vectors, save_array
+from coss_hf.utils.process_group import Processes
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1024  # queries at a time, and what processes share out: the result must not depend on their number
+SAMPLE, SAMPLE_UNIT = 1024, 256  # queries whose exact neighbours measure the recall; those a process takes at a time
+BLOCK = 16_384  # rows compared at a time: with 1,024 queries 64 MiB of similarities
+
+
+TORCH = tuple(int(part) for part in torch.__version__.split(".")[:2])
+
+
+@contextlib.contextmanager
+def full_float32():
+    """No TF32 in products on a GPU, which --tf32 and --torch_compile switch on for all of a process: similarities
+    would be off by 1e-3, and the cache would keep what was found."""
+    matmul = torch.backends.cuda.matmul
+    name, full = ("fp32_precision", "ieee") if TORCH >= (2, 9) else ("allow_tf32", False)
+    before = getattr(matmul, name)
+    setattr(matmul, name, full)
+    try:
+        yield
+    finally:
+        setattr(matmul, name, before)
+
+
+class ExactSearch:
+    """Exact search among unit rows by inner product, in memory bounded by a block.
+
+    On a CPU torch's product and `topk` take half the time of faiss' exact index, which moreover holds a copy of all.
+
+    Args:
+        vectors: (n, d).
+        device: where products are computed. A GPU holds all rows where they take less than half of its free memory.
+    """
+
+    def __init__(self, vectors: Vectors, device: torch.device | str = "cpu"):
+        self.vectors, self.device = vectors, torch.device(device)
+        n, dim = vectors.shape
+        self._resident = None
+        if self.device.type == "cuda" and 4 * n * dim < torch.cuda.mem_get_info(self.device)[0] / 2:
+            self._resident = list(self._blocks())
+
+    def _blocks(self):
+        for start, block in self.vectors.blocks(BLOCK):
+            yield start, torch.from_numpy(block).to(self.device)
+
+    @full_float32()
+    def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest others of some rows.
+
+        Args:
+            rows: (b,) ascending row numbers.
+            k: how many.
+            limit: rows as similar as this or more are left out.
+
+        Returns:
+            (b, k) row numbers, int64, and their similarities, float32, the most similar first; -1 and -inf where fewer
+            than k are left. A row never holds its own number, also where others equal it.
+        """
+        queries = torch.from_numpy(self.vectors.take(rows)).to(self.device)
+        own = torch.from_numpy(rows).to(self.device)
+        best = torch.full((len(rows), k), -torch.inf, device=self.device)
+        found = torch.full((len(rows), k), -1, device=self.device)
+        for start, block in self._resident or self._blocks():
+            similarity = queries @ block.T
+            inside = ((own >= start) & (own < start + len(block))).nonzero().flatten()
+            similarity[inside, own[inside] - start] = -torch.inf
+            if limit < torch.inf:
+                similarity.masked_fill_(similarity >= limit, -torch.inf)
+            values, columns = similarity.topk(min(k, len(block)), dim=1)
+            best, order = torch.cat([best, values], dim=1).topk(k, dim=1)
+            found = torch.cat([found, columns + start], dim=1).gather(1, order)
+        found[best == -torch.inf] = -1
+        return found.cpu().numpy(), best.cpu().numpy()
+
+
+def search_all(
+    searcher, k: int, limit: float = float("inf"), work: Path | None = None, processes: Processes | None = None
+) -> np.ndarray:
+    """The neighbours of all rows, each process its share.
+
+    Args:
+        searcher: an `ExactSearch` or the like.
+        k: neighbours a row.
+        limit: rows as similar as this or more are left out.
+        work: folder, seen by all processes, where they put their parts.
+        processes: those of the run; all call.
+
+    Returns:
+        (n, k) int32 on process 0; the others get their part.
+    """
+    processes = processes or Processes(alone=True)
+    n = searcher.vectors.shape[0]
+
+    def chunks(rank: int) -> list[np.ndarray]:
+        starts = range(rank * CHUNK, n, CHUNK * processes.count)
+        return [np.arange(start, min(start + CHUNK, n)) for start in starts]
+
+    with processes.together():
+        mine = chunks(processes.rank)
+        total, first = sum(map(len, mine)), processes.rank == 0
+        neighbors, done = np.empty((total, k), np.int32), 0
+        hidden = {} if first else {"disable": True}  # {}: as TQDM_DISABLE says
+        with tqdm(total=total, desc="Searching neighbours", unit="img", leave=False, **hidden) as progress:
+            for rows in mine:
+                neighbors[done : done + len(rows)] = searcher(rows, k, limit)[0]
+                done += len(rows)
+                progress.update(len(rows))
+        if not first:
+            save_array(work / f"part-{processes.rank}.npy", neighbors)
+    with processes.together():
+        if first and processes.count > 1:
+            parts = [neighbors, *(np.load(work / f"part-{rank}.npy") for rank in range(1, processes.count))]
+            neighbors = np.empty((n, k), np.int32)
+            for rank, part in enumerate(parts):
+                if len(part):
+                    neighbors[np.concatenate(chunks(rank))] = part
+    return neighbors
+
+
+def random_rows(n: int, count: int) -> np.ndarray:
+    """About `count` of n row numbers, ascending, always the same; no permutation of all is held."""
+    return np.arange(n) if count >= n else np.unique(np.random.default_rng(0).integers(n, size=count))
+
+
+def tune(index, k: int, limit: float, asked: float, processes: Processes) -> tuple[float, int]:
+    """Doubles an index's probes until, on a random sample of queries, it finds the asked share of the exact neighbours.
+
+    Args:
+        index: a search as `ExactSearch`, with `exact`, `probes`, `most`.
+        k, limit: as it is called.
+        asked: recall.
+        processes: those of the run; all call, and measure a share of the sample.
+
+    What is as similar as the k-th exact neighbour counts as found: among duplicates numbers say nothing.
+
+    Returns:
+        The recall reached, and the number of queries. Below what was asked where all probes do not suffice.
+    """
+    sample = random_rows(index.vectors.shape[0], SAMPLE)
+    starts = range(processes.rank * SAMPLE_UNIT, len(sample), processes.count * SAMPLE_UNIT)
+    mine = [sample[start : start + SAMPLE_UNIT] for start in starts]
+    exact = [index.exact(rows, k, limit)[1] for rows in mine]
+    while True:
+        found = wanted = 0
+        for rows, best in zip(mine, exact, strict=True):
+            there = best > -np.inf
+            last = np.where(there, best, np.inf).min(axis=1, keepdims=True)
+            found += np.minimum((index(rows, k, limit)[1] >= last - 1e-6).sum(axis=1), there.sum(axis=1)).sum()
+            wanted += there.sum()
+        found, wanted = np.sum(processes.gather((found, wanted)), axis=0)
+        recall = found / wanted if wanted else 1.0  # where the limit leaves the sample none, none is missed
+        if recall >= asked or index.probes >= index.most:
+            return float(recall), len(sample)
+        before, index.probes = index.probes, min(2 * index.probes, index.most)
+        if processes.rank == 0:
+            logger.info(
+                "Neighbours: recall %.4f with %d probes is below --neighbors_recall %g: raised to %d",
+                *(recall, before, asked, index.probes),
+            )

@@ -1,0 +1,123 @@
+"""Approximate search by a faiss index on disk. The only file that imports faiss."""
+
+import logging
+from pathlib import Path
+
+import faiss
+import numpy as np
+from tqdm.auto import tqdm
+
+from coss_hf.neighbors.embedding_store import Vectors, whole_file
+from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, random_rows
+
+logger = logging.getLogger(__name__)
+
+FAISS_VERSION = faiss.__version__
+TRIES = 6  # deeper searches for a row that is short of neighbours, before an exact one
+HNSW_LINKS, HNSW_MOST = 32, 8192
+
+
+class IndexSearch:
+    """Approximate search with a faiss index; called as `ExactSearch` is.
+
+    Rows that it leaves short of neighbours are searched deeper, at last exactly.
+
+    Args:
+        kind: "ivf" (about 4 sqrt(n) inverted lists) or "hnsw" (a graph; built on one thread, since the order of
+            insertion decides it).
+        vectors: (n, d); the index holds a copy of their dtype.
+        path: file of the index; built where it is not there yet, or damaged.
+
+    Attributes:
+        probes: lists (ivf) or candidates (hnsw) looked at for a query.
+        most: of them.
+    """
+
+    def __init__(self, kind: str, vectors: Vectors, path: Path):
+        self.kind, self.vectors, self.exact = kind, vectors, ExactSearch(vectors)
+        self.index = read_index(kind, vectors, path)
+        if self.index is None:
+            build_index(kind, vectors, path)
+            self.index = read_index(kind, vectors, path)
+        n = vectors.shape[0]
+        self.most = self.index.nlist if kind == "ivf" else min(n, HNSW_MOST)
+        self.probes = min(8 if kind == "ivf" else 64, self.most)
+
+    def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
+        """As `ExactSearch.__call__`, of which most are found."""
+        found = np.full((len(rows), k), -1)
+        similarity = np.full((len(rows), k), -np.inf, np.float32)
+        queries, short = self.vectors.take(rows), np.arange(len(rows))
+        self.vectors.release()
+        depth, probes, n = k + 1, self.probes, self.index.ntotal
+        for _ in range(TRIES):
+            parameters = (
+                faiss.SearchParametersIVF(nprobe=probes)
+                if self.kind == "ivf"
+                else faiss.SearchParametersHNSW(efSearch=max(probes, depth))
+            )
+            values, columns = self.index.search(queries[short], depth, params=parameters)
+            # Duplicates tie with the row itself and may push it down or off the end: only the number tells which it is.
+            good = (columns >= 0) & (columns != rows[short, None]) & (values < limit)
+            order = np.argsort(~good, axis=1, kind="stable")[:, :k]
+            good = np.take_along_axis(good, order, axis=1)
+            found[short, : good.shape[1]] = np.where(good, np.take_along_axis(columns, order, axis=1), -1)
+            similarity[short, : good.shape[1]] = np.where(good, np.take_along_axis(values, order, axis=1), -np.inf)
+            short = short[found[short, -1] < 0]
+            if not len(short):
+                return found, similarity
+            depth, probes = min(2 * depth, n), min(2 * probes, self.most)
+        found[short], similarity[short] = self.exact(rows[short], k, limit)
+        return found, similarity
+
+
+def read_index(kind: str, vectors: Vectors, path: Path):
+    """A faiss index of all vectors; None, and a word of warning, where the file is not what was written."""
+    if not path.exists():
+        return None
+    try:
+        # Of a file that is too short faiss would map what is not there, and the process die when it is read.
+        if path.stat().st_size == int(_size_of(path).read_text()):
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP if kind == "ivf" else 0)
+            if (index.ntotal, index.d) == vectors.shape:
+                return index
+    except (OSError, ValueError, RuntimeError):
+        pass
+    logger.warning("The index %s is damaged: it is built again.", path)
+    return None
+
+
+def _size_of(path: Path) -> Path:
+    """Holds the number of bytes of an index."""
+    return path.with_suffix(".size")
+
+
+def build_index(kind: str, vectors: Vectors, path: Path) -> None:
+    """Writes a faiss index of all vectors, which is there whole or not at all."""
+    (n, dim), half = vectors.shape, vectors.dtype == np.float16
+    ip, codes = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_fp16
+    threads = faiss.omp_get_max_threads()
+    if kind == "hnsw":
+        index = faiss.IndexHNSWSQ(dim, codes, HNSW_LINKS, ip) if half else faiss.IndexHNSWFlat(dim, HNSW_LINKS, ip)
+        sample = np.arange(min(n, CHUNK))
+        faiss.omp_set_num_threads(1)
+    else:
+        lists = max(1, min(round(4 * n**0.5), n // 39))  # k-means wants 39 rows a list
+        quantizer = faiss.IndexFlatIP(dim)
+        index = (
+            faiss.IndexIVFScalarQuantizer(quantizer, dim, lists, codes, ip, False)
+            if half
+            else faiss.IndexIVFFlat(quantizer, dim, lists, ip)
+        )
+        sample = random_rows(n, 64 * lists)
+    try:
+        index.train(vectors.take(sample))
+        vectors.release()
+        for _, block in tqdm(vectors.blocks(65_536), desc="Indexing", total=-(-n // 65_536), leave=False):
+            index.add(block)
+            vectors.release()
+    finally:
+        faiss.omp_set_num_threads(threads)
+    with whole_file(path) as temporary:
+        faiss.write_index(index, str(temporary))
+        _size_of(path).write_text(str(temporary.stat().st_size))

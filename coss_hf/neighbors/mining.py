@@ -1,0 +1,247 @@
+"""The teacher's nearest neighbours of every training image: exact or by an index of measured recall, on any number of
+processes.
+
+`Dataset.map(num_proc=2)` hangs in a process that has used faiss or a torch matmul
+(OpenMP and fork), so no `map` here, nor after a search elsewhere, may ask for processes.
+"""
+
+import contextlib
+import hashlib
+import logging
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from filelock import FileLock
+
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.models.backbone import Backbone
+from coss_hf.neighbors.cache import read_neighbors, write_neighbors
+from coss_hf.neighbors.columns import check_pool, image_hashes, summary, with_columns
+from coss_hf.neighbors.embedding_store import Vectors, check_finite, embed_shards, unit_rows, unwritable
+from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all, tune
+from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
+from coss_hf.neighbors.options import SearchOptions
+from coss_hf.utils.process_group import Processes
+
+logger = logging.getLogger(__name__)
+
+EXACT_UP_TO = {"cpu": 100_000, "cuda": 1_000_000}  # images; beyond, `auto` takes ivf
+# Share of its lists beyond which ivf is slower than exact search: 15 against 51 billion operations a second and core.
+QUICKER_EXACT = 0.3
+PACKAGES = ("torch", "transformers", "datasets", "pillow")
+
+
+def search(embeddings: torch.Tensor | np.ndarray, k: int, *, limit: float = float("inf")) -> np.ndarray:
+    """The k nearest other rows of every row by cosine, exactly: inner product of unit rows, in float32.
+
+    Args:
+        embeddings: (n, d) tensor or array. Rows of zeros are allowed; their similarity to everything is 0.
+        k: neighbours a row, 1 <= k < n.
+        limit: rows as similar as this or more are left out.
+
+    Returns:
+        (n, k) int32 array, the most similar first; -1 where `limit` leaves fewer. A row never holds its own index, also
+        where other rows equal it.
+
+    Raises:
+        ValueError: k out of range, or embeddings that are not (n, d) or not finite.
+    """
+    embeddings = torch.as_tensor(embeddings).detach()
+    if embeddings.ndim != 2:
+        raise ValueError(f"embeddings: the shape is {tuple(embeddings.shape)}; give one row an image, (n, d).")
+    check_pool(k, len(embeddings))
+    units = torch.cat([unit_rows(chunk) for chunk in check_finite(embeddings).split(CHUNK)])
+    return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, limit)
+
+
+def nearest_neighbors(
+    dataset: datasets.Dataset,
+    backbone: Backbone,
+    image_column: str,
+    *,
+    k: int,
+    options: SearchOptions | None = None,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> tuple[np.ndarray, dict]:
+    """Every image's k nearest others, as the backbone embeds them un-augmented. All processes of a run call together:
+    each embeds and searches its share.
+
+    Arguments as of `add_neighbors`.
+
+    Returns:
+        (n, k) int32 row numbers, the nearest first, -1 where `--neighbors_max_similarity` leaves fewer; and how they
+        were found: search, recall, seconds, ..., as kept in the cache's `meta.json`.
+
+    Raises:
+        ValueError: k out of range, `image_hash` missing, embeddings that are not finite, a cache that cannot be
+            written, or no neighbour left for any image.
+    """
+    options, processes = options or SearchOptions(), Processes()
+    check_pool(k, len(dataset))
+    hashes, fingerprint = image_hashes(dataset).astype("<u8").tobytes(), backbone.fingerprint()
+    device = next(backbone.model.parameters()).device
+    kind = options.neighbors_search
+    if kind == "auto":
+        kind = "exact" if len(dataset) <= EXACT_UP_TO.get(device.type, 0) else "ivf"
+    settings = {"dtype": options.neighbors_dtype, "max_similarity": options.neighbors_max_similarity, "search": kind}
+    if kind != "exact":
+        settings["recall_asked"] = options.neighbors_recall
+    plain = {"dtype": "float32", "max_similarity": None, "search": "exact"}
+    changed = [f" {name}={value}" for name, value in settings.items() if plain.get(name, ...) != value]
+    key = f"{fingerprint} {k}" + "".join(changed)
+    folder = cache_folder(cache_dir) / hashlib.sha256(hashes + key.encode()).hexdigest()[:32]
+    key = f"{fingerprint} {options.neighbors_dtype}"
+    work = folder.parent / f"embeddings-{hashlib.sha256(hashes + key.encode()).hexdigest()[:32]}"
+
+    with contextlib.ExitStack() as stack:
+        with processes.together():
+            kept = None
+            if processes.rank == 0:
+                kept = read_neighbors(folder)
+            if processes.rank == 0 and kept is None:  # one run at a time embeds; a second finds the result of the first
+                try:
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    lock = stack.enter_context(FileLock(work.with_suffix(".lock")))
+                except OSError as error:
+                    raise unwritable(work / "lock", error) from error
+                stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+                kept = read_neighbors(folder)
+        if not processes.gather(kept is not None)[0]:
+            images = ProcessedImages(dataset, image_column, backbone.preprocess)
+            start = time.perf_counter()
+            passes = {"batch_size": batch_size, "num_workers": num_workers, "processes": processes}
+            vectors = embed_shards(backbone, images, work, dtype=options.neighbors_dtype, **passes)
+            embedded = time.perf_counter()
+            neighbors, found = search_vectors(vectors, k, kind, options, work, device, processes)
+            end = time.perf_counter()
+            with processes.together():
+                if processes.rank == 0:
+                    meta = _meta(neighbors, options) | settings | found
+                    meta |= {"dim": backbone.dim, "teacher": backbone.name, "pooling": backbone.pooling}
+                    meta |= {"processes": processes.count, "seconds_embedding": round(embedded - start, 3)}
+                    meta |= {"seconds_search": round(end - embedded, 3), "seconds": round(end - start, 3)}
+                    kept = neighbors, meta
+                    if write_neighbors(folder, *kept) and not options.neighbors_keep_embeddings:
+                        shutil.rmtree(work, ignore_errors=True)
+                    logger.info("%s", summary(meta))
+        elif processes.rank == 0:
+            logger.info("%s; found in the cache %s", summary(kept[1]), folder)
+        with processes.together():
+            kept = kept or read_neighbors(folder)
+            if kept is None:
+                raise ValueError(
+                    f"--neighbors_cache {folder.parent}: process {processes.rank} finds no neighbours there; give a "
+                    f"folder that all machines share, and make room on its disk."
+                )
+    return kept
+
+
+def search_vectors(
+    vectors: Vectors,
+    k: int,
+    kind: str,
+    options: SearchOptions,
+    work: Path,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
+) -> tuple[np.ndarray, dict]:
+    """Searches the neighbours of all vectors, each process its share.
+
+    Args:
+        vectors: (n, d).
+        k: neighbours a row.
+        kind: exact, ivf or hnsw.
+        options: recall, limit.
+        work: folder, seen by all processes, for index and parts.
+        device: of an exact search.
+        processes: those of the run; all call.
+
+    Returns:
+        (n, k) int32, on process 0 (others get their share); and on all what was measured: lists, probes, recall.
+    """
+    processes = processes or Processes(alone=True)
+    found, searcher = {}, ExactSearch(vectors, device) if kind == "exact" else None
+    if searcher is None:
+        path = work / f"{kind}.index"
+        with processes.together():
+            if processes.rank == 0:
+                searcher = IndexSearch(kind, vectors, path)
+        searcher = searcher or IndexSearch(kind, vectors, path)
+        recall, queries = tune(searcher, k, options.limit, options.neighbors_recall, processes)
+        found = {"recall": round(recall, 5), "recall_queries": queries, "probes": searcher.probes}
+        found |= {"lists": searcher.most} if kind == "ivf" else {}
+        if kind == "ivf" and searcher.probes > QUICKER_EXACT * searcher.most:
+            if processes.rank == 0:
+                logger.info(
+                    "Neighbours: ivf needs %d of %d lists for recall %.4f, and exact search is quicker: taken instead",
+                    *(searcher.probes, searcher.most, recall),
+                )
+            found |= {"search": "exact", "search_asked": kind, "recall": 1.0}
+            searcher = ExactSearch(vectors, device)
+        elif recall < options.neighbors_recall and processes.rank == 0:
+            logger.warning(
+                "Neighbours: recall %.4f with %d probes, the most there are, stays below --neighbors_recall %g; use "
+                "--neighbors_search exact or %s.",
+                *(recall, searcher.probes, options.neighbors_recall, "ivf" if kind == "hnsw" else "hnsw"),
+            )
+    return search_all(searcher, k, options.limit, work, processes), found
+
+
+def _meta(neighbors: np.ndarray, options: SearchOptions) -> dict:
+    (n, k), alone = neighbors.shape, int((neighbors[:, 0] < 0).sum())
+    if alone == n:
+        raise ValueError(
+            f"--neighbors_max_similarity {options.neighbors_max_similarity} leaves no image any neighbour; raise it."
+        )
+    fewer = int((neighbors[:, -1] < 0).sum())
+    versions = {name: version(name) for name in PACKAGES} | {"faiss": FAISS_VERSION}
+    return {"images": n, "neighbors": k, "fewer": fewer, "none": alone, "versions": versions}
+
+
+def add_neighbors(
+    dataset: datasets.Dataset,
+    backbone: Backbone,
+    image_column: str,
+    *,
+    k: int,
+    options: SearchOptions | None = None,
+    cache_dir: str | Path | None = None,
+    batch_size: int = 256,
+    num_workers: int = 0,
+) -> datasets.Dataset:
+    """Adds every image's k nearest others, as the backbone embeds them un-augmented, to a dataset of `load_images`.
+
+    Embeddings go to disk, shard by shard (`embeddings-...` beside the cached neighbours): a run that is stopped goes on
+    from there. They are removed once the neighbours are kept, unless the options say otherwise.
+
+    Args:
+        dataset: n rows with columns `image_column` and `image_hash`. Neighbours that it already carries are replaced.
+        backbone: the teacher, a `coss_hf.models.backbone.Backbone`.
+        k: neighbours an image, 1 <= k < n.
+        options: search, recall, near-duplicates, dtype; by default exact up to 100,000 images.
+        cache_dir: where neighbours are kept from run to run, found again by images (in order), backbone, k and options;
+            `coss_hf` in the cache of datasets by default. Concurrent callers are safe.
+        batch_size, num_workers: of the embedding pass.
+
+    Returns:
+        An ordinary dataset with the columns `neighbors` (List(int32), the nearest first, -1 padding what
+        `neighbors_max_similarity` leaves out) and `neighbors_hash` (uint64).
+
+    Raises:
+        ValueError: as `nearest_neighbors`.
+    """
+    passes = {"cache_dir": cache_dir, "batch_size": batch_size, "num_workers": num_workers}
+    neighbors, _ = nearest_neighbors(dataset, backbone, image_column, k=k, options=options, **passes)
+    return with_columns(dataset, neighbors, cache_folder(cache_dir))
+
+
+def cache_folder(cache_dir: str | Path | None) -> Path:
+    """Where neighbours are kept."""
+    return Path(cache_dir or Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf")

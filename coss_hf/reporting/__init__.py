@@ -1,0 +1,1 @@
+"""What a run leaves: its record, its pictures and page, its W&B run."""

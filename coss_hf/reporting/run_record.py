@@ -1,0 +1,46 @@
+"""What a run was given and what it used, for its record."""
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+# Read before any library sets it.
+LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that figures depend on."""
+    return {name: version(name) for name in ("torch", "torchvision", "transformers", "accelerate", "datasets")}
+
+
+def command() -> str:
+    """The command line, its secrets hidden; how many processes and which precision, where accelerate launched it."""
+    world, precision = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    launcher = ["accelerate", "launch"] if LAUNCHED or world > 1 else ["python"]
+    launcher += ["--num_processes", str(world)] if world > 1 else []
+    launcher += ["--mixed_precision", precision] if LAUNCHED and precision != "no" else []
+    words, hide = [], False
+    for word in sys.argv:
+        name, equals, _ = word.partition("=")
+        secret = name.startswith("--") and name.endswith("token")
+        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        hide = secret and not equals
+    return shlex.join([*launcher, *words])
+
+
+def write_json(path: str | Path, content: dict) -> None:
+    """Writes a file that is whole or not there, folders included."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part")
+    unfinished.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    os.replace(unfinished, path)
+
+
+def to_dict(*parsed) -> dict:
+    """What a run was given, for its record; secrets left out."""
+    return {f.name: getattr(p, f.name) for p in parsed for f in fields(p) if f.init and not f.name.endswith("token")}

@@ -1,0 +1,168 @@
+"""What a run leaves on disk beside the student: its record and its pictures."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from coss_hf.data.decoding import decode
+from coss_hf.evaluation.diagnostics import alarms, panels
+from coss_hf.evaluation.knn import nearest
+from coss_hf.evaluation.projection import planes
+from coss_hf.evaluation.retrieval import MAX_QUERIES
+from coss_hf.evaluation.tables import cells
+from coss_hf.reporting.html_page import code, heading, html_table, image, page, paragraph
+from coss_hf.reporting.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
+from coss_hf.reporting.run_record import command, versions, write_json
+
+FAILED = "It did not help"
+PICTURES = (
+    (
+        "panel.png",
+        "Agreement during training",
+        "On images held out of training; all but the accuracies need no labels.",
+    ),
+    ("neighbors.png", "Nearest neighbours", "Green: in both networks' lists."),
+    ("projection.png", "Both spaces", "First two principal components; the student's turned to match the teacher's."),
+    ("loss.png", "Loss", ""),
+)
+
+
+def write_record(output_dir, trainer, results: dict, splits) -> dict:
+    """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results, verdict."""
+    history = trainer.state.log_history
+    raised = alarms(history, len(trainer.evaluator.queries), finished=True) if trainer.evaluator else {}
+    record = {
+        "command": command(),
+        "images_seen": trainer.images_seen,
+        "teacher": repr(trainer.teacher),
+        "student": repr(trainer.student),
+        "results": results,
+        "verdict": said(results, history, [*raised.values()]),
+        "alarms": [*raised.values()],
+        "evaluated_on": "test" if splits.test is not None else "validation",
+        "bad_images": splits.bad_images,
+        "versions": versions(),
+        "arguments": trainer.arguments,
+    }
+    write_json(Path(output_dir, "run.json"), record)
+    return record
+
+
+class NeighborExamples(NamedTuple):
+    """Queries and what is nearest to them, as rows of the held-out images.
+
+    Attributes:
+        images: PIL images by row.
+        queries: ``q`` rows.
+        student, teacher: ``(q, n)`` rows, the nearest first.
+    """
+
+    images: dict[int, Image.Image]
+    queries: list[int]
+    student: np.ndarray
+    teacher: np.ndarray
+
+
+def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6, points: int = 2000):
+    """Writes ``loss.png`` and ``panel.png`` and, with an evaluator, ``neighbors.png`` and ``projection.png``.
+
+    Returns:
+        ``NeighborExamples``, and ``teacher`` and ``student`` coordinates ``(points, 2)`` with their ``labels`` or None;
+        None for both without an evaluator.
+    """
+    folder, history = Path(output_dir), trainer.state.log_history
+    if any("loss" in line for line in history):
+        loss_curve(folder / "loss.png", history)
+    if panels(history):
+        panel_curves(folder / "panel.png", panels(history))
+    if evaluator is None or len(evaluator.queries) <= neighbors + 1:
+        return None, None
+    teacher = evaluator.teacher_queries
+    student = evaluator.embed(trainer.student, evaluator.queries, "Picture")
+    rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
+    found = []
+    for embeddings in (student, teacher):
+        _, candidates = nearest(embeddings[rows], embeddings, neighbors + 1)
+        # The image itself is left out by its row: exact duplicates tie with it.
+        found.append(
+            np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)])
+        )
+    column = evaluator.queries[evaluator.image_column]
+    images = {
+        row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}
+    }
+    examples = NeighborExamples(images, rows.tolist(), *found)
+    neighbor_picture(folder / "neighbors.png", images, examples.queries, *found)
+    some = torch.randperm(len(teacher), generator=torch.Generator().manual_seed(0))[:points]
+    flat = dict(zip(("student", "teacher"), (x.numpy() for x in planes(student[some], teacher[some]))))
+    labels = evaluator.labels.get("test_labels")
+    flat["labels"] = None if labels is None else labels[some].tolist()
+    projection_picture(folder / "projection.png", flat["student"], flat["teacher"], flat["labels"])
+    return examples, flat
+
+
+def said(results: dict[str, dict], history: list[dict], found: list[str]) -> list[str]:
+    """What a run came to, in sentences.
+
+    Args:
+        results: of ``compare``.
+        history: ``trainer.state.log_history``.
+        found: alarms, which come last.
+    """
+    if not results:
+        return found
+    labelled = results["student"].get("eval_knn20") is not None
+    key = "eval_knn20" if labelled else "eval_overlap10"
+    student, random, teacher = (results[name].get(key) for name in ("student", "random", "teacher"))
+    if None in (student, random, teacher):
+        return found
+    # A student that came with weights of its own is better than at random ones before any training.
+    seen = [entry[key] for entry in panels(history) if entry.get(key) is not None]
+    if student <= random:
+        first = f"{FAILED}: the student is no better than at random weights"
+    elif len(seen) > 1 and seen[-1] <= seen[0]:
+        first = (
+            f"{FAILED}: on the images watched during training the student is no better than before it "
+            f"({100 * seen[-1]:.1f} %, before {100 * seen[0]:.1f} %)"
+        )
+    elif found:
+        first = "The student is better than at random weights, but something is wrong, see below"
+    else:
+        first = "The student has learnt from its teacher"
+    values = f"{100 * student:.1f} %, at random weights {100 * random:.1f} %"
+    if labelled:
+        measured = f"k-NN 20 accuracy {values}, its teacher {100 * teacher:.1f} %"
+    else:
+        measured = f"share of the 10 nearest neighbours that it has in common with its teacher {values}"
+    return [f"{first}: {measured}.", *found]
+
+
+def write_page(output_dir, trainer, record: dict) -> None:
+    """Writes ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file."""
+    folder = Path(output_dir)
+    parts = [
+        paragraph(text, "alarm" if text in record["alarms"] or text.startswith(FAILED) else "lead")
+        for text in record["verdict"]
+    ]
+    if record["results"]:
+        below = (
+            f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: of "
+            f"{MAX_QUERIES:,} of them at most; random: the"
+        )
+        parts += [html_table(cells(record["results"])), paragraph(f"{below} student at random weights.")]
+    for name, title, caption in PICTURES:
+        if (folder / name).is_file():
+            parts += [heading(title), image(folder / name, caption)]
+    facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}
+    facts |= {f"{name.lstrip('-')} (fingerprint)": value for name, value in trainer.identity().items()} | record[
+        "versions"
+    ]
+    parts += [heading("How it was made"), code(record["command"])]
+    parts.append(code("\n".join(f"{name}: {value}" for name, value in facts.items())))
+    parts.append(
+        code("\n".join(f"{name}: {value}" for name, value in record["arguments"].items() if value is not None))
+    )
+    (folder / "report.html").write_text(page(f"{folder.absolute().name}: {record['images_seen']:,} images seen", parts))

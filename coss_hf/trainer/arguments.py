@@ -1,0 +1,150 @@
+"""Arguments of a run, with the method's defaults, from YAML files and the command line."""
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from coss_hf.data.loading import ImageSplits, load_images
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.heads import file_beside
+from coss_hf.models.loading import DTYPES, INITS, load_backbone
+from coss_hf.neighbors.options import SearchOptions
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Teacher and student."""
+
+    teacher: str | None = field(default=None, metadata={"help": "Hub name or folder of the frozen network."})
+    student: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name or folder of the network to train; with --student_init random also a CIFAR network "
+            "(resnet20, vgg8, wrn_16_2, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
+        },
+    )
+    teacher_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
+    student_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
+    teacher_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
+    student_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
+    interpolate_pos_encoding: bool = field(
+        default=False, metadata={"help": "Stretch position embeddings of transformers whose input size was changed."}
+    )
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    teacher_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
+    student_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let checkpoints run their own code."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa or flash_attention_2, for teacher and student."}
+    )
+    student_init: str = field(
+        default="pretrained",
+        metadata={"help": "teacher_layers: every n-th layer of a transformer teacher.", "choices": list(INITS)},
+    )
+    student_config_overrides: list[str] = field(
+        default_factory=list, metadata={"help": "Entries key=value of the student's configuration."}
+    )
+
+    def overrides(self) -> dict:
+        """``student_config_overrides`` as a dictionary, values read as YAML."""
+        pairs = [entry.partition("=") for entry in self.student_config_overrides]
+        for key, equals, _ in pairs:
+            if not equals:
+                raise ValueError(f"--student_config_overrides={key!r} must be of the form key=value.")
+        return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+    def load_teacher(self) -> Backbone:
+        """The frozen network."""
+        return self._load("teacher").freeze()
+
+    def load_student(self, teacher: Backbone) -> Backbone:
+        """The network to train; random weights are drawn from torch's global generator."""
+        options = {"init": self.student_init, "config_overrides": self.overrides(), "teacher": teacher}
+        student = self._load("student", **options)
+        if self.interpolate_pos_encoding and not (teacher.can_interpolate or student.can_interpolate):
+            raise ValueError(
+                f"--interpolate_pos_encoding: neither {teacher.name} nor {student.name} has position embeddings that "
+                f"it can stretch; leave it out."
+            )
+        return student
+
+    def _load(self, role: str, **options) -> Backbone:
+        name = getattr(self, role)
+        if not name and options.get("init") != "teacher_layers":
+            raise ValueError(f"--{role} is missing; see --help.")
+        shared = ("trust_remote_code", "attn_implementation", "interpolate_pos_encoding")
+        options |= {key: getattr(self, key) for key in shared}
+        options |= {key: getattr(self, f"{role}_{key}") for key in ("pooling", "size", "revision", "dtype")}
+        return load_backbone(name, argument=role, **options)
+
+
+@dataclass
+class DataArguments(SearchOptions):
+    """Images, which need no labels, and the search for neighbours among them."""
+
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub name, image folder, parquet file(s) or save_to_disk folder."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    train_split: str | None = field(default=None, metadata={"help": "Default: train."})
+    test_split: str | None = field(default=None, metadata={"help": "Default: test, else validation, if any."})
+    image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
+    label_column: str | None = field(default=None, metadata={"help": "For evaluation only; never used in training."})
+    validation_size: float | None = field(
+        default=None,
+        metadata={
+            "help": "Images (a count, or a share below 1) held out of train before anything else. Default: where the "
+            "dataset brings no validation images, 2,000 (a tenth of train at most) to watch the training with."
+        },
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
+    on_bad_image: str = field(default="error", metadata={"help": "Unreadable files.", "choices": ["error", "skip"]})
+    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
+    neighbors_cache: str | None = field(
+        default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
+    )
+
+    # Whether images are held out by default, as a training does.
+    watched = False
+
+    def follow(self, student: str, revision: str | None = None) -> None:
+        """Holds out of train what the run that left ``student`` (folder, or name on the Hub) held out of this dataset.
+
+        So that it is not measured on what it was trained on; a ``validation_size`` that was given stands.
+        """
+        record = file_beside(student, "run.json", revision)
+        given = json.loads(Path(record).read_text()).get("arguments", {}) if record else {}
+        if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
+            return
+        if self.validation_size is None:
+            self.watched, self.validation_size = True, given.get("validation_size")
+        elif self.validation_size != given.get("validation_size"):
+            logger.warning(
+                "--validation_size %g: %s was trained with %s, perhaps on some of what is held out now.",
+                *(self.validation_size, student, given.get("validation_size") or "the default"),
+            )
+
+    def load(self, watched: bool = False) -> ImageSplits:
+        """The images, checked; ``watched``: a training's, which holds some out by default."""
+        if not self.dataset:
+            raise ValueError("--dataset is missing; see --help.")
+        return load_images(
+            self.dataset,
+            name=self.dataset_name,
+            revision=self.dataset_revision,
+            train_split=self.train_split,
+            test_split=self.test_split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            validation_size=self.validation_size if watched or self.watched else self.validation_size or 0,
+            max_train_samples=self.max_train_samples,
+            on_bad_image=self.on_bad_image,
+            num_proc=self.preprocessing_num_workers,
+        )

@@ -1,0 +1,34 @@
+"""Alarms while a run trains."""
+
+import logging
+
+from transformers import TrainerCallback
+
+from coss_hf.evaluation.diagnostics import OVERLAP, alarms
+
+logger = logging.getLogger(__name__)
+
+
+class Watch(TrainerCallback):
+    """Raises each alarm once, and looks once more when training ends.
+
+    Args:
+        images: of the panel.
+        last_step: whether to evaluate at the last step, too.
+    """
+
+    def __init__(self, images: int, last_step: bool):
+        self.images, self.last_step = images, last_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate |= self.last_step and state.global_step >= state.max_steps
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        finished = state.global_step >= state.max_steps
+        # Of the history, which checkpoints hold: a resumed run does not raise an alarm again.
+        earlier = [i for i, entry in enumerate(state.log_history) if OVERLAP in entry]
+        # Of all panels before, not of the last alone: what comes and goes is said once, too.
+        before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
+        for name, text in alarms(state.log_history, self.images, finished=finished).items():
+            if name not in before and state.is_world_process_zero:
+                logger.warning("ALARM: %s", text)

@@ -1,0 +1,63 @@
+"""What some losses learn from the teacher alone, before the student's training begins."""
+
+import itertools
+import logging
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from coss_hf.data.views import collate_views
+from coss_hf.losses.factor import FactorLoss
+from coss_hf.utils.distributed import world_size
+
+logger = logging.getLogger(__name__)
+
+LEARNING_RATE = 1e-3  # of Adam; ours
+
+
+def learners(criterion: nn.Module) -> list[FactorLoss]:
+    """Parts of a loss that learn first."""
+    return [part for part in criterion.modules() if isinstance(part, FactorLoss) and part.pretraining_steps]
+
+
+def pretraining_images(trainer) -> int:
+    """Images that pass through the teacher before a run's first step."""
+    steps = sum(part.pretraining_steps for part in learners(trainer.model.criterion))
+    return steps * trainer.args.per_device_train_batch_size
+
+
+def pretrain(trainer) -> None:
+    """Trains the paraphrasers of a run's loss on views of the training images, and freezes them.
+
+    Every process does the same on the same images; the first one's result counts.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    for part in learners(trainer.model.criterion):
+        part.to(args.device)
+        generator = torch.Generator().manual_seed(args.seed)
+        options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_views, "drop_last": True}
+        loader = DataLoader(dataset, _groups(trainer), shuffle=True, generator=generator, **options)
+        optimizer = torch.optim.Adam(part.paraphraser.requires_grad_(True).parameters(), LEARNING_RATE)
+        batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), part.pretraining_steps)
+        quiet = args.disable_tqdm or args.process_index > 0
+        for batch in tqdm(batches, "Paraphraser", part.pretraining_steps, disable=quiet, leave=False):
+            with torch.enable_grad():
+                error = part.reconstruction(trainer.embed_teacher(batch["pixel_values"].to(args.device)))
+                optimizer.zero_grad()
+                error.backward()
+                optimizer.step()
+        part.paraphraser.requires_grad_(False)
+        if world_size() > 1:
+            for tensor in part.paraphraser.state_dict().values():
+                dist.broadcast(tensor, 0)
+        logger.info(
+            "Paraphraser trained on %d batches, reconstruction error %.4f", part.pretraining_steps, error.detach()
+        )
+
+
+def _groups(trainer) -> int:
+    """Anchors of a batch of about as many views as the training's, neighbours included."""
+    return max(1, trainer.args.per_device_train_batch_size // (1 + trainer.args.neighbors_k))

@@ -1,0 +1,206 @@
+"""Arguments of training, with the method's defaults."""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from coss_hf.data.transforms import AUGMENTATIONS
+from coss_hf.losses.combination import Method, parse_methods
+from coss_hf.losses.registry import LOSSES, SEPARABLE
+from coss_hf.models.heads import HEADS
+from coss_hf.trainer.engine import check_engine
+from coss_hf.trainer.schedule import RunLength
+
+# Seen between two looks at held-out images.
+EVAL_IMAGES = 50_000
+
+
+# Not the others of transformers: they publish the state of the optimiser.
+HUB_STRATEGIES = ["end", "every_save"]
+
+
+@dataclass
+class DistillationArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with the method's own defaults, and what distillation adds."""
+
+    output_dir: str = field(default="student", metadata={"help": "Where the student and its checkpoints go."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start afresh where a run already is."})
+    dry_run: bool = field(default=False, metadata={"help": "Resolve and print everything, then stop."})
+
+    method: str = field(
+        default="coss",
+        metadata={"help": f"{', '.join(LOSSES)}; several summed, with options: 'coss(lambda_ss=0.5, beta=50) + rkd'."},
+    )
+    beta: float | None = field(default=None, metadata={"help": "Scale of the loss; default: the method's."})
+    lambda_ss: float = field(default=1.0, metadata={"help": "Weight of space similarity (coss)."})
+    head: str = field(default="auto", metadata={"help": "auto: mlp where dimensions differ.", "choices": list(HEADS)})
+    head_hidden_size: int = field(default=2048, metadata={"help": "Width of an mlp head."})
+
+    augmentation: str = field(
+        default="imagenet", metadata={"help": "none, cifar, imagenet or moco.", "choices": list(AUGMENTATIONS)}
+    )
+    view_size: int | None = field(default=None, metadata={"help": "Pixels of a view; default: the larger input."})
+    neighbors_k: int = field(default=0, metadata={"help": "Neighbours drawn beside each anchor; 0: none."})
+    neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image, to draw from."})
+    num_images: int | None = field(
+        default=None, metadata={"help": "Length of the run in images seen, anchors and neighbours alike."}
+    )
+
+    exact_accumulation: bool = field(
+        default=False,
+        metadata={
+            "help": "With --gradient_accumulation_steps n: the loss of all n batches as one, for one more forward pass "
+            "of the student. Off: the mean of their losses."
+        },
+    )
+
+    channels_last: bool = field(
+        default=False, metadata={"help": "Images and convolutions of both networks in channels-last memory."}
+    )
+    sync_batch_norm: bool = field(
+        default=False, metadata={"help": "The student's batch statistics over all processes; on GPUs."}
+    )
+
+    # The paper trains with SGD, and clips nothing: stock clipping at 1.0 would act at every step.
+    optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
+    momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "See weight_decay_on."})
+    weight_decay_on: str = field(
+        default="all",
+        metadata={
+            "help": "all parameters (the paper), or Trainer's choice: no norms, no biases.",
+            "choices": ["all", "matrices"],
+        },
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs at which the rate is multiplied by lr_gamma, instead of a schedule."}
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "Factor at each milestone."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Anchors a device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
+    eval_strategy: str = field(
+        default="steps", metadata={"help": "steps: every eval_steps on held-out images; epoch, or no."}
+    )
+    eval_steps: float | None = field(default=None, metadata={"help": "Default: one evaluation in 50,000 images seen."})
+    eval_sample_size: int = field(
+        default=2_000, metadata={"help": "Held-out images of evaluations during training, at most."}
+    )
+    eval_bank_size: int = field(
+        default=2_000, metadata={"help": "Train images that serve as k-NN bank in evaluations during training."}
+    )
+    metric_for_best_model: str | None = field(
+        default="overlap10", metadata={"help": "Of evaluations during training; the best student is kept in best/."}
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    # Hides a loss that is not finite; here it stops the run.
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"], metadata={"help": "wandb, tensorboard, several, all or none."}
+    )
+    save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
+    hub_strategy: str = field(
+        default="end",
+        metadata={"help": "end: one push; every_save: the student of each checkpoint, too.", "choices": HUB_STRATEGIES},
+    )
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay off: rows hold images and indices."}
+    )
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
+
+    def __post_init__(self):
+        # Decided where the images are known: as often as EVAL_IMAGES says, and not at all without held-out images.
+        self.watched = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps
+        if self.accelerator_config is None and torch.cuda.is_available() and not self.use_cpu:
+            self.accelerator_config = {"non_blocking": True}  # else each step waits for the one before
+        super().__post_init__()
+        if self.watched:
+            self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
+        names = [method.name for method in self.methods]
+        for name in names:
+            if name not in LOSSES:
+                raise ValueError(f"--method={name!r} is unknown: choose one of {', '.join(LOSSES)}, or a sum of them.")
+        if self.exact_accumulation and (len(names) > 1 or names[0] not in SEPARABLE):
+            raise ValueError(f"--exact_accumulation works with --method {', '.join(SEPARABLE)}, not {self.method}.")
+        for name in ("logging_nan_inf_filter", "remove_unused_columns"):
+            if getattr(self, name):
+                raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
+        if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
+            raise ValueError(
+                "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is one of whole "
+                "batches; leave both out."
+            )
+        if self.num_images is not None and self.max_steps > 0:
+            raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
+        if self.neighbors_k < 0 or self.neighbors_k > self.neighbors_pool:
+            raise ValueError(
+                f"--neighbors_k={self.neighbors_k} must lie between 0 and --neighbors_pool={self.neighbors_pool}."
+            )
+        if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
+            raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
+        if self.resume_from_checkpoint in ("false", "False", "none", "None"):
+            self.resume_from_checkpoint = None
+        if not self.dataloader_drop_last:
+            raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
+        for name in ("eval_bank_size", "eval_sample_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
+        if self.hub_strategy.value not in HUB_STRATEGIES:
+            raise ValueError(
+                f"--hub_strategy={self.hub_strategy.value} would publish the optimiser's state with the student; use "
+                f"{' or '.join(HUB_STRATEGIES)}."
+            )
+        check_engine(self)
+        if self.images_per_batch < 2:
+            raise ValueError(
+                f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
+                f"one image: space similarity compares dimensions over a batch, use at least 2."
+            )
+
+    @property
+    def methods(self) -> list[Method]:
+        """What ``method`` names, with ``beta`` and ``lambda_ss`` among the options."""
+        methods = parse_methods(self.method)
+        if self.beta is not None and len(methods) > 1:
+            raise ValueError(f"--beta={self.beta} of which? Write --method 'coss(beta=50) + rkd(beta=1)'.")
+        ours = {"coss": {"lambda_ss": self.lambda_ss}}
+        betas = {} if self.beta is None else {"beta": self.beta}
+        return [Method(name, ours.get(name, {}) | betas | options) for name, options in methods]
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes; on a CPU without a number, which torch 2.8 cannot load an optimiser onto."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    @property
+    def images_per_step(self) -> int:
+        """Images of one optimiser step over all processes, neighbours included."""
+        return self.images_per_batch * self.gradient_accumulation_steps
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of one forward pass over all processes, neighbours included."""
+        return self.per_device_train_batch_size * self.world_size * (1 + self.neighbors_k)
+
+    def run_length(self, images: int) -> RunLength:
+        """Length of an epoch over ``images`` training images.
+
+        Raises:
+            ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
+        """
+        anchors = self.images_per_step // (1 + self.neighbors_k)
+        if images < anchors:
+            raise ValueError(
+                f"--per_device_train_batch_size={self.per_device_train_batch_size}: a step takes {anchors} anchors, "
+                f"the training split has {images} images; use a smaller batch or more images."
+            )
+        if self.num_images is not None and self.num_images < self.images_per_step:
+            raise ValueError(f"--num_images={self.num_images} is less than one step of {self.images_per_step} images.")
+        batches = images // (self.per_device_train_batch_size * self.world_size)
+        return RunLength(batches, self.gradient_accumulation_steps, self.images_per_batch)

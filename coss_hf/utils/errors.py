@@ -1,0 +1,21 @@
+"""Errors that end a run."""
+
+
+class RunStopped(RuntimeError):
+    """A run cannot go on; the message says why, and what is on disk."""
+
+
+class NonFiniteLoss(RunStopped):
+    """The loss became NaN or infinite; the message names the step and the images.
+
+    Attributes:
+        found: whether images of this process are to blame.
+    """
+
+    def __init__(self, message: str, found: bool = False):
+        super().__init__(message)
+        self.found = found
+
+
+class CheckpointError(RunStopped):
+    """A checkpoint could not be written; earlier ones are whole."""

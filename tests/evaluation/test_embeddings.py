@@ -1,0 +1,75 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
+from coss_hf.evaluation.embeddings import evaluate_embeddings
+from coss_hf.evaluation.knn import knn_accuracy
+from coss_hf.evaluation.linear_probe import linear_probe
+from coss_hf.evaluation.tables import table
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (140,), generator=generator)
+    teacher = torch.eye(6)[labels] + 0.5 * torch.randn(140, 6, generator=generator)
+    student = teacher[:, :5] + 0.1 * torch.randn(140, 5, generator=generator)
+    return student[:100], labels[:100], student[100:], labels[100:], teacher[100:]
+
+
+def test_every_metric_is_that_of_its_function(data):
+    bank, bank_labels, student, labels, teacher = data
+    result = evaluate_embeddings(student, teacher, student_bank=bank, bank_labels=bank_labels, test_labels=labels)
+    scores = knn_accuracy(bank, bank_labels, student, labels)
+    assert result == {
+        "eval_knn10": scores["knn10"],
+        "eval_knn20": scores["knn20"],
+        "eval_probe": linear_probe(bank, bank_labels, student, labels)["accuracy"],
+        "eval_overlap10": neighbor_overlap(student, teacher, 10),
+        "eval_cosine": None,
+    }
+    assert 0.5 < result["eval_knn10"] <= 1
+
+
+def test_without_labels_and_through_the_head(data):
+    bank, _, student, labels, teacher = data
+    projected = torch.nn.functional.pad(student, (0, 1))
+    result = evaluate_embeddings(student, teacher, student_bank=bank, test_labels=labels, projected=projected)
+    assert result == {
+        "eval_overlap10": neighbor_overlap(student, teacher, 10),
+        "eval_cosine": mean_cosine(projected, teacher),
+    }
+
+
+def test_too_few_images_give_none_and_the_rest(data):
+    bank, bank_labels, student, labels, _ = data
+    arguments = {"student_bank": bank[:15], "bank_labels": bank_labels[:15], "test_labels": labels[:10]}
+    result = evaluate_embeddings(student[:10], student[:10], **arguments)
+    assert result["eval_knn20"] is None and result["eval_overlap10"] is None
+    assert result["eval_knn10"] is not None and result["eval_cosine"] == pytest.approx(1)
+
+
+def test_table():
+    text = table(
+        {
+            "teacher": {"parameters": 853018, "eval_knn10": 0.8498, "eval_overlap10": 1.0, "eval_cosine": 1.0},
+            "raw pixels": {"eval_knn10": 0.0512, "eval_overlap10": 0.125, "eval_cosine": None, "eval_runtime": 3.0},
+        }
+    )
+    assert text.splitlines() == [
+        "|            | parameters | k-NN 10 | overlap 10 | cosine |",
+        "|------------|-----------:|--------:|-----------:|-------:|",
+        "| teacher    |    853,018 |    85.0 |      100.0 |  1.000 |",
+        "| raw pixels |          - |     5.1 |       12.5 |      - |",
+    ]
+
+
+def test_importing_the_package_leaves_slow_libraries_alone():
+    slow = "{'evaluate', 'matplotlib', 'timm', 'wandb'}"
+    modules = "coss_hf.evaluation, coss_hf.reporting.plots, coss_hf.reporting.run_report"
+    code = f"import sys, {modules}; print({slow} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"

@@ -1,0 +1,155 @@
+"""Tiny networks and images that several tests share."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModel, TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
+from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 210), (120, 120, 120)])
+
+
+def colour_images(count: int, seed: int, size: int = 16):
+    """PIL images of four noisy colours, and which colour each is."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count)
+    pixels = COLOURS[labels][:, None, None] + rng.normal(0, 30, (count, size, size, 3))
+    return [Image.fromarray(x.clip(0, 255).astype(np.uint8)) for x in pixels], labels.tolist()
+
+
+def write_images(folder, seed: int = 0, train: int = 48):
+    """Folder with train.parquet (48 images of 4 colours by default) and test.parquet (24), 16x16, labelled."""
+    names = datasets.ClassLabel(names=["red", "green", "blue", "grey"])
+    features = datasets.Features({"image": datasets.Image(), "label": names})
+    folder.mkdir()
+    for split, count, start in (("train", train, seed), ("test", 24, seed + 1)):
+        images, labels = colour_images(count, start)
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def processor(size: int = 16, mean: float = 0.5):
+    return ViTImageProcessor(size={"height": size, "width": size}, image_mean=[mean] * 3, image_std=[0.25] * 3)
+
+
+def save_resnet(folder, seed: int = 0, hidden_sizes=(4, 8, 16)):
+    torch.manual_seed(seed)
+    config = CifarResNetConfig(depth=8, stem_width=hidden_sizes[0], hidden_sizes=list(hidden_sizes), image_size=16)
+    AutoModel.from_config(config).save_pretrained(folder)
+    processor().save_pretrained(folder)
+    return str(folder)
+
+
+def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2):
+    """A classification checkpoint: it lacks the pooler that AutoModel then invents."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=8,
+        num_labels=4,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    processor(mean=0.4).save_pretrained(folder)
+    return str(folder)
+
+
+def start_distill(world: dict, output, *argv, processes: int, **options) -> subprocess.Popen:
+    """Starts recipes/distill.py on 48 images: 16 anchors and their neighbours a step, 3 steps an epoch."""
+    options = {
+        "teacher": world["teacher"],
+        "student": world["student"],
+        "dataset": world["images"],
+        "neighbors_cache": world["cache"],
+        "output_dir": output,
+        "per_device_train_batch_size": 16 // processes,
+        "augmentation": "cifar",
+        "learning_rate": 0.005,
+        "neighbors_k": 1,
+        "neighbors_pool": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "disable_tqdm": True,
+    } | options
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
+    command += [f"{ROOT}/recipes/distill.py", *(f"--{key}={value}" for key, value in options.items()), *argv]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+
+
+def make_trainer(
+    tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, **args
+):
+    """A trainer on the tiny images; ``args`` override the defaults of a short, quiet run on the CPU."""
+    options = {
+        "output_dir": str(tmp_path / "out"),
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "learning_rate": 0.01,
+        "augmentation": "cifar",
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    }
+    args = DistillationArguments(**{**options, **args})
+    splits = load_images(str(images), validation_size=0)
+    teacher, student = load_backbone(teacher, argument="teacher"), load_backbone(student, argument="student")
+    views = ViewDataset(
+        splits.train,
+        splits.image_column,
+        args.augmentation,
+        16,
+        seed=args.seed,
+        neighbors=neighbors,
+        k=args.neighbors_k,
+    )
+    evaluator = evaluator(splits, teacher) if evaluator else None
+    return DistillationTrainer(student, teacher, args, views, evaluator, criterion)
+
+
+def state(trainer) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+
+
+def assert_same(a: dict, b: dict) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+class Recorder(TrainerCallback):
+    """Keeps every batch that the loss was computed from."""
+
+    def __init__(self, trainer):
+        self.batches, self.epochs = [], []
+        compute = trainer.compute_loss
+
+        def wrapped(model, inputs, **kwargs):
+            self.batches.append({key: value.clone() for key, value in inputs.items()})
+            self.epochs.append(trainer.train_dataset.epoch)
+            return compute(model, inputs, **kwargs)
+
+        trainer.compute_loss = wrapped

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+import torch
+from transformers import AutoImageProcessor
+
+from coss_hf.hub import export as module
+from coss_hf.hub.export import agreement, export, open_file, write_graph
+from coss_hf.models.heads import projection_head
+from coss_hf.models.loading import load_backbone
+from coss_hf.models.student import Student
+from tests.helpers import networks
+
+
+def load(name: str, folder, **options):
+    networks.save(name, folder)
+    return load_backbone(str(folder), **options).freeze()
+
+
+# clip_vision has a value called `embedding` inside.
+@pytest.mark.parametrize("name", ["cifar_resnet", "dinov2", "clip_vision", "timm_resnet"])
+def test_any_number_of_images_through_graph_and_head(tmp_path, name):
+    backbone = load(name, tmp_path / "network")
+    for head in (None, projection_head("mlp", backbone.dim, 7, 9))[: 2 if name in ("cifar_resnet", "dinov2") else 1]:
+        student, path = Student(backbone, head), tmp_path / "m.onnx"
+        write_graph(student, path)
+        run = open_file(path, 1)
+        for count in (1, 5):
+            pixels = backbone.preprocess(networks.images(count))
+            torch.testing.assert_close(run(pixels), student(pixels), rtol=1e-4, atol=1e-4)
+        assert run(pixels).shape == (5, 7 if head else backbone.dim)
+
+
+@pytest.mark.parametrize("name, kind", [("cifar_resnet", "static"), ("timm_vit", "dynamic")])
+def test_int8(tmp_path, name, kind):
+    backbone = load(name, tmp_path / "network")
+    pixels = backbone.preprocess(networks.images(12))
+    batches = list(pixels.split(5))
+    results = export(
+        Student(backbone), tmp_path / "out", images=batches, calibration=batches, quantization=kind, rounds=1
+    )
+    own = "config.json" if name.startswith("timm") else "preprocessor_config.json"
+    files = {"model.onnx", "model_int8.onnx", own}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == files
+    assert results["pytorch"]["cosine_min"] == pytest.approx(1) and results["onnx"]["overlap10"] == 1
+    assert 0.95 < results["int8"]["cosine_min"] <= results["int8"]["cosine_mean"] < 1 - 1e-7
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    assert torch.equal(processor(networks.images(12), return_tensors="pt")["pixel_values"], pixels)
+    onnx, _ = module.onnx_packages()
+    kinds = {node.op_type for node in onnx.load(str(tmp_path / "out" / "model_int8.onnx")).graph.node}
+    assert "DynamicQuantizeLinear" in kinds if kind == "dynamic" else "QuantizeLinear" in kinds
+    assert "BatchNormalization" not in kinds
+    assert results["int8"]["batch_64"]["ms"] > 0
+
+
+def test_a_graph_that_differs_replaces_nothing(tmp_path, monkeypatch):
+    backbone, out = load("cifar_resnet", tmp_path / "network"), tmp_path / "out"
+    out.mkdir()
+    (out / "model.onnx").write_text("older")
+    real = module.write_graph
+
+    def other(student, path):
+        real(Student(load("cifar_resnet", tmp_path / "other"), projection_head("linear", 16, 16)), path)
+
+    monkeypatch.setattr(module, "write_graph", other)
+    images = [backbone.preprocess(networks.images(3))]
+    with pytest.raises(ValueError, match="below 0.9999"):
+        export(Student(backbone), out, images=images, rounds=1)
+    assert [path.name for path in out.iterdir()] == ["model.onnx"] and (out / "model.onnx").read_text() == "older"
+
+
+def test_dynamic_needs_matrix_products(tmp_path):
+    backbone = load("cifar_resnet", tmp_path / "network")
+    with pytest.raises(ValueError, match="--quantize static"):
+        export(Student(backbone), tmp_path / "out", images=[], quantization="dynamic")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_agreement_by_hand():
+    a, b = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [1, 1]])
+    found = agreement(a, b)
+    assert found["cosine_min"] == pytest.approx(np.sqrt(0.5)) and found["overlap10"] is None
+    assert found["cosine_mean"] == pytest.approx((1 + np.sqrt(0.5)) / 2)
+
+
+def test_a_head_of_another_dimension_and_missing_packages(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="do not fit the head"):
+        Student(load("cifar_resnet", tmp_path / "network"), projection_head("linear", 5, 5))
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"onnxruntime.*pip install coss-hf\[export\]"):
+        module.onnx_packages()

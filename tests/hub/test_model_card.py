@@ -1,0 +1,153 @@
+import logging
+import re
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, metadata_load
+
+import coss_hf
+import tests.helpers.runs as h
+from coss_hf.hub import model_card
+from coss_hf.hub.push import PushFailed
+from coss_hf.losses.citations import papers
+from coss_hf.losses.registry import LOSSES
+from coss_hf.trainer import publishing
+
+RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "eval_knn20": 0.82341, "eval_cosine": None}}
+RECORD = {
+    "command": "recipes/distill.py --teacher t --hub_token=***",
+    "results": RESULTS | {"random": {"parameters": 3, "eval_knn20": 0.3}},
+    "evaluated_on": "test",
+    "arguments": {"dataset": "somebody/images", "dataset_revision": "abc", "student_init": "pretrained"},
+}
+
+
+@pytest.fixture
+def trainer(tmp_path, image_parquet, networks):
+    def make(**args):
+        return h.make_trainer(tmp_path, image_parquet, networks.teacher, args.pop("student", networks.vit), **args)
+
+    return make
+
+
+def test_metadata_and_text(trainer, tmp_path, networks):
+    run = trainer(method="coss + rkd", hub_model_id="me/my-student")
+    run.create_model_card(model_name="A student", record=RECORD, license="mit", tags="tiny")
+    path = tmp_path / "out" / "README.md"
+    card, data = ModelCard.load(path), metadata_load(path)
+    assert {key: data[key] for key in ("library_name", "pipeline_tag", "license", "datasets")} == {
+        "library_name": "transformers",
+        "pipeline_tag": "image-feature-extraction",
+        "license": "mit",
+        "datasets": "somebody/images",
+    }
+    assert "base_model" not in data, "the teacher is a folder"
+    assert card.data.model_name == "A student" and "tiny" in card.data.tags
+    (result,) = card.data.eval_results
+    assert (result.metric_value, result.metric_type, result.dataset_split) == (0.8234, "accuracy", "test")
+    assert (result.dataset_type, result.dataset_revision) == ("somebody/images", "abc")
+    for words in (
+        RECORD["command"],
+        run.teacher.fingerprint(),
+        "not stated",
+        "2409.13939",
+        "1904.05068",
+        "| 0 |",
+        "1,000 of the",
+    ):
+        assert words in card.content, words
+
+
+def test_it_says_whether_it_helped(trainer, tmp_path):
+    trainer().create_model_card(record=RECORD | {"verdict": ["It did not help: no better.", "It has collapsed."]})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "It did not help: no better.\n\nIt has collapsed.\n\n## Use" in card
+    assert "embeds images as its teacher does" not in card
+
+
+@pytest.mark.parametrize("network", ["vit", "resnet"])
+def test_the_snippet_embeds_as_the_package(trainer, networks, network, tmp_path):
+    run = trainer(student=getattr(networks, network))
+    code = model_card.snippet(getattr(networks, network), run.student)
+    space = {}
+    exec(code, space)
+    expected = coss_hf.embed(getattr(networks, network), space["image"])
+    torch.testing.assert_close(space["embedding"], expected, rtol=1e-5, atol=1e-6)
+    assert f"(1, {run.student.dim})" in code and expected.shape == (1, run.student.dim)
+
+
+def test_renaming_touches_the_snippet_alone():
+    card = 'name = "a"\n`name = "a"` and\n    name = "a"\n'
+    assert model_card.renamed(card, r"me/\1") == card.replace('name = "a"', r'name = "me/\1"', 1)
+
+
+@pytest.mark.parametrize(
+    "card, licence, words",
+    [
+        ("license: apache-2.0", "apache-2.0", "`apache-2.0`.$"),
+        ("license: cc-by-nc-4.0", "cc-by-nc-4.0", "no commercial use"),
+        ("license: other\nlicense_name: dinov3-license", "other", "`dinov3-license`: .*terms of its own"),
+        ("tags: [a]", None, "not stated"),
+        ("license: [", None, "could not be read"),
+        (None, None, "not stated"),
+    ],
+)
+def test_licences(tmp_path, card, licence, words):
+    if card is not None:
+        (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
+    found, sentence = model_card.licence_of(str(tmp_path))
+    assert found == licence and re.search(words, sentence)
+
+
+def test_a_licence_out_of_reach(trainer, caplog):
+    assert model_card.licence_of("somebody/teacher")[0] is None
+    assert "could not be read" in model_card.licence_of("somebody/teacher")[1]
+    trainer().create_model_card()
+    assert "Licence of the teacher" in caplog.text
+
+
+def test_each_method_has_its_paper():
+    for method in LOSSES:
+        ((title, _, entry),) = papers([method])
+        assert f"title = {{{{{title}}}}}" in entry and entry.count("{") == entry.count("}")
+    assert len(papers(["coss", "bn", "rkd"])) == 2
+
+
+def test_without_network_training_is_not_lost(trainer, tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = trainer(push_to_hub=True, hub_model_id="me/x", hub_token="hf_Secret", max_steps=1)
+    assert "asked again at the push" in caplog.text
+    run.train()
+    with pytest.raises(PushFailed, match="is whole; push it with: python recipes/push.py .* --repo_id me/x"):
+        run.save_model()
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").is_file() and (out / "README.md").is_file()
+    assert not any(b"hf_Secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
+
+
+def test_strategies(trainer, monkeypatch, caplog):
+    with pytest.raises(ValueError, match="--hub_strategy=checkpoint would publish"):
+        trainer(hub_strategy="checkpoint")
+    pushed = []
+
+    def push(folder, name, *, message, **options):
+        pushed.append((str(folder).rsplit("/")[-1], message))
+        raise PushFailed("broken")
+
+    monkeypatch.setattr(publishing, "push", push)
+    for strategy in ("end", "every_save"):
+        options = {"save_strategy": "steps", "save_steps": 3, "hub_always_push": True, "overwrite_output_dir": True}
+        run = trainer(push_to_hub=True, hub_model_id="me/x", hub_token="t", hub_strategy=strategy, **options)
+        run.train()
+        run._finish_current_push()
+        assert pushed == (
+            []
+            if strategy == "end"
+            else [(f"checkpoint-{step}", f"Training in progress, {8 * step} images seen") for step in (3, 6)]
+        )
+    assert "Training goes on. broken" in caplog.text
+
+
+def test_a_name_that_cannot_be_is_refused_at_the_start(trainer):
+    with pytest.raises(ValueError, match="--hub_model_id='a b/c' can be no name"):
+        trainer(push_to_hub=True, hub_model_id="a b/c")

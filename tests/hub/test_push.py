@@ -1,0 +1,208 @@
+"""Against a Hub on this machine: create, push, load by name in a fresh process, push again, and every way to fail."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tests.helpers.runs as h
+from coss_hf.hub.push import _explained, _Problem
+from recipes import push as recipe
+from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
+
+DISTILL = ["recipes/distill.py", "--use_cpu", "--per_device_train_batch_size=8", "--num_images=16", "--seed=1"]
+DISTILL += ["--disable_tqdm=true", "--augmentation=cifar", "--save_strategy=no", "--logging_steps=1"]
+
+LOAD = """
+import sys, re, torch, transformers
+from huggingface_hub import hf_hub_download, ModelCard
+name = sys.argv[1]
+card = ModelCard.load(name)
+codes = re.findall(r"```python\\n(.*?)```", card.content, re.DOTALL)
+space = {}
+exec(codes[0], space)
+assert "coss_hf" not in sys.modules, "the snippet needs Transformers alone"
+before = space["embedding"]
+exec(codes[1], space)
+torch.testing.assert_close(before, space["embeddings"], rtol=1e-5, atol=1e-6)
+exec(codes[2], space)
+assert space["embeddings"].shape == (1, 16), "in the teacher's space"
+print("EMBEDDED", tuple(before.shape))
+"""
+
+AGAIN = """
+import sys
+from recipes.push import main
+try:
+    main([sys.argv[1], "--repo_id=me/my-student", "--private"])
+except SystemExit as exit:
+    assert exit.code == 1
+main([sys.argv[1], "--repo_id=my-student"])
+"""
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def world(tmp_path):
+    images = h.write_images(tmp_path / "images")
+    teacher = h.save_resnet(tmp_path / "teacher", seed=1)
+    student = h.save_resnet(tmp_path / "student", seed=2, hidden_sizes=(4, 4, 8))
+    return {"teacher": teacher, "student": student, "dataset": str(images), "neighbors_cache": str(tmp_path / "nn")}
+
+
+def run(hub: Hub | str, tmp_path, words: list, token: str | None = TOKEN, **options) -> subprocess.CompletedProcess:
+    """In a fresh process with an empty cache; retries of huggingface_hub do not wait."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.address, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_TOKEN": token} if token else {}
+    words = [*map(str, words), *(f"--{key}={value}" for key, value in options.items())]
+    done = subprocess.run([sys.executable, *words], cwd=h.ROOT, env=environment, capture_output=True, text=True)
+    assert not re.search(f"{TOKEN}|{READ_TOKEN}", done.stdout + done.stderr), "a token was printed"
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def error(done: subprocess.CompletedProcess) -> str:
+    return "".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
+
+
+def test_a_student_makes_the_round_trip(hub, tmp_path, world):
+    out = tmp_path / "my-student"
+    words = [*DISTILL, "--push_to_hub", "--hub_private_repo=true", "--hub_token", TOKEN]
+    world |= {"hub_model_id": "me/my-student", "output_dir": out}
+
+    # The upload breaks off: the student is whole, nothing was committed, and the message's own command pushes it.
+    hub.break_uploads = True
+    done = run(hub, tmp_path, words, token=None, **world)
+    assert done.returncode == 1 and f"{out} is whole" in error(done), done.stderr
+    assert len(hub.commits["models/me/my-student"]) == 1
+    again = re.search(r"python (recipes/push\.py .*)", error(done))[1].split()
+    assert again == ["recipes/push.py", str(out), "--repo_id", "me/my-student", "--private"]
+    hub.break_uploads = False
+    done = run(hub, tmp_path, again)
+    assert done.returncode == 0, done.stderr
+    sha, message, files = hub.commits["models/me/my-student"][-1]
+    assert f"revision {sha}" in done.stdout and message == "Student, 16 images seen"
+    assert hub.private["models/me/my-student"]
+    expected = {"config.json", "model.safetensors", "preprocessor_config.json", "head.safetensors"}
+    expected |= {
+        "README.md",
+        "run.json",
+        "report.html",
+        "loss.png",
+        "neighbors.png",
+        "projection.png",
+        ".gitattributes",
+    }
+    assert {name for name in files if not name.endswith(".py")} == expected
+    assert all(data == (out / name).read_bytes() for name, data in files.items() if name != ".gitattributes")
+    here = [path.read_bytes() for path in out.rglob("*") if path.is_file()]
+    assert not any(TOKEN.encode() in data for data in [*files.values(), *here])
+
+    # By name, in a fresh process, by the card's own words.
+    loaded = run(hub, tmp_path, ["-c", LOAD, "me/my-student"])
+    assert "EMBEDDED (1, 8)" in loaded.stdout, loaded.stderr
+
+    # Another run pushes a second revision; weights that it does not have go.
+    hub.private["models/me/my-student"] = False
+    (out / "head.safetensors").unlink()
+    record = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(record | {"images_seen": 32}))
+    done = run(hub, tmp_path, ["-c", AGAIN, out])
+    assert done.returncode == 0 and "is public" in error(done), done.stderr
+    (first, _, old), (second, message, files) = hub.commits["models/me/my-student"][-2:]
+    assert message == "Student, 32 images seen" and first == sha != second
+    assert "head.safetensors" in old and "head.safetensors" not in files
+
+
+def test_neighbours_make_the_round_trip(hub, tmp_path, world):
+    out = tmp_path / "with-neighbors"
+    words = ["recipes/neighbors.py", "--use_cpu", "--push_to_hub=me/neighbours", "--neighbors_pool=4"]
+    done = run(hub, tmp_path, words, output=out, **{k: v for k, v in world.items() if k != "student"})
+    assert done.returncode == 0, done.stderr
+    files = hub.files("datasets/me/neighbours")
+    assert "neighbors.json" in files and any(name.endswith(".parquet") for name in files)
+    teacher = {path.name: path.read_bytes() for path in Path(world["teacher"]).iterdir() if path.is_file()}
+    hub.private["models/some/teacher"] = False
+    old = hub.add("models/some/teacher", "", teacher | {"README.md": b"---\nlicense: cc-by-nc-4.0\n---\n"})
+    world |= {
+        "teacher": "some/teacher",
+        "dataset": "me/neighbours",
+        "output_dir": tmp_path / "s",
+        "neighbors_cache": tmp_path / "unused",
+    }
+    done = run(hub, tmp_path, DISTILL, **world, neighbors_k=1, neighbors_pool=4)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "unused").exists(), "nothing had to be searched"
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "datasets: me/neighbours" in card and "/datasets/me/neighbours)" in card
+    # The teacher's revision and licence are those of its page.
+    assert "base_model: some/teacher" in card and f"`{old}`" in card and "no commercial use" in card
+    assert "no commercial use" in done.stderr
+
+
+CHECKS = """
+import logging, sys
+from huggingface_hub import constants
+from coss_hf.hub import PushFailed, check_repo, push
+logging.basicConfig(format="%(message)s", level=logging.WARNING)
+folder, token, read_token = sys.argv[1:]
+cases = [("me/x", token), ("me/x", "hf_wrong"), ("you/x", token), ("a b/c/d", token), ("me/x", read_token)]
+for name, token in [*cases, ("me/x", token)]:
+    if len(cases) == 0:
+        constants.ENDPOINT = "http://127.0.0.1:9"
+    try:
+        print("OK", check_repo(name, "--hub_model_id", token=token))
+    except ValueError as error:
+        print("REFUSED", error)
+    try:
+        push(folder, name, token=token)
+    except PushFailed as error:
+        print("FAILED", error)
+    del cases[:1]
+"""
+
+
+def test_what_cannot_be_pushed_is_said(hub, tmp_path):
+    student = h.save_resnet(tmp_path / "s")
+    done = run(hub, tmp_path, ["-c", CHECKS, student, TOKEN, READ_TOKEN])
+    ok, pushed, *rest = done.stdout.splitlines()
+    assert ok == "OK me/x" and pushed.startswith("Pushed: ")
+    for words in ("token is wrong", "neither you (me)", "can be no name", "may only read"):
+        refused, failed, *rest = rest
+        assert refused.startswith("REFUSED --hub_model_id=") and words in refused, refused
+        assert failed.startswith("FAILED") and "recipes/push.py" in failed and "is whole" in failed, failed
+        assert words in failed or words == "can be no name"
+    # Without network a run may start; only its push fails.
+    ok, failed = rest
+    assert ok == "OK me/x" and "cannot be reached" in failed and f"{student} is whole" in failed
+    assert "asked again at the push" in done.stderr
+
+
+def test_a_file_that_cannot_be_read_is_no_matter_of_the_network(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(_Problem, match="config.json cannot be read \\(Is a directory") as caught:
+        with _explained("me/x"):
+            (tmp_path / "config.json").read_text()
+    assert caught.value.refused
+
+
+@pytest.mark.parametrize(("words", "private"), [([], None), (["--private"], True)])
+def test_an_organisations_default_is_left_to_it(tmp_path, monkeypatch, words, private):
+    """huggingface_hub takes False for public, and None for what the organisation says."""
+    given = {}
+    monkeypatch.setattr(recipe, "push", lambda *args, **options: given.update(options))
+    recipe.main([h.save_resnet(tmp_path / "s"), "--repo_id=me/x", *words])
+    assert given["private"] is private

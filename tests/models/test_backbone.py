@@ -1,0 +1,345 @@
+"""Every architecture: which embedding, of what dimension, equal to what, and without which weights."""
+
+import copy
+import functools
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    BeitConfig,
+    BeitModel,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
+
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.embedding import embed, embed_dataset
+from coss_hf.models.loading import load_backbone
+from tests.helpers.networks import NETWORKS, SMALL, build, half, images, save
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """Folder of a network of `NETWORKS`, saved once."""
+
+    @functools.cache
+    def folder(name: str):
+        path = tmp_path_factory.mktemp(name)
+        save(name, path)
+        return str(path)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def backbone(checkpoint):
+    """Loaded once, for tests that leave it as it is."""
+    return functools.cache(lambda name: load_backbone(checkpoint(name)).freeze())
+
+
+def weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_embedding_of(name, backbone):
+    network, loaded = NETWORKS[name], backbone(name)
+    assert (loaded.pooling, loaded.dim) == (network.pooling, network.dim)
+    pixels = loaded.preprocess(images())
+    expected = network.value(build(name), pixels)
+    embedding = loaded.features(pixels).embedding
+    assert embedding.shape == (3, network.dim)
+    torch.testing.assert_close(embedding, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max().clamp(min=1)))
+    assert expected.std(0).max() > 1e-4  # images differ, or the comparison would say little
+    names = {name for name, _ in loaded.model.named_parameters()}
+    assert loaded.unused == network.unused <= names
+    dropped = ("classifier", "text_model", "timm_model.fc", "timm_model.head", "timm_model.classifier")
+    assert not [name for name in names if name.startswith(dropped)]
+    assert loaded.num_parameters() == sum(
+        p.numel() for n, p in loaded.model.named_parameters() if n not in loaded.unused
+    )
+
+
+PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_registers": 5, "swin": 0, "data2vec": 1, "clip_two_towers": 1}
+PREFIX |= {"siglip_vision": 0, "timm_vit": 1, "convnext": None, "timm_swin": None}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooling", ["mean", "gap"])
+@pytest.mark.parametrize("name", PREFIX)
+def test_mean_over_positions_leaves_other_tokens_out(name, pooling, backbone):
+    loaded = copy.copy(backbone(name))
+    loaded._probe(pooling, "")
+    pixels = loaded.preprocess(images())
+    hidden = loaded.model(pixels).last_hidden_state
+    if PREFIX[name] is not None:
+        expected = hidden[:, PREFIX[name] :].mean(1)
+    else:
+        expected = hidden.mean((1, 2) if name == "timm_swin" else (2, 3))
+    torch.testing.assert_close(loaded.features(pixels).embedding, expected, rtol=1e-5, atol=1e-5)
+    assert loaded.dim == expected.shape[1]
+
+
+@pytest.mark.parametrize(
+    "name, pooling, reason",
+    [
+        ("vit", "pooler", "weights are not in the checkpoint"),
+        ("beit_without_pooler", "pooler", "weights are not in the checkpoint"),
+        ("data2vec", "pooler", "has no pooler"),
+        ("resnet", "cls", "has no class token"),
+        ("swin", "cls", "has no class token"),
+        ("vit", "max", "'max' is unknown: choose one of auto, cls"),
+    ],
+)
+def test_pooling_refused(name, pooling, reason, checkpoint):
+    with pytest.raises(ValueError, match=reason) as error:
+        load_backbone(checkpoint(name), argument="teacher", pooling=pooling)
+    assert "--teacher_pooling=" in str(error.value)
+
+
+def test_beit_of_masked_images_has_a_pooler_without_weights(tmp_path):
+    """It is the class token: nothing in it could be missing."""
+    model = BeitModel(BeitConfig(**SMALL, use_mean_pooling=False), add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(embed(str(tmp_path), pixels), expected)
+
+
+@pytest.mark.parametrize("name", ["vit", "timm_resnet", "cifar_resnet"])
+def test_the_pooling_chosen_stays_with_the_network(name, checkpoint, tmp_path):
+    student = load_backbone(checkpoint(name), pooling="gap")
+    student.model.save_pretrained(tmp_path)
+    student.processor.save_pretrained(tmp_path)
+    again = load_backbone(str(tmp_path))
+    assert again.pooling == again.model.config.embedding_pooling == "gap"
+    assert torch.equal(embed(AutoModel.from_pretrained(tmp_path), images()), embed(student, images()))
+
+
+def test_timm_settings_stay_with_the_network(checkpoint, tmp_path):
+    student = load_backbone(checkpoint("timm_resnet"), size=96)
+    assert student.size == (96, 96)
+    student.model.save_pretrained(tmp_path)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    assert tuple(processor.data_config["mean"]) == (0.5, 0.5, 0.5)
+    assert torch.equal(processor(images())["pixel_values"], student.preprocess(images()))
+
+
+# ---- sizes ----
+
+
+def test_a_transformer_takes_another_size_only_if_asked(checkpoint):
+    with pytest.raises(
+        ValueError, match=r"--teacher_size=48x48: ViTModel .*--teacher_size.*\(32\).*--interpolate_pos_enc"
+    ):
+        load_backbone(checkpoint("vit"), argument="teacher", size=48)
+    loaded = load_backbone(checkpoint("vit"), size=48, interpolate_pos_encoding=True)
+    pixels = loaded.preprocess(images())
+    assert pixels.shape == (3, 3, 48, 48)
+    with torch.no_grad():
+        expected = loaded.model.eval()(pixels, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    torch.testing.assert_close(embed(loaded, images()), expected)
+
+
+@pytest.mark.parametrize("name, size", [("timm_vit", 96), ("convnext", 8), ("dinov2", 4)])
+def test_a_size_that_a_network_cannot_take_is_refused(name, size, checkpoint):
+    for interpolate in (False, True):  # none of these has the option
+        with pytest.raises(ValueError, match=f"--student_size={size}x{size}.*cannot take images of this size") as error:
+            load_backbone(checkpoint(name), argument="student", size=size, interpolate_pos_encoding=interpolate)
+        assert "interpolate" not in str(error.value)
+
+
+def test_a_network_of_any_size_ignores_interpolation(checkpoint):
+    """One flag serves teacher and student: a ResNet beside an interpolating ViT must not stop."""
+    loaded = load_backbone(checkpoint("resnet"), size=40, interpolate_pos_encoding=True)
+    assert embed(loaded, images()).shape == (3, 16)
+
+
+# ---- networks in memory ----
+
+
+@pytest.mark.parametrize("name", ["vit", "beit_without_pooler", "resnet", "timm_resnet", "clip_two_towers"])
+def test_embed_takes_names_networks_and_backbones(name, checkpoint, backbone):
+    expected = embed(backbone(name), images())
+    assert expected.shape == (3, NETWORKS[name].dim)
+    assert torch.equal(embed(checkpoint(name), images()), expected)
+    assert torch.equal(embed(AutoModel.from_pretrained(checkpoint(name)), images()), expected)
+    pixels = backbone(name).preprocess(images())
+    torch.testing.assert_close(embed(checkpoint(name), pixels.double(), batch_size=2), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit", "convnext", "siglip_two_towers", "beit"])
+def test_embed_drops_classifier_and_text_in_memory(name, backbone):
+    expected = backbone(name).features(pixels := backbone(name).preprocess(images())).embedding
+    torch.testing.assert_close(embed(build(name), images(), processor=backbone(name).processor), expected)
+    torch.testing.assert_close(embed(build(name), pixels), expected)
+
+
+def test_embed_leaves_the_network_as_it_was(checkpoint):
+    model = AutoModel.from_pretrained(checkpoint("vit")).train()
+    model.encoder.eval() if hasattr(model, "encoder") else model.layers.eval()
+    model.embeddings.requires_grad_(False)
+
+    def state():
+        modes = [module.training for module in model.modules()]
+        return modes, [p.requires_grad for p in model.parameters()], repr(vars(model.config))
+
+    before, before_weights = state(), weights(model)
+    embedding = embed(model, images(), "mean")
+    assert not embedding.requires_grad
+    assert state() == before
+    assert all(torch.equal(value, before_weights[name]) for name, value in model.state_dict().items())
+    with torch.inference_mode():
+        assert torch.equal(embed(model, images(), "mean"), embedding)
+    assert model.training and torch.equal(embed(model.eval(), images(), "mean"), embedding)
+
+
+def test_embed_with_another_pooling_than_the_backbone_has(backbone):
+    vit = backbone("vit")
+    assert not torch.equal(embed(vit, images(), "mean"), embed(vit, images()))
+    assert vit.pooling == "cls" and vit.model.config.embedding_pooling == "cls"
+    with pytest.raises(ValueError, match="^pooling=pooler"):
+        embed(vit, images(), "pooler")
+
+
+def test_a_pooler_that_was_never_in_a_checkpoint_counts_where_the_network_is_new():
+    """From a configuration all weights are equally random: the architecture decides."""
+    beit = BeitModel(BeitConfig(**SMALL)).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(beit, pixels), beit(pixels).pooler_output)
+
+
+def test_a_vit_is_read_at_its_class_token_even_with_a_pooler():
+    vit, pixels = ViTModel(ViTConfig(**SMALL)).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(embed(vit, pixels), vit(pixels).last_hidden_state[:, 0])
+        torch.testing.assert_close(embed(vit, pixels, "pooler"), vit(pixels).pooler_output)
+
+
+def test_embed_reads_every_kind_of_image(backbone):
+    resnet, pictures = backbone("resnet"), images()
+    expected = embed(resnet, pictures)
+    arrays = [np.asarray(image) for image in pictures]
+    tensors = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    for same in (arrays, np.stack(arrays), tensors, list(tensors)):
+        assert torch.equal(embed(resnet, same), expected)
+    for one in (pictures[0], arrays[0], tensors[0]):
+        torch.testing.assert_close(embed(resnet, one), expected[:1])
+    grey = pictures[0].convert("L")
+    sixteen_bits = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    for same in (grey.convert("RGBA"), grey.convert("RGB"), sixteen_bits):
+        assert torch.equal(embed(resnet, same), embed(resnet, grey))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    turned = pictures[0].transpose(Image.Transpose.ROTATE_180)
+    turned.getexif().update(exif)
+    assert torch.equal(embed(resnet, turned), embed(resnet, pictures[0]))
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ([], "0 images"),
+        ("cat.png", "str"),
+        (np.zeros((4, 4, 3)), "float64"),
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\) of torch.float32"),
+        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"),
+        (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "uint8"),
+    ],
+)
+def test_embed_refuses_what_is_no_image(wrong, named, backbone):
+    with pytest.raises(ValueError, match=f"^images: .*{named}"):
+        embed(backbone("resnet"), wrong)
+
+
+def test_embed_needs_a_processor_for_images_only():
+    model = ViTModel(ViTConfig(**SMALL), add_pooling_layer=False)
+    with pytest.raises(ValueError, match="ViTModel: no image processor"):
+        embed(model, images())
+    assert embed(model, torch.zeros(2, 3, 32, 32)).shape == embed(model, images(2), processor=half()).shape == (2, 32)
+
+
+def test_embed_refuses_what_is_no_network():
+    with pytest.raises(ValueError, match="^model: Linear; give a Backbone"):
+        embed(torch.nn.Linear(2, 2), images())
+
+
+def test_a_network_that_hides_patches_at_random(tmp_path):
+    config = ViTMAEConfig(**SMALL, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=1)
+    model, pixels = ViTMAEModel(config), torch.randn(2, 3, 32, 32)
+    with pytest.raises(ValueError, match="mask_ratio = 0"):
+        embed(model, pixels)
+    model.save_pretrained(tmp_path)
+    config.mask_ratio = 0.0
+    torch.testing.assert_close(embed(tmp_path, pixels), embed(model, pixels))
+    torch.testing.assert_close(embed(model, pixels), embed(model, pixels))
+
+
+def test_a_network_that_cannot_be_built_without_storage():
+    class Stubborn(ViTModel):
+        def __init__(self, config):
+            super().__init__(config, add_pooling_layer=False)
+            self.scale = float(torch.ones(1)[0])  # fails on the meta device
+
+    model = Stubborn(ViTConfig(**SMALL)).train()
+    frozen = next(model.parameters()).requires_grad_(False)
+    loaded = Backbone(model, half())
+    assert (loaded.pooling, loaded.dim) == ("cls", 32)
+    assert model.training and not frozen.requires_grad and all(p.grad is None for p in model.parameters())
+
+
+# ---- fingerprint, embed_dataset ----
+
+
+def test_the_fingerprint_holds_what_an_embedding_depends_on(checkpoint):
+    folder = checkpoint("vit")
+    original = load_backbone(folder).fingerprint()
+    assert load_backbone(folder).fingerprint() == original
+    others = [
+        load_backbone(folder, pooling="mean"),
+        load_backbone(folder, dtype="bfloat16"),
+        load_backbone(folder, size=48, interpolate_pos_encoding=True),
+        Backbone(AutoModel.from_pretrained(folder), half(32)),
+        Backbone(
+            AutoModel.from_pretrained(folder), type(half())(size={"height": 32, "width": 32}, image_std=[0.3] * 3)
+        ),
+        load_backbone(folder),
+        Backbone(AutoModel.from_pretrained(folder, num_attention_heads=4), half(32)),
+    ]
+    with torch.no_grad():
+        next(others[5].model.parameters()).view(-1)[0] += 1e-3
+    prints = [other.fingerprint() for other in others]
+    assert prints.pop(3) == original  # the same again, in memory
+    assert len({original, *prints}) == 1 + len(prints)
+
+
+def test_the_fingerprint_outlives_saving(checkpoint, tmp_path):
+    for name in ("vit", "timm_resnet"):
+        loaded = load_backbone(checkpoint(name))
+        loaded.model.save_pretrained(tmp_path / name)
+        loaded.processor.save_pretrained(tmp_path / name)
+        assert load_backbone(str(tmp_path / name)).fingerprint() == loaded.fingerprint()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_embed_dataset(dtype, checkpoint, capfd):
+    loaded = load_backbone(checkpoint("resnet"), dtype=dtype)
+    loaded.model.train()
+    pixels = torch.cat([loaded.preprocess(images()), torch.randn(4, 3, 32, 32)])
+    statistics = weights(loaded.model)
+    rows = embed_dataset(loaded, [*pixels], batch_size=3, description="Teacher")
+    assert rows.shape == (7, 16) and rows.dtype == torch.float32 and not rows.requires_grad
+    assert loaded.model.training
+    assert all(torch.equal(value, statistics[name]) for name, value in loaded.model.state_dict().items())
+    one_by_one = torch.cat([embed(loaded, image[None]) for image in pixels]).float()
+    torch.testing.assert_close(rows, one_by_one, rtol=1e-5, atol=1e-5 if dtype == "float32" else 1e-2)
+    assert "Teacher" in capfd.readouterr().err

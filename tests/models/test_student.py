@@ -1,0 +1,86 @@
+"""A student that stands in for its teacher: one call loads backbone and head."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import coss_hf
+import tests.helpers.runs as h
+from coss_hf.models.heads import load_head
+from coss_hf.models.loading import load_backbone
+from coss_hf.models.student import Student
+
+IMAGES = h.colour_images(5, 7)[0]
+
+
+def distil(tmp_path, image_parquet, networks, student, **args):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, student, max_steps=2, **args)
+    trainer.train()
+    trainer.save_model()
+    return trainer, Path(trainer.args.output_dir)
+
+
+@pytest.mark.parametrize(("kind", "head"), [("small", "auto"), ("vit", "linear"), ("resnet", "auto")])
+def test_one_call_loads_both(tmp_path, image_parquet, networks, kind, head):
+    trainer, folder = distil(tmp_path, image_parquet, networks, getattr(networks, kind), head=head)
+    student = coss_hf.Student.from_pretrained(folder)
+    assert (student.head is None) == (kind == "resnet")
+    pixels = student.backbone.preprocess(IMAGES)
+    trainer.student.model.eval()
+    expected = trainer.project(trainer.student.features(pixels).embedding)
+    assert expected.shape == (5, 16) and student.dim == 16
+    torch.testing.assert_close(student.embed(IMAGES, batch_size=2), expected)
+    torch.testing.assert_close(student(pixels), expected)
+    space = student.backbone.model.config.teacher_space
+    assert space == {
+        "teacher": networks.teacher,
+        "revision": None,
+        "pooling": "pooler",
+        "dim": 16,
+        "head": kind != "resnet",
+    }
+
+
+def test_a_student_that_goes_on_under_another_teacher(tmp_path, image_parquet, networks):
+    _, folder = distil(tmp_path, image_parquet, networks, networks.small)
+    networks.teacher = h.save_resnet(tmp_path / "other", seed=5, hidden_sizes=(4, 8, 12))
+    (tmp_path / "again").mkdir()
+    _, again = distil(tmp_path / "again", image_parquet, networks, str(folder))
+    assert Student.from_pretrained(again).dim == 12
+    _, again = distil(tmp_path / "again", image_parquet, networks, str(folder), method="sp", overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="was not trained into a teacher's space"):
+        Student.from_pretrained(again)
+
+
+def test_the_teachers_fingerprint_knows_nothing_of_it(tmp_path, networks):
+    before = load_backbone(networks.resnet).fingerprint()
+    path = Path(networks.resnet, "config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_space": {"dim": 3}}))
+    assert load_backbone(networks.resnet).fingerprint() == before
+
+
+def test_bad_input(tmp_path, image_parquet, networks):
+    with pytest.raises(ValueError, match="was not trained into a teacher's space"):
+        Student.from_pretrained(networks.small)
+    _, folder = distil(tmp_path, image_parquet, networks, networks.small)
+    head = folder / "head.safetensors"
+    tensors = load_file(head)
+    head.unlink()
+    with pytest.raises(ValueError, match="head.safetensors is missing"):
+        Student.from_pretrained(folder)
+    save_file(
+        {name: torch.cat([tensor] * 2, -1) if name == "0.weight" else tensor for name, tensor in tensors.items()}, head
+    )
+    with pytest.raises(ValueError, match="do not fit the head"):
+        Student.from_pretrained(folder)
+    _, folder = distil(tmp_path, image_parquet, networks, networks.resnet, overwrite_output_dir=True)
+    save_file(tensors, folder / "head.safetensors")
+    with pytest.raises(ValueError, match="of another run"):
+        Student.from_pretrained(folder)
+
+
+def test_no_head_of_a_name_that_is_nowhere(tmp_path):
+    assert load_head(tmp_path) is None and load_head("nobody/nothing") is None

@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from coss_hf.reporting.plots import SHARED, loss_curve, neighbor_picture, panel_curves, projection_picture
+
+GREEN = tuple(int(SHARED[i : i + 2], 16) for i in (1, 3, 5))
+
+
+@pytest.fixture
+def images():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 80, (8, 8), dtype=np.uint8)) for _ in range(12)]
+
+
+def read(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        assert picture.format == "PNG"
+        return np.asarray(picture.convert("RGB"))
+
+
+def green(pixels: np.ndarray) -> int:
+    return int((pixels == GREEN).all(2).sum())
+
+
+def test_neighbor_picture_frames_what_is_shared(tmp_path, images):
+    teacher = np.array([[3, 4, 5], [6, 7, 8]])
+    pixels = {}
+    for name, student in {"none": teacher + 3, "one": [[9, 3, 10], [9, 10, 11]], "all": teacher[:, ::-1]}.items():
+        neighbor_picture(tmp_path / f"{name}.png", images, [0, 1], student, teacher)
+        pixels[name] = read(tmp_path / f"{name}.png")
+    # 2 rows x (1 + 3 + 3 columns and two gaps), at 150 dots an inch.
+    assert pixels["none"].shape == pixels["all"].shape == (408, 1058, 3)
+    assert len(np.unique(pixels["none"].reshape(-1, 3), axis=0)) > 50
+    counts = {name: green(array[:-60]) for name, array in pixels.items()}  # the legend is green too
+    assert counts["none"] == 0
+    assert counts["all"] == pytest.approx(6 * counts["one"], rel=0.1) and counts["one"] > 500
+
+
+def test_neighbor_picture_reads_only_what_it_shows(tmp_path, images):
+    class Lazy:
+        read = set()
+
+        def __getitem__(self, row):
+            self.read.add(row)
+            return images[row]
+
+    neighbor_picture(tmp_path / "a.png", Lazy(), [2], [[5, 7]], [[7, 1]], labels=list("abcdefghijkl"))
+    assert Lazy.read == {1, 2, 5, 7}
+    neighbor_picture(tmp_path / "b.png", images, [2], [[5, 7]], [[7, 1]])
+    assert read(tmp_path / "a.png").shape[0] > read(tmp_path / "b.png").shape[0]  # room for the labels
+
+
+@pytest.mark.parametrize("student", [[[1, 2]], [[1, 2, 3], [4, 5, 6]], [1, 2, 3]])
+def test_neighbor_picture_refuses_shapes_that_differ(tmp_path, images, student):
+    with pytest.raises(ValueError, match="must both be"):
+        neighbor_picture(tmp_path / "a.png", images, [0], student, [[1, 2, 3]])
+
+
+def test_loss_curve_has_a_panel_for_every_part(tmp_path):
+    history = [{"loss": 3 - i / 10, "images_seen": 128 * i, "step": i, "learning_rate": 0.1} for i in range(1, 20)]
+    history += [{"eval_knn10": 0.5, "step": 19}, {"train_loss": 2.0, "step": 19}]
+    loss_curve(tmp_path / "whole.png", history)
+    parts = [entry | {"l_co": -0.5, "loss_other": i} if "loss" in entry else entry for i, entry in enumerate(history)]
+    loss_curve(tmp_path / "parts.png", parts)
+    whole, parts = read(tmp_path / "whole.png"), read(tmp_path / "parts.png")
+    assert whole.shape == (390, 1050, 3) and parts.shape == (840, 1050, 3)
+    assert green(whole) > 500 and green(parts) > 1.5 * green(whole)
+
+
+def test_loss_curve_without_images_seen_uses_steps(tmp_path):
+    loss_curve(tmp_path / "a.png", [{"loss": 1.0, "step": 1}, {"loss": 0.5, "step": 2}])
+    assert green(read(tmp_path / "a.png")) > 100
+
+
+def test_loss_curve_of_nothing(tmp_path):
+    with pytest.raises(ValueError, match="no entry with 'loss'"):
+        loss_curve(tmp_path / "a.png", [{"train_loss": 1.0, "step": 1}])
+
+
+def test_panel_curves_show_what_there_is(tmp_path):
+    panels = [{"images_seen": 100 * i, "eval_overlap10": 0.1 * i, "eval_effective_rank": i} for i in range(3)]
+    panel_curves(tmp_path / "some.png", panels)
+    panel_curves(
+        tmp_path / "all.png", [entry | {"eval_cosine": 0.5, "eval_knn20": None, "eval_probe": 1} for entry in panels]
+    )
+    some, whole = read(tmp_path / "some.png"), read(tmp_path / "all.png")
+    assert whole.shape[0] == 2 * some.shape[0] and green(whole) > green(some) > 100
+
+
+@pytest.mark.parametrize("labels", [None, [0, 1] * 20, list(range(40))])
+def test_projection_picture(tmp_path, labels):
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    projection_picture(tmp_path / "a.png", points, points[::-1], labels)
+    assert len(np.unique(read(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 10

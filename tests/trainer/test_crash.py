@@ -1,0 +1,227 @@
+"""A run that dies goes on from its last whole checkpoint, to the same student bit for bit: real processes, killed."""
+
+import contextlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+import tests.helpers.runs as h
+
+STEPS = 30
+# All four in `-m slow`, at several moments each.
+SET_UPS = [(1, 2), (2, 0)]
+EVERY_SET_UP = [(1, 0), (1, 2), (2, 0), (2, 2)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return {
+        "folder": folder,
+        "teacher": h.save_resnet(folder / "teacher", seed=1),
+        "student": h.save_resnet(folder / "student", seed=2),
+        "images": str(h.write_images(folder / "images")),
+        "cache": folder / "cache",
+        "finished": {},
+    }
+
+
+def start(world, output, processes: int, workers: int, *argv):
+    """The same command every time: what a user repeats after a crash."""
+    options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "seed": 3}
+    flags = ("--use_cpu", "--resume_from_checkpoint", *argv)
+    return h.start_distill(world, output, *flags, processes=processes, max_steps=STEPS, **options)
+
+
+def end(process, number: int) -> None:
+    """A signal to launcher, processes and loader workers alike, as from a scheduler."""
+    launcher = psutil.Process(process.pid)
+    # The launcher's children have sessions of their own: killing its group leaves them at work.
+    for one in [launcher, *launcher.children(recursive=True)]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one.pid, number)
+
+
+def finish(world, output, *set_up, argv=()):
+    process = start(world, output, *set_up, *argv)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out, load_file(output / "model.safetensors")
+
+
+def uninterrupted(world, *set_up):
+    if set_up not in world["finished"]:
+        world["finished"][set_up] = finish(world, world["folder"] / f"whole-{set_up}", *set_up)[1]
+    return world["finished"][set_up]
+
+
+def wait_for(process, found):
+    end = time.monotonic() + 120
+    while not found():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.001)
+
+
+def wait_for_checkpoint(process, output):
+    wait_for(process, lambda: newest(output))
+
+
+def newest(output) -> int:
+    return max((int(folder.name[11:]) for folder in output.glob("checkpoint-*")), default=0)
+
+
+def kill_and_resume(world, output, seed, *set_up):
+    before = newest(output)
+    process = start(world, output, *set_up)
+    wait_for(process, lambda: newest(output) > before)
+    time.sleep(random.Random(seed).uniform(0, 1.0))
+    end(process, signal.SIGKILL)
+    out, _ = process.communicate()
+    assert not before or f"step {before}." in out
+    # A half-written folder must be passed over, wherever the kill fell.
+    step = newest(output)
+    (output / f"unfinished-checkpoint-{step + 1}").mkdir()
+    out, student = finish(world, output, *set_up)
+    assert "Resuming from" in out and f"step {step}." in out
+    assert not list(output.glob("unfinished-*"))
+    h.assert_same(student, uninterrupted(world, *set_up))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_at_random_moments(world, tmp_path, set_up, seed):
+    kill_and_resume(world, tmp_path / "run", seed, *set_up)
+
+
+def kill_and_finish(world, output, process, *set_up, argv=()):
+    end(process, signal.SIGKILL)
+    process.communicate()
+    out, student = finish(world, output, *set_up, argv=argv)
+    h.assert_same(student, uninterrupted(world, *set_up))
+    assert not list(output.glob("unfinished-*"))
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_in_the_final_save(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for(process, lambda: any(output.glob("*.json")) or any(output.glob("model*")))
+    kill_and_finish(world, output, process, *set_up)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_before_the_first_checkpoint_is_whole(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for(process, lambda: any(output.glob("unfinished-checkpoint-*")))
+    assert not any(output.glob("checkpoint-*"))
+    kill_and_finish(world, output, process, *set_up)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigkill_in_an_evaluation(world, tmp_path, set_up):
+    output, argv = tmp_path / "run", ("--eval_strategy=steps", "--eval_steps=1", "--validation_size=8")
+    process = start(world, tmp_path / "whole", *set_up, *argv)
+    assert process.communicate(timeout=300)[1] is not None and process.returncode == 0
+    process = start(world, output, *set_up, *argv)
+    wait_for_checkpoint(process, output)
+    time.sleep(0.3)
+    end(process, signal.SIGKILL)
+    process.communicate()
+    _, student = finish(world, output, *set_up, argv=argv)
+    h.assert_same(student, load_file(tmp_path / "whole" / "model.safetensors"))
+
+
+def test_what_a_killed_launcher_leaves_ends_before_the_next_run_begins(world, tmp_path):
+    output = tmp_path / "run"
+    process = start(world, output, 2, 0)
+    wait_for_checkpoint(process, output)
+    orphans = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    out, student = finish(world, output, 2, 0)
+    assert not any(orphan.is_running() for orphan in orphans) and "Resuming from" in out
+    h.assert_same(student, uninterrupted(world, 2, 0))
+
+
+@pytest.mark.parametrize("set_up", SET_UPS)
+def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, set_up):
+    output = tmp_path / "run"
+    process = start(world, output, *set_up)
+    wait_for_checkpoint(process, output)
+    end(process, signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    if set_up[0] == 1:
+        assert process.returncode == 143, err
+    else:
+        assert process.returncode not in (0, 143), "the launcher has a code of its own"
+        assert "exitcode  : 143" in err or "SIGTERM" in err or "Signal 15" in err
+    step = newest(output)
+    assert json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
+    assert 4 <= step < STEPS and not (output / "model.safetensors").exists()
+    kill_and_resume(world, output, sum(set_up), *set_up)
+
+
+@contextlib.contextmanager
+def no_file_larger_than(size: int):
+    """For processes started inside: writing more fails with an error, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk_ends_all_processes(world, tmp_path):
+    uninterrupted(world, 1, 2)  # fills the cache
+    with no_file_larger_than((world["folder"] / "whole-(1, 2)" / "model.safetensors").stat().st_size // 2):
+        process = start(world, tmp_path / "run", 2, 0)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1 and "could not be written" in err, err
+    assert "[rank0]: Traceback" not in err and "[rank1]: Traceback" not in err
+    assert not list((tmp_path / "run").glob("*checkpoint-*"))
+
+
+def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
+    output = tmp_path / "run"
+    whole = uninterrupted(world, 1, 2)
+    earlier = f"checkpoint-{STEPS - 2}"
+    shutil.copytree(world["folder"] / "whole-(1, 2)" / earlier, output / earlier)
+    size = (output / earlier / "model.safetensors").stat().st_size
+
+    with no_file_larger_than(size // 2):
+        process = start(world, output, 1, 0)  # workers pass images through files, too
+        final = start(world, tmp_path / "final", 1, 0, "--save_strategy=no")
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 1, err
+    assert "could not be written" in err and f"{earlier} is whole" in err and "Traceback" not in err
+    assert not list(output.glob("unfinished-*"))
+    err = final.communicate(timeout=120)[1]
+    assert final.returncode == 1 and "final could not be written" in err and "Traceback" not in err, err
+    assert "No checkpoint was written before" in err
+    _, student = finish(world, output, 1, 2)
+    h.assert_same(student, whole)
+
+
+def test_a_checkpoint_of_another_run_is_refused(world):
+    uninterrupted(world, 1, 2)
+    process = start(world, world["folder"] / "whole-(1, 2)", 1, 2, "--seed=4", "--neighbors_pool=5")
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 2, err
+    assert "was written with another --seed (then 3, now 4), --neighbors_pool" in err and "Traceback" not in err

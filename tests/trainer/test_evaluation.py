@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+import tests.helpers.runs as h
+from coss_hf.data.loading import load_images
+from coss_hf.evaluation.evaluator import Evaluator
+
+
+def make_evaluator(splits, teacher):
+    return Evaluator(
+        teacher, splits.test, splits.image_column, label_column=splits.label_column, bank=splits.train, batch_size=7
+    )
+
+
+@pytest.mark.parametrize("student", ["small", "vit"])
+def test_evaluation_reads_every_held_out_image(tmp_path, image_parquet, networks, student):
+    trainer = h.make_trainer(
+        tmp_path, image_parquet, networks.teacher, getattr(networks, student), evaluator=make_evaluator, max_steps=2
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert {"eval_knn10", "eval_knn20", "eval_probe", "eval_overlap10", "eval_cosine", "eval_loss"} <= metrics.keys()
+    images = load_images(str(image_parquet)).test
+    rows = trainer.evaluator.embed(trainer.student, images, "")
+    assert rows.shape == (24, trainer.student.dim)  # 24 is no multiple of the batch of 7
+    bank = trainer.evaluator.embed(trainer.student, trainer.evaluator.bank, "")
+    similarity = nn.functional.normalize(rows) @ nn.functional.normalize(bank).T
+    values, found = similarity.topk(10)
+    votes = torch.zeros(24, 4).scatter_add_(
+        1, torch.tensor(trainer.evaluator.bank["label"])[found], (values / 0.07).exp()
+    )
+    accuracy = (votes.argmax(1) == torch.tensor(images["label"])).float().mean().item()
+    assert metrics["eval_knn10"] == pytest.approx(accuracy)
+
+
+def test_evaluation_without_labels_and_best_model(tmp_path, image_parquet, networks):
+    """The best checkpoint comes back exactly, for a student whose file has another key layout (ViT)."""
+
+    def agreement_only(splits, teacher):
+        return Evaluator(teacher, splits.test, splits.image_column)
+
+    trainer = h.make_trainer(
+        tmp_path,
+        image_parquet,
+        networks.teacher,
+        networks.vit,
+        evaluator=agreement_only,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=None,
+        load_best_model_at_end=True,
+        metric_for_best_model="overlap10",
+        greater_is_better=True,
+        learning_rate=1.0,  # wild enough for the best not to be the last
+    )
+    trainer.train()
+    lines = {line["step"]: line for line in trainer.state.log_history if "eval_overlap10" in line}
+    assert sorted(lines) == [2, 4, 6] and "eval_knn10" not in lines[2]
+    best = max(lines, key=lambda step: lines[step]["eval_overlap10"])
+    assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    expected = AutoModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
+    h.assert_same(expected, trainer.student.model.state_dict())
+
+
+def test_a_finished_run_gives_its_best_model_again(tmp_path, image_parquet, networks):
+    options = {
+        "evaluator": lambda splits, teacher: Evaluator(teacher, splits.test, splits.image_column),
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "save_total_limit": None,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "cosine",
+        "greater_is_better": False,  # the first is the best
+    }
+    first = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    first.train()
+    again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    again.train(resume_from_checkpoint="auto")
+    h.assert_same(h.state(first), h.state(again))
+
+
+def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
+    with pytest.raises(ValueError, match="--validation_size"):
+        trainer.evaluation_loop(None, "")

@@ -1,0 +1,141 @@
+import errno
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import tests.helpers.runs as h
+from coss_hf.trainer.checkpoint_files import recover
+from coss_hf.utils.errors import CheckpointError
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("vit", 0), ("small", 2)])
+def test_resume_is_bit_identical(tmp_path, image_parquet, networks, kind, workers):
+    """In mid-epoch, with random views, for a student whose file has another key layout than its modules (ViT)."""
+    options = {
+        "max_steps": 9,  # 6 steps an epoch
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": workers > 0,
+        "save_total_limit": None,
+    }
+    straight = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, kind), **options)
+    recorder = h.Recorder(straight)
+    straight.train()
+    resumed = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, kind), **options)
+    with torch.no_grad():
+        for parameter in resumed.model.parameters():
+            parameter.add_(1)  # nothing of these may survive
+    again = h.Recorder(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    for first, second in zip(recorder.batches[4:], again.batches, strict=True):
+        h.assert_same(first, second)
+    assert recorder.epochs[4:] == again.epochs == [0, 0, 1, 1, 1]
+    h.assert_same(h.state(straight), h.state(resumed))
+
+
+def test_a_finished_run_is_not_trained_on(tmp_path, image_parquet, networks):
+    options = {"max_steps": 8, "save_strategy": "steps", "save_steps": 8}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    trainer.train()
+    again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    again.train(resume_from_checkpoint="auto")
+    h.assert_same(h.state(trainer), h.state(again))
+    assert again.state.global_step == 8 and again.images_seen == 64
+
+
+def test_half_written_checkpoints_are_passed_over(tmp_path, image_parquet, networks, capsys):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options).train()
+    (tmp_path / "out" / "checkpoint-4" / "trainer_state.json").write_text('{"global_step": 4, "epo')
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-2, step 2" in capsys.readouterr().out
+    assert trainer.state.global_step == 4
+
+
+def test_nothing_to_resume_is_a_fresh_start_with_one_line(tmp_path, image_parquet, networks, capsys):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, max_steps=1)
+    trainer.train(resume_from_checkpoint="auto")
+    assert capsys.readouterr().out.count("starting afresh") == 1
+
+
+def test_a_wrong_checkpoint_path_is_refused(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
+    with pytest.raises(ValueError, match="resume_from_checkpoint=.*nowhere"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+def test_a_student_without_training_state_is_no_checkpoint_to_go_on_from(tmp_path, image_parquet, networks):
+    options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
+    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
+    h.make_trainer(*arguments, **options, max_steps=2).train()
+    with pytest.raises(ValueError, match="checkpoint-2 holds the student without .*--save_only_model.*--student"):
+        h.make_trainer(*arguments, **options, max_steps=4).train(resume_from_checkpoint=True)
+    ended = h.make_trainer(*arguments, **options, max_steps=2)
+    ended.train(resume_from_checkpoint=True)
+    assert ended.state.global_step == 2
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"student": "small"}, "--student"),
+        ({"teacher": "small"}, "--teacher"),
+        ({"images": True}, "--dataset"),
+        ({"neighbors_k": 1, "per_device_train_batch_size": 4}, "--neighbors_k"),
+        ({"augmentation": "none"}, "--augmentation"),
+        ({"per_device_train_batch_size": 12}, "--per_device_train_batch_size"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_parquet, networks, change, named):
+    options = {"teacher": "teacher", "student": "resnet", "images": False, "max_steps": 2, "save_strategy": "steps"}
+
+    def run(options, **arguments):
+        networks_of = [getattr(networks, options.pop(role)) for role in ("teacher", "student")]
+        images = h.write_images(tmp_path / "other", seed=7) if options.pop("images") else image_parquet
+        neighbors = np.tile([[1], [0]], (24, 1)) + 2 * np.repeat(np.arange(24), 2)[:, None]
+        return h.make_trainer(tmp_path, images, *networks_of, neighbors=neighbors, save_steps=2, **options).train(
+            **arguments
+        )
+
+    run(dict(options))
+    with pytest.raises(ValueError, match=rf"checkpoint-2 was written with another {named}\b"):
+        run({**options, **change}, resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, image_parquet, networks, monkeypatch):
+    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    whole = h.make_trainer(*arguments, **options)
+    whole.train()
+    expected = h.state(whole)
+    shutil.rmtree(tmp_path / "out")
+
+    trainer = h.make_trainer(*arguments, **options)
+    real = trainer._save_rng_state
+
+    def full(folder):
+        if "checkpoint-4" in folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder)
+
+    trainer._save_rng_state = full
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*No space.*checkpoint-2 is whole"):
+        trainer.train()
+    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-2"]
+    again = h.make_trainer(*arguments, **options)
+    again.train(resume_from_checkpoint=True)
+    h.assert_same(h.state(again), expected)
+
+
+def test_a_checkpoint_that_was_half_replaced_comes_back(tmp_path):
+    (tmp_path / "replaced-checkpoint-4").mkdir()
+    (tmp_path / "replaced-checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-2").mkdir()
+    for name in ("unfinished-checkpoint-6", "replaced-best", "unfinished-best"):
+        (tmp_path / name).mkdir()
+    recover(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "checkpoint-2", "checkpoint-4"]
