@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.data.loading import PANEL_SIZE
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head

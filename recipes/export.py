@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
 from coss_hf.models.heads import HEAD_FILE, load_head

@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 from accelerate import PartialState
 
-from coss_hf.cli.parser import bad_input_exits, parse, stopped_run_exits
+from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.data.loading import ImageSplits
 from coss_hf.hub.push import check_repo, push_dataset
 from coss_hf.neighbors.columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns

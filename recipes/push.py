@@ -9,7 +9,7 @@ For what could not be pushed when its run ended. The token is that of `hf auth l
 import argparse
 from pathlib import Path
 
-from coss_hf.cli.parser import bad_input_exits, stopped_run_exits
+from coss_hf.cli import bad_input_exits, stopped_run_exits
 from coss_hf.hub.push import check_repo, push, push_dataset
 
 

@@ -16,7 +16,7 @@ import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.reporting.html_page import code, heading, html_table, image, page, paragraph
 from coss_hf.reporting.plots import quality_plot

@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study import paper_tables as paper
@@ -130,8 +130,7 @@ def main() -> None:
             names = {} if args.teacher else {pair: paper.PAIRS[pair][1] for pair in args.pairs}
             own = {pair: Path(args.output_dir, "teachers", name) for pair, name in names.items()}
             teachers.check(set(own.values()), data, args.teacher_epochs, common)
-        recipe = Path(__file__).with_name("train_teacher.py")
-        teachers.train(recipe, dict.fromkeys(own.values()), data, args.teacher_epochs, common)
+        teachers.train(dict.fromkeys(own.values()), data, args.teacher_epochs, common)
         sweep.setting = setting({pair: args.teacher or str(own[pair]) for pair in args.pairs}).identified()
     rows = min(len(args.methods), (args.finalists or len(args.methods)) + 1)
     results = sweep.run(cells, later=seen * args.seeds * rows * len(args.pairs))

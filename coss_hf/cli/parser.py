@@ -1,16 +1,12 @@
 """Command lines and YAML files to dataclasses, and errors to exit codes."""
 
-import contextlib
 import difflib
 import json
-import os
 import sys
 from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
-
-from coss_hf.utils.errors import RunStopped
 
 
 class _Parser(HfArgumentParser):
@@ -99,25 +95,3 @@ def _method(entry: str | dict) -> str:
     if "name" not in entry:
         raise ValueError(f"method: {entry} names no method; write {{name: rkd, beta: 2}}.")
     return f"{entry['name']}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
-
-
-@contextlib.contextmanager
-def bad_input_exits():
-    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
-    try:
-        yield
-    except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(2) from None
-
-
-@contextlib.contextmanager
-def stopped_run_exits():
-    """Turns a ``RunStopped`` into one paragraph on stderr and exit code 1."""
-    try:
-        yield
-    except RunStopped as error:
-        if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(1) from None

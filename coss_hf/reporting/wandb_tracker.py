@@ -19,6 +19,7 @@ from coss_hf.utils.messages import first_line
 
 logger = logging.getLogger(__name__)
 
+PICTURES = ("loss.png", "panel.png", "neighbors.png", "projection.png")
 INIT_SECONDS = 10
 # For what is left to upload at a run's end; by default W&B waits for ever.
 FINISH_SECONDS = 300
@@ -205,3 +206,21 @@ class WandbTracker(WandbCallback):
             both = len({*teacher.tolist()} & {*student.tolist()})
             table.add_data(shown[query], both, *(shown[row] for row in [*teacher.tolist(), *student.tolist()]))
         return table
+
+
+def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) -> None:
+    """Hand the end of a run to W&B, if it reports there; on the first process alone.
+
+    Args:
+        trainer: a ``DistillationTrainer``.
+        record: what ``run.json`` holds.
+        neighbors: see ``WandbTracker.report``.
+        projection: see ``WandbTracker.report``.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    paths = [Path(trainer.args.output_dir, name) for name in ("report.html", *PICTURES)]
+    files = {path.stem if path.suffix == ".html" else f"pictures/{path.stem}": path for path in paths if path.is_file()}
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, WandbTracker):
+            callback.report(record, files, neighbors, projection)

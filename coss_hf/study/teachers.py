@@ -1,10 +1,10 @@
 """Teachers of a study that are trained first."""
 
 import json
+import logging
 import multiprocessing
-import runpy
+import shlex
 import shutil
-import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import fields
@@ -15,6 +15,8 @@ from coss_hf.reporting.run_record import write_json
 from coss_hf.study.paper_tables import EPOCHS, MILESTONES
 from coss_hf.study.sweep import end_with_parent
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
+from coss_hf.utils.errors import bad_input_exits
 
 ASKED = "asked.json"  # what a teacher was trained with, written before it is
 
@@ -50,31 +52,30 @@ def check(folders: Iterable[Path], data: DataArguments, epochs: int, options: di
             )
 
 
-def train(recipe: Path, folders: Iterable[Path], data: DataArguments, epochs: int, options: dict) -> None:
-    """Trains those that are not there yet, each in a folder of its name, on the training images.
+def train(folders: Iterable[Path], data: DataArguments, epochs: int, options: dict) -> None:
+    """Train those that are not there yet, each in a folder of its name, on the training images.
 
-    One that was stopped goes on from its own checkpoint.
+    One that was stopped is resumed from its own checkpoint.
 
     Args:
-        recipe: path of ``recipes/train_teacher.py``.
+        folders: of the teachers; the last part is the name of a CIFAR network.
         data: the images.
         epochs: after the paper's shares of them the rate falls tenfold.
-        options: other arguments of the recipe.
+        options: other fields of ``TeacherArguments``; None: left out.
 
     Raises:
         SystemExit: it failed, and said why.
     """
     asked = _asked(data, epochs, options)
-    given = {"save_strategy": "steps", "save_total_limit": 1} | options | asked
-    drops = ["--lr_milestones", *map(str, given.pop("lr_milestones"))]
     for folder in folders:
         if not (folder / "run.json").exists():
             write_json(folder / ASKED, asked)
-            named = {"model": folder.name, "output_dir": folder} | given
-            words = [f"--{key}={value}" for key, value in named.items() if value is not None]
-            words += [*drops, "--overwrite_output_dir", "--resume_from_checkpoint"]
+            training = {"save_strategy": "steps", "save_total_limit": 1} | options
+            training |= {name: asked[name] for name in ("num_train_epochs", "lr_milestones")}
+            training |= {"model": folder.name, "output_dir": str(folder), "overwrite_output_dir": True}
+            training = {name: value for name, value in training.items() if value is not None}
             # A process that dies with this one, and with a memory of its own.
-            process = multiprocessing.get_context("spawn").Process(target=_run, args=(str(recipe), words))
+            process = multiprocessing.get_context("spawn").Process(target=_train_one, args=(data, training))
             process.start()
             process.join()
             if process.exitcode:
@@ -83,10 +84,21 @@ def train(recipe: Path, folders: Iterable[Path], data: DataArguments, epochs: in
             shutil.rmtree(checkpoint)
 
 
-def _run(recipe: str, words: list[str]) -> None:
+def _train_one(data: DataArguments, training: dict) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
-    sys.argv = [recipe, *words]
-    runpy.run_path(recipe, run_name="__main__")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with bad_input_exits():
+        run = build_supervised_run(data, TeacherArguments(**training, resume_from_checkpoint="auto"))
+    run.train(launched_as=_command(data, training))
+
+
+def _command(data: DataArguments, training: dict) -> str:
+    """The command that does the same, for the teacher's record."""
+    given = {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default} | training
+    words = ["python", "recipes/train_teacher.py"]
+    for name, value in given.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
 
 
 def describe(folder: Path) -> str:

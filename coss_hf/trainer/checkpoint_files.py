@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, which one to resume from, and what to do on SIGTERM."""
+"""The files of a run's folder: atomic checkpoints, the lock of the folder, and which checkpoint to resume from."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 RECORD = "distillation.json"
 STAGING, REPLACED = "unfinished-", "replaced-"
 PATIENCE = 60  # seconds for another run to end
-_held: list[FileLock] = []
+_locks: list[FileLock] = []
 
 
 def staging(checkpoint: Path) -> Path:
@@ -34,7 +34,7 @@ def publish(unfinished: Path, checkpoint: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def hold(output_dir: str | Path) -> None:
+def lock_output_dir(output_dir: str | Path) -> None:
     """Keeps other runs out of a folder until this process ends, however it does.
 
     Waits a while for one that is on its way out: what a killed launcher left behind ends with its step.
@@ -58,7 +58,7 @@ def hold(output_dir: str | Path) -> None:
             raise ValueError(
                 f"--output_dir={output_dir}: another run is at work there; stop it, or give another folder."
             ) from None
-    _held.append(lock)  # released with the process
+    _locks.append(lock)  # released with the process
 
 
 def recover(output_dir: str | Path) -> None:
@@ -125,3 +125,40 @@ def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str
         hint = f" Did you mean {inside}?" if inside else " Give --resume_from_checkpoint auto for the newest."
         raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint.{hint}")
     return str(folder)
+
+
+def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
+    """Check that the run that wrote a checkpoint is this one.
+
+    Args:
+        checkpoint: its folder.
+        identity: of this run; see ``DistillationTrainer.identity``.
+
+    Raises:
+        ValueError: it had another student, teacher, dataset, ...
+    """
+    saved = json.loads(Path(checkpoint, RECORD).read_text())
+    other = [key for key in identity if saved.get(key) != identity[key]]
+    if not other:
+        return
+    shown = [f"{key} (then {saved.get(key)}, now {identity[key]})" for key in other if len(str(identity[key])) < 40]
+    raise ValueError(
+        f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown or other)}. Give what it "
+        f"was written with, or start afresh in another --output_dir."
+    )
+
+
+def check_training_state(checkpoint: str, args) -> None:
+    """Check that a checkpoint holds more than the student.
+
+    ``Trainer`` would go on without momentum, schedule and random numbers, and not say so.
+
+    Raises:
+        ValueError: the run that wrote it is not finished, and kept no training state.
+    """
+    if any(Path(checkpoint).glob("rng_state*.pth")) or finished(read_state(checkpoint), args):
+        return
+    raise ValueError(
+        f"--resume_from_checkpoint: {checkpoint} holds the student without the state of its training "
+        f"(--save_only_model). Start afresh in another --output_dir, from --student {checkpoint} if you like."
+    )

@@ -2,17 +2,23 @@
 
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
+from coss_hf.losses.registry import LOSSES, OF_CLASSIFIERS, OF_MAPS, build_loss
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.classifier_head import find_classifier
+from coss_hf.models.heads import projection_head
+from coss_hf.trainer.training_args import DistillationArguments
 
 
 class DistillationModel(nn.Module):
-    """Student, head and criterion as one module, so that every trainable part is reached by one forward pass.
+    """Student, head and criterion as one module, so that one forward pass reaches every trainable part.
 
     Attributes:
-        student: the published network.
+        student: the published backbone, a ``Backbone``.
+        network: its network, the trained module.
         head: projection to the teacher's dimension, or None.
         criterion: the loss, with what it learns.
     """
@@ -23,24 +29,61 @@ class DistillationModel(nn.Module):
 
     def __init__(self, student: Backbone, criterion: nn.Module, head: nn.Module | None = None):
         super().__init__()
-        self.backbone = student
-        self.student, self.head, self.criterion = student.model, head, criterion
-        for name, parameter in self.student.named_parameters():
+        self.student = student
+        self.network = student.model
+        self.head = head
+        self.criterion = criterion
+        for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in student.unused)
         # DistributedDataParallel would overwrite each process's memories at every step with the first one's.
         self._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name, _ in criterion.named_buffers()]
 
+    @classmethod
+    def from_args(
+        cls,
+        student: Backbone,
+        teacher: Backbone,
+        args: DistillationArguments,
+        num_images: int,
+        criterion: nn.Module | None = None,
+    ) -> "DistillationModel":
+        """Build head and loss of a run, seeded, and ask both networks for as many feature maps as the methods need.
+
+        Args:
+            student: to be trained.
+            teacher: frozen.
+            args: of the run: methods, head, seed.
+            num_images: number of training images.
+            criterion: a loss to take instead of ``args.method``.
+
+        Raises:
+            ValueError: what a method needs and a network does not have; a head that no method uses.
+        """
+        # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head and one loss.
+        set_seed(args.seed)
+        needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+        _share_maps(student, teacher, args, needs, built_in=criterion is None)
+        head = _build_head(student, teacher, args, needs, built_in=criterion is None)
+        if criterion is None:
+            criterion = _build_criterion(student, teacher, head, args, num_images)
+        aligned = any(getattr(need, "same_dim", False) for need in needs)
+        # Replaces that of an earlier run which the student may come from.
+        student.model.config.teacher_space = _teacher_space(teacher, head) if aligned else None
+        return cls(student, criterion, head)
+
     def project(self, embedding: Tensor) -> Tensor:
-        """Student embeddings ``(b, s)`` in the teacher's space ``(b, t)``."""
-        return embedding if self.head is None else self.head(embedding.to(next(self.head.parameters()).dtype))
+        """Map student embeddings ``(b, s)`` to the teacher's space ``(b, t)``."""
+        if self.head is None:
+            return embedding
+        return self.head(embedding.to(next(self.head.parameters()).dtype))
 
     def activation_checkpointing_enable(self, **kwargs) -> None:
         """Called by Trainer on the module it trains."""
-        self.student.activation_checkpointing_enable(**kwargs)
+        self.network.activation_checkpointing_enable(**kwargs)
 
     def gradient_checkpointing_enable(self, **kwargs) -> None:
         """The same, as older versions of Transformers call it."""
-        self.student.gradient_checkpointing_enable(**kwargs)
+        self.network.gradient_checkpointing_enable(**kwargs)
 
     def forward(
         self,
@@ -50,25 +93,26 @@ class DistillationModel(nn.Module):
         rest: Tensor | None = None,
         only_totals: bool = False,
     ) -> dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
             pixel_values: views ``(b, 3, H, W)``, uint8.
             teacher: its features of the same views.
             index: ``(b,)`` dataset row of each view.
-            rest: the criterion's totals of the other micro-batches; see ``accumulation``.
+            rest: the criterion's totals of the other micro-batches; see ``gradient_accumulation``.
             only_totals: return this batch's ``totals`` and no loss.
 
         Returns:
             ``loss`` and its named parts; ``finite`` ``(b,)``, whether each image's features are; ``cosine_sample`` and
             ``cosine_dimension``, the mean cosine similarity to the teacher per image and per feature dimension.
         """
-        pixels = self.backbone.normalize(pixel_values).to(next(self.student.parameters()).dtype)
-        features = self.backbone.features(pixels)
+        pixels = self.student.normalize(pixel_values).to(next(self.network.parameters()).dtype)
+        features = self.student.features(pixels)
         student = features._replace(embedding=self.project(features.embedding))
         if only_totals:
             return {"totals": self.criterion.totals(student, teacher)}
-        output = self.criterion(student, teacher, index, **({} if rest is None else {"rest": rest}))
+        exact = {} if rest is None else {"rest": rest}
+        output = self.criterion(student, teacher, index, **exact)
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
         if "l_co" in output:
             cosines = -output["l_co"].detach(), -output["l_ss"].detach()
@@ -77,4 +121,76 @@ class DistillationModel(nn.Module):
                 cosines = mean_cosines(student.embedding, teacher.embedding)
         else:
             return output
-        return output | dict(zip(("cosine_sample", "cosine_dimension"), cosines))
+        output["cosine_sample"], output["cosine_dimension"] = cosines
+        return output
+
+
+def uses_maps(need) -> bool:
+    """Whether a loss, or its class, reads feature maps."""
+    return getattr(need, "uses_maps", False)
+
+
+def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool) -> None:
+    """Let both networks give as many feature maps as the one with fewer has, where any loss reads maps."""
+    student.maps = teacher.maps = 0
+    if not any(uses_maps(need) for need in needs):
+        return
+    counts = {network: len(network.example(maps=True).maps) for network in (student, teacher)}
+    student.maps = teacher.maps = min(counts.values())
+    if not built_in or student.maps:
+        return
+    for method in args.methods:
+        if method.name in OF_MAPS:
+            name = min(counts, key=counts.get).name
+            raise ValueError(
+                f"--method {method.name} compares feature maps, and {name} gives none that lie on a grid; choose "
+                f"another network, or a method of embeddings (coss)."
+            )
+
+
+def _build_head(
+    student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool
+) -> nn.Module | None:
+    """The head that ``args`` ask for; none where no built-in method compares embeddings of one dimension."""
+    if built_in and not any(need.same_dim for need in needs) and args.head == "auto":
+        return None
+    head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
+    if head is not None and all(uses_maps(need) for need in needs):
+        raise ValueError(f"--head={args.head}: {args.method} compares feature maps, not the head's embeddings.")
+    return head
+
+
+def _build_criterion(
+    student: Backbone, teacher: Backbone, head: nn.Module | None, args: DistillationArguments, num_images: int
+) -> nn.Module:
+    """The loss of ``args.method``, shaped by an example of both networks' features."""
+    student_example = student.example()
+    teacher_example = teacher.example()
+    if head is not None:
+        student_example = student_example._replace(embedding=head(student_example.embedding))
+    names = [method.name for method in args.methods]
+    classifier = find_classifier(teacher) if any(name in OF_CLASSIFIERS for name in names) else None
+    if classifier is None and "kd" in names:
+        raise ValueError(
+            f"--method kd: the checkpoint of --teacher {teacher.name} has no linear classifier on its embedding; "
+            f"give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
+        )
+    return build_loss(
+        args.methods,
+        student_example,
+        teacher_example,
+        num_images=num_images,
+        batch_size=args.images_per_batch,
+        classifier=classifier,
+    )
+
+
+def _teacher_space(teacher: Backbone, head: nn.Module | None) -> dict:
+    """What ``Student.from_pretrained`` needs to know."""
+    return {
+        "teacher": teacher.name,
+        "revision": getattr(teacher.model.config, "_commit_hash", None),
+        "pooling": teacher.pooling,
+        "dim": teacher.dim,
+        "head": head is not None,
+    }

@@ -96,5 +96,5 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
         activations = sum(kept.values())
     model.zero_grad(set_to_none=True)
     model.load_state_dict(state)
-    trainer.forget()
+    trainer.monitor.reset()
     return min(elapsed) / probe, sum(held.values()) + activations * batch / probe

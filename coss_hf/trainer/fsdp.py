@@ -22,15 +22,15 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def gather(model: nn.Module, whole: nn.Module) -> None:
-    """Copies sharded ``model`` into ``whole``, the same network with ordinary parameters; all processes must call."""
+def gather(model: nn.Module, unsharded: nn.Module) -> None:
+    """Copy sharded ``model`` into ``unsharded``, the same network with ordinary parameters; all processes must call."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    whole.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
+    unsharded.load_state_dict(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)))
 
 
 def load_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """``load_state_dict``, strict, of whole tensors into a module that may be sharded."""
+    """``load_state_dict``, strict, of unsharded tensors into a module that may be sharded."""
     if not is_sharded(module):
         module.load_state_dict(state, strict=True)
         return
@@ -39,13 +39,13 @@ def load_weights(module: nn.Module, state: dict[str, torch.Tensor]) -> None:
     set_model_state_dict(module, state, options=StateDictOptions(full_state_dict=True, strict=True))
 
 
-def same_buffers(model: nn.Module) -> None:
+def broadcast_buffers(model: nn.Module) -> None:
     """Gives every process the first one's buffers: batch-norm statistics are each process's own, that of its images."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def standby(model: nn.Module) -> nn.Module:
+def unsharded_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` to ``gather`` into."""
     return copy.deepcopy(model).requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 @torch.no_grad()
-def add_rests(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
+def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
     """Adds to each micro-batch of a step the teacher's features (``teacher``) and the others' totals (``rest``).
 
     Args:
@@ -37,13 +37,13 @@ def add_rests(model: nn.Module, batches: list[dict], embed_teacher: Callable, re
         batch["rest"] = totals.sum(0) - own
 
 
-def with_gradient_times(loss: Tensor, factor: int) -> Tensor:
+def scale_gradient(loss: Tensor, factor: int) -> Tensor:
     """``loss``, with ``factor`` times its gradient: Trainer divides both by the number of micro-batches."""
     return loss + (factor - 1) * (loss - loss.detach())
 
 
 @torch.no_grad()
-def refuse_randomness(model: nn.Module, size: tuple[int, int]) -> None:
+def check_deterministic_forward(model: nn.Module, size: tuple[int, int]) -> None:
     """Raises ValueError where two passes of the student differ: dropout or drop path is active.
 
     Args:

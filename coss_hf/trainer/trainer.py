@@ -1,50 +1,76 @@
 """The trainer of every method."""
 
-import time
+import json
+import os
+import signal
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.integrations import WandbCallback
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
 from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
+from coss_hf.hub.model_card import write_card
 from coss_hf.losses.registry import OF_EMBEDDINGS
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.wandb_tracker import WandbTracker
-from coss_hf.trainer.assembly import build_model
-from coss_hf.trainer.callbacks.diagnostics import Watch
+from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback
-from coss_hf.trainer.distillation_model import DistillationModel
+from coss_hf.trainer.callbacks.preemption import Preemption
+from coss_hf.trainer.checkpoint_files import (
+    RECORD,
+    check_identity,
+    check_training_state,
+    find_checkpoint,
+    finished,
+    read_state,
+    shapes,
+)
+from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
+from coss_hf.trainer.distillation_model import DistillationModel, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
-from coss_hf.trainer.fsdp import gather, is_sharded, name_blocks, same_buffers, standby
-from coss_hf.trainer.gradient_accumulation import add_rests, refuse_randomness, with_gradient_times
+from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
+from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
+from coss_hf.trainer.loss_monitor import LossMonitor
 from coss_hf.trainer.pretraining import pretrain
-from coss_hf.trainer.publishing import PublishingTrainer
+from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum
-from coss_hf.utils.errors import NonFiniteLoss
+
+BEST = "best"
 
 
-class DistillationTrainer(PublishingTrainer):
-    """Distils a frozen teacher into a student without labels.
+class DistillationTrainer(Trainer):
+    """Distil a frozen teacher into a student without labels.
+
+    What it does differently from ``transformers.Trainer``: a step embeds the views by the teacher, too; checkpoints
+    hold the student apart from its head and the loss, are complete or not there, and are resumed bit for bit; on
+    SIGTERM all processes write one at the end of the step and the run ends with exit code 143; evaluation measures
+    embeddings.
 
     Args:
-        student: the network to train.
-        teacher: the network to learn from; frozen, never saved.
-        args: ``DistillationArguments``.
+        student: the backbone to train.
+        teacher: the backbone to learn from; frozen, never saved.
+        args: ``DistillationArguments``; the trainer works with a resolved copy.
         train_dataset: groups of views.
         evaluator: what ``evaluate`` measures; None for no evaluation.
         criterion: the loss; by default ``args.method``.
-        callbacks, optimizers: as in ``transformers.Trainer``.
+        callbacks: as in ``transformers.Trainer``.
+        optimizers: as in ``transformers.Trainer``.
 
     Attributes:
-        arguments: what the run was given, for its record; a recipe adds what it was given beside ``args``.
+        arguments: what the run was given, for its record; a recipe adds what it was given besides ``args``.
+        monitor: running means, throughput and the check for losses that are not finite.
+        checkpoints: writes folders that are complete or not there.
+        publisher: pushes the student to the Hub.
 
     Raises:
         ValueError: fewer images than one batch, dimensions that no head joins, or a batch that the loss cannot use.
@@ -62,22 +88,23 @@ class DistillationTrainer(PublishingTrainer):
         optimizers=(None, None),
     ):
         self.length = args.run_length(len(train_dataset))
-        if args.num_images is not None:
-            args.max_steps = self.length.steps_for(args.num_images)
         self.teacher = teacher.freeze()
-        model = build_model(student, self.teacher, args, len(train_dataset), criterion)
-        if args.exact_accumulation:
-            refuse_randomness(student.model, student.size)
-        if args.sync_batch_norm:
-            synchronise_batch_norm(student.model, model.criterion)
-        if args.channels_last:
-            use_channels_last(student.model)
-            use_channels_last(teacher.model)
+        model = DistillationModel.from_args(student, self.teacher, args, len(train_dataset), criterion)
+        args = args.resolved(
+            self.length,
+            has_evaluator=evaluator is not None,
+            # What lies behind the last map compared gets no gradient.
+            has_unused_parameters=student.maps > 0 or uses_maps(model.criterion),
+        )
+        self._prepare_networks(model, args)
         self.evaluator = evaluator
-        if evaluator is None and args.watched:
-            args.eval_strategy = IntervalStrategy.NO
-        watch = [] if evaluator is None else [Watch(len(evaluator.queries), last_step=args.watched)]
-        self.forget()
+        self.monitor = LossMonitor(train_dataset.names)
+        self.checkpoints = CheckpointWriter(args, wait=lambda: self.accelerator.wait_for_everyone())
+        self.publisher = HubPublisher(args)
+        self._identity: dict[str, str] | None = None
+        diagnostics = []
+        if evaluator is not None:
+            diagnostics.append(DiagnosticsCallback(len(evaluator.queries), last_step=args.watched))
         super().__init__(
             model,
             args,
@@ -85,61 +112,111 @@ class DistillationTrainer(PublishingTrainer):
             train_dataset=train_dataset,
             eval_dataset=None if evaluator is None else evaluator.queries,
             processing_class=student.processor,
-            callbacks=[EpochCallback(train_dataset), *watch, *(callbacks or [])],
+            callbacks=[EpochCallback(train_dataset), *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.arguments: dict = to_dict(args)
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbTracker(self))
+        self.preemption = Preemption()
+        self.add_callback(self.preemption)
         self.teacher.model.to(args.device)
         if args.torch_compile:
-            for backbone in (student, teacher):
-                backbone.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=args.device))  # not compiled twice
-            options = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-            self._teacher_features = torch.compile(self._teacher_features, **options)
+            self._compile_teacher()
         if self.is_fsdp_enabled:
             # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-            name_blocks(model, student.model)
-            self._standby = standby(model).to(args.device)
+            name_blocks(model, model.network)
+            self._unsharded = unsharded_copy(model).to(args.device)
 
-    @property
-    def _whole(self) -> DistillationModel:
-        """What is trained, with ordinary parameters: under FSDP a copy, as of the last ``collect``."""
-        return self._standby if is_sharded(self.model) else self._unwrapped
+    def _prepare_networks(self, model: DistillationModel, args: DistillationArguments) -> None:
+        """Memory format and batch norm that ``args`` ask for, in place."""
+        if args.exact_accumulation:
+            check_deterministic_forward(model.network, model.student.size)
+        if args.sync_batch_norm:
+            synchronise_batch_norm(model.network, model.criterion)
+        if args.channels_last:
+            use_channels_last(model.network)
+            use_channels_last(self.teacher.model)
 
-    def collect(self) -> None:
-        """Makes ``student`` and ``project`` the same on every process; all of them must call."""
-        same_buffers(self._unwrapped.student)
-        if is_sharded(self.model):
-            gather(self._unwrapped, self._standby)
+    def _compile_teacher(self) -> None:
+        args = self.args
+        for backbone in (self.student, self.teacher):
+            # Else the first step moves constants to the device, and all is compiled twice.
+            backbone.normalize(torch.zeros(1, 3, 1, 1, dtype=torch.uint8, device=args.device))
+        self._teacher_features = torch.compile(
+            self._teacher_features, backend=args.torch_compile_backend, mode=args.torch_compile_mode
+        )
+
+    # ---- the networks ----
 
     @property
     def student(self) -> Backbone:
         """The student, without its head. Under FSDP as it was at the last evaluation or at the end of training."""
-        return self._whole.backbone
+        return self.full_model.student
+
+    @property
+    def unwrapped_model(self) -> DistillationModel:
+        """What is trained, without what accelerate and torch.compile put around it; under FSDP its parameters are
+        sharded."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    @property
+    def full_model(self) -> DistillationModel:
+        """The unsharded model: under FSDP a copy, as of the last ``collect``."""
+        return self._unsharded if is_sharded(self.model) else self.unwrapped_model
+
+    def collect(self) -> None:
+        """Make ``student`` and ``project`` the same on every process; all of them must call."""
+        broadcast_buffers(self.unwrapped_model.network)
+        if is_sharded(self.model):
+            gather(self.unwrapped_model, self._unsharded)
 
     @torch.no_grad()
     def project(self, embedding: Tensor) -> Tensor:
-        """Student embeddings ``(n, d_s)`` in the teacher's space ``(n, d_t)``, on the CPU."""
-        return self._whole.project(embedding.to(self.args.device)).cpu()
+        """Map student embeddings ``(n, d_s)`` to the teacher's space ``(n, d_t)``, on the CPU."""
+        return self.full_model.project(embedding.to(self.args.device)).cpu()
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        fresh = self.find_checkpoint(resume_from_checkpoint) is None
-        if fresh:
+    # ---- training ----
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        """Train the student, from the start or on from a checkpoint.
+
+        Args:
+            resume_from_checkpoint: see ``checkpoint_files.find_checkpoint``.
+            kwargs: as in ``transformers.Trainer``.
+
+        Raises:
+            ValueError: not a complete checkpoint, or one of another run.
+            CheckpointError: a checkpoint could not be written; earlier ones are complete.
+            SystemExit: code 143 after SIGTERM, once a checkpoint is written.
+        """
+        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        state = None if checkpoint is None else read_state(checkpoint)
+        if state is not None:
+            if self.args.process_index == 0:
+                print(f"Resuming from {checkpoint}, step {state['global_step']}.", flush=True)
+            if finished(state, self.args):
+                return self._load_finished_run(checkpoint)
+        else:
             pretrain(self)
-        if self.args.watched and self.evaluator is not None:
-            self.args.eval_on_start = fresh  # what training is compared with
-        result = super().train(resume_from_checkpoint, **kwargs)
+            if resume_from_checkpoint:
+                print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+        with self.preemption:
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
+        if self.preemption.agreed:
+            print(f"SIGTERM: step {self.state.global_step} is saved; go on with --resume_from_checkpoint.", flush=True)
+            raise SystemExit(128 + signal.SIGTERM)
         self.collect()
         return result
 
-    def forget(self) -> None:
-        """Starts the running means, the clock and the watch over losses anew."""
-        self._parts: dict[str, Tensor] = {}
-        self._parts_steps = 0
-        self._suspects: list[tuple[int, Tensor, Tensor, Tensor]] = []
-        self._clock = None
+    def _load_finished_run(self, checkpoint: str) -> TrainOutput:
+        """``Trainer`` would do one more step where a finished run ended in mid-epoch."""
+        self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or checkpoint)
+        self.collect()
+        return TrainOutput(self.state.global_step, float("nan"), {})
 
     # ---- a step ----
 
@@ -149,29 +226,23 @@ class DistillationTrainer(PublishingTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         views = inputs["pixel_values"]
-        if self._clock is None:
-            self._clock = time.perf_counter(), self.images_seen
+        self.monitor.start_clock(self.images_seen)
         if self.args.torch_compile:
             torch.compiler.cudagraph_mark_step_begin()  # else the student's graph takes the teacher's memory
         exact = "rest" in inputs
         teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
         outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
-        loss, finite = outputs["loss"], outputs.pop("finite")
-        for name, value in outputs.items():
-            if name != "loss":
-                self._parts[name] = self._parts.get(name, 0) + value.detach()
-        self._parts_steps += 1
-        # Copies: a graph on a GPU writes its output into the same memory at each step.
-        self._suspects.append((self.state.global_step + 1, loss.detach().clone(), inputs["index"], finite.clone()))
-        if loss.device.type == "cpu":
-            self._stop_if_not_finite()
+        loss = outputs["loss"]
+        finite = outputs.pop("finite")
+        parts = {name: value for name, value in outputs.items() if name != "loss"}
+        self.monitor.record(self.state.global_step + 1, loss, parts, inputs["index"], finite)
         if exact and model.training:
-            loss = with_gradient_times(loss, self.current_gradient_accumulation_steps)
+            loss = scale_gradient(loss, self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
     @torch.no_grad()
     def embed_teacher(self, views: Tensor) -> Features:
-        """Its features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
+        """Return the teacher's features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
         with self.accelerator.autocast():
             return self._teacher_features(views)
 
@@ -183,29 +254,10 @@ class DistillationTrainer(PublishingTrainer):
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
-                add_rests(self.model_wrapped, batches, self.embed_teacher, all_reduce_sum)
+                attach_other_totals(self.model_wrapped, batches, self.embed_teacher, all_reduce_sum)
         return batches, count
 
-    def _stop_if_not_finite(self) -> None:
-        """Reads the losses since the last look; on a GPU only when logging or saving, since a look waits for it."""
-        suspects, self._suspects = self._suspects, []
-        if not suspects or torch.stack([loss for _, loss, *_ in suspects]).isfinite().all():
-            return
-        step, loss = next((step, loss) for step, loss, *_ in suspects if not loss.isfinite())
-        # The loss is that of all micro-batches and processes: only an image's own features say whether it is to blame.
-        batches = [(index, finite) for other, _, index, finite in suspects if other == step]
-        index, finite = (torch.cat(parts) for parts in zip(*batches))
-        blamed = index[~finite].tolist()
-        names = self.train_dataset.names((blamed or index.tolist())[:8])
-        whose = "whose features are not finite" if blamed else "of that step (features of all of them are finite)"
-        raise NonFiniteLoss(
-            f"The loss is {loss.item()} at step {step}; nothing was saved after it. Images {whose}: "
-            f"{', '.join(names)}{', ...' if len(blamed or index) > 8 else ''}. Lower --learning_rate or --beta, or use "
-            f"float32.",
-            found=bool(blamed),
-        )
-
-    # ---- optimiser and schedule ----
+    # ---- optimizer and schedule ----
 
     def get_decay_parameter_names(self, model) -> list[str]:
         if self.args.weight_decay_on == "all":
@@ -229,8 +281,10 @@ class DistillationTrainer(PublishingTrainer):
 
     def _get_grad_norm(self, model, grad_norm=None):
         """Only where it is logged: it is a pass over all parameters."""
-        step, every = self.state.global_step + 1, self.args.logging_strategy == IntervalStrategy.STEPS
-        if every and step % self.state.logging_steps and not (step == 1 and self.args.logging_first_step):
+        step = self.state.global_step + 1
+        by_steps = self.args.logging_strategy == IntervalStrategy.STEPS
+        is_first = step == 1 and self.args.logging_first_step
+        if by_steps and step % self.state.logging_steps and not is_first:
             return grad_norm
         return super()._get_grad_norm(model, grad_norm)
 
@@ -238,21 +292,14 @@ class DistillationTrainer(PublishingTrainer):
 
     @property
     def images_seen(self) -> int:
-        """Images of all optimiser steps so far, anchors and neighbours alike."""
+        """Images of all optimizer steps so far, anchors and neighbours alike."""
         return self.length.images_after(self.state.global_step)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self._stop_if_not_finite()
-        if "loss" in logs and self._parts_steps:
-            names = list(self._parts)
-            if names:  # a loss of one part has none to name
-                means = torch.stack([self._parts[name].float() for name in names]) / self._parts_steps
-                means = self.accelerator.reduce(means, reduction="mean").tolist()
-                logs |= dict(zip(names, means))
-            self._parts, self._parts_steps = {}, 0
-            now, seen = time.perf_counter(), self.images_seen
-            logs["images_per_second"] = round((seen - self._clock[1]) / (now - self._clock[0]), 1)
-            self._clock = now, seen
+        self.monitor.check_finite()
+        if "loss" in logs and self.monitor.has_means():
+            logs |= self.monitor.means(lambda means: self.accelerator.reduce(means, reduction="mean"))
+            logs["images_per_second"] = self.monitor.images_per_second(self.images_seen)
         logs["images_seen"] = self.images_seen
         super().log(logs, start_time)
 
@@ -272,19 +319,208 @@ class DistillationTrainer(PublishingTrainer):
         if all(method.name in OF_EMBEDDINGS for method in self.args.methods):
             metrics["eval_loss"] = self._eval_loss(projected)
         named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
-        self._clock = None  # evaluation is no training time
+        self.monitor.stop_clock()
         return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.queries))
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        """``--eval_on_start`` is what training is compared with: a resumed run has it in its history."""
+        if skip_scheduler and self.state.global_step > 0:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     @torch.no_grad()
     def _eval_loss(self, projected: Tensor) -> float:
         """Mean loss over held-out batches of the training size, un-augmented."""
-        size, criterion = min(self.args.images_per_batch, len(projected)), self._whole.criterion
-        training = criterion.training
+        criterion = self.full_model.criterion
+        size = min(self.args.images_per_batch, len(projected))
         rows = torch.arange(len(projected))
-        parts = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
+        batches = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
+        training = criterion.training
         criterion.eval()
         losses = [
-            criterion(Features(s), Features(t), index)["loss"] for s, t, index in zip(*parts) if len(index) == size
+            criterion(Features(student), Features(teacher), index)["loss"]
+            for student, teacher, index in zip(*batches, strict=True)
+            if len(index) == size
         ]
         criterion.train(training)
         return torch.stack(losses).mean().item()
+
+    # ---- saving ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        self.monitor.check_finite()
+        if not self.args.should_save:
+            return
+        model = self.unwrapped_model
+        save_student(
+            output_dir or self.args.output_dir,
+            model,
+            self.processing_class,
+            self.args,
+            model.state_dict() if state_dict is None else state_dict,
+            self.state.global_step,
+        )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the student as ``transformers.Trainer`` does.
+
+        Raises:
+            CheckpointError: on every process, where one could not write; before any of them waits for another.
+        """
+        with self.checkpoints.same_error_everywhere(output_dir or self.args.output_dir):
+            if self.is_deepspeed_enabled and self.deepspeed is None:  # a finished run: nothing was wrapped
+                self._save(output_dir)
+            else:
+                super().save_model(output_dir, _internal_call=True)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Like ``Trainer``'s, which writes in place: a run killed there would leave half a checkpoint."""
+        self.store_flos()
+        run_dir = Path(self._get_output_dir(trial=trial))
+        final = run_dir / f"checkpoint-{self.state.global_step}"
+        with self.checkpoints.atomic(final) as folder:
+            self._write_checkpoint(str(folder), final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
+
+    def _write_checkpoint(self, folder: str, final: Path) -> None:
+        self.save_model(folder, _internal_call=True)
+        best = self.state.best_global_step
+        if best and (best == self.state.global_step or final.with_name(f"checkpoint-{best}").exists()):
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}"))
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(folder)
+            self._save_scaler(folder)
+            self._save_rng_state(folder)
+        if not self.args.should_save:
+            return
+        Path(folder, RECORD).write_text(json.dumps(self.identity(), indent=2))
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self._store_callback_state(callback)
+        self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+
+    def _store_callback_state(self, callback: ExportableState) -> None:
+        states = self.state.stateful_callbacks
+        name = type(callback).__name__
+        if isinstance(states[name], list):
+            states[name].append(callback.state())
+        else:
+            states[name] = callback.state()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """Like ``Trainer``'s, and keeps the best student so far in ``best/``, whatever checkpoints are written."""
+        name = f"eval_{(self.args.metric_for_best_model or '').removeprefix('eval_')}"
+        if name == "eval_overlap10" and name not in metrics:  # too few images; it was not asked for
+            return False
+        better = super()._determine_best_metric(metrics, trial)
+        if better:
+            with self.checkpoints.atomic(Path(self._get_output_dir(trial=trial), BEST)) as folder:
+                self.save_model(str(folder), _internal_call=True)
+        return better
+
+    # ---- resuming ----
+
+    def identity(self) -> dict[str, str]:
+        """What must be the same for a run to be resumed; each entry under the argument that decides it."""
+        if self._identity is None:
+            model = self.unwrapped_model
+            self._identity = {
+                "--teacher": self.teacher.fingerprint(),
+                "--student": f"{type(model.network).__name__} {shapes(model.network)}",
+                "--head": "none" if model.head is None else shapes(model.head),
+                "--method": self.args.method,
+                "--seed": str(self.args.seed),
+                "--per_device_train_batch_size": f"{self.args.images_per_step} images a step",
+            } | self.train_dataset.identity()
+        return self._identity
+
+    def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint to resume from, checked; None for a fresh start.
+
+        Raises:
+            ValueError: not a complete checkpoint, one of another run, or one without the state of its training.
+        """
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        if checkpoint is not None:
+            check_identity(checkpoint, self.identity())
+            check_training_state(checkpoint, self.args)
+        return checkpoint
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        load_student(model, type(self.student.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    # ---- the Hub ----
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository.
+
+        Raises:
+            ValueError: no valid name, no or a wrong token, a repository of somebody else.
+        """
+        if self.is_world_process_zero():
+            self.hub_model_id = self.publisher.open_repo(token, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self.is_world_process_zero() and self.publisher.wants_checkpoints():
+            self.callback_handler.on_push_begin(self.args, self.state, self.control)
+            self.publisher.push_checkpoint(checkpoint_folder, self.images_seen)
+
+    def _finish_current_push(self) -> None:
+        self.publisher.wait()
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """Save the student, write its card (``kwargs``) and push; all processes together.
+
+        It always waits for the end of the upload. Returns the commit, on the first process.
+
+        Raises:
+            PushFailed: the student is on disk; the message says how to push it.
+        """
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.create_model_card(**kwargs)
+        return self.push_output_dir(commit_message, token, revision, private)
+
+    def push_output_dir(
+        self,
+        commit_message: str | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+    ):
+        """Push what is in the output folder; on the first process alone. See ``push_to_hub``."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        message = commit_message or f"Student, {self.images_seen:,} images seen"
+        return self.publisher.push_output_dir(message, token, revision, private)
+
+    def create_model_card(self, model_name: str | None = None, record: dict | None = None, **metadata) -> None:
+        """Write ``README.md`` next to the student.
+
+        Args:
+            model_name: title; default: the repository's or the folder's name.
+            record: what ``run.json`` holds.
+            metadata: ``license``, ``language`` and ``tags`` of the student.
+        """
+        if self.is_world_process_zero():
+            write_card(self, model_name, record or {}, metadata)

@@ -1,9 +1,11 @@
 """Arguments of training, with the method's defaults."""
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy
 
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
@@ -161,6 +163,28 @@ class DistillationArguments(TrainingArguments):
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
                 f"one image: space similarity compares dimensions over a batch, use at least 2."
             )
+
+    def resolved(
+        self, length: RunLength, *, has_evaluator: bool, has_unused_parameters: bool
+    ) -> "DistillationArguments":
+        """Return a copy in which everything is decided that depends on images and networks.
+
+        Args:
+            length: of an epoch, as of ``run_length``.
+            has_evaluator: whether there are images to evaluate on.
+            has_unused_parameters: whether trainable parameters get no gradient.
+        """
+        args = copy.copy(self)
+        if args.num_images is not None:
+            args.max_steps = length.steps_for(args.num_images)
+        if args.watched:
+            if has_evaluator:
+                args.eval_on_start = True  # what training is compared with
+            else:
+                args.eval_strategy = IntervalStrategy.NO
+        if has_unused_parameters:
+            args.ddp_find_unused_parameters = True
+        return args
 
     @property
     def methods(self) -> list[Method]:

@@ -1,4 +1,8 @@
-"""Errors that end a run."""
+"""Errors that end a run, and what a command makes of them."""
+
+import contextlib
+import os
+import sys
 
 
 class RunStopped(RuntimeError):
@@ -19,3 +23,25 @@ class NonFiniteLoss(RunStopped):
 
 class CheckpointError(RunStopped):
     """A checkpoint could not be written; earlier ones are whole."""
+
+
+@contextlib.contextmanager
+def bad_input_exits():
+    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+@contextlib.contextmanager
+def stopped_run_exits():
+    """Turns a ``RunStopped`` into one paragraph on stderr and exit code 1."""
+    try:
+        yield
+    except RunStopped as error:
+        if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        raise SystemExit(1) from None

@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas
 import torch
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.study import paper_tables as paper
 from coss_hf.study.sweep import Sweep

@@ -2,10 +2,11 @@ import dataclasses
 
 import pytest
 
-from coss_hf.cli.parser import bad_input_exits, parse
+from coss_hf.cli.parser import parse
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.errors import bad_input_exits
 
 EVERYTHING = (ModelArguments, DataArguments, DistillationArguments)
 

@@ -12,10 +12,9 @@ from PIL import Image
 from transformers import AutoModel, TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
 
 from coss_hf.data.loading import load_images
-from coss_hf.data.views import ViewDataset
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.loading import load_backbone
-from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.training_args import DistillationArguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,18 +114,10 @@ def make_trainer(
     }
     args = DistillationArguments(**{**options, **args})
     splits = load_images(str(images), validation_size=0)
-    teacher, student = load_backbone(teacher, argument="teacher"), load_backbone(student, argument="student")
-    views = ViewDataset(
-        splits.train,
-        splits.image_column,
-        args.augmentation,
-        16,
-        seed=args.seed,
-        neighbors=neighbors,
-        k=args.neighbors_k,
-    )
+    teacher = load_backbone(teacher, argument="teacher")
+    student = load_backbone(student, argument="student")
     evaluator = evaluator(splits, teacher) if evaluator else None
-    return DistillationTrainer(student, teacher, args, views, evaluator, criterion)
+    return build_trainer(student, teacher, splits, args, neighbors=neighbors, evaluator=evaluator, criterion=criterion)
 
 
 def state(trainer) -> dict[str, torch.Tensor]:

@@ -133,11 +133,11 @@ def test_a_disk_that_is_full_when_the_report_is_written(world, capsys, monkeypat
         raise OSError(28, "No space left on device", f"{folder}/report.html")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(distill, "write_page", full)
+        patch.setattr("coss_hf.trainer.factory.write_page", full)
         world.run("--save_strategy=steps", "--save_steps=6")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "report.html could not be written: [Errno 28]" in error
-    assert "checkpoint-6 is whole" in error and "same command with --resume_from_checkpoint" in error
+    assert "checkpoint-6 is complete" in error and "same command with --resume_from_checkpoint" in error
     world.run("--save_strategy=steps", "--save_steps=6", "--resume_from_checkpoint")
     assert (world.out / "report.html").is_file() and "step 6." in capsys.readouterr().out
 

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import tests.helpers.runs as h
+from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from tests.recipes.test_distill import load_recipe
 
 train_teacher = load_recipe("train_teacher")
-sys.modules["train_teacher"] = train_teacher  # where pickle looks for the class of the saved arguments
 
 
 @pytest.fixture
@@ -81,8 +82,8 @@ def test_a_checkpoint_gets_a_new_classifier(train, tmp_path, image_parquet):
 
 def make(tmp_path, image_parquet, **options):
     options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "model": "resnet20", "image_size": 16, **options}
-    args = train_teacher.TeacherArguments(per_device_train_batch_size=16, **options)
-    return train_teacher.prepare(train_teacher.DataArguments(dataset=str(image_parquet)), args)[0]
+    args = TeacherArguments(per_device_train_batch_size=16, **options)
+    return build_supervised_run(DataArguments(dataset=str(image_parquet)), args).trainer
 
 
 def test_the_papers_optimiser_and_steps(tmp_path, image_parquet):
@@ -136,10 +137,10 @@ def test_bad_input(train, tmp_path, image_parquet, capsys, replaced, message):
 
 
 def test_processes_that_would_train_alone_are_refused(tmp_path, monkeypatch):
-    args = train_teacher.TeacherArguments(output_dir=str(tmp_path / "out"), use_cpu=True, model="resnet20")
+    args = TeacherArguments(output_dir=str(tmp_path / "out"), use_cpu=True, model="resnet20")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="each would train alone.*--use_cpu"):
-        train_teacher.prepare(train_teacher.DataArguments(), args)
+        build_supervised_run(DataArguments(), args)
 
 
 def test_a_network_is_not_overwritten(train, capsys):

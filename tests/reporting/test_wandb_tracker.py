@@ -16,6 +16,7 @@ from transformers import AutoModel, TrainerCallback
 
 import tests.helpers.runs as h
 from coss_hf.reporting import wandb_tracker as tracking
+from coss_hf.reporting.wandb_tracker import report_end_of_run
 from tests.helpers.wandb_reader import artifacts, read, tables
 from tests.recipes.test_distill import world  # noqa: F401 (a fixture)
 
@@ -218,7 +219,7 @@ def test_training_goes_on_without_a_server(
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")
         with caplog.at_level(logging.WARNING):
             trainer.train()
-        trainer.track({"results": {}})
+        report_end_of_run(trainer, {"results": {}})
         wandb.teardown()
     assert trainer.state.global_step == 6
     (warning,) = [entry.getMessage() for entry in caplog.records if "W&B" in entry.getMessage()]
@@ -240,7 +241,7 @@ def test_a_server_that_is_lost_ends_no_run(tmp_path, image_parquet, networks, wa
     trainer.add_callback(Lose)
     trainer.train()
     assert wandb.run.settings.mode == "online"
-    trainer.track({"results": {}})
+    report_end_of_run(trainer, {"results": {}})
     assert wandb.run is None and trainer.state.global_step == 6
     wandb.teardown()
     assert [line["train/loss"] for line in read(wandb_folder)[0] if "train/loss" in line]

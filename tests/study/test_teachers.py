@@ -5,11 +5,9 @@ import shutil
 
 import pytest
 
-import tests.helpers.runs as h
 from coss_hf.study import teachers
 from coss_hf.trainer.arguments import DataArguments
 
-RECIPE = h.ROOT / "recipes" / "train_teacher.py"
 OPTIONS = {
     "per_device_train_batch_size": 16,
     "bf16": False,
@@ -29,13 +27,13 @@ def test_a_half_written_checkpoint_is_passed_over_and_other_wishes_are_refused(t
     half = folder / "checkpoint-1"
     half.mkdir(parents=True)
     (half / "config.json").write_text("{}")
-    teachers.train(RECIPE, [folder], data, 1, OPTIONS)
+    teachers.train([folder], data, 1, OPTIONS)
     assert (folder / "run.json").exists() and not list(folder.glob("checkpoint-*"))
     record = json.loads((folder / "run.json").read_text())
     assert "--lr_milestones 0.625 0.75 0.875" in record["command"]
     assert f"trained first, for 1 epochs: {100 * record['accuracy']:.1f} % of test" in teachers.describe(folder)
     before = (folder / "run.json").stat().st_mtime_ns
-    teachers.train(RECIPE, [folder], data, 1, OPTIONS)
+    teachers.train([folder], data, 1, OPTIONS)
     assert before == (folder / "run.json").stat().st_mtime_ns
     teachers.check([folder], data, 1, OPTIONS | {"save_steps": 5, "use_cpu": False})
     with pytest.raises(

@@ -210,7 +210,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
         final = start(world, tmp_path / "final", 1, 0, "--save_strategy=no")
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1, err
-    assert "could not be written" in err and f"{earlier} is whole" in err and "Traceback" not in err
+    assert "could not be written" in err and f"{earlier} is complete" in err and "Traceback" not in err
     assert not list(output.glob("unfinished-*"))
     err = final.communicate(timeout=120)[1]
     assert final.returncode == 1 and "final could not be written" in err and "Traceback" not in err, err

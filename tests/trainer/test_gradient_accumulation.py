@@ -7,7 +7,7 @@ from torch import nn
 import tests.helpers.runs as h
 from coss_hf.features import Features
 from coss_hf.losses.registry import LOSSES
-from coss_hf.trainer.gradient_accumulation import add_rests, with_gradient_times
+from coss_hf.trainer.gradient_accumulation import attach_other_totals, scale_gradient
 
 
 class Linear(nn.Module):
@@ -40,14 +40,14 @@ def test_micro_batches_equal_one_batch(sizes):
     batches = [{"pixel_values": x[r], "index": r} for r in rows]
     teacher = {r[0].item(): Features(t[r]) for r in rows}
     lookup = iter(teacher.values())
-    add_rests(model, batches, lambda views: next(lookup), lambda totals: totals)
+    attach_other_totals(model, batches, lambda views: next(lookup), lambda totals: totals)
     assert model.calls == 0, "buffers are left as they were"
     for batch in batches:
         output = model(batch["pixel_values"], Features(batch["teacher"]), batch["index"], rest=batch["rest"])
         torch.testing.assert_close(output["loss"], expected["loss"], rtol=1e-12, atol=0)
         torch.testing.assert_close(output["l_co"], expected["l_co"], rtol=1e-12, atol=0)
         # Trainer divides by the number of micro-batches.
-        (with_gradient_times(output["loss"], len(batches)) / len(batches)).backward()
+        (scale_gradient(output["loss"], len(batches)) / len(batches)).backward()
     scale = whole.weight.grad.abs().max().item()
     torch.testing.assert_close(model.weight.grad, whole.weight.grad, rtol=0, atol=1e-10 * scale)
 

@@ -123,7 +123,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, im
         real(folder)
 
     trainer._save_rng_state = full
-    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*No space.*checkpoint-2 is whole"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-4 could not be written.*No space.*checkpoint-2 is complete"):
         trainer.train()
     assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint*")) == ["checkpoint-2"]
     again = h.make_trainer(*arguments, **options)

@@ -139,8 +139,8 @@ def test_parameters_outside_the_embedding_are_frozen(tmp_path, image_parquet, ne
     before = h.state(trainer)
     trainer.train()
     after = h.state(trainer)
-    assert torch.equal(before["student.pooler.dense.weight"], after["student.pooler.dense.weight"])
-    assert not torch.equal(before["student.layernorm.weight"], after["student.layernorm.weight"])
+    assert torch.equal(before["network.pooler.dense.weight"], after["network.pooler.dense.weight"])
+    assert not torch.equal(before["network.layernorm.weight"], after["network.layernorm.weight"])
 
 
 def test_head_is_trained_and_kept_beside_the_student(tmp_path, image_parquet, networks):

@@ -9,7 +9,7 @@ from coss_hf.evaluation.diagnostics import OVERLAP, alarms
 logger = logging.getLogger(__name__)
 
 
-class Watch(TrainerCallback):
+class DiagnosticsCallback(TrainerCallback):
     """Raises each alarm once, and looks once more when training ends.
 
     Args:

@@ -11,7 +11,7 @@ from coss_hf.evaluation.agreement import duplicate_share
 from coss_hf.evaluation.diagnostics import alarms
 from coss_hf.evaluation.embeddings import evaluate_embeddings
 from coss_hf.evaluation.evaluator import Evaluator
-from coss_hf.trainer.callbacks.diagnostics import Watch
+from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 
 
 def panel(overlap=0.02, rank=20.0, teacher=36.0, duplicates=0.0, dead=0.0, same=0.0):
@@ -67,7 +67,7 @@ def test_an_alarm_is_raised_once_also_after_a_resumption(caplog):
     with caplog.at_level(logging.WARNING):
         for entry in (panel(0.1, 1.2), panel(0.2, 1.1), panel(0.3, 20.0), panel(0.3, 1.1)):
             state.log_history.append(entry)
-            Watch(2000, True).on_evaluate(None, state, None)  # a new one, as a new process has
+            DiagnosticsCallback(2000, True).on_evaluate(None, state, None)  # a new one, as a new process has
     assert [record.message[:29] for record in caplog.records] == ["ALARM: The student has collap"]
 
 

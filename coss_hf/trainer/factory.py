@@ -1,0 +1,255 @@
+"""Where a run is put together: from arguments to a trainer that is ready for its first step."""
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback, set_seed
+
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.views import ViewDataset
+from coss_hf.evaluation.evaluator import Evaluator, compare, sample
+from coss_hf.models.backbone import Backbone
+from coss_hf.neighbors.columns import check_neighbors, check_pool
+from coss_hf.reporting.run_record import to_dict
+from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
+from coss_hf.reporting.wandb_tracker import report_end_of_run
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.distributed import leave
+from coss_hf.utils.process_group import Processes
+
+
+@dataclass
+class DistillationRun:
+    """A run from its arguments to the page that it leaves.
+
+    Attributes:
+        trainer: ready for the first step.
+        splits: the images.
+        checkpoint: the one to resume from, checked; None for a fresh start.
+    """
+
+    trainer: DistillationTrainer
+    splits: ImageSplits
+    checkpoint: str | None = None
+    _neighbors: NeighborExamples | None = field(default=None, init=False, repr=False)
+    _projection: dict | None = field(default=None, init=False, repr=False)
+
+    def train(self) -> None:
+        """Train, save the student, and leave the process group: nothing after this needs the other processes.
+
+        Raises:
+            RunStopped: the loss became not finite, or something could not be written.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:
+            for old in Path(args.output_dir).glob("checkpoint-*"):
+                shutil.rmtree(old)
+        trainer.train(resume_from_checkpoint=self.checkpoint or args.resume_from_checkpoint)
+        trainer.save_model(_internal_call=True)  # not pushed yet
+        with trainer.checkpoints.disk_full_as_checkpoint_error():
+            trainer.save_state()
+        leave()
+
+    def report(self) -> dict:
+        """Compare the student with teacher and random weights, and write record, pictures, page and card next to it.
+
+        On the first process alone. Images of the test split are read once, here.
+
+        Returns:
+            What ``run.json`` holds; its ``results`` are empty without test or validation images.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        final = build_evaluator(self.splits, trainer.teacher, args, self.splits.test or self.splits.validation)
+        results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
+        with trainer.checkpoints.disk_full_as_checkpoint_error():
+            record = write_record(args.output_dir, trainer, results, self.splits)
+            self._neighbors, self._projection = write_pictures(args.output_dir, trainer, final)
+            write_page(args.output_dir, trainer, record)
+            trainer.create_model_card(record=record)
+        return record
+
+    def publish(self, record: dict) -> None:
+        """Push the student with ``--push_to_hub``, and then tell W&B, which may keep a run waiting.
+
+        On the first process alone, after ``report``.
+
+        Raises:
+            PushFailed: the student is on disk; the message says how to push it.
+        """
+        try:
+            if self.trainer.args.push_to_hub:
+                self.trainer.push_output_dir()
+        finally:
+            report_end_of_run(self.trainer, record, self._neighbors, self._projection)
+
+
+def build_run(models: ModelArguments, data: DataArguments, args: DistillationArguments) -> DistillationRun:
+    """Build everything up to the first training step; all bad input is found here, what is cheap to find first.
+
+    Args:
+        models: teacher and student.
+        data: images and the search for neighbours.
+        args: of the training.
+
+    Raises:
+        ValueError: any input that the run cannot use.
+    """
+    checkpoint = check_output_dir(args)
+    with Processes().first(args.local_process_index == 0):
+        splits = data.load(watched=True)
+    teacher = models.load_teacher()
+    set_seed(args.seed)
+    student = models.load_student(teacher)
+    if args.eval_strategy != "no" and not args.watched and splits.validation is None:
+        raise ValueError(
+            f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
+            f"images are read once, at the end.)"
+        )
+    teacher.model.to(args.device)
+    queries = sample(splits.validation, args.eval_sample_size)
+    evaluator = build_evaluator(splits, teacher, args, queries, during_training=True)
+    trainer = build_trainer(student, teacher, splits, args, data=data, evaluator=evaluator)
+    trainer.arguments = to_dict(models, data, trainer.args)
+    if checkpoint is not None and not args.dry_run:
+        trainer.find_checkpoint(checkpoint)  # refuses that of another run
+    return DistillationRun(trainer, splits, checkpoint)
+
+
+def build_trainer(
+    student: Backbone,
+    teacher: Backbone,
+    splits: ImageSplits,
+    args: DistillationArguments,
+    *,
+    data: DataArguments | None = None,
+    neighbors: np.ndarray | None = None,
+    evaluator: Evaluator | None = None,
+    criterion: nn.Module | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> DistillationTrainer:
+    """Build a trainer from networks, images and arguments; neighbours are found last, since that takes longest.
+
+    Args:
+        student: to be trained.
+        teacher: frozen.
+        splits: the images.
+        args: of the training.
+        data: how neighbours are searched and where they are kept; default: ``DataArguments()``.
+        neighbors: ``(n, K)`` rows of each training image's neighbours, instead of a search.
+        evaluator: see ``DistillationTrainer``.
+        criterion: see ``DistillationTrainer``.
+        callbacks: see ``DistillationTrainer``.
+
+    Raises:
+        ValueError: any input that the run cannot use.
+    """
+    teacher.model.to(args.device)
+    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
+    views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
+    trainer = DistillationTrainer(student, teacher, args, views, evaluator, criterion, callbacks)
+    if args.neighbors_k:
+        if neighbors is None:
+            neighbors = find_neighbors(splits, teacher, data or DataArguments(), args)
+        views.use_neighbors(neighbors, args.neighbors_k)
+    return trainer
+
+
+def build_evaluator(
+    splits: ImageSplits,
+    teacher: Backbone,
+    args: DistillationArguments,
+    queries: Dataset | None,
+    *,
+    during_training: bool = False,
+) -> Evaluator | None:
+    """Build the evaluation of ``queries`` against the training images; None without queries.
+
+    Args:
+        splits: the images.
+        teacher: compared with.
+        args: of the training.
+        queries: held-out images.
+        during_training: with diagnostics, against a sample of the training images, instead of with retrieval.
+    """
+    if queries is None:
+        return None
+    return Evaluator(
+        teacher,
+        queries,
+        splits.image_column,
+        label_column=splits.label_column,
+        bank=sample(splits.train, args.eval_bank_size if during_training else None),
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        panel=during_training,
+        retrieval=not during_training,
+    )
+
+
+def find_neighbors(
+    splits: ImageSplits, teacher: Backbone, data: DataArguments, args: DistillationArguments
+) -> np.ndarray:
+    """Return neighbour indices ``(n, K)`` of the training images: those that came with them, or the teacher's.
+
+    All processes of a run call together. A dry run makes some up.
+
+    Raises:
+        ValueError: neighbours of other images, or more of them than there are.
+    """
+    train = splits.train
+    if "neighbors" in train.column_names:
+        return check_neighbors(train, args.neighbors_pool)
+    if args.dry_run:
+        check_pool(args.neighbors_pool, len(train))
+        return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
+    from coss_hf.neighbors.mining import nearest_neighbors  # with it comes faiss, of no use otherwise
+
+    found, _ = nearest_neighbors(
+        train,
+        teacher,
+        splits.image_column,
+        k=args.neighbors_pool,
+        options=data,
+        cache_dir=data.neighbors_cache,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    return found
+
+
+def check_output_dir(args: DistillationArguments) -> str | None:
+    """Lock the output folder and return the checkpoint to resume from; None for a fresh start.
+
+    Raises:
+        ValueError: another run is at work there, a run is there already and would be overwritten, or there is no such
+            checkpoint.
+    """
+    output = Path(args.output_dir)
+    if not args.dry_run:
+        with args.main_process_first(local=False, desc="checkpoints"):
+            if args.process_index == 0:
+                lock_output_dir(output)
+                # Only if asked to go on: a refusal changes nothing.
+                if args.resume_from_checkpoint or args.overwrite_output_dir:
+                    recover(output)
+    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
+    used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
+    if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):
+        resume = "continue it with --resume_from_checkpoint"
+        if args.resume_from_checkpoint:
+            resume = "it has no complete checkpoint to resume from"
+        raise ValueError(
+            f"--output_dir={output} already holds a run: {resume}, replace it with --overwrite_output_dir, or give "
+            f"another folder."
+        )
+    return checkpoint

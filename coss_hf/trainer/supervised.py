@@ -1,0 +1,208 @@
+"""Supervised training of a teacher on labelled images."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.data.transforms import AUGMENTATIONS
+from coss_hf.data.views import ViewDataset, collate_views
+from coss_hf.evaluation.evaluator import labelled
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.cifar.classifier import load_classifier
+from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.engine import check_graphs, check_processes
+from coss_hf.utils.distributed import leave
+
+
+@dataclass
+class TeacherArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with the method's defaults."""
+
+    output_dir: str = field(default="teacher", metadata={"help": "Folder for network and image processor."})
+    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network that is already there."})
+    model: str | None = field(default=None, metadata={"help": "resnet56, resnet32x4, ..., or a Hub name or folder."})
+    hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Widths of a CIFAR network's stages."})
+    image_size: int | None = field(default=None, metadata={"help": "Input side; default: 32, or the checkpoint's."})
+    mean: list[float] | None = field(default=None, metadata={"help": "Of a CIFAR network's input: CIFAR-100's."})
+    std: list[float] | None = field(default=None, metadata={"help": "The same."})
+    augmentation: str = field(default="cifar", metadata={"help": "Of training.", "choices": list(AUGMENTATIONS)})
+    num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a device and step."})
+    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
+    optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
+    momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
+    weight_decay: float = field(default=5e-4, metadata={"help": "With SGD on every parameter, as in the paper."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
+    lr_milestones: list[float] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
+    save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+
+
+@dataclass
+class SupervisedRun:
+    """A supervised training, from its arguments to the network that it leaves.
+
+    Attributes:
+        trainer: ready for the first step.
+        backbone: the one within the classifier that is trained.
+        splits: the images.
+        checkpoint: the one to resume from; None for a fresh start.
+    """
+
+    trainer: Trainer
+    backbone: Backbone
+    splits: ImageSplits
+    checkpoint: str | None
+
+    def train(self, launched_as: str | None = None) -> dict | None:
+        """Train, save the classifier and measure it on test images, else on held-out ones.
+
+        Args:
+            launched_as: the command for the record; default: that of this process.
+
+        Returns:
+            On the first process what ``run.json`` holds, with ``accuracy`` where there are images to measure it on.
+        """
+        trainer, args = self.trainer, self.trainer.args
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.save_model()
+        leave()
+        if not trainer.is_world_process_zero():
+            return None
+        record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
+        queries = self.splits.test or self.splits.validation
+        if queries is not None and labelled(queries[self.splits.label_column][:]):
+            images = ProcessedImages(queries, self.splits.image_column, self.backbone.preprocess)
+            labels = torch.as_tensor(queries[self.splits.label_column][:])
+            record["accuracy"] = accuracy(trainer.model, images, labels, args)
+            name = "test" if self.splits.test else "validation"
+            print(f"accuracy on {len(queries):,} {name} images: {100 * record['accuracy']:.1f} %")
+        write_json(Path(args.output_dir, "run.json"), record)
+        return record
+
+
+def build_supervised_run(data: DataArguments, args: TeacherArguments) -> SupervisedRun:
+    """Build everything up to the first step; all bad input is found here.
+
+    Args:
+        data: labelled images.
+        args: network and training.
+
+    Raises:
+        ValueError: any input that the run cannot use.
+    """
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, files=("config.json",))
+    check_processes(args)
+    check_graphs(args)
+    if not args.model:
+        raise ValueError("--model is missing; see --help.")
+    if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
+        raise ValueError(f"--output_dir={args.output_dir} holds a network: replace it with --overwrite_output_dir.")
+    with args.main_process_first(desc="images"):
+        splits = data.load()
+    set_seed(args.seed)
+    model, processor = load_classifier(
+        args.model,
+        class_names(splits),
+        size=args.image_size,
+        mean=args.mean,
+        std=args.std,
+        hidden_sizes=args.hidden_sizes,
+    )
+    backbone = Backbone(model, processor, size=args.image_size, argument="image")  # refuses sizes it cannot take
+    views = ViewDataset(splits.train, splits.image_column, args.augmentation, max(backbone.size), seed=args.seed)
+    labels = torch.as_tensor(splits.train[splits.label_column][:])
+    trainer = build_supervised_trainer(model, backbone, labels, args, views)
+    return SupervisedRun(trainer, backbone, splits, checkpoint)
+
+
+def build_supervised_trainer(
+    model: PreTrainedModel, backbone: Backbone, labels: torch.Tensor, args: TeacherArguments, views: ViewDataset
+) -> Trainer:
+    """Build a trainer of a classifier.
+
+    Args:
+        model: the classifier.
+        backbone: the one within ``model``.
+        labels: ``(n,)`` class numbers of the images that ``views`` shows.
+        args: of the training.
+        views: of the training images, without neighbours.
+
+    Raises:
+        ValueError: fewer images than one step, or milestones that the run does not reach.
+    """
+    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    if len(views) < step:
+        raise ValueError(f"--per_device_train_batch_size: a step takes {step} images, of {len(views)}; lower it.")
+    optimizer = scheduler = None
+    if args.optim == "sgd":
+        parameters = model.to(args.device).parameters()
+        optimizer = torch.optim.SGD(parameters, args.learning_rate, args.momentum, weight_decay=args.weight_decay)
+    if args.lr_milestones:
+        if optimizer is None or max(args.lr_milestones) >= args.num_train_epochs:
+            raise ValueError(f"--lr_milestones {args.lr_milestones}: needs --optim sgd, and epochs of this run.")
+        drops = [round(epoch * (len(views) // step)) for epoch in args.lr_milestones]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
+
+    def collate(items: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate_views(items)
+        return {"pixel_values": backbone.normalize(batch["pixel_values"]), "labels": labels[batch["index"]]}
+
+    trainer = Trainer(
+        model,
+        args,
+        data_collator=collate,
+        train_dataset=views,
+        processing_class=backbone.processor,
+        optimizers=(optimizer, scheduler),
+        callbacks=[EpochCallback(views)],
+    )
+    # Networks that swallow keyword arguments are taken for ones that scale an accumulated loss by themselves.
+    trainer.model_accepts_loss_kwargs = False
+    return trainer
+
+
+def class_names(splits: ImageSplits) -> list[str]:
+    """Return the names of the classes, by number.
+
+    Raises:
+        ValueError: training images without labels.
+    """
+    column = splits.label_column
+    if column is None:
+        raise ValueError("--label_column: no labels found, and a supervised teacher needs them; name their column.")
+    numbers = splits.train[column][:]
+    if not labelled(numbers):
+        raise ValueError(f"--label_column {column}: some images have no label; leave them out of the training split.")
+    feature = splits.train.features[column]
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    return [str(i) for i in range(max(numbers) + 1)]
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, images: ProcessedImages, labels: torch.Tensor, args: TeacherArguments) -> float:
+    """Return the share of un-augmented images that the classifier gets right.
+
+    Args:
+        model: the classifier.
+        images: ``n`` images.
+        labels: ``(n,)`` class numbers.
+        args: device, batch size and workers.
+    """
+    model.eval()
+    loader = DataLoader(images, args.per_device_eval_batch_size, num_workers=args.dataloader_num_workers)
+    predicted = torch.cat([model(pixel_values=pixels.to(args.device)).logits.argmax(1).cpu() for pixels in loader])
+    return (predicted == labels).double().mean().item()
