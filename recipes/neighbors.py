@@ -61,7 +61,7 @@ def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsA
     if launched != state.num_processes:
         raise ValueError(f"{launched} processes were launched, but each would work alone; on a CPU add --use_cpu.")
     with state.main_process_first():
-        splits = data.load(watched=True)
+        splits = data.load(hold_out_by_default=True)
     if args.push_to_hub and state.is_main_process:
         check_repo(args.push_to_hub, "--push_to_hub", repo_type="dataset", private=args.hub_private_repo)
     teacher = models.load_teacher()

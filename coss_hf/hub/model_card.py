@@ -91,13 +91,8 @@ def revision_of(network: Backbone, given: str | None = None) -> str | None:
 def snippet(name: str, student: Backbone) -> str:
     """Code that embeds an image with Transformers alone."""
     trust = ", trust_remote_code=True" if getattr(student.model.config, "auto_map", None) else ""
-    layout, height, width = student.layout, *student.size
-    axes = (1, 2) if layout.channels_last else (2, 3)
-    mean = f"output.last_hidden_state[:, {layout.prefix}:].mean(1)"
-    expression = {
-        "pooler": "output.pooler_output.flatten(1)",
-        "cls": "output.last_hidden_state[:, 0]",
-    }.get(student.pooling, mean if layout.tokens else f"output.last_hidden_state.mean({axes})")
+    height, width = student.size
+    expression = _pooling_expression(student)
     options = "".join(f", {key}={value}" for key, value in student.options.items())
     return f'''import torch
 from PIL import Image
@@ -113,6 +108,18 @@ with torch.no_grad():
 embedding = {expression}  # (1, {student.dim})'''
 
 
+def _pooling_expression(student: Backbone) -> str:
+    layout = student.layout
+    if student.pooling == "pooler":
+        return "output.pooler_output.flatten(1)"
+    if student.pooling == "cls":
+        return "output.last_hidden_state[:, 0]"
+    if layout.tokens:
+        return f"output.last_hidden_state[:, {layout.prefix}:].mean(1)"
+    axes = (1, 2) if layout.channels_last else (2, 3)
+    return f"output.last_hidden_state.mean({axes})"
+
+
 def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None:
     """Writes ``README.md`` into the trainer's output folder.
 
@@ -122,10 +129,11 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         record: what ``run.json`` holds, as far as it is known.
         metadata: ``license``, ``language`` and ``tags`` of the student.
     """
-    args, teacher = trainer.args, trainer.teacher
+    args = trainer.args
+    teacher = trainer.teacher
     name = trainer.hub_model_id or args.output_dir
     title = title or Path(name).absolute().name
-    arguments, results = record.get("arguments", {}), record.get("results") or {}
+    arguments = record.get("arguments", {})
     revision = revision_of(teacher, arguments.get("teacher_revision"))
     licence, sentence = licence_of(teacher.name, revision)
     if licence not in PERMISSIVE:
@@ -143,23 +151,35 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    body = _body(trainer, title, _use(name, trainer.student), record, revision, sentence, results)
+    parts = [
+        f"# {title}",
+        f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
+        f"teacher does.",
+        "\n\n".join(record.get("verdict", [])),
+        f"## Use\n\n{_use(name, trainer.student)}",
+        f"## Training\n\n{_training(trainer, arguments, revision, sentence)}",
+        f"```\n{record['command']}\n```" if "command" in record else "",
+        *_evaluation(record, folder),
+        *_citations(trainer, arguments.get("dataset")),
+    ]
+    body = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
 def _use(name: str, student: Backbone) -> str:
     ours = "import coss_hf\n\nembeddings = coss_hf.embed(name, [image])"
-    space, dropped = student.model.config.teacher_space, ""
+    text = (
+        f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
+        f"once:\n\n```python\n{ours}\n```"
+    )
+    space = student.model.config.teacher_space
     if space is not None:
-        dropped = (
+        text += (
             f"\n\nIn the teacher's space ({space['dim']} numbers), to be compared with the teacher's embeddings, for "
             f"instance in a gallery that the teacher has embedded:\n\n```python\n"
             f"embeddings = coss_hf.Student.from_pretrained(name).embed([image])\n```"
         )
-    return (
-        f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
-        f"once:\n\n```python\n{ours}\n```{dropped}"
-    )
+    return text
 
 
 def _results(record: dict) -> list[EvalResult]:
@@ -184,46 +204,55 @@ def _link(name: str, prefix: str = "") -> str:
     return f"[{name}]({HUB}/{prefix}{name})" if on_hub(name) else f"`{name}`"
 
 
-def _body(trainer, title: str, use: str, record: dict, revision: str | None, sentence: str, results: dict) -> str:
-    args, teacher, student = trainer.args, trainer.teacher, trainer.student
-    arguments, head = record.get("arguments", {}), trainer.model.head
+def _training(trainer, arguments: dict, revision: str | None, licence: str) -> str:
+    """What the student was made from, as a table."""
+    teacher = trainer.teacher
+    student = trainer.student
+    head = "none"
+    if trainer.model.head is not None:
+        head = "`head.safetensors`, into the teacher's space; not part of the student"
     dataset = arguments.get("dataset")
-    cited = papers([method.name for method in args.methods])
+    images = _link(dataset, "datasets/") if dataset else "not recorded"
+    if arguments.get("dataset_revision"):
+        images += f", revision `{arguments['dataset_revision']}`"
     facts = {
         "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
         "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
-        "its licence": sentence,
+        "its licence": licence,
         "student": f"{type(student.model).__name__}, {student.num_parameters():,} parameters, started from "
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
         "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
-        "head": "none" if head is None else "`head.safetensors`, into the teacher's space; not part of the student",
-        "method": f"`{' + '.join(map(str, args.methods))}`, no labels",
-        "dataset": (f"{_link(dataset, 'datasets/')}" if dataset else "not recorded")
-        + (f", revision `{arguments['dataset_revision']}`" if arguments.get("dataset_revision") else ""),
+        "head": head,
+        "method": f"`{' + '.join(map(str, trainer.args.methods))}`, no labels",
+        "dataset": images,
         "images seen": f"{trainer.images_seen:,}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    return f"| | |\n|---|---|\n{rows}"
+
+
+def _evaluation(record: dict, folder: Path) -> list[str]:
+    results = record.get("results")
+    if not results:
+        return []
+    split = f" (split `{record['evaluated_on']}`)" if record.get("evaluated_on") else ""
     parts = [
-        f"# {title}",
-        f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
-        f"teacher does.",
-        "\n\n".join(record.get("verdict", [])),
-        f"## Use\n\n{use}",
-        f"## Training\n\n| | |\n|---|---|\n{rows}",
-        f"```\n{record['command']}\n```" if "command" in record else "",
+        f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
+        f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
+        f"{MAX_QUERIES:,} of the images at most. More figures in `run.json`.\n\n{table(results)}"
     ]
-    if results:
-        split = f" (split `{record['evaluated_on']}`)" if record.get("evaluated_on") else ""
-        parts.append(
-            f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
-            f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
-            f"{MAX_QUERIES:,} of the images at most. More figures in `run.json`.\n\n{table(results)}"
-        )
-        if Path(args.output_dir, "neighbors.png").is_file():
-            parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")
-    links = [f"* [{paper}]({address})" if address else f"* {paper}" for paper, address, _ in cited]
-    links += [f"* teacher: {_link(teacher.name)}"] if on_hub(teacher.name) else []
-    links += [f"* dataset: {_link(dataset, 'datasets/')}"] if on_hub(dataset) else []
+    if (folder / "neighbors.png").is_file():
+        parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")
+    return parts
+
+
+def _citations(trainer, dataset: str | None) -> list[str]:
+    """The papers of the methods, and links to what the student was made from."""
+    cited = papers([method.name for method in trainer.args.methods])
     entries = "\n\n".join(entry for *_, entry in cited)
-    parts += [f"## Citation\n\n```bibtex\n{entries}\n```", "## Links\n\n" + "\n".join(links)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    links = [f"* [{paper}]({address})" if address else f"* {paper}" for paper, address, _ in cited]
+    if on_hub(trainer.teacher.name):
+        links.append(f"* teacher: {_link(trainer.teacher.name)}")
+    if on_hub(dataset):
+        links.append(f"* dataset: {_link(dataset, 'datasets/')}")
+    return [f"## Citation\n\n```bibtex\n{entries}\n```", "## Links\n\n" + "\n".join(links)]

@@ -111,8 +111,8 @@ class DataArguments(SearchOptions):
         default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
     )
 
-    # Whether images are held out by default, as a training does.
-    watched = False
+    # Whether images are held out where `validation_size` is not given, as a training does.
+    holds_out_by_default = False
 
     def follow(self, student: str, revision: str | None = None) -> None:
         """Holds out of train what the run that left ``student`` (folder, or name on the Hub) held out of this dataset.
@@ -124,17 +124,28 @@ class DataArguments(SearchOptions):
         if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
             return
         if self.validation_size is None:
-            self.watched, self.validation_size = True, given.get("validation_size")
+            self.holds_out_by_default = True
+            self.validation_size = given.get("validation_size")
         elif self.validation_size != given.get("validation_size"):
             logger.warning(
                 "--validation_size %g: %s was trained with %s, perhaps on some of what is held out now.",
                 *(self.validation_size, student, given.get("validation_size") or "the default"),
             )
 
-    def load(self, watched: bool = False) -> ImageSplits:
-        """The images, checked; ``watched``: a training's, which holds some out by default."""
+    def load(self, hold_out_by_default: bool = False) -> ImageSplits:
+        """Load and check the images.
+
+        Args:
+            hold_out_by_default: hold some out of train where ``validation_size`` is not given, as a training does.
+
+        Raises:
+            ValueError: see ``load_images``.
+        """
         if not self.dataset:
             raise ValueError("--dataset is missing; see --help.")
+        validation_size = self.validation_size
+        if validation_size is None and not (hold_out_by_default or self.holds_out_by_default):
+            validation_size = 0
         return load_images(
             self.dataset,
             name=self.dataset_name,
@@ -143,7 +154,7 @@ class DataArguments(SearchOptions):
             test_split=self.test_split,
             image_column=self.image_column,
             label_column=self.label_column,
-            validation_size=self.validation_size if watched or self.watched else self.validation_size or 0,
+            validation_size=validation_size,
             max_train_samples=self.max_train_samples,
             on_bad_image=self.on_bad_image,
             num_proc=self.preprocessing_num_workers,

@@ -11,60 +11,76 @@ PROBE_IMAGES = 16
 
 
 def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = False) -> str:
-    """Everything that was resolved, one line each.
+    """Return everything that was resolved, one line each.
 
     Args:
         trainer: not yet started.
         splits: its images.
         measure: also run a few steps on noise for an estimate of memory and time; weights are left as they were.
     """
-    args, teacher, student = trainer.args, trainer.teacher, trainer.student
-    head = trainer.model.head
-    size = trainer.train_dataset.size
+    args = trainer.args
     steps = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * trainer.length.steps_per_epoch)
     images = trainer.length.images_after(steps)
-    counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    fewer, none = trainer.train_dataset.short
-    short = f"; {fewer:,} images have fewer (drawn with replacement), {none:,} of them none (views of their own)"
-    lines = [
-        f"teacher     {teacher!r}",
-        f"student     {student!r}",
-        f"head        {'none' if head is None else str(head).replace(chr(10), ' ')}",
-        f"loss        {args.method}: {trainer.model.criterion!r}",
-        f"images      {', '.join(f'{name} {len(rows):,}' for name, rows in counts.items() if rows is not None)}; "
-        f"column {splits.image_column!r}, labels {splits.label_column!r} (evaluation only)",
-        f"bad images  {len(splits.bad_images)} left out: {', '.join(splits.bad_images[:5])}"
-        if splits.bad_images
-        else "",
-        f"views       {size}x{size}, augmentation {args.augmentation}",
-        f"neighbours  {f'{args.neighbors_k} of the nearest {args.neighbors_pool}' if args.neighbors_k else 'none'}"
-        f"{short if fewer else ''}",
-        f"step        {args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x "
-        f"{1 + args.neighbors_k} views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
-        watched(trainer),
-        f"length      {steps:,} steps, {images:,} images seen",
-        f"device      {args.device}, mixed precision: {trainer.accelerator.mixed_precision}",
-    ]
+    size = trainer.train_dataset.size
+    head = "none" if trainer.model.head is None else str(trainer.model.head).replace("\n", " ")
+    facts = {
+        "teacher": repr(trainer.teacher),
+        "student": repr(trainer.student),
+        "head": head,
+        "loss": f"{args.method}: {trainer.model.criterion!r}",
+        "images": _images(splits),
+        "bad images": _bad_images(splits),
+        "views": f"{size}x{size}, augmentation {args.augmentation}",
+        "neighbours": _neighbors(trainer),
+        "step": f"{args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x {1 + args.neighbors_k} "
+        f"views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
+        "watched": _evaluation(trainer),
+        "length": f"{steps:,} steps, {images:,} images seen",
+        "device": f"{args.device}, mixed precision: {trainer.accelerator.mixed_precision}",
+    }
     if measure:
         seconds, memory = _measure(trainer, size)
-        lines.append(
-            f"estimate    {images / args.world_size * seconds / 60:.1f} minutes without data loading, "
-            f"{memory / 2**30:.2f} GiB a device"
-        )
-    return "\n".join(line for line in lines if line)
+        minutes = images / args.world_size * seconds / 60
+        facts["estimate"] = f"{minutes:.1f} minutes without data loading, {memory / 2**30:.2f} GiB a device"
+    return "\n".join(f"{name:<12}{value}" for name, value in facts.items() if value)
 
 
-def watched(trainer: DistillationTrainer) -> str:
-    """On how many images the training is watched, and how often; or that it is not."""
-    if trainer.evaluator is None or trainer.args.eval_strategy == "no":
-        return "watched     no: without images held out of train (--validation_size) or with --eval_strategy no"
-    often = f"every {trainer.args.eval_steps:g} steps" if trainer.args.eval_strategy == "steps" else "after each epoch"
-    return f"watched     on {len(trainer.evaluator.queries):,} images held out of train, {often}"
+def _images(splits: ImageSplits) -> str:
+    counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    shown = ", ".join(f"{name} {len(rows):,}" for name, rows in counts.items() if rows is not None)
+    return f"{shown}; column {splits.image_column!r}, labels {splits.label_column!r} (evaluation only)"
+
+
+def _bad_images(splits: ImageSplits) -> str:
+    if not splits.bad_images:
+        return ""
+    return f"{len(splits.bad_images)} left out: {', '.join(splits.bad_images[:5])}"
+
+
+def _neighbors(trainer: DistillationTrainer) -> str:
+    args = trainer.args
+    if not args.neighbors_k:
+        return "none"
+    text = f"{args.neighbors_k} of the nearest {args.neighbors_pool}"
+    fewer, none = trainer.train_dataset.short
+    if fewer:
+        text += f"; {fewer:,} images have fewer (drawn with replacement), {none:,} of them none (views of their own)"
+    return text
+
+
+def _evaluation(trainer: DistillationTrainer) -> str:
+    """On how many images the training is evaluated, and how often; or that it is not."""
+    args = trainer.args
+    if trainer.evaluator is None or args.eval_strategy == "no":
+        return "no: without images held out of train (--validation_size) or with --eval_strategy no"
+    often = f"every {args.eval_steps:g} steps" if args.eval_strategy == "steps" else "after each epoch"
+    return f"on {len(trainer.evaluator.queries):,} images held out of train, {often}"
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
     """Seconds an image and bytes a device. On a CPU a few images are timed; a GPU is only busy with a whole batch."""
-    args, model = trainer.args, trainer.model
+    args = trainer.args
+    model = trainer.model
     batch = args.per_device_train_batch_size * (1 + args.neighbors_k)
     probe = batch if args.device.type == "cuda" else min(batch, PROBE_IMAGES)
     state = {name: value.clone() for name, value in model.state_dict().items()}

@@ -106,11 +106,11 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     """
     checkpoint = check_output_dir(args)
     with Processes().first(args.local_process_index == 0):
-        splits = data.load(watched=True)
+        splits = data.load(hold_out_by_default=True)
     teacher = models.load_teacher()
     set_seed(args.seed)
     student = models.load_student(teacher)
-    if args.eval_strategy != "no" and not args.watched and splits.validation is None:
+    if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"

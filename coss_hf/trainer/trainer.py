@@ -104,7 +104,7 @@ class DistillationTrainer(Trainer):
         self._identity: dict[str, str] | None = None
         diagnostics = []
         if evaluator is not None:
-            diagnostics.append(DiagnosticsCallback(len(evaluator.queries), last_step=args.watched))
+            diagnostics.append(DiagnosticsCallback(len(evaluator.queries), last_step=args.evaluates_by_default))
         super().__init__(
             model,
             args,

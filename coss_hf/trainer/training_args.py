@@ -116,48 +116,64 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
 
     def __post_init__(self):
-        # Decided where the images are known: as often as EVAL_IMAGES says, and not at all without held-out images.
-        self.watched = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "steps" and not self.eval_steps
+        strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        # How often is decided where the images are known; without held-out images there is no evaluation.
+        self.evaluates_by_default = strategy == "steps" and not self.eval_steps
         if self.accelerator_config is None and torch.cuda.is_available() and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # else each step waits for the one before
         super().__post_init__()
-        if self.watched:
+        if self.evaluates_by_default:
             self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
+        if self.resume_from_checkpoint in ("false", "False", "none", "None"):
+            self.resume_from_checkpoint = None
+        self._check_methods()
+        self._check_fixed_options()
+        self._check_lengths()
+        self._check_hub()
+        check_engine(self)
+        self._check_batch()
+
+    def _check_methods(self) -> None:
         names = [method.name for method in self.methods]
         for name in names:
             if name not in LOSSES:
                 raise ValueError(f"--method={name!r} is unknown: choose one of {', '.join(LOSSES)}, or a sum of them.")
         if self.exact_accumulation and (len(names) > 1 or names[0] not in SEPARABLE):
             raise ValueError(f"--exact_accumulation works with --method {', '.join(SEPARABLE)}, not {self.method}.")
+
+    def _check_fixed_options(self) -> None:
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):
             if getattr(self, name):
                 raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
+        if not self.dataloader_drop_last:
+            raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
                 "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is one of whole "
                 "batches; leave both out."
             )
+
+    def _check_lengths(self) -> None:
         if self.num_images is not None and self.max_steps > 0:
             raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
-        if self.neighbors_k < 0 or self.neighbors_k > self.neighbors_pool:
-            raise ValueError(
-                f"--neighbors_k={self.neighbors_k} must lie between 0 and --neighbors_pool={self.neighbors_pool}."
-            )
         if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
             raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
-        if self.resume_from_checkpoint in ("false", "False", "none", "None"):
-            self.resume_from_checkpoint = None
-        if not self.dataloader_drop_last:
-            raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
         for name in ("eval_bank_size", "eval_sample_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
+
+    def _check_hub(self) -> None:
         if self.hub_strategy.value not in HUB_STRATEGIES:
             raise ValueError(
-                f"--hub_strategy={self.hub_strategy.value} would publish the optimiser's state with the student; use "
+                f"--hub_strategy={self.hub_strategy.value} would publish the optimizer's state with the student; use "
                 f"{' or '.join(HUB_STRATEGIES)}."
             )
-        check_engine(self)
+
+    def _check_batch(self) -> None:
+        if not 0 <= self.neighbors_k <= self.neighbors_pool:
+            raise ValueError(
+                f"--neighbors_k={self.neighbors_k} must lie between 0 and --neighbors_pool={self.neighbors_pool}."
+            )
         if self.images_per_batch < 2:
             raise ValueError(
                 f"--per_device_train_batch_size={self.per_device_train_batch_size} with --neighbors_k=0 is a batch of "
@@ -177,7 +193,7 @@ class DistillationArguments(TrainingArguments):
         args = copy.copy(self)
         if args.num_images is not None:
             args.max_steps = length.steps_for(args.num_images)
-        if args.watched:
+        if args.evaluates_by_default:
             if has_evaluator:
                 args.eval_on_start = True  # what training is compared with
             else:

@@ -17,6 +17,7 @@ import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.models.loading import load_backbone
 from coss_hf.neighbors.mining import add_neighbors
+from coss_hf.trainer.factory import build_evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +161,7 @@ def test_the_bank_during_training_is_drawn_from_all_classes(world):
     splits = load_images(world.images, validation_size=4)
     by_class = splits._replace(train=splits.train.sort("label"))
     args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0, eval_bank_size=16)
-    bank = distill.evaluator(by_class, None, args, splits.validation, panel=True).bank
+    bank = build_evaluator(by_class, None, args, splits.validation, during_training=True).bank
     assert len(bank) == 16 and len(set(bank["label"])) > 2
 
 
