@@ -71,14 +71,12 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(parts)
 
     def handle_any(self) -> None:
-        body, url = self.body(), urlsplit(self.path)
+        body = self.body()
+        url = urlsplit(self.path)
         path = unquote(url.path).strip("/")
         self.server.requests.append(f"{self.command} {path}")
         if path.startswith("upload/"):
-            if self.server.break_uploads:
-                return self.answer(400, {"error": "broken"})
-            self.server.objects[path.removeprefix("upload/")] = body
-            return self.answer(200, ETag='"x"')
+            return self.upload(path.removeprefix("upload/"), body)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in (TOKEN, READ_TOKEN):
             return self.answer(
@@ -93,22 +91,37 @@ class _Handler(BaseHTTPRequestHandler):
             yaml.safe_load(json.loads(body)["content"].split("---")[1])
             return self.answer(200, {"errors": [], "warnings": []})
         if path.endswith("/info/lfs/objects/batch"):
-            objects = json.loads(body)["objects"]
-            for item in objects:
-                if item["oid"] not in self.server.objects:
-                    item["actions"] = {"upload": {"href": f"{self.server.address}/upload/{item['oid']}"}}
-            return self.answer(200, {"transfer": "basic", "objects": objects})
-        words = path.split("/")
+            return self.large_files(json.loads(body)["objects"])
+        return self.find_repo(path.split("/"), token, body, parse_qs(url.query))
+
+    def upload(self, oid: str, body: bytes) -> None:
+        if self.server.break_uploads:
+            return self.answer(400, {"error": "broken"})
+        self.server.objects[oid] = body
+        return self.answer(200, ETag='"x"')
+
+    def large_files(self, objects: list[dict]) -> None:
+        for item in objects:
+            if item["oid"] not in self.server.objects:
+                item["actions"] = {"upload": {"href": f"{self.server.address}/upload/{item['oid']}"}}
+        return self.answer(200, {"transfer": "basic", "objects": objects})
+
+    def find_repo(self, words: list[str], token: str, body: bytes, query: dict) -> None:
         api = words[0] == "api"
         if api:
-            kind, rest = words[1], words[2:]
+            kind = words[1]
+            rest = words[2:]
+        elif words[0] == "datasets":
+            kind = "datasets"
+            rest = words[1:]
         else:
-            kind, rest = ("datasets", words[1:]) if words[0] == "datasets" else ("models", words)
-        repo, rest = f"{kind}/{'/'.join(rest[:2])}", rest[2:]
+            kind = "models"
+            rest = words
+        repo = f"{kind}/{'/'.join(rest[:2])}"
         if repo not in self.server.commits or (self.server.private[repo] and not token):
             return self.answer(404, {"error": "Repository not found"}, X_Error_Code="RepoNotFound")
         try:
-            return self.on_repo(api, repo, rest, body, parse_qs(url.query))
+            return self.on_repo(api, repo, rest[2:], body, query)
         except StopIteration:
             return self.answer(404, {"error": "no such revision"}, X_Error_Code="RevisionNotFound")
 
@@ -127,21 +140,25 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.add(f"{kind}/{name}", "initial commit", {".gitattributes": b""})
         return self.answer(200, {"url": url, "name": name})
 
+    def resolve(self, repo: str, revision: str, file: str) -> None:
+        sha, _, files = self.server.find(repo, revision)
+        if file not in files:
+            return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+        data = files[file]
+        status = 200
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
+        if wanted := self.headers.get("Range"):
+            status = 206
+            first, last = wanted.removeprefix("bytes=").split("-")
+            part = data[int(first) : int(last or len(data) - 1) + 1]
+            headers["Content_Range"] = f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}"
+            data = part
+        return self.answer(status, data, **headers)
+
     def on_repo(self, api: bool, repo: str, rest: list[str], body: bytes, query: dict) -> None:
-        hub, name = self.server, repo.split("/", 1)[1]
+        hub = self.server
         if not api:  # resolve/REVISION/FILE
-            sha, _, files = hub.find(repo, rest[1])
-            file = "/".join(rest[2:])
-            if file not in files:
-                return self.answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
-            data, first, status = files[file], 0, 200
-            if wanted := self.headers.get("Range"):
-                first, last = wanted.removeprefix("bytes=").split("-")
-                status, first, last = 206, int(first), int(last or len(data) - 1) + 1
-                data, total = data[first:last], len(data)
-            headers = {"Content_Range": f"bytes {first}-{first + len(data) - 1}/{total}"} if status == 206 else {}
-            etag = hashlib.sha1(files[file]).hexdigest()
-            return self.answer(status, data, ETag=f'"{etag}"', X_Repo_Commit=sha, Accept_Ranges="bytes", **headers)
+            return self.resolve(repo, rest[1], "/".join(rest[2:]))
         if rest[:1] == ["preupload"]:
             asked = json.loads(body)["files"]
             large = (".safetensors", ".parquet", ".png")
@@ -163,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if rest[:1] == ["paths-info"]:
             paths = parse_qs(body.decode()).get("paths") or json.loads(body or b"{}").get("paths", [])
             return self.answer(200, [self.entry(path, files[path]) for path in paths if path in files])
+        name = repo.split("/", 1)[1]
         siblings = [{"rfilename": path} for path in files]
         card = files.get("README.md", b"").decode().split("---")
         content = {"id": name, "modelId": name, "sha": sha, "siblings": siblings, "private": hub.private[repo]}
