@@ -240,7 +240,7 @@ def test_a_column_that_holds_no_label_is_none(tmp_path, nothing, caplog):
     for i, test in enumerate((bare, empty)):
         DatasetDict(train=train, test=test).save_to_disk(tmp_path / f"{i}")
         assert load_images(str(tmp_path / f"{i}")).label_column is None and caplog.text.count("has no labels") == i + 1
-    with pytest.raises(ValueError, match="--label_column label holds only None or -1"):
+    with pytest.raises(ValueError, match="--label_column label contains only None or -1"):
         load_images(str(tmp_path / "empty"), label_column="label")
 
 
@@ -268,7 +268,7 @@ def test_splits_by_name(tmp_path):
         ({"test_split": "train"}, "--test_split train: the same split"),
         ({"train_split": "empty"}, r"--train_split empty: the split is empty; .* train \(6\), test \(2\), empty \(0\)"),
         ({"image_column": "picture"}, "--image_column picture does not exist; .* columns image, label, text"),
-        ({"image_column": "label"}, "--image_column label does not hold images"),
+        ({"image_column": "label"}, "--image_column label does not contain images"),
         ({"label_column": "class"}, "--label_column class does not exist; .* can be: label"),
         ({"label_column": "text"}, "--label_column text is not a ClassLabel"),
     ],

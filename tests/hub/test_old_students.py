@@ -1,6 +1,7 @@
 """Students that were saved before the package was laid out in wings: published folders must keep loading.
 
-`old_students/NAME/` is a folder as `recipes/distill.py` of commit ca5c395 left it, less pictures, card and trainer state;
+`old_students/NAME/` is a folder as `recipes/distill.py` of commit ca5c395 left it, less
+pictures, card and trainer state;
 `old_students/NAME.safetensors` has two images, uint8 (2, h, w, 3), and their embeddings by the code of that commit.
 """
 
