@@ -1,4 +1,4 @@
-"""Command lines."""
+"""Command lines: parsing, and exit codes of errors."""
 
 from coss_hf.utils.lazy import lazy_names
 

@@ -2,14 +2,14 @@
 
 
 class RunStopped(RuntimeError):
-    """A run cannot go on; the message says why, and what is on disk."""
+    """A run cannot continue; the message tells why, and what is on disk."""
 
 
 class NonFiniteLoss(RunStopped):
     """The loss became NaN or infinite; the message names the step and the images.
 
     Attributes:
-        found: whether images of this process are to blame.
+        found: whether images of this process caused it.
     """
 
     def __init__(self, message: str, found: bool = False):
@@ -18,4 +18,4 @@ class NonFiniteLoss(RunStopped):
 
 
 class CheckpointError(RunStopped):
-    """A checkpoint could not be written; earlier ones are whole."""
+    """A checkpoint could not be written; earlier checkpoints are complete."""

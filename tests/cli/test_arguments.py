@@ -45,7 +45,7 @@ def test_yaml_is_typed_and_the_command_line_wins(tmp_path):
         ("learning_rat: 1", "Did you mean learning_rate"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("student_init: teacher", "invalid choice: 'teacher'"),
-        ("- a list", "must hold"),
+        ("- a list", "must contain"),
         ("a: [", "not valid YAML"),
         ("student_config_overrides: [shortcut]", "key=value"),
     ],
