@@ -76,7 +76,7 @@ PREFIX |= {"siglip_vision": 0, "timm_vit": 1, "convnext": None, "timm_swin": Non
 @pytest.mark.parametrize("name", PREFIX)
 def test_mean_over_positions_leaves_other_tokens_out(name, pooling, backbone):
     loaded = copy.copy(backbone(name))
-    loaded._probe(pooling, "")
+    loaded.set_pooling(pooling)
     pixels = loaded.preprocess(images())
     hidden = loaded.model(pixels).last_hidden_state
     if PREFIX[name] is not None:

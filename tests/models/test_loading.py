@@ -227,7 +227,7 @@ def test_a_student_without_processor_gets_the_teachers(world, teacher, tmp_path,
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     student = load_backbone(str(tmp_path / "bare"), argument="student", teacher=teacher)
     assert student.processor is teacher.processor
-    refused("^--student=.*bare: no image processor is beside its weights", tmp_path / "bare")
+    refused("^--student=.*bare: no image processor is next to its weights", tmp_path / "bare")
     refused("^--student=resnet20: no image processor", "resnet20", init="random")
 
 
