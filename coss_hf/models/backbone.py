@@ -347,6 +347,8 @@ def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> La
     patch = getattr(model.config, "patch_size", None)
     if not patch:
         return Layout(tokens=True)
-    height, width = (patch, patch) if isinstance(patch, int) else patch
+    if isinstance(patch, int):
+        patch = (patch, patch)
+    height, width = patch
     patches = (size[0] // height) * (size[1] // width)
     return Layout(tokens=True, prefix=max(hidden.shape[1] - patches, 0))

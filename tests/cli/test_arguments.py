@@ -127,7 +127,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: --teacher=x is wrong; give y.\n"
 
 
-def test_the_record_holds_no_token(tmp_path):
+def test_the_record_contains_no_token(tmp_path):
     args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, hub_token="secret")
     assert "secret" not in str(to_dict(args))
 

@@ -148,6 +148,6 @@ def test_strategies(trainer, monkeypatch, caplog):
     assert "Training goes on. broken" in caplog.text
 
 
-def test_a_name_that_cannot_be_is_refused_at_the_start(trainer):
+def test_an_invalid_name_is_refused_at_the_start(trainer):
     with pytest.raises(ValueError, match="--hub_model_id='a b/c' is an invalid name"):
         trainer(push_to_hub=True, hub_model_id="a b/c")

@@ -175,7 +175,7 @@ for name, token in [*cases, ("me/x", token)]:
 """
 
 
-def test_what_cannot_be_pushed_is_said(hub, tmp_path):
+def test_errors_of_a_push_name_reason_and_remedy(hub, tmp_path):
     student = h.save_resnet(tmp_path / "s")
     done = run(hub, tmp_path, ["-c", CHECKS, student, TOKEN, READ_TOKEN])
     ok, pushed, *rest = done.stdout.splitlines()

@@ -78,7 +78,7 @@ def test_attention_and_dtype_reach_every_way_of_loading(init, world, teacher):
     assert loaded.model.dtype == torch.bfloat16
 
 
-def test_revision_and_code_of_ones_own_are_passed_on(world, monkeypatch):
+def test_revision_and_trust_remote_code_are_forwarded(world, monkeypatch):
     seen = []
     for auto in (
         coss_hf.models.loading.AutoConfig,
@@ -246,7 +246,7 @@ def test_a_timm_student_has_timms_own_statistics(teacher, tmp_path):
     assert torch.equal(output.pooler_output, embed(student, images()))
 
 
-# ---- names that are not there, checkpoints that are not whole ----
+# ---- names that do not exist, incomplete checkpoints ----
 
 
 def test_unknown_names_suggest_similar_ones(world):
