@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, parse
-from coss_hf.data.loading import PANEL_SIZE
+from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study.baselines import changed, check_study, length, trained_cells, untrained_cells
@@ -55,7 +55,7 @@ def held_out(data: DataArguments) -> int | float:
     if data.validation_size is not None:
         return data.validation_size
     splits = data.load()
-    return 0 if splits.validation is not None else min(PANEL_SIZE, len(splits.train) // 10)
+    return 0 if splits.validation is not None else min(MAX_DEFAULT_VALIDATION_SIZE, len(splits.train) // 10)
 
 
 def main() -> None:

@@ -85,7 +85,7 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
         Path(args.output),
         images=batches(test),
         calibration=batches(some(splits.train, args.calibration_images)),
-        bank=batches(splits.train),
+        train_images=batches(splits.train),
         labels=labels,
         quantization=args.quantize,
         rounds=args.timing_rounds,

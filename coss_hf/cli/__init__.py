@@ -1,4 +1,4 @@
-"""Command lines."""
+"""Command lines: parsing, and exit codes of errors."""
 
 from coss_hf.utils.errors import bad_input_exits, stopped_run_exits
 from coss_hf.utils.lazy import lazy_names

@@ -15,11 +15,11 @@ class _Parser(HfArgumentParser):
 
 
 def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
-    """Dataclasses from ``--config FILE.yaml`` and the command line, which overrides the file.
+    """Parse ``--config FILE.yaml`` and the command line, which overrides the file, to dataclasses.
 
     Args:
         dataclass_types: one dataclass or several.
-        argv: default ``sys.argv[1:]``.
+        argv: the command line's words; by default ``sys.argv[1:]``.
 
     Raises:
         ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
@@ -33,8 +33,8 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
         position = argv.index("--config")
         path = argv[position + 1 : position + 2]
         argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
-    *parsed, _, rest = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
-    for word in rest:
+    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    for word in unknown:
         close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)
         hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
         raise ValueError(f"{word} is no argument of this command.{hint}")
@@ -53,6 +53,18 @@ def _bare_resume(argv: list[str]) -> list[str]:
 
 def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
     """A YAML file as command-line words: typed and checked like them."""
+    words = []
+    for key, value in _read_yaml(path).items():
+        if key not in known or key == "config":
+            close = difflib.get_close_matches(str(key), known, n=2)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"--config {path[0]}: {key!r} is no argument of this command.{hint}")
+        if value is not None:
+            words += _words(key, value)
+    return words
+
+
+def _read_yaml(path: list[str]) -> dict:
     if not path or not Path(path[0]).is_file():
         raise ValueError(f"--config {' '.join(path)}: no such file.")
     try:
@@ -60,32 +72,25 @@ def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"--config {path[0]} must hold `argument: value` lines.")
-    words = []
-    for key, value in content.items():
-        if key not in known or key == "config":
-            close = difflib.get_close_matches(str(key), known, n=2)
-            raise ValueError(
-                f"--config {path[0]}: {key!r} is no argument of this command."
-                + (f" Did you mean {' or '.join(close)}?" if close else "")
-            )
-        if value is None:
-            continue
-        if key == "student_config_overrides" and isinstance(value, dict):
-            value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
-        if key == "method" and isinstance(value, list):
-            value = " + ".join(_method(entry) for entry in value)
-        if isinstance(value, bool):
-            # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
-            choices = key.endswith("_strategy")
-            words += [f"--{key}", ("no" if choices and not value else str(value).lower())]
-        elif isinstance(value, list):
-            words += [f"--{key}", *map(str, value)]
-        elif isinstance(value, dict):
-            words += [f"--{key}", json.dumps(value)]
-        else:
-            words += [f"--{key}={value}"]
-    return words
+        raise ValueError(f"--config {path[0]} must contain `argument: value` lines.")
+    return content
+
+
+def _words(key: str, value) -> list[str]:
+    """Command-line words of one entry of a YAML file."""
+    if key == "student_config_overrides" and isinstance(value, dict):
+        value = [f"{name}={json.dumps(entry)}" for name, entry in value.items()]
+    if key == "method" and isinstance(value, list):
+        value = " + ".join(_method(entry) for entry in value)
+    if isinstance(value, bool):
+        # YAML reads a bare `no` as false, which --eval_strategy and its like spell "no".
+        is_choice = key.endswith("_strategy")
+        return [f"--{key}", "no" if is_choice and not value else str(value).lower()]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)]
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    return [f"--{key}={value}"]
 
 
 def _method(entry: str | dict) -> str:
@@ -94,4 +99,5 @@ def _method(entry: str | dict) -> str:
         return str(entry)
     if "name" not in entry:
         raise ValueError(f"method: {entry} names no method; write {{name: rkd, beta: 2}}.")
-    return f"{entry['name']}({', '.join(f'{key}={value}' for key, value in entry.items() if key != 'name')})"
+    options = ", ".join(f"{key}={value}" for key, value in entry.items() if key != "name")
+    return f"{entry['name']}({options})"

@@ -6,50 +6,71 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-UPRIGHT = dict(zip(range(2, 9), (0, 3, 1, 5, 4, 6, 2), strict=True))  # EXIF orientation: Image.Transpose
+# What turns an image upright, by its EXIF orientation.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def encoded_bytes(record: dict | None) -> bytes:
+    """The encoded image of a record `{"bytes", "path"}`, read from its path where it has no bytes."""
     if record is None or (record["bytes"] is None and record["path"] is None):
         raise ValueError("neither bytes nor a path")
-    return record["bytes"] if record["bytes"] is not None else Path(record["path"]).read_bytes()
+    if record["bytes"] is not None:
+        return record["bytes"]
+    return Path(record["path"]).read_bytes()
 
 
 def decode(record: dict) -> Image.Image:
-    """Decodes one image, upright (EXIF) and in RGB.
+    """Decode one image, upright (EXIF) and in RGB.
 
     Transparency is dropped as by Pillow's `convert("RGB")`. Grey values of 16 bits are divided by 257 and rounded.
     Floating-point grey is taken as 0..1 when all of it is, else as 0..255.
 
     Args:
-        record: `{"bytes", "path"}`, a row's image of a column `datasets.Image(decode=False)`.
+        record: a row's image `{"bytes", "path"}`, of a column `datasets.Image(decode=False)`.
 
     Raises:
-        ValueError: naming the path, for anything that cannot be decoded.
+        ValueError: the image cannot be decoded; the message names its path.
     """
     try:
         image = Image.open(BytesIO(encoded_bytes(record)))
         image.load()
         orientation = image.getexif().get(0x0112)  # after load, since Pillow turns TIFF by itself
         image = to_rgb(image)
-        return image.transpose(Image.Transpose(UPRIGHT[orientation])) if orientation in UPRIGHT else image
+        return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         path = (record or {}).get("path") or "without a path"
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, as `decode` does."""
     image.info.pop("transparency", None)  # Pillow would warn about palettes
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_eight_bits(np.asarray(image)))
-    return (image.convert("LA") if image.mode == "La" else image).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
+    return image.convert("RGB")
 
 
 def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    low, high = grey.min(), grey.max()
-    top = 65535 if grey.dtype.kind in "ui" else 1 if high <= 1 else 255
+    low = grey.min()
+    high = grey.max()
+    if grey.dtype.kind in "ui":
+        top = 65535
+    elif high <= 1:
+        top = 1
+    else:
+        top = 255
     if not 0 <= low <= high <= top:  # also refuses NaN
         raise ValueError(f"grey values from {low} to {high}, expected 0 to {top}")
     return np.rint(grey.astype(np.float64) * (255 / top)).astype(np.uint8)

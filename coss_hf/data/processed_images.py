@@ -1,4 +1,4 @@
-"""Un-augmented images, processed for a network."""
+"""Un-augmented images, processed for a network, and rows of undecoded images."""
 
 from collections.abc import Callable
 
@@ -17,9 +17,9 @@ class ProcessedImages:
     """Un-augmented images for a `DataLoader`: item i is `preprocess([image i])[0]`, a tensor (3, h, w).
 
     Args:
-        dataset: rows as `load_images` returns them.
-        image_column: their images.
-        preprocess: list of n RGB images -> (n, 3, h, w), such as `Backbone.preprocess`.
+        dataset: n rows as `load_images` returns them.
+        image_column: the name of their image column.
+        preprocess: a function from a list of n RGB images to a tensor (n, 3, h, w), such as `Backbone.preprocess`.
     """
 
     def __init__(self, dataset: Dataset, image_column: str, preprocess: Callable):
@@ -34,4 +34,5 @@ class ProcessedImages:
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list:
-        return list(self.preprocess([decode(record) for record in self.rows[list(indices)][self.image_column]]))
+        records = self.rows[list(indices)][self.image_column]
+        return list(self.preprocess([decode(record) for record in records]))

@@ -32,9 +32,12 @@ class CropAndFlip(torch.nn.Module):
         return f"padding={self.padding}"
 
     def forward(self, image: Tensor) -> Tensor:
-        if p := self.padding:
-            top, left = (int(torch.randint(0, 2 * p + 1, ())) for _ in range(2))
-            image = torch.nn.functional.pad(image, [p] * 4)[:, top:, left:][:, : image.shape[1], : image.shape[2]]
+        if self.padding:
+            _, height, width = image.shape
+            top = int(torch.randint(0, 2 * self.padding + 1, ()))
+            left = int(torch.randint(0, 2 * self.padding + 1, ()))
+            padded = torch.nn.functional.pad(image, [self.padding] * 4)
+            image = padded[:, top : top + height, left : left + width]
         return image.flip(-1) if torch.rand(1) < 0.5 else image
 
 
@@ -50,18 +53,21 @@ class SeparableBlur(v2.GaussianBlur):
 def augmentation(name: str, size: int) -> v2.Transform:
     """Random change of an RGB image to a uint8 tensor (3, size, size), drawn from torch's global generator only.
 
-    `none`: shorter side to size, centre crop. `cifar`: the same, then a crop out of size/8 zero padding and a flip.
-    `imagenet`: random resized crop (8-100 % of the area) and flip. `moco`: MoCo v2 (arXiv:2003.04297), with SimCLR's
-    blur kernel of a tenth of the size.
+    Args:
+        name: `none`: shorter side to size, centre crop. `cifar`: the same, then a crop out of size/8 zero padding and a
+            flip. `imagenet`: random resized crop (8-100 % of the area) and flip. `moco`: MoCo v2 (arXiv:2003.04297),
+            with SimCLR's blur kernel of a tenth of the size.
+        size: the side of the tensor in pixels.
 
     Raises:
-        ValueError: another name, or a size below 1.
+        ValueError: an unknown name, or a size below 1.
     """
     if name not in AUGMENTATIONS:
         raise ValueError(f"--augmentation {name}: choose one of {', '.join(AUGMENTATIONS)}.")
     if size < 1:
         raise ValueError(f"--view_size {size}: give the side of a view in pixels, 1 or more.")
-    to_tensor, flip = v2.PILToTensor(), v2.RandomHorizontalFlip()
+    to_tensor = v2.PILToTensor()
+    flip = v2.RandomHorizontalFlip()
     if name == "none":
         return v2.Compose([Fit(size), to_tensor])
     if name == "cifar":

@@ -14,7 +14,7 @@ from coss_hf.data.decoding import decode
 from coss_hf.data.processed_images import image_rows
 from coss_hf.data.transforms import Fit, augmentation
 
-KEPT_BYTES = 2**29  # of images, cut to size, that are kept in memory
+KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
 DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
 
 
@@ -26,12 +26,13 @@ class ViewDataset(torch.utils.data.Dataset):
 
     Args:
         dataset: n rows as `load_images` returns them.
-        image_column: their images.
-        augmentation_name, size: see `augmentation`.
-        seed: of all draws.
-        neighbors: (n, K) row numbers of each image's neighbours; -1 is padding, never drawn.
-        k: neighbours drawn without replacement from an anchor's K (with, where padding leaves fewer than k; where it
-            leaves none, other views of the anchor stand in).
+        image_column: the name of their image column.
+        augmentation_name: the name of the augmentation, see `augmentation`.
+        size: the side of a view in pixels.
+        seed: the seed of all draws.
+        neighbors: row numbers (n, K) of each image's neighbours; -1 is padding, never drawn.
+        k: number of neighbours drawn without replacement from an anchor's K (with replacement, where padding leaves
+            fewer than k; where it leaves none, other views of the anchor are taken instead).
 
     Raises:
         ValueError: an unknown augmentation, or neighbours that do not fit.
@@ -48,37 +49,48 @@ class ViewDataset(torch.utils.data.Dataset):
         neighbors: np.ndarray | None = None,
         k: int = 0,
     ):
-        self.augment, self.augmentation_name = augmentation(augmentation_name, size), augmentation_name
+        self.augment = augmentation(augmentation_name, size)
+        self.augmentation_name = augmentation_name
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self._hashes = dataset.select_columns("image_hash")
         self.image_column = image_column
-        self.size, self.seed = size, seed
+        self.size = size
+        self.seed = seed
         self._kept: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.use_neighbors(neighbors, k)
 
     def use_neighbors(self, neighbors: np.ndarray | None, k: int):
-        """Draws `k` of `neighbors` (n, K) beside each anchor from now on."""
+        """Draw `k` of the `neighbors` (n, K) of each anchor into its group from now on."""
         if k < 0:
             raise ValueError(f"--neighbors_k {k}: give 0 (no neighbours) or more.")
-        self.neighbors, self.k = neighbors if k else None, k
+        self.neighbors = neighbors if k else None
+        self.k = k
         if k:
             self._check_neighbors()
 
     def keep_images(self) -> bool:
-        """Decodes all images once and holds them in memory, uint8 (n, 3, size, size), where nothing is drawn before
-        they have that size, and they are not too many. Views stay the same. Returns whether it did."""
-        transforms = self.augment.transforms
-        if self._kept is None and isinstance(transforms[0], Fit) and len(self) * 3 * self.size**2 <= KEPT_BYTES:
-            fit, to_tensor, *_ = transforms
-            self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-            records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
-            for kept, record in zip(self._kept, records):
-                kept.copy_(to_tensor(fit(decode(record))))
-        return self._kept is not None
+        """Decode all images once and keep them in memory, uint8 (n, 3, size, size); views stay the same.
+
+        Nothing is kept where the augmentation draws before images have that size, or where they are too many.
+
+        Returns:
+            Whether images are kept.
+        """
+        if self._kept is not None:
+            return True
+        fit, to_tensor, *_ = self.augment.transforms
+        if not isinstance(fit, Fit) or len(self) * 3 * self.size**2 > KEPT_BYTES:
+            return False
+        self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
+        records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
+        for kept, record in zip(self._kept, records):
+            kept.copy_(to_tensor(fit(decode(record))))
+        return True
 
     def _check_neighbors(self):
-        n, shape = len(self.rows), None if self.neighbors is None else self.neighbors.shape
+        n = len(self.rows)
+        shape = None if self.neighbors is None else self.neighbors.shape
         if shape is None or len(shape) != 2 or shape[0] != n:
             raise ValueError(f"--neighbors_k {self.k} needs the neighbours of each of {n} images, (n, K), not {shape}.")
         if shape[1] < self.k:
@@ -92,12 +104,14 @@ class ViewDataset(torch.utils.data.Dataset):
 
     @property
     def short(self) -> tuple[int, int]:
-        """How many images have fewer than k neighbours (drawn with replacement), and how many none (own views)."""
-        left = np.full(1, self.k) if self.neighbors is None else (self.neighbors >= 0).sum(axis=1)
-        return int((left < self.k).sum()), int((self.k > 0) * (left == 0).sum())
+        """Number of images with fewer than k neighbours (drawn with replacement), and with none (own views)."""
+        if self.neighbors is None:
+            return 0, 0
+        counts = (self.neighbors >= 0).sum(axis=1)
+        return int((counts < self.k).sum()), int((counts == 0).sum())
 
     def identity(self) -> dict[str, str]:
-        """What decides the views of a run, each under its argument: equal where the views are."""
+        """What determines the views of a run, by command-line flag: equal where the views are equal."""
         hashes = self._hashes.with_format("numpy")[:]["image_hash"]
         return {
             "--dataset": _digest(hashes),
@@ -109,7 +123,7 @@ class ViewDataset(torch.utils.data.Dataset):
 
     @property
     def epoch(self) -> int:
-        """Held in shared memory: a change reaches loader workers that are already running."""
+        """The current epoch, in shared memory: a change reaches loader workers that are already running."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int):
@@ -134,12 +148,21 @@ class ViewDataset(torch.utils.data.Dataset):
         return items
 
     def names(self, indices: list[int]) -> list[str]:
-        """What to call images in messages: their path, else their row."""
+        """Names of images for messages: their path, else their row."""
         records = self.rows[indices][self.image_column]
         return [record["path"] or f"row {index}" for index, record in zip(indices, records, strict=True)]
 
     def view(self, anchor: int, slot: int, epoch: int | None = None) -> tuple[Tensor, int]:
-        """Computes one view again: uint8 (3, size, size), and the row of its image. `epoch`: the current one."""
+        """Compute one view again.
+
+        Args:
+            anchor: the row number of the group's anchor.
+            slot: the position of the view in the group, 0 for the anchor's own.
+            epoch: the epoch of the view; by default the current one.
+
+        Returns:
+            The view, uint8 (3, size, size), and the row number of its image.
+        """
         epoch = self.epoch if epoch is None else epoch
         index = self._group(anchor, epoch)[slot]
         with torch.random.fork_rng(devices=[]):
@@ -173,9 +196,8 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def _key(self, epoch: int, anchor: int, slot: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
-        return int.from_bytes(
-            blake2b(struct.pack("<4q", self.seed, epoch, anchor, slot), digest_size=4).digest(), "little"
-        )
+        packed = struct.pack("<4q", self.seed, epoch, anchor, slot)
+        return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
 
 
 def _digest(array: np.ndarray) -> str:
@@ -183,5 +205,5 @@ def _digest(array: np.ndarray) -> str:
 
 
 def collate_views(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """b groups of 1+k to `pixel_values` uint8 (b*(1+k), 3, S, S) and `index` int64 (b*(1+k),), group by group."""
+    """Collate b groups of 1+k views, in order: `pixel_values` uint8 (b*(1+k), 3, S, S), `index` int64 (b*(1+k),)."""
     return {key: torch.cat([item[key] for item in items]) for key in ("pixel_values", "index")}

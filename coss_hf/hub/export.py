@@ -1,4 +1,4 @@
-"""A backbone as an ONNX file: its graph, its int8 version, and how closely and how fast both run."""
+"""A student as an ONNX file: its graph, its int8 version, and how closely and how fast both run."""
 
 import contextlib
 import logging
@@ -15,19 +15,21 @@ from torch import Tensor
 
 from coss_hf.evaluation.agreement import neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, unit
-from coss_hf.models.image_processor import from_timm
+from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.student import Student
 from coss_hf.utils.messages import first_line
 
 QUANTIZATIONS = ("none", "dynamic", "static")
-FLOAT_FILE, INT8_FILE = "model.onnx", "model_int8.onnx"
-INPUT, OUTPUT = "pixel_values", "embedding"
-LEAST_COSINE = 0.9999
-LARGEST = 2**31  # bytes of one protobuf file
+FLOAT_FILE = "model.onnx"
+INT8_FILE = "model_int8.onnx"
+INPUT = "pixel_values"
+OUTPUT = "embedding"
+MIN_COSINE = 0.9999
+MAX_FILE_BYTES = 2**31  # of one protobuf file
 
 
 def onnx_packages():
-    """``onnx`` and ``onnxruntime``; ValueError where they or ``onnxscript`` are not installed."""
+    """Import ``onnx`` and ``onnxruntime``; ValueError where they or ``onnxscript`` are not installed."""
     try:
         import onnx
         import onnxruntime
@@ -39,7 +41,7 @@ def onnx_packages():
 
 @contextlib.contextmanager
 def _quiet():
-    """Without exporter's and quantiser's reports of each node."""
+    """Silence the reports of exporter and quantiser on each node."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -49,10 +51,14 @@ def _quiet():
 
 
 def write_graph(student: Student, path: Path) -> None:
-    """Writes an ONNX file for any number of images; ValueError for 2 GB or more, or a network it cannot be done for."""
+    """Write an ONNX file for batches of any size.
+
+    Raises:
+        ValueError: weights of 2 GB or more, or a network that the exporter does not support.
+    """
     size = sum(parameter.nbytes for parameter in student.parameters())
-    if size >= LARGEST:
-        raise ValueError(f"--model: {size:,} bytes of weights; one ONNX file holds less than {LARGEST:,}.")
+    if size >= MAX_FILE_BYTES:
+        raise ValueError(f"--model: {size:,} bytes of weights; one ONNX file contains less than {MAX_FILE_BYTES:,}.")
     try:
         with _quiet(), warnings.catch_warnings(action="ignore"):
             program = torch.onnx.export(
@@ -78,7 +84,7 @@ def write_graph(student: Student, path: Path) -> None:
 
 
 class _Batches:
-    """Calibration images as onnxruntime asks for them."""
+    """Calibration images in the form that onnxruntime reads."""
 
     def __init__(self, batches: Iterable[Tensor]):
         self.batches = iter(batches)
@@ -89,10 +95,17 @@ class _Batches:
 
 
 def quantize(source: Path, target: Path, kind: str, batches: Iterable[Tensor] = ()) -> None:
-    """Writes the int8 version of an ONNX file; ValueError where there is nothing to quantise.
+    """Write the int8 version of an ONNX file.
 
-    ``dynamic``: matrix products alone, activations scaled as they come, for transformers; ``static``: convolutions too,
-    per output channel, activations scaled as calibrated on ``batches`` ``(b, 3, h, w)``.
+    Args:
+        source: the ONNX file.
+        target: the file to write.
+        kind: ``dynamic``: matrix products alone, activations scaled at run time, for transformers; ``static``:
+            convolutions too, per output channel, activations scaled as calibrated.
+        batches: batches of calibration images ``(b, 3, h, w)``, for ``static``.
+
+    Raises:
+        ValueError: the network has nothing to quantise.
     """
     onnx, _ = onnx_packages()
     from onnxruntime import quantization
@@ -103,8 +116,13 @@ def quantize(source: Path, target: Path, kind: str, batches: Iterable[Tensor] = 
         # Folds batch norm into convolutions.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
         if kind == "dynamic":
-            options = {"op_types_to_quantize": ["MatMul", "Gemm"], "weight_type": quantization.QuantType.QInt8}
-            quantization.quantize_dynamic(str(prepared), str(target), per_channel=True, **options)
+            quantization.quantize_dynamic(
+                str(prepared),
+                str(target),
+                op_types_to_quantize=["MatMul", "Gemm"],
+                weight_type=quantization.QuantType.QInt8,
+                per_channel=True,
+            )
         else:
             quantization.quantize_static(
                 str(prepared),
@@ -123,17 +141,18 @@ def quantize(source: Path, target: Path, kind: str, batches: Iterable[Tensor] = 
 
 
 def open_file(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
-    """A function from pixel values to embeddings that runs an ONNX file on the CPU."""
+    """Load an ONNX file as a function from pixel values to embeddings, on this number of CPU threads."""
     _, onnxruntime = onnx_packages()
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda pixels: torch.from_numpy(session.run([OUTPUT], {INPUT: pixels.numpy()})[0])
 
 
 @torch.inference_mode()
 def embed_by_all(runners: dict[str, Callable], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Embeddings ``(n, d)`` of the same images by every runner; each image is decoded once."""
+    """Embed the same images by every runner: ``(n, d)`` each; each image is decoded once."""
     rows = {name: [] for name in runners}
     for batch in batches:
         for name, run in runners.items():
@@ -142,7 +161,7 @@ def embed_by_all(runners: dict[str, Callable], batches: Iterable[Tensor]) -> dic
 
 
 def agreement(embeddings: Tensor, reference: Tensor) -> dict[str, float | None]:
-    """Least and mean cosine to the reference's embeddings, and the overlap of 10 nearest neighbours with it."""
+    """Minimum and mean cosine to the reference's embeddings, and the overlap of 10 nearest neighbours with it."""
     cosines = (unit(embeddings.double()) * unit(reference.double())).sum(1)
     overlap = neighbor_overlap(embeddings, reference, 10) if len(reference) > 10 else None
     return {"cosine_min": cosines.min().item(), "cosine_mean": cosines.mean().item(), "overlap10": overlap}
@@ -150,7 +169,7 @@ def agreement(embeddings: Tensor, reference: Tensor) -> dict[str, float | None]:
 
 @torch.inference_mode()
 def latency(runners: dict[str, Callable], images: Tensor, batch_size: int, rounds: int) -> dict[str, dict]:
-    """Median time of a batch by each runner, in turns, so that other load on the machine strikes all alike."""
+    """Median time of a batch by each runner, in turns, so that other load on the machine affects all alike."""
     pixels = images.repeat(-(-batch_size // len(images)), 1, 1, 1)[:batch_size].contiguous()
     times = {name: [] for name in runners}
     for turn in range(rounds + 1):
@@ -169,64 +188,89 @@ def export(
     *,
     images: Iterable[Tensor],
     calibration: Iterable[Tensor] = (),
-    bank: Iterable[Tensor] = (),
+    train_images: Iterable[Tensor] = (),
     labels: tuple[Tensor, Tensor] | None = None,
     quantization: str = "none",
     rounds: int = 20,
 ) -> dict[str, dict]:
-    """Writes and measures the ONNX files of a network; they are moved into place once the float one is checked.
+    """Write and measure the ONNX files of a network; they are moved into place once the float one is verified.
 
     Args:
         student: the network.
         output: folder for ``model.onnx``, ``model_int8.onnx`` and ``preprocessor_config.json`` (timm: ``config.json``).
-        images: batches of test images ``(b, 3, h, w)``, processed.
-        calibration: batches of training images, for ``static``.
-        bank, labels: batches of training images and the class numbers of bank and test images, for k-NN.
+        images: batches of processed test images ``(b, 3, h, w)``.
+        calibration: batches of processed training images, for ``static``.
+        train_images: batches of processed training images, for k-NN.
+        labels: class numbers of training and of test images, for k-NN.
         quantization: ``none``, ``dynamic`` or ``static``.
-        rounds: timed runs of each batch size.
+        rounds: number of timed runs of each batch size.
 
     Returns:
         For ``pytorch``, ``onnx`` and ``int8``: bytes, agreement, k-NN, ``batch_1`` and ``batch_64``.
 
     Raises:
-        ValueError: a cosine to PyTorch below 0.9999, or what ``write_graph`` and ``quantize`` raise.
+        ValueError: a cosine to PyTorch below 0.9999, or the errors of ``write_graph`` and ``quantize``.
     """
     output.mkdir(parents=True, exist_ok=True)
     staged = output / ".unfinished"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        write_graph(student, staged / FLOAT_FILE)
-        files = {"onnx": staged / FLOAT_FILE}
-        if quantization != "none":
-            files["int8"] = staged / INT8_FILE
-            quantize(files["onnx"], files["int8"], quantization, calibration)
-        runners = {"pytorch": student} | {name: open_file(p, torch.get_num_threads()) for name, p in files.items()}
-        found = embed_by_all(runners, images)
-        results = {name: agreement(rows, found["pytorch"]) for name, rows in found.items()}
-        least = results["onnx"]["cosine_min"]
-        if not least >= LEAST_COSINE:
-            raise ValueError(
-                f"--model {student.backbone.name}: the ONNX graph's embeddings have a cosine of {least:.6f} to "
-                f"PyTorch's, below {LEAST_COSINE}; nothing was written. Another release of torch or onnxruntime may do."
-            )
-        for name, path in files.items():
-            results[name]["bytes"] = path.stat().st_size
-        if labels is not None:
-            banks = embed_by_all(runners, bank)
-            for name, rows in found.items():
-                ks = tuple(k for k in (10, 20) if k <= len(labels[0]))
-                results[name] |= knn_accuracy(banks[name], labels[0], rows, labels[1], ks)
-        for batch_size in (1, 64):
-            for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
-                results[name][f"batch_{batch_size}"] = times
-        if from_timm(student.backbone.processor):  # kept in the configuration
-            student.model.config.to_json_file(staged / "config.json")
-        else:
-            student.backbone.processor.save_pretrained(staged)
+        files = _write_files(student, staged, quantization, calibration)
+        results = _measure(student, files, images, train_images, labels, rounds)
+        _save_processor(student, staged)
         (output / INT8_FILE).unlink(missing_ok=True)  # of an earlier export
         for path in sorted(staged.iterdir()):
             os.replace(path, output / path.name)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return results
+
+
+def _write_files(student: Student, folder: Path, quantization: str, calibration: Iterable[Tensor]) -> dict[str, Path]:
+    files = {"onnx": folder / FLOAT_FILE}
+    write_graph(student, files["onnx"])
+    if quantization != "none":
+        files["int8"] = folder / INT8_FILE
+        quantize(files["onnx"], files["int8"], quantization, calibration)
+    return files
+
+
+def _measure(
+    student: Student,
+    files: dict[str, Path],
+    images: Iterable[Tensor],
+    train_images: Iterable[Tensor],
+    labels: tuple[Tensor, Tensor] | None,
+    rounds: int,
+) -> dict[str, dict]:
+    runners = {"pytorch": student}
+    for name, path in files.items():
+        runners[name] = open_file(path, torch.get_num_threads())
+    embeddings = embed_by_all(runners, images)
+    results = {name: agreement(rows, embeddings["pytorch"]) for name, rows in embeddings.items()}
+    lowest = results["onnx"]["cosine_min"]
+    if not lowest >= MIN_COSINE:
+        raise ValueError(
+            f"--model {student.backbone.name}: the ONNX graph's embeddings have a cosine of {lowest:.6f} to "
+            f"PyTorch's, below {MIN_COSINE}; nothing was written. Another release of torch or onnxruntime may do."
+        )
+    for name, path in files.items():
+        results[name]["bytes"] = path.stat().st_size
+    if labels is not None:
+        train_labels, test_labels = labels
+        ks = tuple(k for k in (10, 20) if k <= len(train_labels))
+        train_embeddings = embed_by_all(runners, train_images)
+        for name, rows in embeddings.items():
+            results[name] |= knn_accuracy(train_embeddings[name], train_labels, rows, test_labels, ks)
+    for batch_size in (1, 64):
+        for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
+            results[name][f"batch_{batch_size}"] = times
+    return results
+
+
+def _save_processor(student: Student, folder: Path) -> None:
+    if is_timm_processor(student.backbone.processor):  # saved in the configuration
+        student.model.config.to_json_file(folder / "config.json")
+    else:
+        student.backbone.processor.save_pretrained(folder)

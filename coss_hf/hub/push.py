@@ -1,4 +1,4 @@
-"""Students and neighbour datasets on the Hub: whether they may be pushed, the push, and what to do where it failed."""
+"""Students and neighbour datasets on the Hub: the check whether they may be pushed, the push, and its errors."""
 
 import contextlib
 import json
@@ -18,18 +18,28 @@ from coss_hf.utils.messages import first_line
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
-# Nothing else of a run's folder: training_args.bin, checkpoints and what the loss learnt stay at home.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, "README.md", "run.json", "report.html"]
-PUBLISHED += ["loss.png", "neighbors.png", "panel.png", "projection.png"]
+# Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
+PUBLISHED = [
+    "config.json",
+    "preprocessor_config.json",
+    *WEIGHTS,
+    "README.md",
+    "run.json",
+    "report.html",
+    "loss.png",
+    "neighbors.png",
+    "panel.png",
+    "projection.png",
+]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
 class PushFailed(RunStopped):
-    """Nothing was pushed; what was to be is whole on disk, and the message says how to push it again."""
+    """Nothing was pushed; the folder is complete on disk, and the message tells how to push it again."""
 
 
 class _Problem(Exception):
-    """Why the Hub does not take something; ``refused`` where asking again would not help."""
+    """Why the Hub rejects a request; ``refused`` where asking again would not help."""
 
     def __init__(self, reason: str, refused: bool = True):
         super().__init__(reason)
@@ -45,33 +55,33 @@ def check_repo(
     private: bool | None = None,
     create: bool = True,
 ) -> str:
-    """Before anything is computed: whether ``repo_id`` can be pushed to, as far as can be known.
+    """Check whether ``repo_id`` can be pushed to, as far as can be known before anything is computed.
 
     Args:
         repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
         argument: the command-line flag that errors name.
         repo_type: ``model`` or ``dataset``.
-        token: by default that of ``HF_TOKEN`` or ``hf auth login``.
-        private: of a new one; an existing public one is refused.
-        create: create it, if it is not there.
+        token: access token; by default that of ``HF_TOKEN`` or ``hf auth login``.
+        private: whether a new repository is private; an existing public one is then refused.
+        create: whether to create the repository, if it does not exist.
 
     Returns:
         The full name; without network, after a warning, the name as it was given.
 
     Raises:
-        ValueError: no valid name, no or a wrong token, a repository of somebody else.
+        ValueError: an invalid name, no token or a wrong one, a repository of somebody else.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise ValueError(
-            f"{argument}={repo_id!r} can be no name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
+            f"{argument}={repo_id!r} is an invalid name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
             f"digits, '-', '_' and '.'."
         ) from error
     if not create:
         return repo_id
     try:
-        return _open(HfApi(token=token), repo_id, repo_type, private)
+        return _open_repo(HfApi(token=token), repo_id, repo_type, private)
     except _Problem as problem:
         if problem.refused:
             raise ValueError(f"{argument}={repo_id}: {problem}.") from problem
@@ -88,25 +98,27 @@ def push(
     revision: str | None = None,
     message: str | None = None,
 ) -> CommitInfo:
-    """Pushes a student's folder as one commit: the student, its head, its card, its figures and pictures.
+    """Push a student's folder as one commit: the student, its head, its card, its figures and pictures.
 
     Args:
-        folder: as ``recipes/distill.py`` leaves it.
-        repo_id, token, private: see ``check_repo``.
-        revision: a branch, made if it is not there; default: main.
-        message: of the commit; by default it tells the images seen.
+        folder: the output folder of ``recipes/distill.py``.
+        repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
+        token: access token; by default that of ``HF_TOKEN`` or ``hf auth login``.
+        private: whether a new repository is private; an existing public one is then refused.
+        revision: a branch, created if it does not exist; by default main.
+        message: the commit message; by default it names the number of images seen.
 
     Raises:
-        PushFailed: whatever went wrong; the folder is untouched.
+        PushFailed: the push failed; the folder is unchanged.
     """
     folder = Path(folder)
-    with _pushing(folder, repo_id, private, revision):
+    with _problems_as_push_failed(folder, repo_id, private, revision):
         api = HfApi(token=token)
-        repo_id = _open(api, repo_id, "model", private)
+        repo_id = _open_repo(api, repo_id, "model", private)
         card = folder / "README.md"
-        if card.is_file():  # its snippet loads what it is the card of
+        if card.is_file():  # its snippet loads the student by name
             card.write_text(renamed(card.read_text(), repo_id))
-        with _explained(repo_id):
+        with _errors_as_problems(repo_id):
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             code = ["*.py"] if "auto_map" in json.loads((folder / "config.json").read_text()) else []
@@ -124,18 +136,23 @@ def push(
 
 
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:
-    """Pushes a folder of ``recipes/neighbors.py``, images included; ``--dataset REPO_ID`` loads it.
+    """Push a folder of ``recipes/neighbors.py``, images included; ``--dataset REPO_ID`` loads it.
+
+    Args:
+        folder: the output folder of ``recipes/neighbors.py``.
+        repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
+        private: whether a new repository is private; an existing public one is then refused.
 
     Raises:
-        PushFailed: as ``push``.
+        PushFailed: the push failed; the folder is unchanged.
     """
-    import datasets  # of no use to a student
+    import datasets  # a student is pushed without it
 
     folder = Path(folder)
-    with _pushing(folder, repo_id, private):
+    with _problems_as_push_failed(folder, repo_id, private):
         api = HfApi()
-        repo_id = _open(api, repo_id, "dataset", private)
-        with _explained(repo_id):
+        repo_id = _open_repo(api, repo_id, "dataset", private)
+        with _errors_as_problems(repo_id):
             found = folder / "neighbors.json"
             if found.is_file():  # first, so that the dataset's revision has it
                 api.upload_file(path_or_fileobj=found, path_in_repo=found.name, repo_id=repo_id, repo_type="dataset")
@@ -144,9 +161,9 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = Non
     return commit
 
 
-def _open(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
-    """The full name of a repository that the token may write to, created if it is not there."""
-    with _explained(repo_id):
+def _open_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
+    """The full name of a repository that the token may write to, created if it does not exist."""
+    with _errors_as_problems(repo_id):
         me = api.whoami()
         given, _, name = repo_id.rpartition("/")
         owner = given or me["name"]
@@ -165,8 +182,8 @@ def _open(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str
 
 
 @contextlib.contextmanager
-def _explained(repo_id: str):
-    """Errors of ``huggingface_hub``, and of the HTTP library beneath it, as a reason and what to do."""
+def _errors_as_problems(repo_id: str):
+    """Turn errors of ``huggingface_hub`` and its HTTP library into a ``_Problem`` with reason and remedy."""
     reasons = {
         401: f"the token is wrong or out of date; {LOG_IN}",
         403: f"the token may not write to {repo_id}; {LOG_IN} there, or give another name",
@@ -190,17 +207,22 @@ def _explained(repo_id: str):
 
 
 @contextlib.contextmanager
-def _pushing(folder: Path, repo_id: str, private: bool | None, revision: str | None = None):
-    """Whatever ends a push, a key included, as a ``PushFailed`` that says how to do it again."""
+def _problems_as_push_failed(folder: Path, repo_id: str, private: bool | None, revision: str | None = None):
+    """Turn a ``_Problem`` or Ctrl-C into a ``PushFailed`` that tells how to push again."""
     try:
         yield
     except (_Problem, KeyboardInterrupt) as problem:
-        words = ["python", "recipes/push.py", str(folder), "--repo_id", repo_id, *(["--private"] if private else [])]
-        words += ["--revision", revision] if revision else []
+        words = ["python", "recipes/push.py", str(folder), "--repo_id", repo_id]
+        if private:
+            words.append("--private")
+        if revision:
+            words += ["--revision", revision]
         why = f"Not pushed to {repo_id}: {str(problem) or 'interrupted'}"
-        raise PushFailed(f"{why}. {folder} is whole; push it with: {shlex.join(words)}") from problem
+        raise PushFailed(f"{why}. {folder} is complete; push it with: {shlex.join(words)}") from problem
 
 
 def _images_seen(folder: Path) -> str:
     record = folder / "run.json"
-    return f", {json.loads(record.read_text())['images_seen']:,} images seen" if record.is_file() else ""
+    if not record.is_file():
+        return ""
+    return f", {json.loads(record.read_text())['images_seen']:,} images seen"

@@ -1,4 +1,4 @@
-"""Any vision network as a teacher or a student: its pooling, its own pre-processing, its embeddings."""
+"""Any vision network as a teacher or a student: its pooling, its own pre-processing, its features."""
 
 import contextlib
 import copy
@@ -14,16 +14,29 @@ from transformers import AutoModel, PreTrainedModel
 
 from coss_hf.features import Features
 from coss_hf.models.image_processor import Preprocessing
-from coss_hf.models.pooling import POOLINGS, Layout, evenly, feature_maps, pool
+from coss_hf.models.pooling import POOLINGS, Layout, evenly_spaced, feature_maps, pool
 from coss_hf.utils.messages import first_line, flag
 
 logger = logging.getLogger(__name__)
 
 # Classification checkpoints of these do not train the dense pooler, and their classifier reads the class token.
 _CLASS_TOKEN_TYPES = {"vit", "deit", "vit_msn", "vit_mae"}
-# Entries of a configuration that an embedding does not depend on, or that its fingerprint holds in another form.
-_NAMES = {"_name_or_path", "architectures", "auto_map", "dtype", "embedding_pooling", "id2label", "label2id"}
-_NAMES |= {"label_names", "num_classes", "pretrained_cfg", "teacher_space", "torch_dtype", "transformers_version"}
+# Entries of a configuration that an embedding does not depend on, or that its fingerprint contains in another form.
+_NOT_IN_FINGERPRINT = {
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "dtype",
+    "embedding_pooling",
+    "id2label",
+    "label2id",
+    "label_names",
+    "num_classes",
+    "pretrained_cfg",
+    "teacher_space",
+    "torch_dtype",
+    "transformers_version",
+}
 
 
 class Backbone:
@@ -37,23 +50,26 @@ class Backbone:
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         missing: names of weights that its checkpoint did not contain.
         size: side of the input in pixels; by default the image processor's. ``(h, w)`` where there is no processor.
-        interpolate_pos_encoding: stretch position embeddings, where the network has them and can do it.
+        interpolate_pos_encoding: whether to stretch position embeddings, where the network has them and can do it.
         argument: the command-line flag that errors name.
 
     Attributes:
         model: the network, without a classifier.
-        name: where it came from.
+        name: Hub name or folder that the network came from, else its class.
         pooling: ``cls``, ``mean``, ``pooler`` or ``gap``.
         dim: dimension d of the embedding.
+        layout: where its ``last_hidden_state`` has tokens or channels.
         size: ``(h, w)`` of its input, in pixels.
+        preprocessing: the use of its image processor for evaluation and for training; None without a processor.
         processor: its image processor.
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
+        can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
-        maps: number of feature maps that ``features`` returns beside the embedding; 0 by default.
+        maps: number of feature maps that ``features`` returns together with the embedding; 0 by default.
 
     Raises:
-        ValueError: a network that is not of images, a pooling or size that it cannot do, missing weights.
+        ValueError: a network that reads no images, a pooling or size that it does not support, missing weights.
     """
 
     def __init__(
@@ -69,46 +85,67 @@ class Backbone:
     ):
         self.name = model.name_or_path or type(model).__name__
         self.maps = 0
-        self.model, self.missing = vision_tower(model, argument), set(missing)
-        self.preprocessing, self.processor, self.size = None, None, size
+        self.model = vision_tower(model, argument)
+        self.missing = set(missing)
+        self.preprocessing = None
+        self.processor = None
+        self.size = size
         if processor is not None:
             self.preprocessing = Preprocessing(processor, size, argument)
-            self.processor, self.size = self.preprocessing.processor, self.preprocessing.size
-        takes = inspect.signature(self.model.forward).parameters
-        self.can_interpolate = "interpolate_pos_encoding" in takes
-        # Teacher and student get the same flag: a ResNet that needs no such thing takes its size without.
+            self.processor = self.preprocessing.processor
+            self.size = self.preprocessing.size
+        self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        # Teacher and student get the same flag: a ResNet takes any size without it.
         interpolate = interpolate_pos_encoding and self.can_interpolate
         self.options = {"interpolate_pos_encoding": True} if interpolate else {}
-        self._probe(pooling, argument)
+        self.set_pooling(pooling, argument)
         # Read by `embed` and by anybody who reloads the network.
         self.model.config.embedding_pooling = self.pooling
 
-    def _probe(self, pooling: str, argument: str) -> None:
-        """Finds layout, pooling, dimension and unused parameters from shapes and graph alone, without arithmetic."""
+    def set_pooling(self, pooling: str, argument: str = "") -> None:
+        """Set the pooling, and find layout, dimension and unused parameters from shapes and graph, without arithmetic.
+
+        Args:
+            pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
+            argument: the command-line flag that errors name.
+
+        Raises:
+            ValueError: a pooling or size that the network does not support, missing weights.
+        """
         pooling = getattr(self.model.config, "embedding_pooling", "auto") if pooling == "auto" else pooling
         if pooling not in (*POOLINGS, "auto"):
             raise ValueError(
                 f"{flag(argument, 'pooling')}={pooling!r} is unknown: choose one of auto, {', '.join(POOLINGS)}."
             )
         with torch.inference_mode(False), torch.enable_grad(), _shape_twin(self.model) as twin:
-            self._probe_twin(twin, pooling, argument)
+            output = self._example_output(twin, argument)
+            self.layout = _layout(self.model, output.last_hidden_state, self.size)
+            parameters = {parameter: name for name, parameter in twin.named_parameters()}
+            pooling = self._choose_pooling(pooling, output, parameters, argument)
+            embedding = pool(output, pooling, self.layout)
+            used = _reached(embedding, parameters)
+        names = set(parameters.values())
+        self._check_missing(used, names, argument)
+        self.pooling = pooling
+        self.dim = embedding.shape[1]
+        self.unused = names - used
 
-    def _probe_twin(self, twin: PreTrainedModel, pooling: str, argument: str) -> None:
-        output = self._shapes(twin, argument)
-        hidden, pooler = output.last_hidden_state, getattr(output, "pooler_output", None)
-        self.layout = _layout(self.model, hidden, self.size)
-        parameters = {parameter: name for name, parameter in twin.named_parameters()}
-        usable = pooler is not None and not _reached(pooler, parameters) & self.missing
+    def _choose_pooling(self, pooling: str, output, parameters: dict[Tensor, str], argument: str) -> str:
+        """``pooling``, chosen by the architecture where it is ``auto``, if the network supports it."""
+        pooler = getattr(output, "pooler_output", None)
+        pooler_usable = pooler is not None and not _reached(pooler, parameters) & self.missing
         if pooling == "auto":
-            pooling = self._auto(usable)
+            pooling = self._auto(pooler_usable)
         given = f"{flag(argument, 'pooling')}={pooling}: {self.name}"
-        if pooling == "pooler" and not usable:
+        if pooling == "pooler" and not pooler_usable:
             why = "has no pooler" if pooler is None else "has a pooler whose weights are not in the checkpoint"
             raise ValueError(f"{given} {why}; use auto, cls, mean or gap.")
         if pooling == "cls" and not (self.layout.tokens and self.layout.prefix):
             raise ValueError(f"{given} has no class token; use auto, mean or gap.")
-        embedding = pool(output, pooling, self.layout)
-        used, names = _reached(embedding, parameters), set(parameters.values())
+        return pooling
+
+    def _check_missing(self, used: set[str], names: set[str], argument: str) -> None:
+        """Refuse a checkpoint without weights that the embedding needs, of the network's parameters ``names``."""
         # Running means and variances, which no gradient reaches.
         statistics = {name for name, value in self.model.state_dict().items() if value.is_floating_point()}
         lost = sorted((used | statistics - names) & self.missing)
@@ -117,10 +154,9 @@ class Backbone:
                 f"{flag(argument)}={self.name}: the checkpoint lacks weights that the embedding needs "
                 f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
             )
-        self.pooling, self.dim, self.unused = pooling, embedding.shape[1], names - used
 
-    def _shapes(self, twin: PreTrainedModel, argument: str):
-        """Output of two images of the network's input size; errors where it cannot take them."""
+    def _example_output(self, twin: PreTrainedModel, argument: str):
+        """Output of two images of the network's input size; errors where it does not support them."""
         first = next(twin.parameters())
         images = torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype)
         try:
@@ -130,11 +166,12 @@ class Backbone:
                 raise ValueError("nothing is left of them in its last map")
         except Exception as error:  # each network refuses images in its own way
             own = getattr(self.model.config, "image_size", None)
+            trained = f" ({own})" if own else ""
             stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
             raise ValueError(
                 f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
                 f"cannot take images of this size ({first_line(error)}); give "
-                f"{flag(argument, 'size')} as it was trained{f' ({own})' if own else ''}{stretch}."
+                f"{flag(argument, 'size')} as it was trained{trained}{stretch}."
             ) from error
         if hidden is None:
             raise ValueError(
@@ -151,7 +188,9 @@ class Backbone:
             return "pooler"
         if not self.layout.tokens:
             return "gap"
-        return "cls" if self.layout.prefix and not getattr(config, "use_mean_pooling", False) else "mean"
+        if self.layout.prefix and not getattr(config, "use_mean_pooling", False):
+            return "cls"
+        return "mean"
 
     def __repr__(self) -> str:
         return (
@@ -164,16 +203,17 @@ class Backbone:
         return sum(p.numel() for name, p in self.model.named_parameters() if name not in self.unused)
 
     def features(self, pixel_values: Tensor) -> Features:
-        """Embeds a batch of normalised images ``(b, 3, h, w)``; gradients and mode are the caller's."""
+        """Features of normalised images ``(b, 3, h, w)``; gradients and mode are left to the caller."""
         if not self.maps:
-            return Features(pool(self.model(pixel_values=pixel_values, **self.options), self.pooling, self.layout))
+            output = self.model(pixel_values=pixel_values, **self.options)
+            return Features(pool(output, self.pooling, self.layout))
         output = self.model(pixel_values=pixel_values, output_hidden_states=True, **self.options)
         maps = feature_maps(output, self.layout, self.size)
-        return Features(pool(output, self.pooling, self.layout), evenly(maps, self.maps))
+        return Features(pool(output, self.pooling, self.layout), evenly_spaced(maps, self.maps))
 
     @torch.no_grad()
     def example(self, maps: bool = False) -> Features:
-        """Features of two black images, in evaluation mode; with ``maps`` all that the network can give."""
+        """Features of two black images, in evaluation mode; with ``maps``, all feature maps of the network."""
         first = next(self.model.parameters())
         images = torch.zeros(2, 3, *self.size, dtype=first.dtype, device=first.device)
         with evaluating(self.model):
@@ -183,24 +223,31 @@ class Backbone:
         return Features(pool(output, self.pooling, self.layout), feature_maps(output, self.layout, self.size))
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
-        """The full image processor: RGB images to ``(b, 3, h, w)``, as in evaluation and neighbour search."""
+        """Process RGB images to ``(b, 3, h, w)`` by the full image processor, as in evaluation and neighbour search."""
         return self.preprocessing.full(images)
 
     def normalize(self, views: Tensor) -> Tensor:
-        """Views ``(b, 3, H, W)`` uint8 to this network's own input: size, scale, mean and std. Runs on any device."""
+        """Normalise views ``(b, 3, H, W)`` uint8 to this network's size, scale, mean and std; runs on any device."""
         return self.preprocessing.normalize(views)
 
     def freeze(self) -> "Backbone":
-        """As a teacher: evaluation mode, no gradients."""
+        """Set evaluation mode and switch gradients off, as for a teacher."""
         self.model.eval().requires_grad_(False)
         return self
 
     def fingerprint(self) -> str:
         """Hash of everything that the embedding of an image depends on: network, weights, pooling, pre-processing."""
         digest = hashlib.blake2b(digest_size=16)
-        config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NAMES}
-        settings = [type(self.model).__name__, config, self.pooling, self.size, sorted(self.options)]
-        digest.update(json.dumps([*settings, self.processor.to_dict()], sort_keys=True, default=str).encode())
+        config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
+        entries = [
+            type(self.model).__name__,
+            config,
+            self.pooling,
+            self.size,
+            sorted(self.options),
+            self.processor.to_dict(),
+        ]
+        digest.update(json.dumps(entries, sort_keys=True, default=str).encode())
         # A pooler that the checkpoint lacks is drawn anew at each loading: what is unused stays out.
         state = {name: tensor for name, tensor in self.model.state_dict().items() if name not in self.unused}
         for name, tensor in sorted(state.items()):
@@ -210,9 +257,11 @@ class Backbone:
 
 
 def backbone_classes(config) -> tuple[type, ...]:
-    """What ``AutoModel`` makes of a configuration; empty for code that is not of Transformers."""
+    """Classes that ``AutoModel`` builds from a configuration; empty for code outside Transformers."""
     found = AutoModel._model_mapping.get(type(config), ())
-    return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    if isinstance(found, (tuple, list)):
+        return tuple(found)
+    return (found,)
 
 
 def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
@@ -239,7 +288,8 @@ def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
 @contextlib.contextmanager
 def _shape_twin(model: PreTrainedModel):
     """The same network without storage where its code allows that, else the network itself, left as it was."""
-    twin, config = None, copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
+    twin = None
     if config._attn_implementation not in (None, "sdpa"):
         config._attn_implementation = "eager"  # other kernels need a device
     try:
@@ -247,19 +297,20 @@ def _shape_twin(model: PreTrainedModel):
             twin = type(model)._from_config(config)
     except Exception as error:  # code of any origin may refuse the meta device in any way
         logger.debug("no meta twin of %s: %s", type(model).__name__, error)
-    shapes = [
-        [(name, value.shape) for name, value in net.named_parameters()] for net in (twin, model) if net is not None
-    ]
-    if twin is not None and shapes[0] == shapes[1]:
+    if twin is not None and _parameter_shapes(twin) == _parameter_shapes(model):
         yield twin.eval().requires_grad_(True)
         return
     with evaluating(model):
         yield model.requires_grad_(True)
 
 
+def _parameter_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
+    return [(name, value.shape) for name, value in model.named_parameters()]
+
+
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module):
-    """Evaluation mode; mode and ``requires_grad`` of every part are put back."""
+    """Set evaluation mode, and restore mode and ``requires_grad`` of every part on exit."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
@@ -272,14 +323,16 @@ def evaluating(model: torch.nn.Module):
 
 
 def _reached(output: Tensor, names: dict[Tensor, str]) -> set[str]:
-    """Which parameters an output depends on, by its graph."""
-    found, seen, todo = set(), set(), [output.grad_fn]
+    """Names of the parameters that an output depends on, by its graph."""
+    found = set()
+    seen = set()
+    todo = [output.grad_fn]
     while todo:
         node = todo.pop()
         if node is not None and node not in seen:
             seen.add(node)
             todo += [function for function, _ in node.next_functions]
-            found.add(names.get(getattr(node, "variable", None)))  # leaves of the graph hold one
+            found.add(names.get(getattr(node, "variable", None)))  # only leaves of the graph have one
     return found - {None}
 
 
@@ -292,6 +345,10 @@ def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> La
     if timm_model is not None:
         return Layout(tokens=True, prefix=getattr(timm_model, "num_prefix_tokens", 0))
     patch = getattr(model.config, "patch_size", None)
-    height, width = (patch, patch) if isinstance(patch, int) else patch or (0, 0)
-    patches = (size[0] // height) * (size[1] // width) if height else hidden.shape[1]
+    if not patch:
+        return Layout(tokens=True)
+    if isinstance(patch, int):
+        patch = (patch, patch)
+    height, width = patch
+    patches = (size[0] // height) * (size[1] // width)
     return Layout(tokens=True, prefix=max(hidden.shape[1] - patches, 0))

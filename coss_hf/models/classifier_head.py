@@ -10,15 +10,15 @@ from coss_hf.models.loading import quiet_loading
 
 @torch.no_grad()
 def find_classifier(backbone: Backbone) -> nn.Linear | None:
-    """The layer that makes the checkpoint's logits of ``backbone``'s embedding; None where there is none.
+    """The layer that computes the checkpoint's logits from ``backbone``'s embedding; None where there is none.
 
-    Accepted only if on random images it gives the logits of the whole classification network, so that a classifier of
-    other features (another pooling, class token and mean joined) is not taken for one of these.
+    It is accepted only if it gives the logits of the full classification network on random images, so that a classifier
+    of other features (another pooling, class token and mean concatenated) is not taken for one of the embedding.
     """
     revision = getattr(backbone.model.config, "_commit_hash", None)
     try:
         with quiet_loading():
-            whole, info = AutoModelForImageClassification.from_pretrained(
+            network, info = AutoModelForImageClassification.from_pretrained(
                 backbone.name, revision=revision, trust_remote_code=False, output_loading_info=True
             )
     except Exception:  # no such checkpoint, no such head, code of any origin: each means no classifier
@@ -27,12 +27,12 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
         return None
     # In one place and precision, so that both round alike.
     first = next(backbone.model.parameters())
-    whole.eval().to(first.device, first.dtype)
+    network.eval().to(first.device, first.dtype)
     images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
-    expected = whole(pixel_values=images, **backbone.options).logits
+    expected = network(pixel_values=images, **backbone.options).logits
     with evaluating(backbone.model):
         embedding = backbone.features(images).embedding
-    for layer in reversed([module for module in whole.modules() if isinstance(module, nn.Linear)]):
+    for layer in reversed([module for module in network.modules() if isinstance(module, nn.Linear)]):
         if (layer.in_features, layer.out_features) == (embedding.shape[1], expected.shape[1]):
             if torch.allclose(layer(embedding), expected, rtol=1e-3, atol=1e-3):
                 return layer.cpu().float()

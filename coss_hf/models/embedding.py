@@ -1,4 +1,4 @@
-"""`coss_hf.embed`: images to embeddings, by any vision network."""
+"""Images to embeddings: `coss_hf.embed` by any vision network, and data sets and batches by a `Backbone`."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -27,7 +27,7 @@ def embed(
     processor=None,
     batch_size: int = 64,
 ) -> Tensor:
-    """Embeds images with any vision network: in evaluation mode, without gradients, the network left as it was.
+    """Embed images with any vision network, in evaluation mode and without gradients; the network is left unchanged.
 
     Args:
         model: a `Backbone` (for many calls: it is prepared once), a network in memory, a Hub name or a folder.
@@ -35,49 +35,64 @@ def embed(
             go through the full image processor; or a float tensor ``(b, 3, h, w)`` of pixel values, which does not.
         pooling: ``cls`` (class token), ``mean`` or ``gap`` (over positions), ``pooler`` (the network's own), or
             ``auto``: what was stored with the network (``config.embedding_pooling``), else by its architecture.
-        processor: image processor; by default the one beside the network's checkpoint.
-        batch_size: images a forward pass.
+        processor: image processor; by default the one in the network's checkpoint.
+        batch_size: number of images per forward pass.
 
     Returns:
-        ``(b, d)``, of the network's dtype and on its device.
+        The embeddings ``(b, d)``, of the network's dtype and on its device.
 
     Raises:
-        ValueError: images of another kind, no image processor, a network without this pooling, or one that would embed
-            through weights that its checkpoint did not contain.
+        ValueError: images of another kind, no image processor, a network without this pooling, or one whose embedding
+            needs weights that its checkpoint did not contain.
     """
-    pixels = isinstance(images, Tensor) and images.is_floating_point()
-    images = images if pixels else _as_images(images)
-    if not len(images) or (pixels and (images.dim() != 4 or images.shape[1] != 3)):
+    are_pixels = isinstance(images, Tensor) and images.is_floating_point()
+    if not are_pixels:
+        images = _as_images(images)
+    if not len(images) or (are_pixels and (images.dim() != 4 or images.shape[1] != 3)):
         raise ValueError(f"images: {_described(images)}; give one image or more, pixel values as (b, 3, h, w).")
     if isinstance(model, Backbone):
         backbone = copy.copy(model)
         if pooling not in ("auto", model.pooling):
-            backbone._probe(pooling, "")
+            backbone.set_pooling(pooling)
         if processor is not None:
             backbone.preprocessing = Preprocessing(processor)
     else:
-        network, missing = load_network(str(model)) if isinstance(model, (str, Path)) else (model, None)
-        if not isinstance(network, PreTrainedModel):
-            raise ValueError(
-                f"model: {_described(network)}; give a Backbone, a PreTrainedModel, a Hub name or a folder."
-            )
-        tower = vision_tower(network, "")
-        missing = missing_weights(tower, network.name_or_path) if missing is None else missing
-        settings = dict(vars(tower.config))
-        try:
-            processor = None if pixels else processor or find_processor(network)
-            size = tuple(images.shape[2:]) if pixels else None
-            backbone = Backbone(network, processor, pooling=pooling, missing=missing, size=size)
-        finally:
-            vars(tower.config).clear()
-            vars(tower.config).update(settings)
-    first, rows = next(backbone.model.parameters()), []
+        backbone = _prepare(model, pooling, processor, tuple(images.shape[2:]) if are_pixels else None)
+    first = next(backbone.model.parameters())
+    rows = []
     with evaluating(backbone.model):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size]
-            batch = batch if pixels else backbone.preprocess(batch)
+            if not are_pixels:
+                batch = backbone.preprocess(batch)
             rows.append(backbone.features(batch.to(first.device, first.dtype)).embedding)
     return torch.cat(rows)
+
+
+def _prepare(
+    model: PreTrainedModel | str | Path, pooling: str, processor, pixel_size: tuple[int, int] | None
+) -> Backbone:
+    """A backbone of a network, whose configuration is left unchanged; without image processor for pixel values."""
+    if isinstance(model, (str, Path)):
+        network, missing = load_network(str(model))
+    else:
+        network = model
+        missing = None
+    if not isinstance(network, PreTrainedModel):
+        raise ValueError(f"model: {_described(network)}; give a Backbone, a PreTrainedModel, a Hub name or a folder.")
+    tower = vision_tower(network, "")
+    if missing is None:
+        missing = missing_weights(tower, network.name_or_path)
+    entries = dict(vars(tower.config))
+    try:
+        if pixel_size is not None:
+            processor = None
+        elif processor is None:
+            processor = find_processor(network)
+        return Backbone(network, processor, pooling=pooling, missing=missing, size=pixel_size)
+    finally:
+        vars(tower.config).clear()
+        vars(tower.config).update(entries)
 
 
 def _as_images(images) -> list[Image.Image]:
@@ -115,23 +130,24 @@ def embed_dataset(
     device: torch.device | str | None = None,
     description: str = "Embedding",
 ) -> Tensor:
-    """Embeddings of processed images, in evaluation mode.
+    """Embed a dataset of processed images, in evaluation mode.
 
     Args:
         backbone: the network, on any device.
-        dataset: items ``(3, h, w)`` float32, what ``backbone.preprocess`` gives for an image.
-        batch_size: images a forward pass.
-        num_workers: processes that decode.
-        device: where the network runs; by default where it is.
-        description: of the progress bar.
+        dataset: n processed images ``(3, h, w)`` float32, such as ``ProcessedImages``.
+        batch_size: number of images per forward pass.
+        num_workers: number of processes that decode.
+        device: the device that the network is moved to; by default its own.
+        description: the label of the progress bar.
 
     Returns:
-        ``(n, d)`` float32 on the CPU.
+        The embeddings ``(n, d)``, float32 on the CPU.
     """
     device = torch.device(device or next(backbone.model.parameters()).device)
     backbone.model.to(device)
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
-    rows, start = torch.empty(len(dataset), backbone.dim), 0
+    rows = torch.empty(len(dataset), backbone.dim)
+    start = 0
     with tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
         for embedding in embed_batches(backbone, loader):
             rows[start : start + len(embedding)] = embedding
@@ -142,7 +158,7 @@ def embed_dataset(
 
 @torch.no_grad()
 def embed_batches(backbone: Backbone, loader: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Embeddings ``(b, d)``, float32 on the CPU, of each batch ``(b, 3, h, w)``, in evaluation mode."""
+    """Embed each batch ``(b, 3, h, w)`` in evaluation mode: ``(b, d)``, float32 on the CPU."""
     first = next(backbone.model.parameters())
     with evaluating(backbone.model):
         for pixel_values in loader:

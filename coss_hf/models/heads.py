@@ -7,17 +7,21 @@ from torch import nn
 from transformers.utils import cached_file
 
 HEADS = ("auto", "none", "linear", "mlp")
-
-
 HEAD_FILE = "head.safetensors"
 
 
 def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: int = 2048) -> nn.Module | None:
-    """Head from the student's to the teacher's dimension; not part of the published student.
+    """Build a head from the student's to the teacher's dimension; it is not part of the published student.
 
     Args:
         kind: ``linear``; ``mlp``: Linear(s, hidden) - ReLU - Linear(hidden, t), as in the paper's public code, without
             batch norm; ``none``; ``auto``: ``none`` where the dimensions are equal, else ``mlp``.
+        student_dim: dimension s of the student's embedding.
+        teacher_dim: dimension t of the teacher's embedding.
+        hidden_dim: dimension of the hidden layer of ``mlp``.
+
+    Returns:
+        The head; None for ``none``.
 
     Raises:
         ValueError: an unknown kind, or ``none`` with dimensions that differ.
@@ -38,32 +42,39 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
     return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
 
 
-def file_beside(name: str | Path, file: str, revision: str | None = None) -> str | None:
-    """Path of a file that a run left beside its student, a folder or a name on the Hub; None where there is none."""
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    return cached_file(str(name), file, revision=revision, **quiet)
+def find_student_file(name: str | Path, file: str, revision: str | None = None) -> str | None:
+    """Path of a file in a student's folder or repository on the Hub; None where there is none."""
+    return cached_file(
+        str(name),
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        _raise_exceptions_for_gated_repo=False,
+    )
 
 
 def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:
-    """The projection head that a run left beside its student, in evaluation mode; None where there is none.
+    """Load the projection head in a student's folder, in evaluation mode; None where there is none.
 
     Args:
         name: folder, or name on the Hub.
         revision: branch, tag or commit on the Hub.
 
     Raises:
-        ValueError: a file that holds no head of ``projection_head``.
+        ValueError: the file contains no head of ``projection_head``.
     """
-    path = file_beside(name, HEAD_FILE, revision)
+    path = find_student_file(name, HEAD_FILE, revision)
     if path is None:
         return None
     tensors = load_file(path)
     matrices = [tensor for name, tensor in sorted(tensors.items()) if name.endswith("weight")]
-    kind = {("bias", "weight"): "linear", ("0.bias", "0.weight", "2.bias", "2.weight"): "mlp"}.get(
-        tuple(sorted(tensors))
-    )
-    if kind is None:
-        raise ValueError(f"{path} holds {', '.join(sorted(tensors))}: no linear or mlp head; remove or replace it.")
+    if set(tensors) == {"weight", "bias"}:
+        kind = "linear"
+    elif set(tensors) == {"0.weight", "0.bias", "2.weight", "2.bias"}:
+        kind = "mlp"
+    else:
+        raise ValueError(f"{path} contains {', '.join(sorted(tensors))}: no linear or mlp head; remove or replace it.")
     head = projection_head(kind, matrices[0].shape[1], matrices[-1].shape[0], matrices[0].shape[0])
     head.load_state_dict(tensors)
     return head.eval()

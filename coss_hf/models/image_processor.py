@@ -1,4 +1,4 @@
-"""One image processor, two uses: in full on single images, and on the device for training views."""
+"""Two uses of one image processor: in full on single images, and on the device for training views."""
 
 import copy
 
@@ -14,24 +14,29 @@ from coss_hf.utils.messages import first_line, flag
 _PROBES = ((300, 200), (200, 300))
 
 
-def from_timm(processor) -> bool:
-    """Told by name: importing the class imports timm, a second of every run without it."""
+def is_timm_processor(processor) -> bool:
+    """Whether an image processor is timm's, by name: importing its class would import timm, which takes a second."""
     return type(processor).__name__ == "TimmWrapperImageProcessor"
 
 
 class Preprocessing:
-    """What an image processor does, split for evaluation and for training.
+    """The steps of an image processor, split for evaluation and for training.
 
     Evaluation and neighbour search run the processor itself (resize, crop, scale, normalise) on each image. Training
     augments an image once for both networks, so a view only needs the processor's arithmetic: to the network's input
     size, scale, channel order, mean and std, on the device.
 
+    Args:
+        processor: an image processor.
+        size: side of its output in pixels; by default its own.
+        argument: the command-line flag that errors name.
+
     Attributes:
         processor: the image processor, at ``size``.
-        size: ``(h, w)`` of what it gives, in pixels.
+        size: ``(h, w)`` of its output, in pixels.
 
     Raises:
-        ValueError: for a processor that does anything else, gives images of several sizes, or cannot give ``size``.
+        ValueError: a processor that does anything else, gives images of several sizes, or does not support ``size``.
     """
 
     def __init__(self, processor, size: int | None = None, argument: str = ""):
@@ -54,45 +59,48 @@ class Preprocessing:
             )
         sizes = sorted(shape[1:] for shape in shapes)
         if len(sizes) > 1 or (size and sizes[0] != (size, size)):
+            found = " and ".join(f"{h}x{w}" for h, w in sizes)
+            if size:
+                remedy = f" ({size}x{size}); correct its preprocessor_config.json."
+            else:
+                remedy = f"; set {flag(argument, 'size')}."
             raise ValueError(
-                f"{flag(argument)}: its image processor ({kind}) gives images of "
-                f"{' and '.join(f'{h}x{w}' for h, w in sizes)} pixels, where one size is needed"
-                + (
-                    f" ({size}x{size}); correct its preprocessor_config.json."
-                    if size
-                    else f"; set {flag(argument, 'size')}."
-                )
+                f"{flag(argument)}: its image processor ({kind}) gives images of {found} pixels, where one size is "
+                f"needed{remedy}"
             )
         self.size = sizes[0]
         self._measure(argument)
 
     def full(self, images: list[Image.Image]) -> Tensor:
-        """RGB images of any sizes to ``(b, 3, h, w)`` float32."""
+        """Process RGB images of any sizes to ``(b, 3, h, w)`` float32."""
         return self.processor(images, return_tensors="pt")["pixel_values"].float()
 
     def normalize(self, views: Tensor) -> Tensor:
-        """Views ``(b, 3, H, W)``, uint8 on any device, to ``(b, 3, h, w)`` float32."""
+        """Normalise views ``(b, 3, H, W)``, uint8 on any device, to ``(b, 3, h, w)`` float32."""
         pixels = views.float()
         if pixels.shape[-2:] != self.size:
             pixels = interpolate(pixels, self.size, mode="bilinear", antialias=True, align_corners=False)
         if self._flip:
             pixels = pixels.flip(1)
         if self._slope.device != pixels.device:
-            self._slope, self._offset = self._slope.to(pixels.device), self._offset.to(pixels.device)
+            self._slope = self._slope.to(pixels.device)
+            self._offset = self._offset.to(pixels.device)
         return torch.addcmul(self._offset, pixels, self._slope)
 
     def _measure(self, argument: str) -> None:
-        """Reads slope and offset of pixel -> slope * pixel + offset off two plain images, and proves them on noise."""
-        black, white, red = (
-            self.full([_plain(value, self.size)])[0, :, 0, 0].double() for value in (0, 255, (255, 0, 0))
-        )
+        """Measure slope and offset of pixel -> slope * pixel + offset on two plain images, and verify them on noise."""
+        black = self._processed_color(0)
+        white = self._processed_color(255)
+        red = self._processed_color((255, 0, 0))
         self._slope = ((white - black) / 255).float().reshape(1, 3, 1, 1)
         self._offset = black.float().reshape(1, 3, 1, 1)
         self._flip = bool((red[2] - black[2]).abs() > (red[0] - black[0]).abs())
-        if from_timm(self.processor):  # cannot leave resize and crop out
-            image, options = _plain((200, 100, 50), self.size), {}
+        if is_timm_processor(self.processor):  # cannot leave resize and crop out
+            image = _plain((200, 100, 50), self.size)
+            options = {}
         else:
-            image, options = _noise(self.size[1], self.size[0]), {"do_resize": False, "do_center_crop": False}
+            image = _noise(self.size[1], self.size[0])
+            options = {"do_resize": False, "do_center_crop": False}
         expected = self.processor([image], return_tensors="pt", **options)["pixel_values"].float()
         views = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
         if expected.shape[-2:] != self.size or (self.normalize(views) - expected).abs().max() > 1e-5:
@@ -100,6 +108,10 @@ class Preprocessing:
                 f"{flag(argument)}: its image processor ({type(self.processor).__name__}) does more than resize, crop, "
                 f"scale and normalise; give the network a processor of these steps (preprocessor_config.json)."
             )
+
+    def _processed_color(self, color) -> Tensor:
+        """The processed channels (3,) of a plain image."""
+        return self.full([_plain(color, self.size)])[0, :, 0, 0].double()
 
 
 def _plain(color, size: tuple[int, int]) -> Image.Image:
@@ -112,7 +124,7 @@ def _noise(width: int, height: int) -> Image.Image:
 
 def _resized(processor, size: int):
     """A copy of ``processor`` whose output is ``size`` x ``size``, its resize-to-crop proportion kept."""
-    if from_timm(processor):
+    if is_timm_processor(processor):
         config = {**processor.data_config, "input_size": (3, size, size)}
         return type(processor)(pretrained_cfg=config, architecture=processor.architecture)
     processor = copy.deepcopy(processor)

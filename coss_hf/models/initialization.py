@@ -1,4 +1,4 @@
-"""Students that are built: from a changed configuration, or from layers of the teacher."""
+"""Networks that no checkpoint has: a changed configuration, or a student of layers of the teacher."""
 
 import difflib
 import logging
@@ -13,9 +13,10 @@ from coss_hf.utils.messages import flag
 logger = logging.getLogger(__name__)
 
 
-def _rebuilt(config, changes: dict, argument: str):
-    """A configuration with other entries, built anew, so that entries derived from others follow and are checked."""
-    given, known = flag(argument, "config_overrides"), config.to_dict()
+def rebuild_config(config, changes: dict, argument: str):
+    """Build a configuration anew with changed entries, so that entries derived from others follow and are checked."""
+    given = flag(argument, "config_overrides")
+    known = config.to_dict()
     for key in changes:
         if key not in known and key not in config.attribute_map:
             close = difflib.get_close_matches(key, known, n=3)
@@ -30,8 +31,8 @@ def _rebuilt(config, changes: dict, argument: str):
         raise ValueError(f"{given}={changes}: {type(config).__name__} refuses this ({reason}).") from error
 
 
-def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, argument: str) -> PreTrainedModel:
-    """A student of every n-th layer of a transformer teacher, embeddings and norms included."""
+def build_from_layers(teacher: Backbone | None, overrides: dict, options: dict, argument: str) -> PreTrainedModel:
+    """Build a student from every n-th layer of a transformer teacher, with its embeddings and norms."""
     given = f"{flag(argument, 'init')}=teacher_layers"
     if teacher is None:
         raise ValueError(f"{given} needs a teacher to take layers from.")
@@ -39,7 +40,7 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
         raise ValueError(
             f"{flag(argument, 'config_overrides')}={overrides}: with teacher_layers only num_hidden_layers can differ."
         )
-    config, source = teacher.model.config, teacher.model.state_dict()
+    config = teacher.model.config
     timm_blocks = getattr(getattr(teacher.model, "timm_model", None), "blocks", ())
     total = getattr(config, "num_hidden_layers", None) or len(timm_blocks)
     stacks = [path for path, module in teacher.model.named_modules() if total and _is_stack(module, total)]
@@ -51,22 +52,27 @@ def _teacher_layers(teacher: Backbone | None, overrides: dict, options: dict, ar
     kept = overrides.get("num_hidden_layers", max(total // 2, 1))
     if not isinstance(kept, int) or not 1 <= kept <= total:
         raise ValueError(f"{flag(argument, 'config_overrides')}: num_hidden_layers={kept} must lie in 1..{total}.")
-    # A timm network is built from its name, with other arguments where given.
-    depth = {"model_args": {**(config.model_args or {}), "depth": kept}} if timm_blocks else {"num_hidden_layers": kept}
-    student = type(teacher.model)._from_config(_rebuilt(config, depth, argument), **options)
+    if timm_blocks:  # a timm network is built from its name, with other arguments where given
+        depth = {"model_args": {**(config.model_args or {}), "depth": kept}}
+    else:
+        depth = {"num_hidden_layers": kept}
+    student = type(teacher.model)._from_config(rebuild_config(config, depth, argument), **options)
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
-    state = {key: value for key, value in source.items() if not key.startswith(f"{stacks[0]}.")}
-    for position, layer in enumerate(chosen):
-        path = f"{stacks[0]}.{layer}."
-        state |= {
-            f"{stacks[0]}.{position}.{key.removeprefix(path)}": value
-            for key, value in source.items()
-            if key.startswith(path)
-        }
-    student.load_state_dict(state)
+    student.load_state_dict(_chosen_layers(teacher.model.state_dict(), stacks[0], chosen))
     student.name_or_path = f"{teacher.name}, layers {chosen}"
     logger.info("the student takes layers %s of the teacher's %d", chosen, total)
     return student
+
+
+def _chosen_layers(source: dict[str, torch.Tensor], stack: str, chosen: list[int]) -> dict[str, torch.Tensor]:
+    """State dict with the chosen layers of a stack alone, numbered from 0."""
+    state = {key: value for key, value in source.items() if not key.startswith(f"{stack}.")}
+    for position, layer in enumerate(chosen):
+        path = f"{stack}.{layer}."
+        for key, value in source.items():
+            if key.startswith(path):
+                state[f"{stack}.{position}.{key.removeprefix(path)}"] = value
+    return state
 
 
 def _is_stack(module: nn.Module, count: int | None) -> bool:

@@ -14,8 +14,8 @@ from transformers.utils import logging as hf_logging
 
 from coss_hf.models.backbone import Backbone, backbone_classes
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
-from coss_hf.models.image_processor import from_timm
-from coss_hf.models.initialization import _rebuilt, _teacher_layers
+from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.utils.messages import first_line, flag
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def load_backbone(
     config_overrides: dict | None = None,
     teacher: Backbone | None = None,
 ) -> Backbone:
-    """Loads a vision network and finds its pooling, dimension and input size.
+    """Load a vision network and find its pooling, dimension and input size.
 
     Args:
         name: Hub name or folder. With ``init="random"`` also a CIFAR network of this package (``resnet20``) or a
@@ -47,18 +47,18 @@ def load_backbone(
         argument: the command-line flag that errors name, such as ``teacher``.
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         size: side of the input in pixels; by default the image processor's.
-        interpolate_pos_encoding: stretch a transformer's position embeddings to ``size``.
+        interpolate_pos_encoding: whether to stretch a transformer's position embeddings to ``size``.
         revision: branch, tag or commit on the Hub.
-        dtype: of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
-        trust_remote_code: allow a checkpoint to run its own code.
+        dtype: data type of the weights: ``auto`` (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``.
+        trust_remote_code: whether a checkpoint may run its own code.
         attn_implementation: ``eager``, ``sdpa``, ``flash_attention_2``.
         init: ``pretrained``; ``random``; ``teacher_layers``: every n-th layer of ``teacher``, a transformer.
         config_overrides: entries of the configuration to change, for ``random`` and ``teacher_layers``.
         teacher: source of layers, and of the image processor where ``name`` has none.
 
     Raises:
-        ValueError: an unknown name (similar ones are suggested), a network that is not of images, a checkpoint that
-            lacks needed weights, a size or pooling it cannot do.
+        ValueError: an unknown name (similar ones are suggested), a network that reads no images, a checkpoint that
+            lacks needed weights, a size or pooling that the network does not support.
     """
     if init not in INITS:
         raise ValueError(f"{flag(argument, 'init')}={init!r} is unknown: choose one of {', '.join(INITS)}.")
@@ -68,21 +68,22 @@ def load_backbone(
             f"use {flag(argument, 'init')} random (or teacher_layers)."
         )
     options = {"dtype": _dtype(dtype, argument), "attn_implementation": attn_implementation}
+    if init != "pretrained" and dtype == "auto":
+        options["dtype"] = torch.float32
     is_checkpoint = init != "teacher_layers" and not (init == "random" and _is_architecture(name))
-    hub = _hub(name, argument, revision, trust_remote_code) if is_checkpoint else {}
+    hub = _hub_arguments(name, argument, revision, trust_remote_code) if is_checkpoint else {}
+    overrides = config_overrides or {}
     missing = set()
     if init == "pretrained":
-        model, missing = _load(name, argument, hub, options)
+        model, missing = _load_pretrained(name, argument, hub, options)
+    elif init == "random":
+        config = _load_config(name, argument, hub) if is_checkpoint else _architecture_config(name)
+        config = rebuild_config(_vision_config(config, argument), overrides, argument)
+        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **options)
+        model.name_or_path = name
     else:
-        options["dtype"] = torch.float32 if dtype == "auto" else options["dtype"]
-        if init == "random":
-            config = _images_only(_config(name, argument, hub) if is_checkpoint else _architecture(name), argument)
-            config = _rebuilt(config, config_overrides or {}, argument)
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **options)
-            model.name_or_path = name
-        else:
-            model = _teacher_layers(teacher, config_overrides or {}, options, argument)
-            missing = teacher.missing
+        model = build_from_layers(teacher, overrides, options, argument)
+        missing = teacher.missing
     if init == "teacher_layers":
         processor = teacher.processor
     else:
@@ -96,8 +97,8 @@ def load_backbone(
         interpolate_pos_encoding=interpolate_pos_encoding,
         argument=argument,
     )
-    if from_timm(backbone.processor):
-        # timm's are saved with the network, not beside it.
+    if is_timm_processor(backbone.processor):
+        # timm's processors are saved in the network's configuration, not next to it.
         own = getattr(model.config, "pretrained_cfg", None) or {}
         model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
     return backbone
@@ -105,27 +106,32 @@ def load_backbone(
 
 def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
     """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks."""
-    return _load(name, "", _hub(name, "", None, False), {"dtype": torch.float32})
+    return _load_pretrained(name, "", _hub_arguments(name, "", None, False), {"dtype": torch.float32})
 
 
-def _load(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
-    config = _images_only(_config(name, argument, hub), argument)
+def _load_pretrained(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    config = _vision_config(_load_config(name, argument, hub), argument)
     try:
-        # What matters of its report of weights, the embedding's, `Backbone` checks and says itself.
+        # `Backbone` checks the weights that the embedding needs, and reports those itself.
         with quiet_loading():
             model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
         raise ValueError(
             f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
-            f"give a whole checkpoint of this architecture."
+            f"give a complete checkpoint of this architecture."
         ) from error
-    return model, _missing(info)
+    return model, _missing_names(info)
 
 
 def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
-    """Names of weights that the checkpoint ``name``, which a network in memory came from, did not contain.
+    """Names of weights that the checkpoint of a network in memory did not contain, found without reading weights.
 
-    Reads no weights. Empty where there is no such checkpoint.
+    Args:
+        model: the network.
+        name: Hub name or folder of its checkpoint.
+
+    Returns:
+        The names; none where there is no such checkpoint.
     """
     if not name:
         return set()
@@ -140,7 +146,7 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
                 revision=getattr(model.config, "_commit_hash", None),
                 local_files_only=True,
             )
-        return _missing(info)
+        return _missing_names(info)
     except Exception as error:  # gone, renamed, or never a checkpoint
         logger.debug("no checkpoint of %s: %s", name, error)
         return set()
@@ -148,8 +154,9 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
 
 @contextlib.contextmanager
 def quiet_loading():
-    """Without Transformers' report of missing and unexpected weights, and without progress bars."""
-    verbosity, progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    """Silence Transformers' report of missing and unexpected weights, and its progress bars."""
+    verbosity = hf_logging.get_verbosity()
+    progress = hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity(hf_logging.CRITICAL)
     hf_logging.disable_progress_bar()
     try:
@@ -160,7 +167,7 @@ def quiet_loading():
             hf_logging.enable_progress_bar()
 
 
-def _missing(info: dict) -> set[str]:
+def _missing_names(info: dict) -> set[str]:
     return set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
@@ -170,8 +177,8 @@ def _dtype(dtype: str, argument: str) -> torch.dtype | str:
     return dtype if dtype == "auto" else getattr(torch, dtype)
 
 
-def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> dict:
-    """How to ask for files of ``name``: asks the Hub once, where ``from_pretrained`` retries for half a minute."""
+def _hub_arguments(name: str, argument: str, revision: str | None, trust_remote_code: bool) -> dict:
+    """Arguments of ``from_pretrained``; asks the Hub for ``name`` once, where that would retry for half a minute."""
     hub = {"revision": revision, "trust_remote_code": trust_remote_code}
     if Path(name).exists():
         return hub
@@ -182,7 +189,7 @@ def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool
             f"{flag(argument, 'revision')}={revision}: {name} has no such branch, tag or commit."
         ) from error
     except HFValidationError as error:
-        raise _unknown(name, argument, "is no folder, nor can it be the name of a model on the Hub") from error
+        raise _unknown(name, argument, "is no folder, nor a valid name of a model on the Hub") from error
     except RepositoryNotFoundError as error:
         reason = "is no folder, nor a model on the Hub (if it is private: hf auth login)"
         raise _unknown(name, argument, reason, ask_hub=True) from error
@@ -192,7 +199,7 @@ def _hub(name: str, argument: str, revision: str | None, trust_remote_code: bool
     return hub
 
 
-def _config(name: str, argument: str, hub: dict):
+def _load_config(name: str, argument: str, hub: dict):
     try:
         return AutoConfig.from_pretrained(name, **hub)
     except Exception as error:  # damaged files, code of any origin
@@ -208,36 +215,45 @@ def _config(name: str, argument: str, hub: dict):
 
 
 def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> ValueError:
-    """Names are suggested out of this package, the folder beside, the local cache and, where it answered, the Hub."""
-    from coss_hf.utils.hub_lookup import similar_names
+    """An error that suggests names of this package, the parent folder, the local cache and, if it answered, the Hub."""
+    from coss_hf.utils.hub_lookup import similar_names  # imports `datasets`
 
     text = f"{flag(argument)}={name} {reason}."
     if _is_architecture(name):
         return ValueError(
             f"{text} It is an architecture without weights: {flag(argument, 'init')} random would build it."
         )
-    names, parent = list(CIFAR_NETWORKS), Path(name).parent
-    names += [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    names = list(CIFAR_NETWORKS)
+    parent = Path(name).parent
+    if parent.is_dir():
+        names += [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()]
     cached = Path(constants.HF_HUB_CACHE).glob("models--*")
     names += [folder.name.removeprefix("models--").replace("--", "/") for folder in cached]
+    if ask_hub:
+        names += _search_hub(name)
+    similar = similar_names(name, names)
+    hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+    return ValueError(text + hint)
+
+
+def _search_hub(name: str) -> list[str]:
     try:
-        names += [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)] if ask_hub else []
+        return [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)]
     except Exception as error:  # a suggestion is not worth another error
         logger.debug("no suggestions from the Hub: %s", error)
-    similar = similar_names(name, names)
-    return ValueError(text + (f" Did you mean {' or '.join(similar)}?" if similar else ""))
+        return []
 
 
 def _is_architecture(name: str) -> bool:
     return not Path(name).exists() and (name in CIFAR_NETWORKS or name in CONFIG_MAPPING)
 
 
-def _architecture(name: str):
+def _architecture_config(name: str):
     return cifar_config(name) if name in CIFAR_NETWORKS else CONFIG_MAPPING[name]()
 
 
-def _images_only(config, argument: str):
-    """The vision tower of a two-tower configuration; errors for networks of text or sound."""
+def _vision_config(config, argument: str):
+    """The configuration, or its vision tower where it has two towers; errors for networks of text or sound."""
     config = getattr(config, "vision_config", None) or config
     for model_class in backbone_classes(config)[:1]:
         if model_class.main_input_name != "pixel_values":
@@ -253,24 +269,35 @@ def _images_only(config, argument: str):
 def find_processor(
     model: PreTrainedModel, teacher: Backbone | None = None, argument: str = "", hub: dict | None = None
 ):
-    """The image processor beside a network's checkpoint, else timm's own, else the teacher's."""
-    timm_model, name = getattr(model, "timm_model", None), model.name_or_path
+    """Find a network's image processor: in its checkpoint, else timm's own, else the teacher's.
+
+    Args:
+        model: the network.
+        teacher: source of the image processor where the checkpoint has none.
+        argument: the command-line flag that errors name.
+        hub: arguments of ``from_pretrained``; by default found by asking the Hub.
+
+    Raises:
+        ValueError: there is no image processor.
+    """
+    timm_model = getattr(model, "timm_model", None)
+    name = model.name_or_path
     if timm_model is not None:
         # In the network's configuration; before it is saved for the first time, in timm.
-        settings = getattr(model.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
+        pretrained_cfg = getattr(model.config, "pretrained_cfg", None) or timm_model.pretrained_cfg
         from transformers import TimmWrapperImageProcessor  # imports timm
 
-        return TimmWrapperImageProcessor(settings, architecture=model.config.architecture)
+        return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
     try:
         if not name or _is_architecture(name):
             raise ValueError("it is not from a checkpoint")
-        hub = hub or _hub(name, argument, getattr(model.config, "_commit_hash", None), False)
+        hub = hub or _hub_arguments(name, argument, getattr(model.config, "_commit_hash", None), False)
         return AutoImageProcessor.from_pretrained(name, **hub)
     except Exception as error:  # also packages that are not installed
         if teacher is not None:
             logger.info("%s has no image processor: the teacher's is used", name)
             return teacher.processor
         raise ValueError(
-            f"{flag(argument)}={name or type(model).__name__}: no image processor is beside its weights "
+            f"{flag(argument)}={name or type(model).__name__}: no image processor is next to its weights "
             f"({first_line(error)}); add a preprocessor_config.json."
         ) from error

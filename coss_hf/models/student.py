@@ -1,4 +1,4 @@
-"""A student with its head: images to embeddings in its teacher's space, where it can stand in for the teacher."""
+"""A student with its head: images to embeddings in its teacher's space, where it can replace the teacher."""
 
 from pathlib import Path
 
@@ -12,12 +12,17 @@ from coss_hf.models.loading import load_backbone
 
 
 class Student(nn.Module):
-    """A backbone, its pooling, and its projection head where it has one.
+    """A backbone with its projection head, where it has one; frozen, in evaluation mode.
+
+    Args:
+        backbone: the network with its pooling and pre-processing.
+        head: the projection head from its embeddings to the teacher's space.
 
     Attributes:
-        backbone: the network.
-        head: from its embeddings to the teacher's space, or None.
-        dim: dimension of what comes out.
+        backbone: the network with its pooling and pre-processing.
+        model: the network alone, ``backbone.model``.
+        head: the projection head, or None.
+        dim: dimension of the embeddings.
 
     Raises:
         ValueError: a head that does not fit the backbone's embeddings.
@@ -27,16 +32,18 @@ class Student(nn.Module):
         super().__init__()
         if head is not None and next(head.parameters()).shape[1] != backbone.dim:
             raise ValueError(
-                f"--pooling={backbone.pooling}: embeddings of {backbone.dim} dimensions do not fit the head beside "
+                f"--pooling={backbone.pooling}: embeddings of {backbone.dim} dimensions do not fit the head of "
                 f"{backbone.name}; use the pooling that it was trained with."
             )
-        self.backbone, self.model, self.head = backbone, backbone.model, head
+        self.backbone = backbone
+        self.model = backbone.model
+        self.head = head
         self.dim = backbone.dim if head is None else [*head.parameters()][-1].shape[0]
         self.eval().requires_grad_(False)
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Student":
-        """Loads student and head of a run of ``recipes/distill.py``.
+        """Load student and head of a run of ``recipes/distill.py``.
 
         Its embeddings can be compared with those of the teacher (``student.backbone.model.config.teacher_space``
         names it), for instance searched in a gallery that the teacher has embedded.
@@ -46,7 +53,7 @@ class Student(nn.Module):
             revision: branch, tag or commit on the Hub.
 
         Raises:
-            ValueError: no such network, one that was not trained into a teacher's space, or a head that is missing.
+            ValueError: an unknown network, one that was not trained into a teacher's space, or a missing head.
         """
         name = str(name)
         backbone = load_backbone(name, argument="student", revision=revision).freeze()
@@ -58,17 +65,19 @@ class Student(nn.Module):
             )
         head = load_head(name, revision)
         if (head is None) == space["head"]:
-            state = "missing, so that the teacher's space cannot be reached" if head is None else "of another run"
+            state = "of another run"
+            if head is None:
+                state = "missing, so that the teacher's space cannot be reached"
             raise ValueError(f"student={name}: {HEAD_FILE} is {state}; take the folder as the run left it.")
         return cls(backbone, head)
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Processed images ``(b, 3, h, w)`` to embeddings ``(b, dim)``."""
+        """Embed processed images ``(b, 3, h, w)``: ``(b, dim)``."""
         embedding = self.backbone.features(pixel_values).embedding
         return embedding if self.head is None else self.head(embedding)
 
     @torch.no_grad()
     def embed(self, images, batch_size: int = 64) -> Tensor:
-        """Images to embeddings ``(b, dim)``; arguments and errors as of ``coss_hf.embed``."""
+        """Embed images: ``(b, dim)``. Arguments and errors are those of ``coss_hf.embed``."""
         embedding = embed(self.backbone, images, batch_size=batch_size)
         return embedding if self.head is None else self.head(embedding)

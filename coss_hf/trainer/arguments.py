@@ -9,7 +9,7 @@ import yaml
 
 from coss_hf.data.loading import ImageSplits, load_images
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.heads import file_beside
+from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.neighbors.options import SearchOptions
 
@@ -119,7 +119,7 @@ class DataArguments(SearchOptions):
 
         So that it is not measured on what it was trained on; a ``validation_size`` that was given stands.
         """
-        record = file_beside(student, "run.json", revision)
+        record = find_student_file(student, "run.json", revision)
         given = json.loads(Path(record).read_text()).get("arguments", {}) if record else {}
         if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
             return

@@ -1,4 +1,4 @@
-"""A full disk, whatever a library makes of it."""
+"""Recognition of a full disk, whichever error a library raises for it."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def full_disk(error: BaseException | None) -> OSError | None:
     """The error of a full disk (or of a limit on the size of files) behind ``error``; None where there is none.
 
-    Libraries raise others on top of it: pyarrow "I/O operation on closed file", `datasets` one of its own.
+    Libraries raise other errors on top of it: pyarrow "I/O operation on closed file", `datasets` one of its own.
     """
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
@@ -21,11 +21,11 @@ def full_disk(error: BaseException | None) -> OSError | None:
 
 
 @contextlib.contextmanager
-def room_in_cache():
-    """Says where room is missing when `datasets` cannot write what it keeps.
+def disk_full_as_value_error():
+    """Name the full disk where `datasets` fails to write its cache.
 
     Raises:
-        ValueError: a full disk.
+        ValueError: the disk is full.
     """
     try:
         yield

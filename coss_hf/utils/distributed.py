@@ -1,4 +1,4 @@
-"""Differentiable reductions over the processes of a run, and a word between them."""
+"""Rank and number of the processes of a run, and differentiable reductions over them."""
 
 from functools import lru_cache
 
@@ -13,13 +13,16 @@ def world_size() -> int:
 
 
 def rank() -> int:
-    """Of this process among those of the run, 0 without ``torch.distributed``."""
+    """Rank of this process in the run, 0 without ``torch.distributed``."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def leave() -> None:
-    """Ends the process group of a run that has ended well, when no process has more to say to another: left to the end
-    of the interpreter, its threads may abort the process."""
+    """End the process group of a run that has ended well.
+
+    Call it when no process has anything left to send to another: a group that lives until the interpreter ends may
+    abort the process from one of its threads.
+    """
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
@@ -44,7 +47,7 @@ def all_reduce_sum(x: Tensor) -> Tensor:
     """Sum of ``x`` (any shape, the same on every process) over all processes, with a gradient.
 
     A loss computed from the result is the global loss on every process; DistributedDataParallel's averaging of
-    gradients then gives exactly the gradient of one process that sees the whole batch.
+    gradients then gives exactly the gradient of one process that sees the full batch.
     """
     return _AllReduceSum.apply(x) if world_size() > 1 else x
 
@@ -61,12 +64,13 @@ class _AllGather(torch.autograd.Function):
         padded[: len(x)] = x
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded)
-        ctx.start, ctx.count = sum(counts[: dist.get_rank()]), len(x)
+        ctx.start = sum(counts[: dist.get_rank()])
+        ctx.count = len(x)
         return torch.cat([part[:c] for part, c in zip(parts, counts)])
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> Tensor:
-        # As for _AllReduceSum: every process holds a gradient of the same loss for every row.
+        # As for _AllReduceSum: every process has a gradient of the same loss for every row.
         grad = grad.contiguous().clone()
         dist.all_reduce(grad)
         return grad[ctx.start : ctx.start + ctx.count]
@@ -76,7 +80,7 @@ def all_gather(x: Tensor) -> Tensor:
     """Rows of ``x`` ``(b, ...)`` of all processes, in the order of their ranks, with a gradient.
 
     ``b`` may differ between processes. A loss that every process computes from the result is the global loss, and
-    DistributedDataParallel's averaging of gradients gives exactly that of one process that sees the whole batch.
+    DistributedDataParallel's averaging of gradients gives exactly that of one process that sees the full batch.
     """
     return _AllGather.apply(x) if world_size() > 1 else x
 

@@ -6,14 +6,14 @@ import sys
 
 
 class RunStopped(RuntimeError):
-    """A run cannot go on; the message says why, and what is on disk."""
+    """A run cannot continue; the message tells why, and what is on disk."""
 
 
 class NonFiniteLoss(RunStopped):
     """The loss became NaN or infinite; the message names the step and the images.
 
     Attributes:
-        found: whether images of this process are to blame.
+        found: whether images of this process caused it.
     """
 
     def __init__(self, message: str, found: bool = False):
@@ -22,12 +22,12 @@ class NonFiniteLoss(RunStopped):
 
 
 class CheckpointError(RunStopped):
-    """A checkpoint could not be written; earlier ones are whole."""
+    """A checkpoint could not be written; earlier checkpoints are complete."""
 
 
 @contextlib.contextmanager
 def bad_input_exits():
-    """Turns a ``ValueError`` into one paragraph on stderr and exit code 2."""
+    """Turn a ``ValueError`` into one paragraph on stderr and exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -38,7 +38,7 @@ def bad_input_exits():
 
 @contextlib.contextmanager
 def stopped_run_exits():
-    """Turns a ``RunStopped`` into one paragraph on stderr and exit code 1."""
+    """Turn a ``RunStopped`` into one paragraph on stderr and exit code 1."""
     try:
         yield
     except RunStopped as error:

@@ -1,4 +1,4 @@
-"""Whether a dataset's name exists, before `datasets` is asked for it, and names like it where it does not."""
+"""Whether the Hub has a dataset, before `datasets` loads it, and similar names where it has not."""
 
 import logging
 from difflib import SequenceMatcher
@@ -12,17 +12,20 @@ logger = logging.getLogger(__name__)
 
 
 def find_dataset(dataset: str, revision: str | None):
-    """Asks the Hub once, where `load_dataset` retries for 20 seconds; without network the local cache will do.
+    """Ask the Hub for a dataset once, where `load_dataset` retries for 20 seconds; without network the cache suffices.
+
+    Args:
+        dataset: the name of the dataset on the Hub.
+        revision: the branch, tag or commit.
 
     Raises:
-        ValueError: unknown, with similar names from its folder, the cache and the Hub's search; or out of reach.
+        ValueError: an unknown dataset (similar names from its folder, the cache and the Hub are given), or no network.
     """
-    hub_cache, cache = Path(constants.HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE)
-    names = [folder.name.removeprefix("datasets--").replace("--", "/") for folder in hub_cache.glob("datasets--*")]
-    names += [folder.name.replace("___", "/") for folder in cache.glob("*___*")]
-    is_cached = dataset in names
+    cached = _cached_datasets()
     parent = Path(dataset).expanduser().parent
-    names += [str(parent / file.name) for file in parent.iterdir()] if parent.is_dir() else []
+    names = list(cached)
+    if parent.is_dir():
+        names += [str(parent / file.name) for file in parent.iterdir()]
     try:
         HfApi().dataset_info(dataset, revision=revision, timeout=10)
     except RevisionNotFoundError as error:
@@ -37,10 +40,17 @@ def find_dataset(dataset: str, revision: str | None):
         reason = "no such file or folder, nor a dataset on the Hub (if it is private: `hf auth login`)"
         raise _unknown(dataset, reason, names + _search_hub(dataset)) from error
     except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
-        if not is_cached:
+        if dataset not in cached:
             reason = f"no such file or folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]})"
             raise _unknown(dataset, reason, names) from error
         logger.warning("The Hub is out of reach: loading %s from the cache (sooner with HF_HUB_OFFLINE=1).", dataset)
+
+
+def _cached_datasets() -> list[str]:
+    hub_cache = Path(constants.HF_HUB_CACHE)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    names = [folder.name.removeprefix("datasets--").replace("--", "/") for folder in hub_cache.glob("datasets--*")]
+    return names + [folder.name.replace("___", "/") for folder in cache.glob("*___*")]
 
 
 def _search_hub(dataset: str) -> list[str]:
@@ -53,11 +63,12 @@ def _search_hub(dataset: str) -> list[str]:
 
 def _unknown(dataset: str, reason: str, names: list[str]) -> ValueError:
     similar = similar_names(dataset, names)
-    return ValueError(f"--dataset {dataset}: {reason}." + (f" Did you mean {' or '.join(similar)}?" if similar else ""))
+    hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+    return ValueError(f"--dataset {dataset}: {reason}.{hint}")
 
 
 def similar_names(wanted: str, names: list[str], count: int = 3) -> list[str]:
-    """The names (or paths) whose last part is most like the wanted one's; the rest breaks ties."""
+    """Names (or paths) whose last part is most like the last part of ``wanted``; the full names break ties."""
 
     def likeness(name):
         pairs = ((wanted.rstrip("/").split("/")[-1], name.split("/")[-1]), (wanted, name))

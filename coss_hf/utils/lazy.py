@@ -1,4 +1,4 @@
-"""Packages whose public names are imported on first use, so that a part can be used without the rest's dependencies."""
+"""Packages whose public names are imported on first use: a module needs no dependencies but its own."""
 
 import importlib
 from collections.abc import Callable
@@ -9,7 +9,7 @@ def lazy_names(package: str, homes: dict[str, str]) -> Callable[[str], object]:
 
     Args:
         package: the package's ``__name__``.
-        homes: for each public name the module that defines it, relative to the package.
+        homes: the module that defines each public name, relative to the package.
     """
 
     def __getattr__(name: str):

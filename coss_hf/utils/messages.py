@@ -1,10 +1,13 @@
-"""Words of error messages."""
+"""Parts of error messages: the flag at fault, and the first line of another error."""
 
 
 def flag(argument: str, option: str = "") -> str:
-    """How errors name a network or an option of it: ``--teacher_size`` on the command line, ``size`` in a call."""
-    return f"--{argument}_{option}".rstrip("_") if argument else option or "model"
+    """Name of a network or of its option in errors: ``--teacher_size`` on the command line, ``size`` in a call."""
+    if argument:
+        return f"--{argument}_{option}".rstrip("_")
+    return option or "model"
 
 
 def first_line(error: Exception) -> str:
+    """First line of an error's message, without its full stop; the error's type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

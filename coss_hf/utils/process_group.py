@@ -1,4 +1,4 @@
-"""The processes of a run in a stage where one may wait long for another: over gloo, and without a timeout."""
+"""The processes of a run where one may wait long for another: over gloo, and without a timeout."""
 
 import contextlib
 from datetime import timedelta
@@ -7,26 +7,29 @@ import torch.distributed as dist
 
 
 class Processes:
-    """This process among those of the run; all make one together. Alone where `torch.distributed` is not initialised.
+    """This process and the others of the run, one alone without `torch.distributed`; all must create it together.
 
     The group of the run itself gives up after minutes (`--ddp_timeout`), and with NCCL it keeps the GPU busy waiting.
 
     Args:
-        alone: leave the others out of it.
+        alone: ignore the other processes.
 
     Attributes:
-        rank: number of this process.
-        count: of processes.
+        rank: rank of this process.
+        count: number of processes.
     """
 
     def __init__(self, alone: bool = False):
-        self.rank, self.count, self._group = 0, 1, None
+        self.rank = 0
+        self.count = 1
+        self._group = None
         if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self.rank, self.count = dist.get_rank(), dist.get_world_size()
+            self.rank = dist.get_rank()
+            self.count = dist.get_world_size()
             self._group = dist.new_group(backend="gloo", timeout=timedelta(days=100))
 
     def gather(self, value) -> list:
-        """One value of each process, on every process; small ones, they are pickled."""
+        """The values of all processes by rank, on every process. They are pickled: keep them small."""
         values = [value] * self.count
         if self._group is not None:
             dist.all_gather_object(values, value, group=self._group)
@@ -34,7 +37,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first(self, main: bool):
-        """Lets those with ``main`` (one of each machine, whose disk the others read) through the block first."""
+        """Run the block first on processes with ``main`` (one of each machine, whose disk the others read)."""
         if not main:
             self.gather(None)
         try:
@@ -45,16 +48,19 @@ class Processes:
 
     @contextlib.contextmanager
     def together(self):
-        """Leaves the block when every process has; what goes wrong on one is raised on all."""
+        """Leave the block when every process has left it; an error of one is raised on all."""
         error = None
         try:
             yield
-        except Exception as problem:
-            error = problem
-        problems = self.gather(error if error is None else (isinstance(error, ValueError), str(error)))
+        except Exception as raised:
+            error = raised
+        problem = None if error is None else (isinstance(error, ValueError), str(error))
+        problems = self.gather(problem)
         if error is not None:
             raise error
         for rank, problem in enumerate(problems):
             if problem is not None:
                 bad_input, text = problem
-                raise (ValueError if bad_input else RuntimeError)(text if bad_input else f"process {rank}: {text}")
+                if bad_input:
+                    raise ValueError(text)
+                raise RuntimeError(f"process {rank}: {text}")

@@ -46,7 +46,7 @@ def test_yaml_is_typed_and_the_command_line_wins(tmp_path):
         ("learning_rat: 1", "Did you mean learning_rate"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("student_init: teacher", "invalid choice: 'teacher'"),
-        ("- a list", "must hold"),
+        ("- a list", "must contain"),
         ("a: [", "not valid YAML"),
         ("student_config_overrides: [shortcut]", "key=value"),
     ],
@@ -128,7 +128,7 @@ def test_bad_input_is_one_paragraph_and_exit_code_2(capsys):
     assert capsys.readouterr().err == "error: --teacher=x is wrong; give y.\n"
 
 
-def test_the_record_holds_no_token(tmp_path):
+def test_the_record_contains_no_token(tmp_path):
     args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True, hub_token="secret")
     assert "secret" not in str(to_dict(args))
 

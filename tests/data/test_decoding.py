@@ -167,8 +167,10 @@ def test_a_path_is_read_and_bytes_come_before_it(tmp_path):
 
 @pytest.mark.parametrize("kind", ["truncated", "text", "zero bytes", "nothing", "missing file"])
 def test_damaged_images_raise_a_value_error_with_their_path(kind, tmp_path):
-    whole = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")["bytes"]
-    data = {"truncated": whole[: len(whole) // 2], "text": b"not an image", "zero bytes": b""}.get(kind)
+    complete = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)), "JPEG")[
+        "bytes"
+    ]
+    data = {"truncated": complete[: len(complete) // 2], "text": b"not an image", "zero bytes": b""}.get(kind)
     path = None if kind == "nothing" else str(tmp_path / "cat.jpg")
     with pytest.raises(ValueError, match="without a path" if kind == "nothing" else "cat.jpg"):
         decode({"bytes": data, "path": path})

@@ -233,14 +233,14 @@ def test_columns_are_found_by_type_before_name(tmp_path):
 
 
 @pytest.mark.parametrize("nothing", [None, -1])
-def test_a_column_that_holds_no_label_is_none(tmp_path, nothing, caplog):
+def test_a_column_without_labels_is_ignored(tmp_path, nothing, caplog):
     train = load_images(write_parquet(tmp_path / "a.parquet", range(3))).train
     empty = (bare := train.remove_columns("label")).add_column("label", [nothing] * 3, feature=ClassLabel(2))
     empty.save_to_disk(tmp_path / "empty")
     for i, test in enumerate((bare, empty)):
         DatasetDict(train=train, test=test).save_to_disk(tmp_path / f"{i}")
         assert load_images(str(tmp_path / f"{i}")).label_column is None and caplog.text.count("has no labels") == i + 1
-    with pytest.raises(ValueError, match="--label_column label holds only None or -1"):
+    with pytest.raises(ValueError, match="--label_column label contains only None or -1"):
         load_images(str(tmp_path / "empty"), label_column="label")
 
 
@@ -268,7 +268,7 @@ def test_splits_by_name(tmp_path):
         ({"test_split": "train"}, "--test_split train: the same split"),
         ({"train_split": "empty"}, r"--train_split empty: the split is empty; .* train \(6\), test \(2\), empty \(0\)"),
         ({"image_column": "picture"}, "--image_column picture does not exist; .* columns image, label, text"),
-        ({"image_column": "label"}, "--image_column label does not hold images"),
+        ({"image_column": "label"}, "--image_column label does not contain images"),
         ({"label_column": "class"}, "--label_column class does not exist; .* can be: label"),
         ({"label_column": "text"}, "--label_column text is not a ClassLabel"),
     ],
@@ -305,7 +305,7 @@ def test_no_several_and_only_unreadable_images(tmp_path):
         load_images(write_parquet(tmp_path / "bad.parquet", [b"x", b"y"]), on_bad_image="skip")
 
 
-def test_paths_that_hold_nothing(tmp_path):
+def test_paths_without_images_are_refused(tmp_path):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     (tmp_path / "bad.parquet").write_text("hello")
@@ -340,7 +340,7 @@ def test_cifar10(shared):
     assert decode(splits.train[0][splits.image_column]).size == (32, 32)
 
 
-def test_a_validation_split_beside_test_is_the_held_out_part(tmp_path):
+def test_a_validation_split_next_to_test_replaces_held_out_images(tmp_path):
     for split, rows in (("train", range(6)), ("validation", range(10, 13)), ("test", range(20, 22))):
         write_parquet(tmp_path / "d" / f"{split}.parquet", rows)
     splits = load_images(str(tmp_path / "d"))

@@ -48,7 +48,7 @@ def load(dataset, **options) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_views_have_the_size_asked_for(name):
+def test_views_have_the_given_size(name):
     for image in (photo(0), photo(0, 32, 32), photo(0, 20, 90)):
         view = augmentation(name, SIZE)(image)
         assert view.shape == (3, SIZE, SIZE) and view.dtype == torch.uint8

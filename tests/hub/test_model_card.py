@@ -118,7 +118,7 @@ def test_without_network_training_is_not_lost(trainer, tmp_path, caplog):
         run = trainer(push_to_hub=True, hub_model_id="me/x", hub_token="hf_Secret", max_steps=1)
     assert "asked again at the push" in caplog.text
     run.train()
-    with pytest.raises(PushFailed, match="is whole; push it with: python recipes/push.py .* --repo_id me/x"):
+    with pytest.raises(PushFailed, match="is complete; push it with: python recipes/push.py .* --repo_id me/x"):
         run.save_model()
     out = tmp_path / "out"
     assert (out / "model.safetensors").is_file() and (out / "README.md").is_file()
@@ -148,6 +148,6 @@ def test_strategies(trainer, monkeypatch, caplog):
     assert "Training goes on. broken" in caplog.text
 
 
-def test_a_name_that_cannot_be_is_refused_at_the_start(trainer):
-    with pytest.raises(ValueError, match="--hub_model_id='a b/c' can be no name"):
+def test_an_invalid_name_is_refused_at_the_start(trainer):
+    with pytest.raises(ValueError, match="--hub_model_id='a b/c' is an invalid name"):
         trainer(push_to_hub=True, hub_model_id="a b/c")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import tests.helpers.runs as h
-from coss_hf.hub.push import _explained, _Problem
+from coss_hf.hub.push import _errors_as_problems, _Problem
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
 
@@ -83,10 +83,10 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
     words = [*DISTILL, "--push_to_hub", "--hub_private_repo=true", "--hub_token", TOKEN]
     world |= {"hub_model_id": "me/my-student", "output_dir": out}
 
-    # The upload breaks off: the student is whole, nothing was committed, and the message's own command pushes it.
+    # The upload breaks off: the student is complete, nothing was committed, and the message's own command pushes it.
     hub.break_uploads = True
     done = run(hub, tmp_path, words, token=None, **world)
-    assert done.returncode == 1 and f"{out} is whole" in error(done), done.stderr
+    assert done.returncode == 1 and f"{out} is complete" in error(done), done.stderr
     assert len(hub.commits["models/me/my-student"]) == 1
     again = re.search(r"python (recipes/push\.py .*)", error(done))[1].split()
     assert again == ["recipes/push.py", str(out), "--repo_id", "me/my-student", "--private"]
@@ -175,26 +175,26 @@ for name, token in [*cases, ("me/x", token)]:
 """
 
 
-def test_what_cannot_be_pushed_is_said(hub, tmp_path):
+def test_errors_of_a_push_name_reason_and_remedy(hub, tmp_path):
     student = h.save_resnet(tmp_path / "s")
     done = run(hub, tmp_path, ["-c", CHECKS, student, TOKEN, READ_TOKEN])
     ok, pushed, *rest = done.stdout.splitlines()
     assert ok == "OK me/x" and pushed.startswith("Pushed: ")
-    for words in ("token is wrong", "neither you (me)", "can be no name", "may only read"):
+    for words in ("token is wrong", "neither you (me)", "is an invalid name", "may only read"):
         refused, failed, *rest = rest
         assert refused.startswith("REFUSED --hub_model_id=") and words in refused, refused
-        assert failed.startswith("FAILED") and "recipes/push.py" in failed and "is whole" in failed, failed
-        assert words in failed or words == "can be no name"
+        assert failed.startswith("FAILED") and "recipes/push.py" in failed and "is complete" in failed, failed
+        assert words in failed or words == "is an invalid name"
     # Without network a run may start; only its push fails.
     ok, failed = rest
-    assert ok == "OK me/x" and "cannot be reached" in failed and f"{student} is whole" in failed
+    assert ok == "OK me/x" and "cannot be reached" in failed and f"{student} is complete" in failed
     assert "asked again at the push" in done.stderr
 
 
-def test_a_file_that_cannot_be_read_is_no_matter_of_the_network(tmp_path):
+def test_unreadable_file_is_not_reported_as_network_error(tmp_path):
     (tmp_path / "config.json").mkdir()
     with pytest.raises(_Problem, match="config.json cannot be read \\(Is a directory") as caught:
-        with _explained("me/x"):
+        with _errors_as_problems("me/x"):
             (tmp_path / "config.json").read_text()
     assert caught.value.refused
 

@@ -76,7 +76,7 @@ PREFIX |= {"siglip_vision": 0, "timm_vit": 1, "convnext": None, "timm_swin": Non
 @pytest.mark.parametrize("name", PREFIX)
 def test_mean_over_positions_leaves_other_tokens_out(name, pooling, backbone):
     loaded = copy.copy(backbone(name))
-    loaded._probe(pooling, "")
+    loaded.set_pooling(pooling)
     pixels = loaded.preprocess(images())
     hidden = loaded.model(pixels).last_hidden_state
     if PREFIX[name] is not None:
@@ -124,7 +124,7 @@ def test_the_pooling_chosen_stays_with_the_network(name, checkpoint, tmp_path):
     assert torch.equal(embed(AutoModel.from_pretrained(tmp_path), images()), embed(student, images()))
 
 
-def test_timm_settings_stay_with_the_network(checkpoint, tmp_path):
+def test_timm_preprocessing_stays_with_the_network(checkpoint, tmp_path):
     student = load_backbone(checkpoint("timm_resnet"), size=96)
     assert student.size == (96, 96)
     student.model.save_pretrained(tmp_path)
@@ -158,7 +158,7 @@ def test_a_size_that_a_network_cannot_take_is_refused(name, size, checkpoint):
 
 
 def test_a_network_of_any_size_ignores_interpolation(checkpoint):
-    """One flag serves teacher and student: a ResNet beside an interpolating ViT must not stop."""
+    """One flag serves teacher and student: a ResNet next to an interpolating ViT must not stop."""
     loaded = load_backbone(checkpoint("resnet"), size=40, interpolate_pos_encoding=True)
     assert embed(loaded, images()).shape == (3, 16)
 
@@ -284,7 +284,7 @@ def test_a_network_that_hides_patches_at_random(tmp_path):
     torch.testing.assert_close(embed(model, pixels), embed(model, pixels))
 
 
-def test_a_network_that_cannot_be_built_without_storage():
+def test_a_network_that_meta_device_does_not_support():
     class Stubborn(ViTModel):
         def __init__(self, config):
             super().__init__(config, add_pooling_layer=False)
@@ -300,7 +300,7 @@ def test_a_network_that_cannot_be_built_without_storage():
 # ---- fingerprint, embed_dataset ----
 
 
-def test_the_fingerprint_holds_what_an_embedding_depends_on(checkpoint):
+def test_the_fingerprint_covers_what_an_embedding_depends_on(checkpoint):
     folder = checkpoint("vit")
     original = load_backbone(folder).fingerprint()
     assert load_backbone(folder).fingerprint() == original

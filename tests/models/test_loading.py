@@ -78,7 +78,7 @@ def test_attention_and_dtype_reach_every_way_of_loading(init, world, teacher):
     assert loaded.model.dtype == torch.bfloat16
 
 
-def test_revision_and_code_of_ones_own_are_passed_on(world, monkeypatch):
+def test_revision_and_trust_remote_code_are_forwarded(world, monkeypatch):
     seen = []
     for auto in (
         coss_hf.models.loading.AutoConfig,
@@ -227,7 +227,7 @@ def test_a_student_without_processor_gets_the_teachers(world, teacher, tmp_path,
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     student = load_backbone(str(tmp_path / "bare"), argument="student", teacher=teacher)
     assert student.processor is teacher.processor
-    refused("^--student=.*bare: no image processor is beside its weights", tmp_path / "bare")
+    refused("^--student=.*bare: no image processor is next to its weights", tmp_path / "bare")
     refused("^--student=resnet20: no image processor", "resnet20", init="random")
 
 
@@ -246,7 +246,7 @@ def test_a_timm_student_has_timms_own_statistics(teacher, tmp_path):
     assert torch.equal(output.pooler_output, embed(student, images()))
 
 
-# ---- names that are not there, checkpoints that are not whole ----
+# ---- names that do not exist, incomplete checkpoints ----
 
 
 def test_unknown_names_suggest_similar_ones(world):

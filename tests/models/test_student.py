@@ -1,4 +1,4 @@
-"""A student that stands in for its teacher: one call loads backbone and head."""
+"""A student that replaces its teacher: one call loads backbone and head."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def test_one_call_loads_both(tmp_path, image_parquet, networks, kind, head):
     }
 
 
-def test_a_student_that_goes_on_under_another_teacher(tmp_path, image_parquet, networks):
+def test_a_student_is_trained_further_under_another_teacher(tmp_path, image_parquet, networks):
     _, folder = distil(tmp_path, image_parquet, networks, networks.small)
     networks.teacher = h.save_resnet(tmp_path / "other", seed=5, hidden_sizes=(4, 8, 12))
     (tmp_path / "again").mkdir()
@@ -82,5 +82,5 @@ def test_bad_input(tmp_path, image_parquet, networks):
         Student.from_pretrained(folder)
 
 
-def test_no_head_of_a_name_that_is_nowhere(tmp_path):
+def test_no_head_of_an_unknown_name(tmp_path):
     assert load_head(tmp_path) is None and load_head("nobody/nothing") is None

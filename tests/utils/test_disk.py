@@ -1,4 +1,4 @@
-"""What is said of a full disk."""
+"""The error of a full disk."""
 
 import datasets
 import pytest
@@ -13,7 +13,7 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("stage", ["load", "check"])
-def test_a_full_disk_is_called_that(tmp_path, image_parquet, monkeypatch, stage):
+def test_a_full_disk_is_named(tmp_path, image_parquet, monkeypatch, stage):
     def full(*args, **kwargs):
         try:
             raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""The loss and gradient of several processes equal those of one that sees the whole batch."""
+"""The loss and gradient of several processes equal those of one that sees the full batch."""
 
 import json
 
@@ -98,19 +98,19 @@ def assert_close(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         torch.testing.assert_close(got[key], value, rtol=0, atol=1e-10 * scale, msg=f"{name} {key}")
 
 
-def test_value_and_gradient_of_every_method_and_split_are_those_of_the_whole_batch(jobs, results):
-    for name, (whole, several) in results.items():
+def test_value_and_gradient_of_every_method_and_split_are_those_of_the_full_batch(jobs, results):
+    for name, (single, several) in results.items():
         method = jobs[name]["name"]
         if method in MEMORIES and name.endswith("uneven"):
             continue
         losses = torch.stack([one["losses"] for one in several])
         if method in (*GLOBAL, "gathered"):
-            expected = whole["losses"].expand_as(losses)
+            expected = single["losses"].expand_as(losses)
             torch.testing.assert_close(losses, expected, rtol=1e-10, atol=1e-12, msg=name)
-        torch.testing.assert_close(losses.mean(0), whole["losses"], rtol=1e-10, atol=1e-12, msg=name)
+        torch.testing.assert_close(losses.mean(0), single["losses"], rtol=1e-10, atol=1e-12, msg=name)
         for one in several:
-            assert_close(one["gradients"], whole["gradients"], name)
-            assert_close(one["state"], whole["state"], name)
+            assert_close(one["gradients"], single["gradients"], name)
+            assert_close(one["state"], single["state"], name)
 
 
 def test_the_fixtures_splits_have_their_global_loss(jobs, results, shared):

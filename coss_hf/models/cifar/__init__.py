@@ -1,3 +1,5 @@
+"""Networks for 32x32 images, registered with AutoConfig, AutoModel and AutoModelForImageClassification."""
+
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
 from .configuration_cifar_resnet import CifarResNetConfig

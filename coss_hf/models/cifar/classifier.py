@@ -1,10 +1,13 @@
+"""Networks to train as classifiers: CIFAR networks at random weights, or checkpoints."""
+
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config, cifar_image_processor
 from coss_hf.utils.messages import first_line
 
-# Of CIFAR-100.
-CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+# Statistics of CIFAR-100's channels, in [0, 1].
+CIFAR_MEAN = (0.5071, 0.4867, 0.4408)
+CIFAR_STD = (0.2675, 0.2565, 0.2761)
 
 
 def load_classifier(
@@ -16,25 +19,27 @@ def load_classifier(
     std: list[float] | None = None,
     hidden_sizes: list[int] | None = None,
 ) -> tuple[PreTrainedModel, object]:
-    """A network to train as a classifier, and its image processor.
+    """Load a network to train as a classifier, and its image processor.
 
     Args:
         name: one of `CIFAR_NETWORKS`, at random weights, or the Hub name or folder of a checkpoint, whose classifier is
             replaced by a random one where the number of classes differs.
-        class_names: by class number.
-        size, mean, std: input of a CIFAR network: side in pixels (32), and statistics of each channel in [0, 1]
-            (CIFAR-100's). A checkpoint has its own.
-        hidden_sizes: channels of a CIFAR network's stages, other than its name says.
+        class_names: names of the classes, by class number.
+        size: side of a CIFAR network's input in pixels; by default 32. A checkpoint has its own.
+        mean: mean of each channel in [0, 1], for a CIFAR network; by default CIFAR-100's.
+        std: standard deviation of each channel in [0, 1], for a CIFAR network; by default CIFAR-100's.
+        hidden_sizes: channels of a CIFAR network's stages; by default those of its name.
 
     Raises:
-        ValueError: a name that is neither, or `mean`, `std` or `hidden_sizes` for a checkpoint.
+        ValueError: an unknown name, or `mean`, `std` or `hidden_sizes` for a checkpoint.
     """
     labels = {"id2label": dict(enumerate(class_names)), "label2id": {name: i for i, name in enumerate(class_names)}}
     if name in CIFAR_NETWORKS:
         for option, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != 3:
                 raise ValueError(f"--{option} {values}: give three numbers, for red, green and blue.")
-        size = 32 if size is None else size
+        if size is None:
+            size = 32
         widths = {} if hidden_sizes is None else {"hidden_sizes": hidden_sizes}
         config = cifar_config(name, **labels, **widths, image_size=size)
         model = AutoModelForImageClassification.from_config(config)
@@ -47,6 +52,6 @@ def load_classifier(
         return model, AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {name} is no network that can classify images ({first_line(error)}); give a whole checkpoint, or "
-            f"one of {networks}."
+            f"--model {name} is no network that can classify images ({first_line(error)}); give a complete checkpoint, "
+            f"or one of {networks}."
         ) from error

@@ -1,3 +1,5 @@
+"""Conversion of checkpoints of github.com/akamaster/pytorch_resnet_cifar10."""
+
 import re
 from pathlib import Path
 
@@ -10,16 +12,16 @@ CIFAR10_LABELS = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog"
 
 
 def convert_akamaster(folder: str | Path) -> CifarResNetForImageClassification:
-    """CIFAR-10 network of github.com/akamaster/pytorch_resnet_cifar10 from its state dict in FOLDER/model.safetensors.
+    """Load a CIFAR-10 network of that source from its state dict in FOLDER/model.safetensors.
 
-    The depth is read off the keys; shortcuts are the padding ones. Inputs are normalised with the ImageNet constants.
+    The depth is read off the keys; shortcuts are padding ones. Inputs are normalised with the ImageNet constants.
 
     Raises:
-        ValueError: if the file is missing, or its tensors are not exactly those of such a network.
+        ValueError: a missing file, or tensors that are not exactly those of such a network.
     """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
-        raise ValueError(f"folder={str(folder)!r} holds no model.safetensors: give the folder of the checkpoint")
+        raise ValueError(f"folder={str(folder)!r} has no model.safetensors: give the folder of the checkpoint")
     weights = {rename(key): value for key, value in load_file(path).items()}
     blocks = {key.split(".")[3] for key in weights if key.startswith("resnet.stages.0.")}
     if not blocks:
@@ -45,6 +47,7 @@ def convert_akamaster(folder: str | Path) -> CifarResNetForImageClassification:
 
 
 def rename(key: str) -> str:
+    """The name of a tensor of that source in this package."""
     if key.startswith("linear."):
         return key.replace("linear", "classifier", 1)
     return "resnet." + re.sub(r"^layer(\d)", lambda match: f"stages.{int(match[1]) - 1}", key)

@@ -1,3 +1,5 @@
+"""CIFAR networks by name: their configurations, and their image processor."""
+
 from transformers import PreTrainedConfig, ViTImageProcessor
 
 from .configuration_cifar_resnet import CifarResNetConfig
@@ -5,7 +7,8 @@ from .configuration_cifar_vgg import CifarVGGConfig
 from .configuration_cifar_wide_resnet import CifarWideResNetConfig
 
 WIDE = {"stem_width": 32, "hidden_sizes": [64, 128, 256]}
-TWICE, ONCE = {"hidden_sizes": [32, 64, 128]}, {"hidden_sizes": [16, 32, 64]}
+TWICE = {"hidden_sizes": [32, 64, 128]}
+ONCE = {"hidden_sizes": [16, 32, 64]}
 CIFAR_NETWORKS = {
     "resnet20": (CifarResNetConfig, {"depth": 20}),
     "resnet32": (CifarResNetConfig, {"depth": 32}),
@@ -23,10 +26,10 @@ CIFAR_NETWORKS = {
 
 
 def cifar_config(name: str, **overrides) -> PreTrainedConfig:
-    """Configuration of one of `CIFAR_NETWORKS`; `overrides` are arguments of its class.
+    """Build the configuration of one of `CIFAR_NETWORKS`; `overrides` are arguments of its class.
 
     Raises:
-        ValueError: for an unknown name, or an override that defines no such network.
+        ValueError: an unknown name, or an override that defines no such network.
     """
     if name not in CIFAR_NETWORKS:
         raise ValueError(f"name={name!r} is no CIFAR network: use one of {', '.join(CIFAR_NETWORKS)}")
@@ -35,5 +38,5 @@ def cifar_config(name: str, **overrides) -> PreTrainedConfig:
 
 
 def cifar_image_processor(mean: tuple[float, ...], std: tuple[float, ...], size: int = 32) -> ViTImageProcessor:
-    """Image processor that resizes to `size` x `size` pixels, scales to [0, 1] and normalises with `mean` and `std`."""
+    """Build an image processor: to `size` x `size` pixels, scaled to [0, 1], normalised with `mean` and `std`."""
     return ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(mean), image_std=list(std))

@@ -41,11 +41,11 @@ def test_first_thousand_test_images(resnet56, shared):
 
 
 @pytest.mark.slow
-def test_accuracy_on_the_whole_test_set(resnet56, shared):
+def test_accuracy_on_the_full_test_set(resnet56, shared):
     assert accuracy(resnet56, shared / "data" / "cifar10" / "test.parquet", 10_000) == pytest.approx(0.8320, abs=2e-4)
 
 
-def test_written_folder_holds_labels_and_a_64_dimensional_backbone(resnet56):
+def test_written_folder_has_labels_and_a_64_dimensional_backbone(resnet56):
     model = AutoModelForImageClassification.from_pretrained(resnet56)
     assert [model.config.id2label[i] for i in range(10)] == CIFAR10_LABELS
     assert model.num_parameters() == 853_018

@@ -1,0 +1,81 @@
+"""Students that were saved before the package was laid out in wings: published folders must keep loading.
+
+`old_students/NAME/` is a folder as `recipes/distill.py` of commit ca5c395 left it, less
+pictures, card and trainer state;
+`old_students/NAME.safetensors` has two images, uint8 (2, h, w, 3), and their embeddings by the code of that commit.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import coss_hf
+from coss_hf.models.loading import load_backbone
+
+OLD_STUDENTS = Path(__file__).parent / "old_students"
+
+
+@pytest.fixture(params=["cifar-resnet", "vit"])
+def old_student(request):
+    """The folder, its two images, and a dictionary of expected embeddings."""
+    expected = load_file(OLD_STUDENTS / f"{request.param}.safetensors")
+    images = [Image.fromarray(pixels.numpy()) for pixels in expected.pop("images")]
+    return str(OLD_STUDENTS / request.param), images, expected
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
+
+
+def test_embed(old_student):
+    folder, images, expected = old_student
+    assert_same(coss_hf.embed(folder, images), expected["embeddings"])
+
+
+def test_load_backbone(old_student):
+    folder, images, expected = old_student
+    backbone = load_backbone(folder).freeze()
+    assert_same(backbone.features(backbone.preprocess(images)).embedding, expected["embeddings"])
+
+
+def test_student_with_its_head(old_student):
+    folder, images, expected = old_student
+    student = coss_hf.Student.from_pretrained(folder)
+    assert (student.head is not None) == ("cifar" in folder)
+    assert_same(student.embed(images), expected["student_embeddings"])
+
+
+LOAD_WITH_TRANSFORMERS = """
+import sys
+sys.modules["coss_hf"] = None
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor, AutoModel
+folder = sys.argv[1]
+expected = load_file(f"{folder}.safetensors")
+images = [Image.fromarray(pixels.numpy()) for pixels in expected["images"]]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+with torch.no_grad():
+    output = model(**AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt"))
+is_cifar = model.config.embedding_pooling == "pooler"
+embeddings = output.pooler_output.flatten(1) if is_cifar else output.last_hidden_state[:, 0]
+torch.testing.assert_close(embeddings, expected["embeddings"], rtol=0, atol=1e-6)
+assert is_cifar == type(model).__module__.startswith("transformers_modules")
+assert not [name for name in sys.modules if name.startswith("coss_hf.")]
+"""
+
+
+def test_transformers_alone(old_student, tmp_path):
+    folder, _, _ = old_student
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    environment.pop("PYTHONPATH", None)
+    command = [sys.executable, "-c", LOAD_WITH_TRANSFORMERS, folder]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
