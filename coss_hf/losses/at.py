@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.features import Features
-from coss_hf.losses.common import check_weights, full_precision, match_size, pairs_of_maps, unit
+from coss_hf.losses.common import check_weights, full_precision, match_size, pairs_of_maps
+from coss_hf.utils.vectors import l2_normalize
 
 
 def attention(x: Tensor, p: float = 2.0) -> Tensor:
     """Attention ``(b, h * w)`` of a map ``(b, c, h, w)``: mean over channels of ``|x|^p``, at unit length an image."""
-    return unit(x.abs().pow(p).mean(1).flatten(1))
+    return l2_normalize(x.abs().pow(p).mean(1).flatten(1))
 
 
 class ATLoss(nn.Module):

@@ -25,7 +25,7 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number > 0.")
 
 
-def whole(**counts: float) -> list[int]:
+def whole_numbers(**counts: float) -> list[int]:
     """The counts as integers. Raises ValueError for one that is none."""
     for name, value in counts.items():
         if isinstance(value, bool) or not float(value).is_integer():
@@ -105,15 +105,3 @@ def last_maps(method: str, student: Features, teacher: Features, dims: tuple[int
 def frozen(module: nn.Module) -> nn.Module:
     """A copy that is never trained."""
     return copy.deepcopy(module).requires_grad_(False)
-
-
-def unit(x: Tensor) -> Tensor:
-    """Vectors along the last dimension at length 1, norms clamped at 1e-12.
-
-    A vector that is exactly zero has no direction: it stays zero and gets no gradient, where the literal derivative
-    would be 1e12.
-    """
-    squares = x.square().sum(-1, keepdim=True)
-    zero = squares == 0
-    # sqrt has an infinite slope at 0: keep it out of the graph.
-    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, squares).sqrt().clamp_min(1e-12))

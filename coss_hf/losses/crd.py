@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from coss_hf.features import Features
-from coss_hf.losses.common import check_positive, check_weights, full_precision, whole, widen
+from coss_hf.losses.common import check_positive, check_weights, full_precision, whole_numbers, widen
 from coss_hf.losses.memory_bank import products, weighted
 from coss_hf.utils.distributed import all_gather, all_reduce_sum, rank, world_size
 
@@ -57,7 +57,7 @@ class CRDLoss(nn.Module):
         check_weights(beta=beta, momentum=momentum)
         check_positive(temperature=temperature, feature_dim=feature_dim)
         negatives = min(16_384, num_images - 1) if negatives is None else negatives
-        negatives, feature_dim = whole(negatives=negatives, feature_dim=feature_dim)
+        negatives, feature_dim = whole_numbers(negatives=negatives, feature_dim=feature_dim)
         if not 1 <= negatives <= num_images - 1:
             raise ValueError(f"--method crd: negatives={negatives} must lie between 1 and the {num_images - 1} others.")
         self.beta, self.negatives, self.temperature, self.momentum = beta, negatives, temperature, momentum

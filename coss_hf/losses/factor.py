@@ -8,7 +8,8 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from coss_hf.features import Features
 from coss_hf.losses.at import attention
-from coss_hf.losses.common import check_weights, full_precision, last_maps, match_size, unit, whole, widen
+from coss_hf.losses.common import check_weights, full_precision, last_maps, match_size, whole_numbers, widen
+from coss_hf.utils.vectors import l2_normalize
 
 VARIANTS = ("author", "repdistiller")
 
@@ -68,7 +69,7 @@ class FactorLoss(nn.Module):
     ):
         super().__init__()
         check_weights(beta=beta, rate=rate, pretraining_steps=pretraining_steps)
-        (self.pretraining_steps,) = whole(pretraining_steps=pretraining_steps)
+        (self.pretraining_steps,) = whole_numbers(pretraining_steps=pretraining_steps)
         factors = int(rate * teacher_dim)
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
@@ -111,7 +112,7 @@ class FactorLoss(nn.Module):
                 t = encoder(t)
             s, t = match_size(*widen(self.translator(s), t))
             if self.variant == "author":
-                s, t = unit(s.flatten(1)), unit(t.flatten(1))
+                s, t = l2_normalize(s.flatten(1)), l2_normalize(t.flatten(1))
             else:
                 s, t = attention(s), attention(t)
             return {"loss": self.beta * (s - t).abs().mean()}

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.features import Features
-from coss_hf.losses.common import check_weights, full_precision, match_size, pairs_of_maps, unit
+from coss_hf.losses.common import check_weights, full_precision, match_size, pairs_of_maps
+from coss_hf.utils.vectors import l2_normalize
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
@@ -50,6 +51,6 @@ class NSTLoss(nn.Module):
         parts = {}
         for i, (s, t) in enumerate(pairs_of_maps("nst", student, teacher)):
             with full_precision(s.device):
-                s, t = (unit(x.flatten(2)) for x in match_size(s, t))
+                s, t = (l2_normalize(x.flatten(2)) for x in match_size(s, t))
                 parts[f"loss_pair{i}"] = _kernel(t, t) + _kernel(s, s) - 2 * _kernel(s, t)
         return {"loss": self.beta * torch.stack(list(parts.values())).sum(), **parts}

@@ -5,8 +5,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from coss_hf.features import Features
-from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision, unit, whole
+from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision, whole_numbers
 from coss_hf.utils.distributed import all_gather
+from coss_hf.utils.vectors import l2_normalize
 
 
 class SEEDLoss(nn.Module):
@@ -57,7 +58,7 @@ class SEEDLoss(nn.Module):
         check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         largest = num_images // batch_size * batch_size
         queue_size = min(65_536 // batch_size * batch_size, largest) if queue_size is None else queue_size
-        (queue_size,) = whole(queue_size=queue_size)
+        (queue_size,) = whole_numbers(queue_size=queue_size)
         if not 1 <= queue_size <= largest or queue_size % batch_size:
             raise ValueError(
                 f"--method seed: queue_size={queue_size} must be a multiple of the batch of {batch_size} images and at "
@@ -74,7 +75,7 @@ class SEEDLoss(nn.Module):
     def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
         s, t = embeddings_of_one_shape("seed", student, teacher)
         with full_precision(s.device):
-            s, t = unit(s), unit(t)
+            s, t = l2_normalize(s), l2_normalize(t)
             queue = self.queue.to(s.dtype, copy=True)  # the graph keeps what the update overwrites
             logits = [torch.cat([(x * t).sum(1, keepdim=True), x @ queue], 1) for x in (s, t)]
             target = (logits[1] / self.teacher_temperature).softmax(1)

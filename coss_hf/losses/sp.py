@@ -3,8 +3,9 @@
 from torch import Tensor, nn
 
 from coss_hf.features import Features
-from coss_hf.losses.common import check_weights, full_precision, pairs_of_maps, unit, widen
+from coss_hf.losses.common import check_weights, full_precision, pairs_of_maps, widen
 from coss_hf.utils.distributed import all_gather
+from coss_hf.utils.vectors import l2_normalize
 
 
 class SPLoss(nn.Module):
@@ -53,4 +54,4 @@ class SPLoss(nn.Module):
 
 def _difference(s: Tensor, t: Tensor) -> Tensor:
     s, t = (all_gather(x.flatten(1)) for x in (s, t))
-    return (unit(t @ t.T) - unit(s @ s.T)).square().mean()
+    return (l2_normalize(t @ t.T) - l2_normalize(s @ s.T)).square().mean()
