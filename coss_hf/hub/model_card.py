@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
-from coss_hf.losses.citations import papers
+from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
 
 logger = logging.getLogger(__name__)
@@ -225,5 +225,8 @@ def _body(trainer, title: str, use: str, record: dict, revision: str | None, sen
     links += [f"* teacher: {_link(teacher.name)}"] if on_hub(teacher.name) else []
     links += [f"* dataset: {_link(dataset, 'datasets/')}"] if on_hub(dataset) else []
     entries = "\n\n".join(entry for *_, entry in cited)
-    parts += [f"## Citation\n\n```bibtex\n{entries}\n```", "## Links\n\n" + "\n".join(links)]
+    if entries:
+        parts.append(f"## Citation\n\n```bibtex\n{entries}\n```")
+    if links:
+        parts.append("## Links\n\n" + "\n".join(links))
     return "\n\n".join(part for part in parts if part) + "\n"

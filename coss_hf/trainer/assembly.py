@@ -3,7 +3,7 @@
 from torch import nn
 from transformers import set_seed
 
-from coss_hf.losses.registry import LOSSES, OF_CLASSIFIERS, OF_MAPS, build_loss
+from coss_hf.losses.registry import LOSSES, build_loss
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
@@ -31,7 +31,7 @@ def build_model(
         counts = {network: len(network.example(maps=True).maps) for network in (student, teacher)}
         student.maps = teacher.maps = min(counts.values())
         for method in args.methods if criterion is None and not student.maps else ():
-            if method.name in OF_MAPS:
+            if LOSSES[method.name].uses_maps and not LOSSES[method.name].embedding_as_map:
                 name = min(counts, key=counts.get).name
                 raise ValueError(
                     f"--method {method.name} compares feature maps, and {name} gives none that lie on a grid; choose "
@@ -50,13 +50,14 @@ def build_model(
         if head is not None:
             examples[0] = examples[0]._replace(embedding=head(examples[0].embedding))
         given = {"num_images": num_images, "batch_size": args.images_per_batch, "classifier": None}
-        if any(method.name in OF_CLASSIFIERS for method in args.methods):
+        if any(loss.classifier != "unused" for loss in needs):
             given["classifier"] = find_classifier(teacher)
-        if given["classifier"] is None and any(method.name == "kd" for method in args.methods):
-            raise ValueError(
-                f"--method kd: the checkpoint of --teacher {teacher.name} has no linear classifier on its embedding; "
-                f"give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
-            )
+        for method in args.methods:
+            if given["classifier"] is None and LOSSES[method.name].classifier == "required":
+                raise ValueError(
+                    f"--method {method.name}: the checkpoint of --teacher {teacher.name} has no linear classifier on "
+                    f"its embedding; give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
+                )
         criterion = build_loss(args.methods, *examples, **given)
     aligned = any(getattr(one, "same_dim", False) for one in needs)
     # Replaces that of an earlier run which the student may come from.

@@ -9,8 +9,8 @@ EPS = 1e-12
 def l2_normalize(x: Tensor) -> Tensor:
     """Divide the vectors along the last dimension of ``x`` by their Euclidean norms.
 
-    Norms are clamped at 1e-12 from below. A vector that is exactly zero has no direction: it stays zero and gets no
-    gradient, where the literal derivative of the clamped norm would be 1e12.
+    Norms are clamped at 1e-12 from below. A vector that is exactly zero has no direction: it stays
+    zero and gets no gradient, where the literal derivative of the clamped norm would be 1e12.
 
     Args:
         x: Vectors ``(..., d)``, floating point.
