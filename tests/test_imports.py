@@ -10,7 +10,7 @@ from tests.helpers.runs import ROOT
 
 WINGS = "utils features losses data models evaluation neighbors hub reporting trainer study cli".split()
 # Beside torch and their own wing, all that a loss may import.
-LOSS_IMPORTS = {"features", "losses", "utils.distributed", "utils.lazy"}
+LOSS_IMPORTS = {"features", "losses", "utils.distributed", "utils.lazy", "utils.vectors"}
 
 
 def imports(path) -> set[str]:

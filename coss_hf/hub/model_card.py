@@ -10,7 +10,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
-from coss_hf.losses.citations import papers
+from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
 
 logger = logging.getLogger(__name__)
@@ -255,4 +255,9 @@ def _citations(trainer, dataset: str | None) -> list[str]:
         links.append(f"* teacher: {_link(trainer.teacher.name)}")
     if on_hub(dataset):
         links.append(f"* dataset: {_link(dataset, 'datasets/')}")
-    return [f"## Citation\n\n```bibtex\n{entries}\n```", "## Links\n\n" + "\n".join(links)]
+    parts = []
+    if entries:
+        parts.append(f"## Citation\n\n```bibtex\n{entries}\n```")
+    if links:
+        parts.append("## Links\n\n" + "\n".join(links))
+    return parts

@@ -1,4 +1,4 @@
-"""Several methods at once, and the words that name them."""
+"""Several methods at once, and the text that names them."""
 
 import contextlib
 import re
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from coss_hf.features import Features
 
 _METHOD = re.compile(r"([^+()]+)(?:\(([^()]*)\))?")
+_PLUS_OUTSIDE_OF_PARENTHESES = re.compile(r"\+(?![^(]*\))")
 
 
 class Method(NamedTuple):
-    """A method by name, with what differs from its defaults."""
+    """A method by its name, with the options that differ from its defaults."""
 
     name: str
     options: dict
@@ -24,24 +25,39 @@ class Method(NamedTuple):
 
 
 def parse_methods(text: str) -> list[Method]:
-    """``coss``, ``coss+rkd`` or ``seed + coss(lambda_co=0, beta=2)``.
+    """Read the methods of a text such as ``coss``, ``coss+rkd`` or ``seed + coss(lambda_co=0, beta=2)``.
 
     Raises:
-        ValueError: anything else, or a method named twice.
+        ValueError: A text that cannot be read, or a method that is named twice.
     """
     methods = []
-    for part in re.split(r"\+(?![^(]*\))", text):
-        match = _METHOD.fullmatch(part.strip())
-        pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()] if match else []
-        if match is None or not all(equals for _, equals, _ in pairs):
+    for part in _PLUS_OUTSIDE_OF_PARENTHESES.split(text):
+        method = _method(part.strip())
+        if method is None:
             raise ValueError(
                 f"--method={text!r}: {part.strip()!r} cannot be read; write coss, coss+rkd or coss(lambda_ss=0.5)+rkd."
             )
-        methods.append(Method(match[1].strip(), {key.strip(): _value(value) for key, _, value in pairs}))
-    names = [method.name for method in methods]
-    if len(set(names)) < len(names):
+        methods.append(method)
+    names = {method.name for method in methods}
+    if len(names) < len(methods):
         raise ValueError(f"--method={text!r} names a method twice; give it once, with its beta.")
     return methods
+
+
+def _method(part: str) -> Method | None:
+    """Read one method, or return None."""
+    match = _METHOD.fullmatch(part)
+    if match is None:
+        return None
+    options = {}
+    for pair in (match[2] or "").split(","):
+        if not pair.strip():
+            continue
+        key, equals, value = pair.partition("=")
+        if not equals:
+            return None
+        options[key.strip()] = value
+    return Method(match[1].strip(), {key: _value(value) for key, value in options.items()})
 
 
 def _value(text: str):
@@ -53,24 +69,25 @@ def _value(text: str):
     return value
 
 
-class OfLastMap(nn.Module):
-    """A loss of the last map alone."""
-
-    def __init__(self, criterion: nn.Module):
-        super().__init__()
-        self.criterion = criterion
-
-    def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
-        return self.criterion(*(x._replace(maps=x.maps[-1:]) for x in (student, teacher)), index)
-
-
 class SumLoss(nn.Module):
     """The sum of several losses, each scaled by its own ``beta``.
 
     Args:
-        losses: by the name of their method.
+        losses: Losses by the name of their method.
 
-    Returns, when called as a loss, ``loss`` and each one's own value and parts: ``rkd``, ``rkd_loss_angle``, ...
+    Returns (when called): ``loss``, and the value and the parts of each loss by the name of its
+    method: ``rkd``, ``rkd_loss_angle``, ...
+
+    Example:
+        >>> import torch
+        >>> from coss_hf.features import Features
+        >>> from coss_hf.losses.combination import SumLoss
+        >>> from coss_hf.losses.coss import CoSSLoss
+        >>> from coss_hf.losses.pkt import PKTLoss
+        >>> loss = SumLoss({"coss": CoSSLoss(beta=2.0), "pkt": PKTLoss()})
+        >>> same = Features(torch.eye(2))
+        >>> {name: value.item() for name, value in loss(same, same).items()}
+        {'loss': -4.0, 'coss': -4.0, 'coss_l_co': -1.0, 'coss_l_ss': -1.0, 'pkt': 0.0}
     """
 
     def __init__(self, losses: dict[str, nn.Module]):
@@ -78,9 +95,14 @@ class SumLoss(nn.Module):
         self.losses = nn.ModuleDict(losses)
 
     def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
-        result = {"loss": 0}
+        total = 0
+        result = {"loss": total}
         for name, criterion in self.losses.items():
-            parts = criterion(student, teacher, index)
-            result["loss"] = result["loss"] + parts["loss"]
-            result |= {name if key == "loss" else f"{name}_{key}": value for key, value in parts.items()}
+            for key, value in criterion(student, teacher, index).items():
+                if key == "loss":
+                    total = total + value
+                    result[name] = value
+                else:
+                    result[f"{name}_{key}"] = value
+        result["loss"] = total
         return result

@@ -8,25 +8,24 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from coss_hf.features import Features
-from coss_hf.utils.distributed import all_reduce_sum
 
 
 def check_weights(**weights: float) -> None:
-    """Raises ValueError for a weight that is negative or not finite."""
+    """Raise ValueError for a weight that is negative or not finite."""
     for name, value in weights.items():
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name}={value} must be a finite number >= 0.")
 
 
 def check_positive(**values: float) -> None:
-    """Raises ValueError for a temperature or a count that is not positive or not finite."""
+    """Raise ValueError for a temperature or a count that is not positive or not finite."""
     for name, value in values.items():
         if not 0 < value < float("inf"):
             raise ValueError(f"{name}={value} must be a finite number > 0.")
 
 
-def whole(**counts: float) -> list[int]:
-    """The counts as integers. Raises ValueError for one that is none."""
+def whole_numbers(**counts: float) -> list[int]:
+    """Return the counts as integers. Raise ValueError for a count that is not a whole number."""
     for name, value in counts.items():
         if isinstance(value, bool) or not float(value).is_integer():
             raise ValueError(f"{name}={value} must be a whole number.")
@@ -35,24 +34,25 @@ def whole(**counts: float) -> list[int]:
 
 @contextlib.contextmanager
 def full_precision(device: torch.device):
-    """No autocast inside: what is given in float32 or wider is computed so."""
+    """Switch autocast off inside: tensors in float32 or wider are computed with in their own type."""
     with torch.autocast(device.type, enabled=False):
         yield
 
 
 def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in their common type, float32 at least; the teacher's without gradient."""
+    """Convert both tensors to their common type, float32 at least. The teacher's comes without gradient."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
 
 
 def embeddings_of_one_shape(method: str, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
-    """Both embeddings, widened.
+    """Return both embeddings, widened.
 
     Raises:
-        ValueError: embeddings that are not both ``(b, d)``.
+        ValueError: Embeddings that are not both ``(b, d)``.
     """
-    s, t = student.embedding, teacher.embedding
+    s = student.embedding
+    t = teacher.embedding
     if s.dim() != 2 or s.shape != t.shape:
         raise ValueError(
             f"--method {method} compares embeddings of one shape (b, d), got student {tuple(s.shape)} and teacher "
@@ -61,17 +61,11 @@ def embeddings_of_one_shape(method: str, student: Features, teacher: Features) -
     return widen(s, t)
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    """Mean of one value an image, ``(b,)``, over the images of all processes, with a gradient; ``b`` may differ."""
-    total, count = all_reduce_sum(torch.stack([values.sum(), values.new_full((), len(values))]))
-    return total / count
-
-
 def pairs_of_maps(method: str, student: Features, teacher: Features) -> list[tuple[Tensor, Tensor]]:
-    """Student and teacher maps ``(b, c, h, w)`` that belong together, widened.
+    """Return the maps ``(b, c, h, w)`` of student and teacher that belong together, widened.
 
     Raises:
-        ValueError: a network that gives none, or not as many as the other.
+        ValueError: A network that gives no maps, or not as many as the other.
     """
     if not student.maps or len(student.maps) != len(teacher.maps):
         raise ValueError(
@@ -82,38 +76,39 @@ def pairs_of_maps(method: str, student: Features, teacher: Features) -> list[tup
 
 
 def match_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps ``(b, c, h, w)`` of one size: the larger is averaged down to the smaller."""
-    size = tuple(map(min, student.shape[-2:], teacher.shape[-2:]))
-    return tuple(x if x.shape[-2:] == size else adaptive_avg_pool2d(x, size) for x in (student, teacher))
+    """Bring maps ``(b, c, h, w)`` to one size: the larger is averaged down to the smaller."""
+    height = min(student.shape[-2], teacher.shape[-2])
+    width = min(student.shape[-1], teacher.shape[-1])
+    return _averaged(student, (height, width)), _averaged(teacher, (height, width))
 
 
-def last_maps(method: str, student: Features, teacher: Features, dims: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """The last map of each network, widened; where a network gives none, its embedding as a map ``(b, d, 1, 1)``.
+def last_maps(
+    method: str, student: Features, teacher: Features, *, student_dim: int, teacher_dim: int
+) -> tuple[Tensor, Tensor]:
+    """Return the last map of each network, widened. The embedding of a network without maps is a map ``(b, d, 1, 1)``.
 
     Raises:
-        ValueError: numbers of channels other than ``dims``, those the loss was made for.
+        ValueError: Numbers of channels other than ``student_dim`` and ``teacher_dim``, those the
+            loss was made for.
     """
-    s, t = (x.maps[-1] if x.maps else x.embedding[:, :, None, None] for x in (student, teacher))
-    if (s.shape[1], t.shape[1]) != tuple(dims):
+    s = _last_map(student)
+    t = _last_map(teacher)
+    if s.shape[1] != student_dim or t.shape[1] != teacher_dim:
         raise ValueError(
-            f"--method {method} was made with student_dim={dims[0]} and teacher_dim={dims[1]}, but its maps have "
-            f"{s.shape[1]} and {t.shape[1]} channels: give the channels of the networks' last maps."
+            f"--method {method} was made with student_dim={student_dim} and teacher_dim={teacher_dim}, but its maps "
+            f"have {s.shape[1]} and {t.shape[1]} channels: give the channels of the networks' last maps."
         )
     return widen(s, t)
 
 
 def frozen(module: nn.Module) -> nn.Module:
-    """A copy that is never trained."""
+    """Return a copy that is never trained."""
     return copy.deepcopy(module).requires_grad_(False)
 
 
-def unit(x: Tensor) -> Tensor:
-    """Vectors along the last dimension at length 1, norms clamped at 1e-12.
+def _averaged(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else adaptive_avg_pool2d(x, size)
 
-    A vector that is exactly zero has no direction: it stays zero and gets no gradient, where the literal derivative
-    would be 1e12.
-    """
-    squares = x.square().sum(-1, keepdim=True)
-    zero = squares == 0
-    # sqrt has an infinite slope at 0: keep it out of the graph.
-    return torch.where(zero, 0.0, x / torch.where(zero, 1.0, squares).sqrt().clamp_min(1e-12))
+
+def _last_map(features: Features) -> Tensor:
+    return features.maps[-1] if features.maps else features.embedding[:, :, None, None]

@@ -1,9 +1,10 @@
 """CoSS: feature similarity plus space similarity."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coss_hf.features import Features
+from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.common import check_weights
 from coss_hf.utils.distributed import all_reduce_sum
 
@@ -11,10 +12,10 @@ EPS = 1e-12
 
 
 def _cosine(dot: Tensor, student_squares: Tensor, teacher_squares: Tensor) -> Tensor:
-    """Cosines from inner products and squared norms, norms clamped at 1e-12.
+    """Compute cosines from inner products and squared norms; the norms are clamped at 1e-12 from below.
 
-    A student vector that is exactly zero has no direction: it gets no gradient, where the literal derivative of the
-    clamp would be about 1e12.
+    A student vector that is exactly zero has no direction: it gets no gradient, where the literal
+    derivative of the clamp would be about 1e12.
     """
     zero = student_squares == 0
     # sqrt has an infinite slope at 0: keep it out of the graph.
@@ -24,71 +25,109 @@ def _cosine(dot: Tensor, student_squares: Tensor, teacher_squares: Tensor) -> Te
 
 
 def cosine_totals(s: Tensor, t: Tensor) -> Tensor:
-    """What the mean cosines of a batch ``(b, d)`` are made of, as one vector ``(2 + 3d,)`` of sums.
+    """Compute the sums that the mean cosines of a batch ``(b, d)`` are made of, as one vector ``(2 + 3d,)``.
 
-    The cosines of all rows, the number of rows, and for each column s·t, s² and t²: the sums of several processes or
-    micro-batches add up to those of the whole batch. Computed in float32 or wider, also under autocast.
+    They are the sum of the cosines of all rows, the number of rows, and for each column the sums of
+    s·t, s² and t². The sums of several processes or micro-batches add up to those of all their
+    images. Computed in float32 or wider, also under autocast.
     """
     with torch.autocast(s.device.type, enabled=False):
         dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
-        s, t = s.to(dtype), t.to(dtype)
-        product, s_squares, t_squares = s * t, s * s, t * t
+        s = s.to(dtype)
+        t = t.to(dtype)
+        product = s * t
+        s_squares = s * s
+        t_squares = t * t
         rows = _cosine(product.sum(1), s_squares.sum(1), t_squares.sum(1)).sum()
         count = rows.new_full((), s.shape[0])
         return torch.cat([torch.stack([rows, count]), product.sum(0), s_squares.sum(0), t_squares.sum(0)])
 
 
 def mean_cosines(s: Tensor, t: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean cosine per row and per column of ``s`` and ``t`` ``(b, d)``, over the batch of all processes.
+    """Compute the mean cosine per row and per column of ``s`` and ``t`` ``(b, d)``, over the batch of all processes.
 
     Args:
-        rest: ``cosine_totals`` of what else belongs to the batch, over all processes.
+        s: Embeddings of the student.
+        t: Embeddings of the teacher.
+        rest: ``cosine_totals`` of the other micro-batches of the batch, over all processes.
     """
     totals = all_reduce_sum(cosine_totals(s, t))
     if rest is not None:
         totals = totals + rest
     with torch.autocast(s.device.type, enabled=False):
-        (rows, count), columns = totals[:2], totals[2:].view(3, -1)
+        rows, count = totals[:2]
+        columns = totals[2:].view(3, -1)
         return rows / count, _cosine(*columns).mean()
 
 
-class CoSSLoss(nn.Module):
-    """Space-similarity distillation loss.
+class CoSSLoss(DistillationLoss):
+    """Space-similarity distillation: match embeddings per image and, as columns of the batch, per feature dimension.
 
-    ``loss = beta * (lambda_co * L_co + lambda_ss * L_ss)`` with ``L_co = -mean_i cos(S[i, :], T[i, :])`` over images
-    and ``L_ss = -mean_j cos(S[:, j], T[:, j])`` over feature dimensions. ``L_ss`` is a statistic of the whole
-    batch: over several processes both terms are those of the global batch, from three all-reduced vectors of length d.
+    ``loss = beta * (lambda_co * L_co + lambda_ss * L_ss)`` with
+    ``L_co = -mean_i cos(S[i, :], T[i, :])`` over images and
+    ``L_ss = -mean_j cos(S[:, j], T[:, j])`` over feature dimensions. ``L_ss`` is a statistic of the
+    batch. Computed in float32 or wider.
+
+    Shapes: embeddings ``(b, d)`` of both networks.
+
+    Several processes: both terms are those of the batch of all processes, from three all-reduced
+    vectors of length ``d``. Value and gradient equal those of one process, for uneven shards, too.
+
+    Exact accumulation: ``rest`` holds the ``totals`` of the other micro-batches.
+
+    Use when: you have no reason to prefer another method. It is the method of the paper that this
+    package implements, it is fast, and the student's embeddings can be compared with the teacher's.
+    Use large batches.
 
     Args:
-        beta: scale of the whole loss (50 in the authors' CIFAR code).
-        lambda_ss: weight of the space term.
-        lambda_co: weight of the feature term; 1 in the paper but for the ablation of its Table 2.
+        beta: Scale of the loss (50 in the authors' CIFAR code).
+        lambda_ss: Weight of the space term.
+        lambda_co: Weight of the feature term; 1 in the paper but for the ablation of its Table 2.
 
-    Call with student and teacher ``Features`` whose embeddings are ``(b, d)``; ``index`` is not used; ``rest``, with
-    exact accumulation, holds the ``totals`` of the other micro-batches. Computed in float32 or wider. Returns scalars
-    ``loss``, ``l_co`` and ``l_ss`` (the latter two without ``beta``).
+    Returns (when called): ``loss``; ``l_co`` and ``l_ss`` without ``beta``.
 
     Raises:
-        ValueError: embeddings that are not both ``(b, d)``; a weight that is negative or not finite.
+        ValueError: Embeddings that are not both ``(b, d)``; a weight that is negative or not
+            finite.
+
+    Example:
+        >>> import torch
+        >>> from coss_hf.features import Features
+        >>> from coss_hf.losses.coss import CoSSLoss
+        >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> student = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # the same directions
+        >>> CoSSLoss(beta=50.0)(Features(student), Features(teacher))
+        {'loss': tensor(-100.), 'l_co': tensor(-1.), 'l_ss': tensor(-1.)}
 
     References:
         Singh and Wang, Simple Unsupervised Knowledge Distillation With Space Similarity, ECCV 2024
         (arXiv:2409.13939), Algorithm 1. Original code: github.com/paganpasta/coss-pytorch.
     """
 
-    uses_maps = False
+    name = "coss"
+    reads = "embedding"
     same_dim = True
+    separable = True
+    citation = Citation(
+        authors="Singh, A. and Wang, H.",
+        title="Simple Unsupervised Knowledge Distillation With Space Similarity",
+        venue="ECCV",
+        year=2024,
+        arxiv="2409.13939",
+    )
 
     def __init__(self, beta: float = 50.0, lambda_ss: float = 1.0, lambda_co: float = 1.0):
         super().__init__()
         check_weights(beta=beta, lambda_ss=lambda_ss, lambda_co=lambda_co)
-        self.beta, self.lambda_ss, self.lambda_co = beta, lambda_ss, lambda_co
+        self.beta = beta
+        self.lambda_ss = lambda_ss
+        self.lambda_co = lambda_co
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, lambda_ss={self.lambda_ss}, lambda_co={self.lambda_co}"
 
     def totals(self, student: Features, teacher: Features) -> Tensor:
-        """Sums ``(2 + 3d,)`` of this batch that a ``rest`` is added up from; see ``cosine_totals``."""
+        """Compute the sums ``(2 + 3d,)`` of this batch that a ``rest`` is added up from; see ``cosine_totals``."""
         return cosine_totals(*self._embeddings(student, teacher))
 
     def forward(
@@ -98,7 +137,8 @@ class CoSSLoss(nn.Module):
         return {"loss": -self.beta * (self.lambda_co * co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
 
     def _embeddings(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:
-        s, t = student.embedding, teacher.embedding.detach()
+        s = student.embedding
+        t = teacher.embedding.detach()
         if s.dim() != 2 or s.shape != t.shape:
             raise ValueError(
                 f"CoSS compares embeddings of one shape (b, d), got student {tuple(s.shape)} and teacher "

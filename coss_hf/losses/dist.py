@@ -1,9 +1,10 @@
 """DIST: correlation instead of distance, within each image and within each dimension."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from coss_hf.features import Features
+from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.common import check_positive, check_weights, embeddings_of_one_shape, full_precision
 from coss_hf.utils.distributed import all_gather
 
@@ -11,56 +12,97 @@ VARIANTS = ("features_raw", "softmax", "coss_authors")
 
 
 def _correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Pearson's correlation along ``dim``; a constant student vector has none, and gets no gradient."""
-    x, y = (v - v.mean(dim, keepdim=True) for v in (x, y))
+    """Compute Pearson's correlation along ``dim``; a constant student vector has none, and gets no gradient."""
+    x = x - x.mean(dim, keepdim=True)
+    y = y - y.mean(dim, keepdim=True)
     norm = x.norm(dim=dim)
     return torch.where(norm == 0, 0.0, (x * y).sum(dim) / (norm * y.norm(dim=dim) + 1e-8))
 
 
 def pixels_as_rows(x: Tensor) -> Tensor:
-    """``(b, c, h, w)`` as ``(b * h * w, c)``; ``(b, c)`` as it is."""
+    """Reshape ``(b, c, h, w)`` to ``(b * h * w, c)``; return ``(b, c)`` as it is."""
     return x.movedim(1, -1).flatten(0, -2)
 
 
 def inter_and_intra(
     s: Tensor, t: Tensor, variant: str = "softmax", student_temperature: float = 0.1, teacher_temperature: float = 0.07
 ) -> tuple[Tensor, Tensor]:
-    """The two parts of ``DISTLoss`` for rows ``(b, c)``, or maps ``(b, c, h, w)``, of student and teacher."""
-    s, t = pixels_as_rows(s), pixels_as_rows(t)
-    rows = columns = (s, t)
+    """Compute the two parts of ``DISTLoss`` for rows ``(b, c)``, or maps ``(b, c, h, w)``, of student and teacher."""
+    s = pixels_as_rows(s)
+    t = pixels_as_rows(t)
     if variant == "softmax":
-        rows = columns = (s.softmax(1), t.softmax(1))
+        rows = (s.softmax(1), t.softmax(1))
+        columns = rows
     elif variant == "coss_authors":
-        s, t = s / student_temperature, t / teacher_temperature
-        rows, columns = (s.softmax(1), t.softmax(1)), (s.softmax(0), t.softmax(0))
-    return 1 - _correlation(*rows, 1).mean(), 1 - _correlation(*columns, 0).mean()
+        s = s / student_temperature
+        t = t / teacher_temperature
+        rows = (s.softmax(1), t.softmax(1))
+        columns = (s.softmax(0), t.softmax(0))
+    else:
+        rows = (s, t)
+        columns = (s, t)
+    inter = 1 - _correlation(*rows, 1).mean()
+    intra = 1 - _correlation(*columns, 0).mean()
+    return inter, intra
 
 
-class DISTLoss(nn.Module):
-    """``loss = beta * (inter_weight * loss_inter + intra_weight * loss_intra)`` on ``(b, d)`` embeddings.
+class DISTLoss(DistillationLoss):
+    """Correlation of student and teacher, per image and per dimension.
 
-    ``loss_inter = 1 - mean_i r(S[i, :], T[i, :])`` over images, ``loss_intra = 1 - mean_j r(S[:, j], T[:, j])`` over
-    dimensions, with Pearson's correlation ``r``. The batch is that of all processes: value and gradient equal those of
-    one process, uneven shards too.
+    ``loss = beta * (inter_weight * loss_inter + intra_weight * loss_intra)`` with
+    ``loss_inter = 1 - mean_i r(S[i, :], T[i, :])`` over images,
+    ``loss_intra = 1 - mean_j r(S[:, j], T[:, j])`` over dimensions, and Pearson's correlation
+    ``r``.
+
+    Shapes: embeddings ``(b, d)`` of both networks.
+
+    Several processes: the batch is that of all processes. Value and gradient equal those of one
+    process, for uneven shards, too.
+
+    Use when: offset and scale of the embeddings should not matter. It is close to CoSS, which
+    compares cosines where this loss compares correlations.
 
     Args:
-        beta: scale of the whole loss.
-        inter_weight, intra_weight: of the two parts.
-        variant: what is correlated. ``features_raw``: embeddings; ``softmax``: their softmax over dimensions, as the
-            original does with logits; ``coss_authors``: the same with temperatures, and for ``loss_intra`` the softmax
-            along the batch.
-        student_temperature, teacher_temperature: of ``coss_authors``.
+        beta: Scale of the loss.
+        inter_weight: Weight of ``loss_inter``.
+        intra_weight: Weight of ``loss_intra``.
+        variant: What is correlated. ``features_raw``: the embeddings; ``softmax``: their softmax
+            over dimensions, as the original does with logits; ``coss_authors``: the same with
+            temperatures, and for ``loss_intra`` the softmax along the batch.
+        student_temperature: Temperature of the student in ``coss_authors``.
+        teacher_temperature: Temperature of the teacher in ``coss_authors``.
+
+    Returns (when called): ``loss``; ``loss_inter`` and ``loss_intra`` without weights.
 
     Raises:
-        ValueError: embeddings of different shapes; a weight, temperature or variant that cannot be.
+        ValueError: Embeddings of different shapes; an invalid weight, temperature or variant.
+
+    Example:
+        >>> import torch
+        >>> from coss_hf.features import Features
+        >>> from coss_hf.losses.dist import DISTLoss
+        >>> teacher = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        >>> student = 2 * teacher + 3  # offset and scale do not matter
+        >>> output = DISTLoss()(Features(student), Features(teacher))
+        >>> {name: round(abs(value.item()), 4) for name, value in output.items()}
+        {'loss': 0.0, 'loss_inter': 0.0, 'loss_intra': 0.0}
 
     References:
-        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022 (arXiv:2205.10536). Original code:
-        github.com/hunto/DIST_KD; ``coss_authors``: github.com/paganpasta/coss-pytorch.
+        Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022
+        (arXiv:2205.10536). Original code: github.com/hunto/DIST_KD; ``coss_authors``:
+        github.com/paganpasta/coss-pytorch.
     """
 
-    uses_maps = False
+    name = "dist"
+    reads = "embedding"
     same_dim = True
+    citation = Citation(
+        authors="Huang, T. and others",
+        title="Knowledge Distillation from A Stronger Teacher",
+        venue="NeurIPS",
+        year=2022,
+        arxiv="2205.10536",
+    )
 
     def __init__(
         self,
@@ -76,12 +118,18 @@ class DISTLoss(nn.Module):
         check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
         if variant not in VARIANTS:
             raise ValueError(f"variant={variant!r} is unknown: choose one of {', '.join(VARIANTS)}.")
-        self.beta, self.inter_weight, self.intra_weight = beta, inter_weight, intra_weight
-        self.options = variant, student_temperature, teacher_temperature
+        self.beta = beta
+        self.inter_weight = inter_weight
+        self.intra_weight = intra_weight
+        self.variant = variant
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
 
     def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
-        s, t = (all_gather(x) for x in embeddings_of_one_shape("dist", student, teacher))
+        s, t = embeddings_of_one_shape(self.name, student, teacher)
+        s = all_gather(s)
+        t = all_gather(t)
         with full_precision(s.device):
-            inter, intra = inter_and_intra(s, t, *self.options)
+            inter, intra = inter_and_intra(s, t, self.variant, self.student_temperature, self.teacher_temperature)
         loss = self.beta * (self.inter_weight * inter + self.intra_weight * intra)
         return {"loss": loss, "loss_inter": inter, "loss_intra": intra}

@@ -1,100 +1,137 @@
-"""One file a loss, one plain dictionary of names.
+"""All losses by the name of their method, and how a run builds those that it asks for.
 
-A loss is a module called with student and teacher ``Features`` and the dataset indices of the images. It never holds
-a network and returns a dictionary of scalars with the key ``loss``. Class attributes say what it needs:
-``uses_maps`` (feature maps, where a network gives them) and ``same_dim`` (embeddings of one dimension).
+Nothing here knows a loss by its name: the modules of this package are found, and what a loss needs
+is what its class declares (``base.DistillationLoss``).
 """
 
+import importlib
 import inspect
+import pkgutil
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
 
+import coss_hf.losses
 from coss_hf.features import Features
-from coss_hf.losses.at import ATLoss
-from coss_hf.losses.bn import BNLoss
-from coss_hf.losses.combination import Method, OfLastMap, SumLoss
-from coss_hf.losses.coss import CoSSLoss
-from coss_hf.losses.crd import CRDLoss
-from coss_hf.losses.dist import DISTLoss
-from coss_hf.losses.factor import FactorLoss
-from coss_hf.losses.hint import HintLoss
-from coss_hf.losses.kd import KDLoss
-from coss_hf.losses.nst import NSTLoss
-from coss_hf.losses.pkt import PKTLoss
-from coss_hf.losses.rkd import RKDLoss
-from coss_hf.losses.seed import SEEDLoss
-from coss_hf.losses.sp import SPLoss
-from coss_hf.losses.srrl import SRRLLoss
-from coss_hf.losses.vid import VIDLoss
+from coss_hf.losses.base import REGISTERED, DistillationLoss
+from coss_hf.losses.combination import Method, SumLoss
 
-LOSSES = {
-    "coss": CoSSLoss,
-    "at": ATLoss,
-    "bn": BNLoss,
-    "crd": CRDLoss,
-    "dist": DISTLoss,
-    "factor": FactorLoss,
-    "hint": HintLoss,
-    "kd": KDLoss,
-    "nst": NSTLoss,
-    "pkt": PKTLoss,
-    "rkd": RKDLoss,
-    "seed": SEEDLoss,
-    "sp": SPLoss,
-    "srrl": SRRLLoss,
-    "vid": VIDLoss,
-}
-# Those of embeddings alone, without a memory of the training set: they can be computed of held-out images.
-OF_EMBEDDINGS = ("bn", "coss", "dist", "pkt", "rkd")
-# Those of maps that do not take an embedding for one.
-OF_MAPS = ("at", "nst")
-# Those that use the teacher's classifier.
-OF_CLASSIFIERS = ("kd", "srrl")
-# Those with `totals`: sums over a batch that the loss is computed from (exact accumulation).
-SEPARABLE = ("coss",)
+# Arguments of a loss that come from the two networks, and so are no options of its method.
+SHAPES = ("student_dim", "teacher_dim", "student_size", "teacher_size")
+
+
+class Losses(Mapping):
+    """Loss classes by the name of their method: CoSS first, the others in alphabetical order.
+
+    Includes every class that has been registered by now, of this package or not.
+    """
+
+    def __getitem__(self, name: str) -> type[DistillationLoss]:
+        return REGISTERED[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(REGISTERED, key=lambda name: (name != "coss", name)))
+
+    def __len__(self) -> int:
+        return len(REGISTERED)
+
+    def __repr__(self) -> str:
+        return f"Losses({', '.join(self)})"
+
+
+def import_losses() -> None:
+    """Import every module of this package, so that the losses in them register themselves."""
+    for module in pkgutil.iter_modules(coss_hf.losses.__path__, f"{coss_hf.losses.__name__}."):
+        if module.name != __name__:
+            importlib.import_module(module.name)
+
+
+LOSSES = Losses()
+import_losses()
 
 
 def build_loss(methods: list[Method], student: Features, teacher: Features, **given) -> nn.Module:
-    """The loss of one method, or the sum of several.
+    """Build the loss of one method, or the sum of several.
+
+    Each loss is given what it declares to read, and nothing else, when it is called.
 
     Args:
-        methods: names and options.
-        student, teacher: features of a few images, for the shapes of what a loss learns.
-        given: what else a loss may ask for by name: ``num_images``, ``batch_size``, ``classifier``.
+        methods: Names and options of the methods.
+        student: Features of a few images, for the shapes of what a loss learns.
+        teacher: Features of the teacher for a few images, for the same reason.
+        given: Other arguments that a loss may ask for by name: ``num_images``, ``batch_size`` and
+            ``classifier``.
 
     Raises:
-        ValueError: an option that the method does not have, or a value that it refuses.
+        ValueError: An option that the method does not have, a value that it rejects, or a required
+            classifier that does not read the teacher's last map.
     """
     losses = {}
     for method in methods:
-        own = given | _shapes(method.name, student, teacher)
-        if method.name == "srrl" and not _pools_to_embedding(teacher):
+        kind = LOSSES[method.name]
+        own = given | _shapes(kind, student, teacher)
+        if kind.uses_maps and kind.classifier != "unused" and not _pools_to_embedding(teacher):
+            if kind.classifier == "required":
+                raise ValueError(
+                    f"--method {method.name} applies the teacher's classifier to the mean of the teacher's last map, "
+                    f"but the teacher's embedding is something else; choose another teacher or pooling."
+                )
             own["classifier"] = None
         loss = _build(method, own)
-        losses[method.name] = OfLastMap(loss) if method.name == "sp" else loss
-    return SumLoss(losses) if len(losses) > 1 else losses[methods[0].name]
+        loss.register_forward_pre_hook(_select_features, with_kwargs=True)
+        losses[method.name] = loss
+    if len(losses) == 1:
+        return losses[methods[0].name]
+    return SumLoss(losses)
+
+
+def papers(methods: list[str]) -> list[tuple[str, str | None, str]]:
+    """Title, address and BibTeX entry of the paper of each method, once for methods of one paper.
+
+    Args:
+        methods: Names of methods. Those without a citation are left out.
+    """
+    keys = {}
+    for method in reversed(methods):
+        citation = LOSSES[method].citation
+        if citation is not None:
+            keys[citation] = f"{method}{citation.year}"
+    return [(citation.title, citation.url, citation.bibtex(key)) for citation, key in reversed(keys.items())]
+
+
+def _select_features(loss: DistillationLoss, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Called before ``forward``. A hook and not a wrapping module: that would rename what the loss saves."""
+
+    def select(value):
+        return loss.select(value) if isinstance(value, Features) else value
+
+    return tuple(select(value) for value in args), {name: select(value) for name, value in kwargs.items()}
 
 
 def _build(method: Method, given: dict) -> nn.Module:
-    takes = inspect.signature(LOSSES[method.name]).parameters
-    options = [name for name in takes if name not in given and name not in ("student_size", "teacher_size")]
+    kind = LOSSES[method.name]
+    takes = inspect.signature(kind).parameters
+    options = [name for name in takes if name not in given and name not in SHAPES]
     for name in method.options:
         if name not in options:
             raise ValueError(f"--method={method}: {method.name} has no option {name!r}; it has {', '.join(options)}.")
+    arguments = {name: given[name] for name in takes if name in given}
     try:
-        return LOSSES[method.name](**{name: given[name] for name in takes if name in given}, **method.options)
+        return kind(**arguments, **method.options)
     except (TypeError, ValueError) as error:
-        told = str(error)
-        raise ValueError(told if told.startswith("--method") else f"--method={method}: {told}") from error
+        message = str(error)
+        if not message.startswith("--method"):
+            message = f"--method={method}: {message}"
+        raise ValueError(message) from error
 
 
-def _shapes(name: str, student: Features, teacher: Features) -> dict:
-    """Channels and sides of the maps compared where a method reads maps, else dimensions of the embeddings."""
-    if not (LOSSES[name].uses_maps and student.maps):
+def _shapes(kind: type[DistillationLoss], student: Features, teacher: Features) -> dict[str, int]:
+    """Channels and heights of the maps where a loss reads maps and gets them, else dimensions of the embeddings."""
+    if not (kind.uses_maps and student.maps):
         return {"student_dim": student.embedding.shape[1], "teacher_dim": teacher.embedding.shape[1]}
-    at = len(student.maps) // 2 if name == "hint" else -1
-    s, t = student.maps[at].shape, teacher.maps[at].shape
+    s = kind.select(student).maps[-1].shape
+    t = kind.select(teacher).maps[-1].shape
     return {"student_dim": s[1], "teacher_dim": t[1], "student_size": s[2], "teacher_size": t[2]}
 
 

@@ -66,11 +66,12 @@ def expression(table: int, name: str) -> str:
 
 def scaled(expression: str, scale: float) -> str:
     """A method expression with every ``beta`` times ``scale``."""
-    betas = {name: inspect.signature(loss).parameters["beta"].default for name, loss in LOSSES.items()}
-    return " + ".join(
-        str(method._replace(options=method.options | {"beta": scale * method.options.get("beta", betas[method.name])}))
-        for method in parse_methods(expression)
-    )
+    methods = []
+    for method in parse_methods(expression):
+        default = inspect.signature(LOSSES[method.name]).parameters["beta"].default
+        beta = scale * method.options.get("beta", default)
+        methods.append(str(method._replace(options=method.options | {"beta": beta})))
+    return " + ".join(methods)
 
 
 def lengths(budgets: list[tuple[str, float]], batch_size: int, train_images: int) -> list[int]:

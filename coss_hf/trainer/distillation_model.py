@@ -6,7 +6,7 @@ from transformers import set_seed
 
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
-from coss_hf.losses.registry import LOSSES, OF_CLASSIFIERS, OF_MAPS, build_loss
+from coss_hf.losses.registry import LOSSES, build_loss
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
@@ -140,7 +140,8 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
     if not built_in or student.maps:
         return
     for method in args.methods:
-        if method.name in OF_MAPS:
+        loss = LOSSES[method.name]
+        if loss.uses_maps and not loss.embedding_as_map:
             name = min(counts, key=counts.get).name
             raise ValueError(
                 f"--method {method.name} compares feature maps, and {name} gives none that lie on a grid; choose "
@@ -168,13 +169,16 @@ def _build_criterion(
     teacher_example = teacher.example()
     if head is not None:
         student_example = student_example._replace(embedding=head(student_example.embedding))
-    names = [method.name for method in args.methods]
-    classifier = find_classifier(teacher) if any(name in OF_CLASSIFIERS for name in names) else None
-    if classifier is None and "kd" in names:
-        raise ValueError(
-            f"--method kd: the checkpoint of --teacher {teacher.name} has no linear classifier on its embedding; "
-            f"give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
-        )
+    losses = {method.name: LOSSES[method.name] for method in args.methods}
+    classifier = None
+    if any(loss.classifier != "unused" for loss in losses.values()):
+        classifier = find_classifier(teacher)
+    for name, loss in losses.items():
+        if classifier is None and loss.classifier == "required":
+            raise ValueError(
+                f"--method {name}: the checkpoint of --teacher {teacher.name} has no linear classifier on its "
+                f"embedding; give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
+            )
     return build_loss(
         args.methods,
         student_example,

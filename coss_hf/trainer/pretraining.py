@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from coss_hf.data.views import collate_views
-from coss_hf.losses.factor import FactorLoss
 from coss_hf.utils.distributed import world_size
 
 logger = logging.getLogger(__name__)
@@ -18,9 +17,9 @@ logger = logging.getLogger(__name__)
 LEARNING_RATE = 1e-3  # of Adam; ours
 
 
-def learners(criterion: nn.Module) -> list[FactorLoss]:
-    """Parts of a loss that learn first."""
-    return [part for part in criterion.modules() if isinstance(part, FactorLoss) and part.pretraining_steps]
+def learners(criterion: nn.Module) -> list[nn.Module]:
+    """Return the losses in ``criterion`` that learn first: those with ``pretraining_steps``."""
+    return [part for part in criterion.modules() if getattr(part, "pretraining_steps", 0)]
 
 
 def pretraining_images(trainer) -> int:
@@ -30,32 +29,32 @@ def pretraining_images(trainer) -> int:
 
 
 def pretrain(trainer) -> None:
-    """Trains the paraphrasers of a run's loss on views of the training images, and freezes them.
+    """Trains the ``pretraining_module`` of a run's losses on views of the training images, and freezes it.
 
     Every process does the same on the same images; the first one's result counts.
     """
     args, dataset = trainer.args, trainer.train_dataset
     for part in learners(trainer.model.criterion):
         part.to(args.device)
+        module = part.pretraining_module()
         generator = torch.Generator().manual_seed(args.seed)
         options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_views, "drop_last": True}
         loader = DataLoader(dataset, _groups(trainer), shuffle=True, generator=generator, **options)
-        optimizer = torch.optim.Adam(part.paraphraser.requires_grad_(True).parameters(), LEARNING_RATE)
+        optimizer = torch.optim.Adam(module.requires_grad_(True).parameters(), LEARNING_RATE)
         batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), part.pretraining_steps)
         quiet = args.disable_tqdm or args.process_index > 0
-        for batch in tqdm(batches, "Paraphraser", part.pretraining_steps, disable=quiet, leave=False):
+        for batch in tqdm(batches, "Pre-training of the loss", part.pretraining_steps, disable=quiet, leave=False):
             with torch.enable_grad():
-                error = part.reconstruction(trainer.embed_teacher(batch["pixel_values"].to(args.device)))
+                error = part.pretraining_loss(trainer.embed_teacher(batch["pixel_values"].to(args.device)))
                 optimizer.zero_grad()
                 error.backward()
                 optimizer.step()
-        part.paraphraser.requires_grad_(False)
+        module.requires_grad_(False)
         if world_size() > 1:
-            for tensor in part.paraphraser.state_dict().values():
+            for tensor in module.state_dict().values():
                 dist.broadcast(tensor, 0)
-        logger.info(
-            "Paraphraser trained on %d batches, reconstruction error %.4f", part.pretraining_steps, error.detach()
-        )
+        name = type(part).__name__
+        logger.info("%s pre-trained on %d batches, error %.4f", name, part.pretraining_steps, error.detach())
 
 
 def _groups(trainer) -> int:

@@ -17,7 +17,7 @@ from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.hub.model_card import write_card
-from coss_hf.losses.registry import OF_EMBEDDINGS
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.wandb_tracker import WandbTracker
@@ -316,7 +316,7 @@ class DistillationTrainer(Trainer):
             raise ValueError("evaluate() needs an evaluator: give --validation_size or a dataset with a test split.")
         self.collect()
         metrics, projected = self.evaluator(self.student, self.project)
-        if all(method.name in OF_EMBEDDINGS for method in self.args.methods):
+        if all(LOSSES[method.name].is_function_of_embeddings() for method in self.args.methods):
             metrics["eval_loss"] = self._eval_loss(projected)
         named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
         self.monitor.stop_clock()

@@ -9,7 +9,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
-from coss_hf.losses.registry import LOSSES, SEPARABLE
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.heads import HEADS
 from coss_hf.trainer.engine import check_engine
 from coss_hf.trainer.schedule import RunLength
@@ -138,8 +138,9 @@ class DistillationArguments(TrainingArguments):
         for name in names:
             if name not in LOSSES:
                 raise ValueError(f"--method={name!r} is unknown: choose one of {', '.join(LOSSES)}, or a sum of them.")
-        if self.exact_accumulation and (len(names) > 1 or names[0] not in SEPARABLE):
-            raise ValueError(f"--exact_accumulation works with --method {', '.join(SEPARABLE)}, not {self.method}.")
+        if self.exact_accumulation and (len(names) > 1 or not LOSSES[names[0]].separable):
+            separable = [name for name, loss in LOSSES.items() if loss.separable]
+            raise ValueError(f"--exact_accumulation works with --method {', '.join(separable)}, not {self.method}.")
 
     def _check_fixed_options(self) -> None:
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):

@@ -9,8 +9,7 @@ import coss_hf
 import tests.helpers.runs as h
 from coss_hf.hub import model_card
 from coss_hf.hub.push import PushFailed
-from coss_hf.losses.citations import papers
-from coss_hf.losses.registry import LOSSES
+from coss_hf.losses.registry import LOSSES, papers
 from coss_hf.trainer import publishing
 
 RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "eval_knn20": 0.82341, "eval_cosine": None}}

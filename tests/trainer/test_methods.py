@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import tests.helpers.runs as h
 from coss_hf.losses.combination import Method, parse_methods
-from coss_hf.losses.registry import LOSSES, OF_CLASSIFIERS
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetForImageClassification
@@ -104,7 +104,8 @@ def test_every_method_trains_a_student(tmp_path, image_parquet, networks, method
     options = {"max_steps": 2, "logging_steps": 1, "head_hidden_size": 12, "learning_rate": 1e-5, "bf16": True}
     options |= {"per_device_train_batch_size": 4, "neighbors_k": 1, "neighbors_pool": 2}
     options["neighbors"] = torch.stack([torch.arange(48).roll(-1), torch.arange(48).roll(-2)], 1).numpy()
-    teacher = classifying(tmp_path) if method in OF_CLASSIFIERS else networks.teacher
+    needs = [LOSSES[one.name].classifier for one in parse_methods(method)]
+    teacher = networks.teacher if set(needs) == {"unused"} else classifying(tmp_path)
     trainer = h.make_trainer(tmp_path, image_parquet, teacher, getattr(networks, student), method=method, **options)
     before = h.state(trainer)
     before = {name: value.clone() for name, value in before.items()}

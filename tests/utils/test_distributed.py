@@ -1,5 +1,6 @@
 """The loss and gradient of several processes equal those of one that sees the full batch."""
 
+import inspect
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from tests.helpers.data_parallel import alone, together
 # What couples images, computed from those of all processes: exact for uneven shards, too.
 GLOBAL = ("bn", "coss", "dist", "pkt", "rkd", "sp")
 # What is remembered is that of all processes; the loss is a mean over a process's images.
-MEMORIES = ("crd", "seed")
+MEMORIES = tuple(name for name, loss in LOSSES.items() if loss.keeps_state)
 IMAGES, DIM = 8, 4
 
 
@@ -33,11 +34,9 @@ def method_job(name: str, sizes: list[int]) -> dict:
     given = {"num_images": 10, "batch_size": IMAGES, "classifier": torch.nn.Linear(DIM, 3)}
     built = build_loss([Method(name, {})], student, teacher, **given).double()
     shapes = {"student_dim": DIM, "teacher_dim": teacher.maps[-1].shape[1] if uses_maps else DIM} | given
-    if name == "hint":
-        shapes |= {"student_size": 2, "teacher_size": 2}
-    if name == "srrl":
-        shapes["classifier"] = None
-    options = {key: value for key, value in shapes.items() if key in LOSSES[name].__init__.__code__.co_varnames}
+    if uses_maps:
+        shapes |= {"student_size": 2, "teacher_size": 2, "classifier": None}
+    options = {key: value for key, value in shapes.items() if key in inspect.signature(LOSSES[name]).parameters}
     return {
         "name": name,
         "sizes": sizes,

@@ -1,0 +1,229 @@
+"""What every registered loss must declare, and that it does what it declares."""
+
+import inspect
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from coss_hf.features import Features
+from coss_hf.losses.base import Citation, DistillationLoss
+from coss_hf.losses.combination import Method
+from coss_hf.losses.registry import LOSSES, SHAPES, build_loss
+
+IMAGES, DIM, CLASSES = 6, 8, 5
+GIVEN = {"num_images": 30, "batch_size": IMAGES}
+INDEX = torch.tensor([1, 5, 1, 29, 0, 7])
+
+every_loss = pytest.mark.parametrize("name", list(LOSSES))
+MAP_LOSSES = [name for name, loss in LOSSES.items() if loss.uses_maps]
+
+
+def draw(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def student(seed: int = 0, dim: int = DIM) -> Features:
+    sizes = [(3, 8), (4, 4), (5, 2)]
+    maps = [draw(IMAGES, channels, side, side, seed=seed + i) for i, (channels, side) in enumerate(sizes)]
+    return Features(draw(IMAGES, dim, seed=seed + 10), tuple(maps))
+
+
+def teacher(seed: int = 100) -> Features:
+    sizes = [(3, 8), (6, 4), (DIM, 4)]
+    maps = [draw(IMAGES, channels, side, side, seed=seed + i) for i, (channels, side) in enumerate(sizes)]
+    return Features(maps[-1].mean((2, 3)), tuple(maps))
+
+
+def build(name: str, s: Features, t: Features) -> nn.Module:
+    torch.manual_seed(0)
+    classifier = nn.Linear(DIM, CLASSES)
+    return build_loss([Method(name, {})], s, t, classifier=classifier, **GIVEN)
+
+
+def value(name: str, s: Features, t: Features) -> Tensor:
+    """The loss of one batch, by a module that is built for ``student`` and ``teacher`` anew."""
+    shapes = [student(), teacher()] if s.maps else [s, t]
+    return build(name, *shapes)(s, t, INDEX)["loss"].detach()
+
+
+def only_what_is_read(loss: type[DistillationLoss], features: Features) -> Features:
+    """Everything that the loss does not declare to read is NaN."""
+    kept = loss.select(features)
+    maps = tuple(x if any(x is one for one in kept.maps) else torch.full_like(x, torch.nan) for x in features.maps)
+    embedding = features.embedding
+    logits = features.logits
+    if loss.uses_maps:
+        embedding = torch.full_like(embedding, torch.nan)
+    if loss.reads != "logits":
+        logits = torch.full((len(embedding), CLASSES), torch.nan)
+    return Features(embedding, maps, logits)
+
+
+@every_loss
+def test_declares_its_name_and_paper(name):
+    loss = LOSSES[name]
+    assert issubclass(loss, DistillationLoss) and loss.name == name
+    assert loss.__module__ == f"coss_hf.losses.{name}", "one file for each loss, named after its method"
+    assert isinstance(loss.citation, Citation)
+    assert loss.citation.title and loss.citation.authors and 2014 < loss.citation.year < 2030
+    assert loss.uses_maps == (loss.reads in ("maps", "last_map", "middle_map"))
+
+
+@every_loss
+def test_options_have_defaults_and_beta_is_the_scale(name):
+    parameters = inspect.signature(LOSSES[name]).parameters
+    needed = {key for key, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    assert needed <= {*SHAPES, *GIVEN}
+    s, t = student(), teacher()
+    arguments = {"student": s, "teacher": t, "classifier": nn.Linear(DIM, CLASSES), **GIVEN}
+    torch.manual_seed(0)
+    once = build_loss([Method(name, {"beta": 1.0})], **arguments)(s, t, INDEX)["loss"]
+    torch.manual_seed(0)
+    twice = build_loss([Method(name, {"beta": 2.0})], **arguments)(s, t, INDEX)["loss"]
+    torch.testing.assert_close(twice, 2 * once)
+    with pytest.raises(ValueError, match="beta=-1"):
+        build_loss([Method(name, {"beta": -1})], **arguments)
+
+
+@every_loss
+def test_reads_nothing_but_what_it_declares(name):
+    loss = LOSSES[name]
+    s, t = student(), teacher()
+    got = value(name, only_what_is_read(loss, s), only_what_is_read(loss, t))
+    assert got.isfinite()
+    assert torch.equal(got, value(name, s, t))
+
+
+@every_loss
+def test_reads_all_that_it_declares(name):
+    loss = LOSSES[name]
+    s, t = student(), teacher()
+    before = value(name, s, t)
+    for network in ("student", "teacher"):
+        features = {"student": s, "teacher": t}
+        kept = loss.select(features[network])
+        parts = range(len(kept.maps)) if loss.uses_maps else [None]
+        for part in parts:
+            other = only_part_changed(features[network], kept, part)
+            assert value(name, **{"s": s, "t": t} | {network[0]: other}) != before
+
+
+def only_part_changed(features: Features, kept: Features, part: int | None) -> Features:
+    if part is None:
+        return features._replace(embedding=features.embedding.flip(0))
+    maps = tuple(x.flip(0) if x is kept.maps[part] else x for x in features.maps)
+    return features._replace(maps=maps)
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if LOSSES[name].reads == "logits"])
+def test_logits_that_features_carry_are_taken(name):
+    logits = draw(IMAGES, CLASSES, seed=1), draw(IMAGES, CLASSES, seed=2)
+    nan = torch.full((IMAGES, DIM), torch.nan)
+    assert value(name, Features(nan, logits=logits[0]), Features(nan, logits=logits[1])).isfinite()
+
+
+@pytest.mark.parametrize("name", MAP_LOSSES)
+def test_embeddings_may_stand_for_maps_where_declared(name):
+    s, t = Features(student().embedding), Features(teacher().embedding)
+    if LOSSES[name].embedding_as_map:
+        assert value(name, s, t).isfinite()
+    else:
+        with pytest.raises(ValueError, match=f"--method {name} compares feature maps"):
+            value(name, s, t)
+
+
+@every_loss
+def test_other_dimensions_are_rejected_where_declared(name):
+    s, t = student(dim=DIM - 1), teacher()
+    if LOSSES[name].same_dim:
+        with pytest.raises(ValueError, match=r"student \(6, 7\) and teacher \(6, 8\): give the student a head"):
+            build(name, s, t)(s, t, INDEX)
+    else:
+        build(name, s, t)(s, t, INDEX)
+
+
+@every_loss
+def test_depends_on_earlier_batches_where_declared(name):
+    values = []
+    for seed in (200, 300):
+        loss = build(name, student(), teacher())
+        loss(student(seed), teacher(seed), INDEX)
+        torch.manual_seed(1)
+        values.append(loss(student(), teacher(), INDEX)["loss"])
+    assert torch.equal(*values) != LOSSES[name].keeps_state
+
+
+def test_losses_of_held_out_embeddings():
+    found = [name for name, loss in LOSSES.items() if loss.is_function_of_embeddings()]
+    assert found == ["coss", "bn", "dist", "pkt", "rkd"]
+
+
+@every_loss
+def test_separable_losses_are_made_of_totals(name):
+    loss = build(name, student(), teacher())
+    assert hasattr(loss, "totals") == LOSSES[name].separable
+    assert ("rest" in inspect.signature(loss.forward).parameters) == LOSSES[name].separable
+    if LOSSES[name].separable:
+        s, t = student(), teacher()
+        first = [LOSSES[name].select(x)._replace(embedding=x.embedding[:2]) for x in (s, t)]
+        others = [LOSSES[name].select(x)._replace(embedding=x.embedding[2:]) for x in (s, t)]
+        got = loss(*first, INDEX[:2], rest=loss.totals(*others))
+        torch.testing.assert_close(got, loss(s, t, INDEX))
+
+
+@every_loss
+def test_takes_a_classifier_where_declared(name):
+    loss = LOSSES[name]
+    assert ("classifier" in inspect.signature(loss).parameters) == (loss.classifier != "unused")
+    if loss.classifier != "unused" and loss.uses_maps:
+        # The embedding is not the mean of the last map.
+        other = teacher()._replace(embedding=draw(IMAGES, DIM, seed=5))
+        kept, dropped = (build(name, student(), t) for t in (teacher(), other))
+        assert sum(p.numel() for p in kept.parameters()) > sum(p.numel() for p in dropped.parameters())
+
+
+@every_loss
+def test_pretraining_reaches_its_module_alone(name):
+    loss = build(name, student(), teacher())
+    if not loss.pretraining_steps:
+        for method in (loss.pretraining_module, lambda: loss.pretraining_loss(teacher())):
+            with pytest.raises(NotImplementedError):
+                method()
+        return
+    module = loss.pretraining_module()
+    assert not any(p.requires_grad for p in module.parameters()), "frozen but for its pre-training"
+    module.requires_grad_(True)
+    loss.pretraining_loss(teacher()).backward()
+    reached = [key for key, p in loss.named_parameters() if p.grad is not None]
+    own = {id(p) for p in module.parameters()}
+    assert reached == [key for key, p in loss.named_parameters() if id(p) in own]
+
+
+@every_loss
+def test_the_teacher_gets_no_gradient_and_the_student_does(name):
+    s, t = student(), teacher()
+    for x in (*s[0:1], *s.maps, *t[0:1], *t.maps):
+        x.requires_grad_()
+    out = build(name, s, t)(s, t, INDEX)
+    out["loss"].backward()
+    assert all(part.shape == () for part in out.values())
+    assert any(x.grad is not None and x.grad.any() for x in (s.embedding, *s.maps))
+    assert all(x.grad is None for x in t.maps) and t.embedding.grad is None
+
+
+@every_loss
+def test_the_docstring_has_its_parts(name):
+    text = inspect.getdoc(LOSSES[name])
+    for part in (
+        "Use when: ",
+        "Shapes: ",
+        "Several processes: ",
+        "\nArgs:\n",
+        "\nRaises:\n",
+        "\nExample:\n",
+        "\nReferences:\n",
+    ):
+        assert part in text, part
+    options = [key for key in inspect.signature(LOSSES[name]).parameters]
+    assert all(f"\n    {key}: " in text for key in options), options
