@@ -1,6 +1,8 @@
 """How losses become methods, and what a built loss is given."""
 
+import copy
 import importlib
+import pickle
 import sys
 
 import pytest
@@ -118,6 +120,15 @@ def test_a_built_loss_is_given_what_it_reads(reads, kept, logits, text):
         assert [x.shape[1] - 1 for x in given.maps] == kept
         assert (given.logits is not None) == logits
     assert torch.equal(part.given[2], torch.arange(2))
+
+
+def test_a_copy_of_a_built_loss_is_given_the_same():
+    """Under FSDP the loss of a run is copied."""
+    first, last = torch.full((2, 3, 2, 2), torch.nan), torch.rand(2, 3, 2, 2)
+    features = Features(torch.ones(2, 4), (first, last))
+    loss = build_loss(parse_methods("sp"), features, features)
+    for other in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert other(features, features)["loss"] == 0
 
 
 def test_shapes_are_those_of_what_is_read():
