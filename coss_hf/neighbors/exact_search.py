@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from coss_hf.neighbors.embedding_store import Vectors, save_array
 from coss_hf.utils.process_group import Processes
+from coss_hf.utils.topk import blocked_topk
 
 logger = logging.getLogger(__name__)
 
@@ -57,32 +58,24 @@ class ExactSearch:
             yield start, torch.from_numpy(block).to(self.device)
 
     @full_float32()
-    def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(
+        self, rows: np.ndarray, k: int, max_similarity: float = float("inf")
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest others of some rows.
 
         Args:
             rows: (b,) ascending row numbers.
             k: how many.
-            limit: rows as similar as this or more are left out.
+            max_similarity: rows as similar as this or more are left out.
 
         Returns:
             (b, k) row numbers, int64, and their similarities, float32, the most similar first; -1 and -inf where fewer
             than k are left. A row never holds its own number, also where others equal it.
         """
         queries = torch.from_numpy(self.vectors.take(rows)).to(self.device)
-        own = torch.from_numpy(rows).to(self.device)
-        best = torch.full((len(rows), k), -torch.inf, device=self.device)
-        found = torch.full((len(rows), k), -1, device=self.device)
-        for start, block in self._resident or self._blocks():
-            similarity = queries @ block.T
-            inside = ((own >= start) & (own < start + len(block))).nonzero().flatten()
-            similarity[inside, own[inside] - start] = -torch.inf
-            if limit < torch.inf:
-                similarity.masked_fill_(similarity >= limit, -torch.inf)
-            values, columns = similarity.topk(min(k, len(block)), dim=1)
-            best, order = torch.cat([best, values], dim=1).topk(k, dim=1)
-            found = torch.cat([found, columns + start], dim=1).gather(1, order)
-        found[best == -torch.inf] = -1
+        own_rows = torch.from_numpy(rows).to(self.device)
+        blocks = self._resident or self._blocks()
+        best, found = blocked_topk(queries, blocks, k, own_rows=own_rows, max_similarity=max_similarity, pad=True)
         return found.cpu().numpy(), best.cpu().numpy()
 
 
