@@ -50,8 +50,10 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     teacher.model.to(args.device)
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
-    watch = evaluator(splits, teacher, args, sample(splits.validation, args.eval_sample_size), panel=True)
-    trainer = DistillationTrainer(student, teacher, args, views, watch)
+    held_out = sample(splits.validation, args.eval_sample_size)
+    trainer = DistillationTrainer(
+        student, teacher, args, views, evaluator(splits, teacher, args, held_out, diagnostics=True)
+    )
     trainer.arguments = to_dict(models, data, args)
     if args.neighbors_k:
         views.use_neighbors(find_neighbors(splits, teacher, data, args), args.neighbors_k)
@@ -60,14 +62,21 @@ def prepare(models: ModelArguments, data: DataArguments, args: DistillationArgum
     return trainer, splits
 
 
-def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, queries, panel: bool = False):
-    """Evaluator of ``queries`` against the training images, for a panel a sample of them; None without queries."""
-    if queries is None:
+def evaluator(splits: ImageSplits, teacher, args: DistillationArguments, test_images, diagnostics: bool = False):
+    """Evaluator on ``test_images``, against all training images or for diagnostics a sample; None without images."""
+    if test_images is None:
         return None
-    options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    options |= {"panel": panel, "retrieval": not panel}
-    bank = sample(splits.train, args.eval_bank_size if panel else None)
-    return Evaluator(teacher, queries, splits.image_column, label_column=splits.label_column, bank=bank, **options)
+    return Evaluator(
+        teacher,
+        test_images,
+        splits.image_column,
+        label_column=splits.label_column,
+        train_images=sample(splits.train, args.eval_bank_size if diagnostics else None),
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        diagnostics=diagnostics,
+        retrieval=not diagnostics,
+    )
 
 
 def refuse_overwriting(args: DistillationArguments) -> None:

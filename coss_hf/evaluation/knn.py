@@ -90,7 +90,9 @@ def knn_predict(
     num_classes: int | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Predict each test image's class by the vote of its k nearest train images, weighted ``exp(cosine / temperature)``.
+    """Predict the class of each test image by the vote of its k nearest train images.
+
+    The weight of a vote is ``exp(cosine / temperature)``.
 
     Args:
         train_features: ``(n, d)`` embeddings of the train images, normalised here.
@@ -127,14 +129,16 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Share of the test images that :func:`knn_predict` classifies as ``test_labels`` ``(m,)``, by one search for all k.
+    """Share of the test images that :func:`knn_predict` classifies as ``test_labels`` ``(m,)``; one search for all k.
 
     Returns ``{"knn10": ..., "knn20": ...}``, one entry in [0, 1] for every k; raises as :func:`knn_predict` does.
     """
     _check(train_features, train_labels, temperature)
     check_labels(test_labels, test_features, "test_labels")
     if len(test_features) == 0 or len(ks) == 0:
-        raise ValueError(f"an accuracy needs test_features (got {len(test_features)}) and at least one k (got ks={ks}).")
+        raise ValueError(
+            f"an accuracy needs test_features (got {len(test_features)}) and at least one k (got ks={ks})."
+        )
     similarity, index = nearest(test_features, train_features, max(ks), chunk=chunk)
     neighbor_labels = train_labels[index].long()
     num_classes = int(train_labels.max()) + 1

@@ -58,9 +58,7 @@ class ExactSearch:
             yield start, torch.from_numpy(block).to(self.device)
 
     @full_float32()
-    def __call__(
-        self, rows: np.ndarray, k: int, max_similarity: float = float("inf")
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, rows: np.ndarray, k: int, max_similarity: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest others of some rows.
 
         Args:

@@ -59,7 +59,7 @@ def watched(trainer: DistillationTrainer) -> str:
     if trainer.evaluator is None or trainer.args.eval_strategy == "no":
         return "watched     no: without images held out of train (--validation_size) or with --eval_strategy no"
     often = f"every {trainer.args.eval_steps:g} steps" if trainer.args.eval_strategy == "steps" else "after each epoch"
-    return f"watched     on {len(trainer.evaluator.queries):,} images held out of train, {often}"
+    return f"watched     on {len(trainer.evaluator.test_images):,} images held out of train, {often}"
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:

@@ -76,14 +76,14 @@ class DistillationTrainer(PublishingTrainer):
         self.evaluator = evaluator
         if evaluator is None and args.watched:
             args.eval_strategy = IntervalStrategy.NO
-        watch = [] if evaluator is None else [Watch(len(evaluator.queries), last_step=args.watched)]
+        watch = [] if evaluator is None else [Watch(len(evaluator.test_images), last_step=args.watched)]
         self.forget()
         super().__init__(
             model,
             args,
             data_collator=collate_views,
             train_dataset=train_dataset,
-            eval_dataset=None if evaluator is None else evaluator.queries,
+            eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
             callbacks=[EpochCallback(train_dataset), *watch, *(callbacks or [])],
             optimizers=optimizers,
@@ -270,10 +270,12 @@ class DistillationTrainer(PublishingTrainer):
         self.collect()
         metrics, projected = self.evaluator(self.student, self.project)
         if all(method.name in OF_EMBEDDINGS for method in self.args.methods):
-            metrics["eval_loss"] = self._eval_loss(projected)
-        named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
+            metrics["loss"] = self._eval_loss(projected)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
         self._clock = None  # evaluation is no training time
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.queries))
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.test_images)
+        )
 
     @torch.no_grad()
     def _eval_loss(self, projected: Tensor) -> float:
@@ -281,7 +283,7 @@ class DistillationTrainer(PublishingTrainer):
         size, criterion = min(self.args.images_per_batch, len(projected)), self._whole.criterion
         training = criterion.training
         rows = torch.arange(len(projected))
-        parts = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
+        parts = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_test_features, rows)]
         criterion.eval()
         losses = [
             criterion(Features(s), Features(t), index)["loss"] for s, t, index in zip(*parts) if len(index) == size
