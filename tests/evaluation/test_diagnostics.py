@@ -31,7 +31,7 @@ def test_a_healthy_run_raises_no_alarm():
     # A little lower than at its best, and a network whose random weights embed all images nearly alike.
     assert alarms([evaluation(rank=2.5), evaluation(0.10, 3), evaluation(0.09, 3)], 2000, finished=True) == {}
     assert alarms([], 2000) == {}
-    # As measured at an evaluation each 1,500 images: the first steps press all images together, and set out below the start.
+    # As measured, evaluated each 1,500 images: the first steps press all images together, and set out below the start.
     early = [
         evaluation(0.0181, 21.8),
         evaluation(0.0141, 3.2),
