@@ -73,7 +73,7 @@ def main() -> None:
         images = training.num_images or length(folder, args.hours, trained, others, setting)
     trained = [replace(cell, num_images=images) for cell in trained]
     results = sweep.run(trained + others)
-    metric = "eval_linear" if any(row.get("eval_linear") is not None for row in results) else "eval_overlap10"
+    metric = "linear" if any(row.get("linear") is not None for row in results) else "overlap10"
     title = f"{pair}, {images:,} images seen"
     text = f"# {title}\n\n`{command()}`\n\n" + comparison(results, metric)
     (folder / "compared.md").write_text(text + "\n")

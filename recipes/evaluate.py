@@ -3,7 +3,8 @@
     python recipes/evaluate.py --teacher google/vit-base-patch16-224 --student my-student --dataset path/to/images \
         --output results.json
 
-Queries are the test split (else what was held out of train), the bank is the un-augmented train split. Unless
+Test images are those of the test split (else what was held out of train); their neighbours for k-NN, and what the
+linear probe trains on, are the un-augmented images of the train split. Unless
 --validation_size is given, the images that the student's own run held out of this dataset are held out again.
 Without labels only the agreement with the teacher is measured. A head that recipes/distill.py left in the student's
 folder brings its embeddings into the teacher's space, for the cosine. Also done at the end of recipes/distill.py.
@@ -42,8 +43,8 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
     data.follow(models.student, models.student_revision)
     splits = data.load()
-    queries = splits.test or splits.validation
-    if queries is None:
+    test_images = splits.test or splits.validation
+    if test_images is None:
         raise ValueError(
             f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
             f"of train with --validation_size."
@@ -60,10 +61,10 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         network.model.to(PartialState().device)
     evaluator = Evaluator(
         teacher,
-        queries,
+        test_images,
         splits.image_column,
         label_column=splits.label_column,
-        bank=splits.train,
+        train_images=splits.train,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         retrieval=True,

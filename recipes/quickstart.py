@@ -58,9 +58,8 @@ def write_digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def raw_pixels(splits: dict) -> dict[str, float]:
     """The control without any network: pixels as embeddings."""
-    bank, queries = splits["train"], splits["test"]
-    scores = {f"eval_{name}": value for name, value in knn_accuracy(*bank, *queries).items()}
-    return {**scores, "eval_probe": linear_probe(*bank, *queries)["accuracy"]}
+    train, test = splits["train"], splits["test"]
+    return knn_accuracy(*train, *test) | {"probe": linear_probe(*train, *test)["accuracy"]}
 
 
 def run(title: str, *command) -> None:

@@ -79,7 +79,7 @@ def write(folder: Path, title: str, rows: list[dict], metric: str, cost: dict, h
         for name, values in scored.items()
         if values
     }
-    quality_plot(folder / "report.png", points, metric.removeprefix("eval_"), title)
+    quality_plot(folder / "report.png", points, metric, title)
     write_json(
         folder / "report.json", {"verdict": said, "metric": metric, "costs": cost, "hardware": hardware, **facts}
     )
@@ -122,7 +122,7 @@ def main() -> None:
         images = training.num_images or length(folder, args.hours, trained, others, setting)
     rows = sweep.run([replace(cell, num_images=images) for cell in trained] + others)
     seen = max(row["images_seen"] for row in rows if row["method"] not in UNTRAINED)
-    metric = "eval_linear" if any(row.get("eval_linear") is not None for row in rows) else "eval_overlap10"
+    metric = "linear" if any(row.get("linear") is not None for row in rows) else "overlap10"
     cost = costs({"student": models.load_student(teacher), "teacher": teacher}, training.device, args.timing_rounds)
     facts = {"command": command(), "images_seen": seen, "split": split, "versions": versions()}
     title = f"{Path(models.teacher).name} → {Path(models.student).name}, {seen:,} images seen, {args.seeds} seeds"

@@ -96,7 +96,8 @@ def linear_cka(student: Tensor, teacher: Tensor) -> float:
     _check_rows(student, teacher)
     if len(student) < 2:
         raise ValueError(f"a kernel alignment needs two images at least, got {len(student)}.")
-    s, t = _centred(student), _centred(teacher)
+    s = _centred(student)
+    t = _centred(teacher)
     scale = (s.T @ s).norm() * (t.T @ t).norm()
     return ((s.T @ t).square().sum() / scale).item() if scale > 0 else 0.0
 

@@ -37,104 +37,132 @@ class Evaluator:
     The teacher's embeddings are computed once.
 
     Args:
-        teacher: compared with.
-        queries: images of test or validation, as from ``load_images``.
-        image_column: of ``queries`` and ``bank``.
-        label_column: class numbers for k-NN and probe; without it, or without a bank, only agreement is measured.
-        bank: training images, the k-NN bank and the probe's training set.
-        batch_size: images a forward pass.
-        num_workers: processes that decode.
-        linear, panel: see ``evaluate_embeddings``; a panel also has the teacher's effective rank and duplicates.
-        retrieval: with labels also retrieval, from the network's own gallery and from the teacher's.
+        teacher: The network that students are compared with.
+        test_images: Images of test or validation, as from ``load_images``.
+        image_column: Column of the images in ``test_images`` and ``train_images``.
+        label_column: Column of the class numbers; without it, or without ``train_images``, only agreement is measured.
+        train_images: Training images: neighbours of the k-NN classifier, training set of the probe, and gallery.
+        batch_size: Images per forward pass.
+        num_workers: Number of processes that decode images.
+        linear: With labels also measure the paper's linear evaluation.
+        diagnostics: Also measure what tells whether training works, see ``evaluate_embeddings``; and of the teacher
+            its effective rank and duplicates.
+        retrieval: With labels also measure retrieval, from the network's own gallery and from the teacher's.
+
+    Attributes:
+        train_images: as given; None where any image lacks its label.
+        train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``; None where any image lacks its label.
     """
 
     def __init__(
         self,
         teacher: Backbone,
-        queries: Dataset,
+        test_images: Dataset,
         image_column: str,
         *,
         label_column: str | None = None,
-        bank: Dataset | None = None,
+        train_images: Dataset | None = None,
         batch_size: int = 256,
         num_workers: int = 0,
         linear: bool = False,
-        panel: bool = False,
+        diagnostics: bool = False,
         retrieval: bool = False,
     ):
-        self.teacher, self.queries, self.image_column = teacher, queries, image_column
-        self.options = {"batch_size": batch_size, "num_workers": num_workers}
-        self.bank, self.labels, self.linear, self.panel, self.retrieval = None, {}, linear, panel, retrieval
-        if label_column and bank is not None:
-            splits = {"test_labels": queries, "bank_labels": bank}
-            labels = {name: rows[label_column][:] for name, rows in splits.items()}
-            if all(labelled(numbers) for numbers in labels.values()):
-                self.bank, self.labels = bank, {name: torch.as_tensor(numbers) for name, numbers in labels.items()}
+        self.teacher = teacher
+        self.test_images = test_images
+        self.image_column = image_column
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.linear = linear
+        self.diagnostics = diagnostics
+        self.retrieval = retrieval
+        self.train_images: Dataset | None = None
+        self.train_labels: Tensor | None = None
+        self.test_labels: Tensor | None = None
+        if label_column and train_images is not None:
+            train_labels = train_images[label_column][:]
+            test_labels = test_images[label_column][:]
+            if labelled(train_labels) and labelled(test_labels):
+                self.train_images = train_images
+                self.train_labels = torch.as_tensor(train_labels)
+                self.test_labels = torch.as_tensor(test_labels)
             else:
                 logger.warning("Column %s lacks labels: only agreement is measured.", label_column)
-        self._teacher_queries, self._teacher_bank, self._teacher_panel = None, None, {}
+        self._teacher_test_features: Tensor | None = None
+        self._teacher_train_features: Tensor | None = None
+        self._teacher_diagnostics: dict[str, float] = {}
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
         """Embeddings ``(n, d)`` of ``images``."""
         rows = ProcessedImages(images, self.image_column, backbone.preprocess)
-        return embed_dataset(backbone, rows, description=description, **self.options)
+        return embed_dataset(
+            backbone,
+            rows,
+            description=description,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+        )
 
     @property
-    def teacher_queries(self) -> Tensor:
-        """The teacher's embeddings of the queries ``(m, d)``."""
-        if self._teacher_queries is None:
-            self._teacher_queries = self.embed(self.teacher, self.queries, "Teacher")
-        return self._teacher_queries
+    def teacher_test_features(self) -> Tensor:
+        """The teacher's embeddings of the test images ``(m, d_t)``."""
+        if self._teacher_test_features is None:
+            self._teacher_test_features = self.embed(self.teacher, self.test_images, "Teacher")
+        return self._teacher_test_features
 
     @property
-    def teacher_bank(self) -> Tensor | None:
-        """The teacher's embeddings of the bank ``(n, d_t)``; None without labels."""
-        if self._teacher_bank is None and self.bank is not None:
-            self._teacher_bank = self.embed(self.teacher, self.bank, "Teacher's bank")
-        return self._teacher_bank
+    def teacher_train_features(self) -> Tensor | None:
+        """The teacher's embeddings of the train images ``(n, d_t)``; None without labels."""
+        if self._teacher_train_features is None and self.train_images is not None:
+            self._teacher_train_features = self.embed(self.teacher, self.train_images, "Teacher, train images")
+        return self._teacher_train_features
 
     @property
-    def teacher_panel(self) -> dict[str, float]:
-        """The teacher's own side of a panel."""
-        if self.panel and not self._teacher_panel:
-            self._teacher_panel = {
-                "eval_teacher_effective_rank": effective_rank(self.teacher_queries),
-                "eval_teacher_duplicates": duplicate_share(self.teacher_queries),
+    def teacher_diagnostics(self) -> dict[str, float]:
+        """Diagnostics of the teacher's own embeddings; empty where none are measured."""
+        if self.diagnostics and not self._teacher_diagnostics:
+            self._teacher_diagnostics = {
+                "teacher_effective_rank": effective_rank(self.teacher_test_features),
+                "teacher_duplicates": duplicate_share(self.teacher_test_features),
             }
-        return self._teacher_panel
+        return self._teacher_diagnostics
 
     def __call__(
         self, student: Backbone, project: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[dict[str, float | None], Tensor]:
-        """Metrics of ``student`` (see ``evaluate_embeddings``) and its embeddings of the queries.
+        """Metrics of ``student`` (see ``evaluate_embeddings``) and its embeddings of the test images.
 
         Args:
-            student: the network, the teacher itself included.
-            project: its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one.
+            student: The network to measure, the teacher itself included.
+            project: Its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one; the embeddings returned are through it.
         """
+        train_features = None
         if student is self.teacher:
-            queries, bank = self.teacher_queries, self.teacher_bank
+            test_features = self.teacher_test_features
+            train_features = self.teacher_train_features
         else:
-            queries = self.embed(student, self.queries, "Student")
-            bank = self.embed(student, self.bank, "Bank") if self.bank is not None else None
+            test_features = self.embed(student, self.test_images, "Student")
+            if self.train_images is not None:
+                train_features = self.embed(student, self.train_images, "Student, train images")
         with torch.no_grad():
-            projected = project(queries) if project else None
+            projected = project(test_features) if project else None
         metrics = evaluate_embeddings(
-            queries,
-            self.teacher_queries,
-            student_bank=bank,
+            test_features,
+            self.teacher_test_features,
+            train_features=train_features,
+            train_labels=self.train_labels,
+            test_labels=self.test_labels,
             projected=projected,
-            teacher_bank=self.teacher_bank if self.retrieval else None,
+            teacher_gallery=self.teacher_train_features if self.retrieval else None,
             linear=self.linear,
-            panel=self.panel,
-            **self.labels,
+            diagnostics=self.diagnostics,
         )
-        metrics |= self.teacher_panel
-        return metrics, queries if projected is None else projected
+        metrics |= self.teacher_diagnostics
+        return metrics, test_features if projected is None else projected
 
 
 def random_weights(backbone: Backbone, seed: int = 0) -> Backbone:
-    """The same network before any training: the control of every comparison."""
+    """The same network before any training: the baseline of every comparison."""
     twin = copy.copy(backbone)
     set_seed(seed)
     twin.model = type(backbone.model)._from_config(backbone.model.config).to(backbone.model.device)

@@ -1,4 +1,16 @@
-"""The evaluation as metrics of the ``evaluate`` library. They are constructed directly and never use the network.
+"""The evaluation as metrics of the ``evaluate`` library.
+
+``evaluate_embeddings``, and so ``Evaluator`` and the recipes, compute k-NN accuracy, linear probe and retrieval through
+these classes. Others construct them, or load them by the path of a folder below ``coss_hf/evaluation/metrics``::
+
+    import evaluate
+
+    metric = evaluate.load("path/to/coss_hf/evaluation/metrics/knn_accuracy")
+    metric.compute(predictions=test, references=test_labels, train_features=train, train_labels=train_labels, k=20)
+
+Neither uses the network. Tensors that ``compute`` is given go to the function below the metric (``knn_accuracy``,
+``linear_probe``, ``retrieval``, ...) as they are: same device, same data type, same result bit for bit. Lists, arrays
+and what ``add`` or ``add_batch`` collect pass through the library's Arrow file, as float32.
 
 ``evaluate`` takes seconds to import: import this module only where its metrics are wanted.
 """
@@ -6,10 +18,12 @@
 import evaluate
 import torch
 from datasets import Features, Sequence, Value
+from torch import Tensor
 
 from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy
 from coss_hf.evaluation.linear_probe import linear_probe
+from coss_hf.evaluation.retrieval import retrieval
 
 EMBEDDING = Sequence(Value("float32"))
 LABELLED = Features({"predictions": EMBEDDING, "references": Value("int64")})
@@ -18,9 +32,16 @@ PAIRED = Features({"predictions": EMBEDDING, "references": EMBEDDING})
 LABELLED_INPUTS = """
 Args:
     predictions: embeddings of the test images, (m, d).
-    references: their class numbers, (m,).
-    bank: embeddings of the un-augmented training images, (n, d).
-    bank_labels: their class numbers, (n,).
+    references: class numbers of the test images, (m,).
+    train_features: embeddings of the un-augmented train images, (n, d).
+    train_labels: class numbers of the train images, (n,).
+"""
+RETRIEVAL_INPUTS = """
+Args:
+    predictions: embeddings of the queries, (m, d).
+    references: class numbers of the queries, (m,).
+    gallery: embeddings of the gallery, (n, d).
+    gallery_labels: class numbers of the gallery, (n,).
 """
 PAIRED_INPUTS = """
 Args:
@@ -29,11 +50,29 @@ Args:
 """
 
 
-def _embeddings(rows) -> torch.Tensor:
-    return torch.as_tensor(rows, dtype=torch.float32)
+def _embeddings(first, second) -> tuple[Tensor, Tensor]:
+    """Tensors as they are; where one came through Arrow or is no tensor, both as float32."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return first, second
+    return torch.as_tensor(first, dtype=torch.float32), torch.as_tensor(second, dtype=torch.float32)
 
 
-class KNNAccuracy(evaluate.Metric):
+def _numbers(k: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (k,) if isinstance(k, int) else tuple(k)
+
+
+class EmbeddingMetric(evaluate.Metric):
+    """A metric that hands the tensors of one call over as they are."""
+
+    def compute(self, *, predictions=None, references=None, **kwargs):
+        """Compute the metric of the inputs given here, or of those added before; tensors are used as they are."""
+        tensors = isinstance(predictions, Tensor) and isinstance(references, Tensor)
+        if tensors and self.writer is None and self.num_process == 1:
+            return self._compute(predictions, references, **kwargs)
+        return super().compute(predictions=predictions, references=references, **kwargs)
+
+
+class KNNAccuracy(EmbeddingMetric):
     """Accuracy of the weighted k-nearest-neighbour classifier."""
 
     def _info(self):
@@ -50,13 +89,19 @@ class KNNAccuracy(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/1805.01978", "https://arxiv.org/abs/2104.14294"],
         )
 
-    def _compute(self, predictions, references, bank, bank_labels, k=20, temperature=0.07):
-        ks = (k,) if isinstance(k, int) else tuple(k)
-        bank, bank_labels = _embeddings(bank), torch.as_tensor(bank_labels)
-        return knn_accuracy(bank, bank_labels, _embeddings(predictions), torch.as_tensor(references), ks, temperature)
+    def _compute(self, predictions, references, train_features, train_labels, k=20, temperature=0.07):
+        test_features, train_features = _embeddings(predictions, train_features)
+        return knn_accuracy(
+            train_features,
+            torch.as_tensor(train_labels),
+            test_features,
+            torch.as_tensor(references),
+            ks=_numbers(k),
+            temperature=temperature,
+        )
 
 
-class LinearProbe(evaluate.Metric):
+class LinearProbe(EmbeddingMetric):
     """Accuracy of a linear classifier on the frozen embeddings."""
 
     def _info(self):
@@ -72,13 +117,49 @@ class LinearProbe(evaluate.Metric):
             reference_urls=["https://arxiv.org/abs/2304.07193"],
         )
 
-    def _compute(self, predictions, references, bank, bank_labels, seed=0):
-        train, labels = _embeddings(bank), torch.as_tensor(bank_labels)
-        result = linear_probe(train, labels, _embeddings(predictions), torch.as_tensor(references), seed=seed)
+    def _compute(self, predictions, references, train_features, train_labels, seed=0):
+        test_features, train_features = _embeddings(predictions, train_features)
+        result = linear_probe(
+            train_features,
+            torch.as_tensor(train_labels),
+            test_features,
+            torch.as_tensor(references),
+            seed=seed,
+        )
         return {"probe": result["accuracy"]}
 
 
-class NeighborOverlap(evaluate.Metric):
+class Retrieval(EmbeddingMetric):
+    """Recall at k and mean average precision of image retrieval by cosine."""
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="Retrieval of images of the query's class from a gallery ordered by cosine of the embeddings: "
+            "the share of queries with such an image among the k nearest, and the mean over queries of the precision "
+            "at each such image. At most 1,000 queries are taken, drawn with a fixed seed.",
+            citation="@book{manning2008introduction, title={Introduction to Information Retrieval}, author={Manning, "
+            'Christopher D. and Raghavan, Prabhakar and Sch{\\"u}tze, Hinrich}, publisher={Cambridge University '
+            "Press}, year={2008}}",
+            inputs_description=RETRIEVAL_INPUTS
+            + "    k: ranks of the recalls, one number or several (1 and 10 by default).\n"
+            "Returns:\n    recall{k}: a number in [0, 1], for every k.\n"
+            "    map: mean average precision in [0, 1].\n",
+            features=LABELLED,
+            reference_urls=["https://nlp.stanford.edu/IR-book/", "https://arxiv.org/abs/2006.13525"],
+        )
+
+    def _compute(self, predictions, references, gallery, gallery_labels, k=(1, 10)):
+        queries, gallery = _embeddings(predictions, gallery)
+        return retrieval(
+            queries,
+            torch.as_tensor(references),
+            gallery,
+            torch.as_tensor(gallery_labels),
+            ks=_numbers(k),
+        )
+
+
+class NeighborOverlap(EmbeddingMetric):
     """Share of nearest neighbours that student and teacher have in common; needs no labels."""
 
     def _info(self):
@@ -94,10 +175,11 @@ class NeighborOverlap(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, k=10):
-        return {f"overlap{k}": neighbor_overlap(_embeddings(predictions), _embeddings(references), k)}
+        student, teacher = _embeddings(predictions, references)
+        return {f"overlap{k}": neighbor_overlap(student, teacher, k)}
 
 
-class MeanCosine(evaluate.Metric):
+class MeanCosine(EmbeddingMetric):
     """Mean cosine between the student's and the teacher's embeddings; needs no labels."""
 
     def _info(self):
@@ -112,4 +194,5 @@ class MeanCosine(evaluate.Metric):
         )
 
     def _compute(self, predictions, references):
-        return {"cosine": mean_cosine(_embeddings(predictions), _embeddings(references))}
+        student, teacher = _embeddings(predictions, references)
+        return {"cosine": mean_cosine(student, teacher)}

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BANK_CHUNK = 65_536  # bank rows compared at once: bounds memory for banks of millions
+from coss_hf.utils.topk import blocked_topk
+
+GALLERY_CHUNK = 65_536  # gallery rows compared at once: bounds memory for galleries of millions
 
 
 def unit(x: Tensor) -> Tensor:
@@ -31,42 +33,38 @@ def check_labels(labels: Tensor, rows: Tensor, name: str) -> None:
 
 @torch.no_grad()
 def nearest(
-    queries: Tensor, bank: Tensor, k: int, *, exclude_self: bool = False, chunk: int = 1024
+    queries: Tensor, gallery: Tensor, k: int, *, exclude_self: bool = False, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
-    """The k rows of the bank most similar to every query, by cosine, most similar first.
+    """Find the k rows of the gallery that are most similar to each query by cosine, the most similar first.
 
     Args:
         queries: ``(m, d)``; need not be normalised.
-        bank: ``(n, d)``.
-        k: how many.
-        exclude_self: ``queries`` are the bank itself, and row i is not a neighbour of row i; by index, so that exact
-            duplicates count as neighbours of each other.
-        chunk: queries compared at once with at most 65,536 bank rows.
+        gallery: ``(n, d)``; need not be normalised.
+        k: Number of rows to find.
+        exclude_self: The queries are the gallery itself, and row i is not a neighbour of row i; by index, so that
+            exact duplicates count as neighbours of each other.
+        chunk: Queries compared at once with at most 65,536 gallery rows.
 
     Returns:
-        Cosines ``(m, k)`` and bank indices ``(m, k)``. Computed in float32 or wider.
+        Cosines ``(m, k)`` and gallery indices ``(m, k)``. Computed in float32 or wider.
 
     Raises:
         ValueError: different dimensions; k below 1 or above the number of candidates.
     """
-    check_pair(queries, bank, "queries and bank")
-    available = len(bank) - exclude_self
+    check_pair(queries, gallery, "queries and gallery")
+    available = len(gallery) - exclude_self
     if not 1 <= k <= available:
-        raise ValueError(f"k={k} must be between 1 and {available}, the number of bank rows to choose from.")
-    queries, bank = unit(queries), unit(bank)
+        raise ValueError(f"k={k} must be between 1 and {available}, the number of gallery rows to choose from.")
+    queries = unit(queries)
+    gallery = unit(gallery)
+    blocks = [(start, gallery[start : start + GALLERY_CHUNK]) for start in range(0, len(gallery), GALLERY_CHUNK)]
     similarity = queries.new_empty(len(queries), k)
     index = torch.empty(len(queries), k, dtype=torch.long, device=queries.device)
+    row_numbers = torch.arange(len(queries), device=queries.device)
     for start in range(0, len(queries), chunk):
         rows = slice(start, start + chunk)
-        best, best_index = similarity[rows, :0], index[rows, :0]
-        for offset in range(0, len(bank), BANK_CHUNK):
-            cosines = queries[rows] @ bank[offset : offset + BANK_CHUNK].T
-            if exclude_self:
-                cosines.diagonal(start - offset).fill_(-torch.inf)  # empty where this block holds none of the rows
-            values, columns = cosines.topk(min(k, cosines.shape[1]))
-            best, order = (merged := torch.cat([best, values], 1)).topk(min(k, merged.shape[1]))
-            best_index = torch.cat([best_index, columns + offset], 1).gather(1, order)
-        similarity[rows], index[rows] = best, best_index
+        own_rows = row_numbers[rows] if exclude_self else None
+        similarity[rows], index[rows] = blocked_topk(queries[rows], blocks, k, own_rows=own_rows)
     return similarity, index
 
 
@@ -77,67 +75,75 @@ def _vote(similarity: Tensor, neighbor_labels: Tensor, temperature: float, num_c
     return votes / votes.sum(1, keepdim=True)
 
 
-def _check(bank: Tensor, bank_labels: Tensor, temperature: float) -> None:
-    check_labels(bank_labels, bank, "bank_labels")
+def _check(train_features: Tensor, train_labels: Tensor, temperature: float) -> None:
+    check_labels(train_labels, train_features, "train_labels")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature} must be above 0.")
 
 
 def knn_predict(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
     k: int = 20,
     temperature: float = 0.07,
     num_classes: int | None = None,
     chunk: int = 1024,
 ) -> tuple[Tensor, Tensor]:
-    """Class of every query by the vote of its k nearest bank rows, each with weight ``exp(cosine / temperature)``.
+    """Predict the class of each test image by the vote of its k nearest train images.
+
+    The weight of a vote is ``exp(cosine / temperature)``.
 
     Args:
-        bank: ``(n, d)`` embeddings, normalised here.
-        bank_labels: ``(n,)`` class numbers.
-        queries: ``(m, d)``.
-        num_classes: width of the result; the largest bank label plus one by default.
-        chunk: queries compared at once.
+        train_features: ``(n, d)`` embeddings of the train images, normalised here.
+        train_labels: ``(n,)`` class numbers of the train images.
+        test_features: ``(m, d)`` embeddings of the test images, normalised here.
+        k: Number of train images that vote.
+        temperature: Above 0; the smaller, the more the nearest images decide.
+        num_classes: Width of the result; the largest train label plus one by default.
+        chunk: Test images compared at once.
 
     Returns:
         Predicted classes ``(m,)`` and shares of the vote ``(m, num_classes)``, in the dtype of the embeddings
         (float32 at least).
 
     Raises:
-        ValueError: k above the size of the bank, a temperature that is not positive, shapes that do not match.
+        ValueError: k above the number of train images, a temperature that is not positive, shapes that do not match.
 
     References:
         Wu et al., CVPR 2018 (arXiv:1805.01978); Caron et al., DINO, ICCV 2021 (arXiv:2104.14294), eval_knn.py.
     """
-    _check(bank, bank_labels, temperature)
-    similarity, index = nearest(queries, bank, k, chunk=chunk)
-    shares = _vote(similarity, bank_labels[index].long(), temperature, num_classes or int(bank_labels.max()) + 1)
+    _check(train_features, train_labels, temperature)
+    similarity, index = nearest(test_features, train_features, k, chunk=chunk)
+    num_classes = num_classes or int(train_labels.max()) + 1
+    shares = _vote(similarity, train_labels[index].long(), temperature, num_classes)
     return shares.argmax(1), shares
 
 
 def knn_accuracy(
-    bank: Tensor,
-    bank_labels: Tensor,
-    queries: Tensor,
-    labels: Tensor,
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
     ks: tuple[int, ...] = (10, 20),
     temperature: float = 0.07,
     chunk: int = 1024,
 ) -> dict[str, float]:
-    """Share of the queries that :func:`knn_predict` classifies as ``labels`` ``(m,)``, for several k at one search.
+    """Share of the test images that :func:`knn_predict` classifies as ``test_labels`` ``(m,)``; one search for all k.
 
     Returns ``{"knn10": ..., "knn20": ...}``, one entry in [0, 1] for every k; raises as :func:`knn_predict` does.
     """
-    _check(bank, bank_labels, temperature)
-    check_labels(labels, queries, "labels")
-    if len(queries) == 0 or len(ks) == 0:
-        raise ValueError(f"an accuracy needs queries (got {len(queries)}) and at least one k (got ks={ks}).")
-    similarity, index = nearest(queries, bank, max(ks), chunk=chunk)
-    neighbor_labels, num_classes = bank_labels[index].long(), int(bank_labels.max()) + 1
+    _check(train_features, train_labels, temperature)
+    check_labels(test_labels, test_features, "test_labels")
+    if len(test_features) == 0 or len(ks) == 0:
+        raise ValueError(
+            f"an accuracy needs test_features (got {len(test_features)}) and at least one k (got ks={ks})."
+        )
+    similarity, index = nearest(test_features, train_features, max(ks), chunk=chunk)
+    neighbor_labels = train_labels[index].long()
+    num_classes = int(train_labels.max()) + 1
     accuracy = {}
     for k in ks:
         shares = _vote(similarity[:, :k], neighbor_labels[:, :k], temperature, num_classes)
-        accuracy[f"knn{k}"] = int((shares.argmax(1) == labels).sum()) / len(labels)
+        accuracy[f"knn{k}"] = int((shares.argmax(1) == test_labels).sum()) / len(test_labels)
     return accuracy

@@ -5,12 +5,22 @@ from torch import Tensor, nn
 
 from coss_hf.evaluation.knn import check_labels, check_pair
 
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
-BATCH_SIZE, EPOCHS, DROPS = 128, 100, (50, 70, 90)
+LEARNING_RATE = 0.1
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+BATCH_SIZE = 128
+EPOCHS = 100
+DROPS = (50, 70, 90)  # epochs of 100 after which the learning rate is divided by ten
 
 
 def linear_evaluation(
-    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, epochs: int = EPOCHS, seed: int = 0
+    train_features: Tensor,
+    train_labels: Tensor,
+    test_features: Tensor,
+    test_labels: Tensor,
+    *,
+    epochs: int = EPOCHS,
+    seed: int = 0,
 ) -> float:
     """Accuracy in [0, 1] of a linear layer trained on frozen, un-augmented embeddings, as they are.
 
@@ -18,10 +28,12 @@ def linear_evaluation(
     epochs. (The paper also crops its training images at random; ``linear_probe`` chooses a rate on held-out rows.)
 
     Args:
-        train, test: ``(n, d)`` and ``(m, d)``.
-        train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``.
-        epochs: 100 in the paper.
-        seed: of the layer's weights and the order of the batches.
+        train_features: ``(n, d)`` embeddings of the train images.
+        train_labels: ``(n,)`` class numbers of the train images.
+        test_features: ``(m, d)`` embeddings of the test images.
+        test_labels: ``(m,)`` class numbers of the test images.
+        epochs: Passes over the train features; 100 in the paper.
+        seed: Seed of the layer's weights and of the order of the batches.
 
     Raises:
         ValueError: rows, dimensions or labels that do not match.
@@ -29,27 +41,27 @@ def linear_evaluation(
     References:
         Singh & Wang, ECCV 2024 (arXiv:2409.13939), supplementary document, settings of CIFAR-100.
     """
-    check_pair(train, test, "train and test")
-    check_labels(train_labels, train, "train_labels")
-    check_labels(test_labels, test, "test_labels")
+    check_pair(train_features, test_features, "train_features and test_features")
+    check_labels(train_labels, train_features, "train_labels")
+    check_labels(test_labels, test_features, "test_labels")
     generator = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(train.shape[1], int(train_labels.max()) + 1)
+    layer = nn.Linear(train_features.shape[1], int(train_labels.max()) + 1)
     for parameter in layer.parameters():
-        bound = train.shape[1] ** -0.5
+        bound = train_features.shape[1] ** -0.5
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    layer.to(train.device)
-    train_labels = train_labels.to(train.device)
-    options = {"lr": LEARNING_RATE, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
-    optimizer = torch.optim.SGD(layer.parameters(), **options)
+    layer.to(train_features.device)
+    train_labels = train_labels.to(train_features.device)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     drops = [epochs * drop // EPOCHS for drop in DROPS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
     with torch.enable_grad():
         for _ in range(epochs):
-            for rows in torch.randperm(len(train), generator=generator).to(train.device).split(BATCH_SIZE):
-                loss = nn.functional.cross_entropy(layer(train[rows].float()), train_labels[rows])
+            order = torch.randperm(len(train_features), generator=generator).to(train_features.device)
+            for rows in order.split(BATCH_SIZE):
+                loss = nn.functional.cross_entropy(layer(train_features[rows].float()), train_labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             schedule.step()
     with torch.no_grad():
-        return (layer(test.float()).argmax(1).cpu() == test_labels.cpu()).double().mean().item()
+        return (layer(test_features.float()).argmax(1).cpu() == test_labels.cpu()).double().mean().item()

@@ -15,8 +15,10 @@ BATCH_SIZE = 512
 
 def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if train.dtype == torch.float64 else torch.float32
-    train, test = train.to(wide), test.to(wide)
-    mean, scale = train.mean(0), train.std(0, correction=0)
+    train = train.to(wide)
+    test = test.to(wide)
+    mean = train.mean(0)
+    scale = train.std(0, correction=0)
     # A column that is constant on train says nothing: dividing by its rounding noise would make it the loudest.
     scale = torch.where(scale > 1e-6 * train.abs().amax(0), scale, torch.inf)
     return (train - mean) / scale, (test - mean) / scale
@@ -28,9 +30,11 @@ def _train_grid(
     """One classifier per rate, all in the same pass: weight ``(d, G * C)`` and bias ``(G * C,)``."""
     weight = x.new_zeros(x.shape[1], len(rates) * num_classes)
     bias = weight.new_zeros(weight.shape[1])
-    weight_step, bias_step = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight_step = torch.zeros_like(weight)
+    bias_step = torch.zeros_like(bias)
     rates = rates.repeat_interleave(num_classes)
-    steps, step = epochs * math.ceil(len(x) / BATCH_SIZE), 0
+    steps = epochs * math.ceil(len(x) / BATCH_SIZE)
+    step = 0
     for _ in range(epochs):
         for rows in torch.randperm(len(x), generator=generator).to(x.device).split(BATCH_SIZE):
             batch = x[rows]
@@ -57,9 +61,9 @@ def _accuracies(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, num_cla
 
 @torch.no_grad()
 def linear_probe(
-    train: Tensor,
+    train_features: Tensor,
     train_labels: Tensor,
-    test: Tensor,
+    test_features: Tensor,
     test_labels: Tensor,
     *,
     learning_rates: tuple[float, ...] = LEARNING_RATES,
@@ -67,21 +71,21 @@ def linear_probe(
     holdout: float = 0.1,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Accuracy of a linear classifier on frozen embeddings, standardised with the statistics of ``train``.
+    """Accuracy of a linear classifier on frozen embeddings, standardised with the statistics of ``train_features``.
 
     SGD (momentum 0.9, batches of 512, cosine decay) trains one classifier per learning rate on the same batches. The
-    rate with the best accuracy on a random part of ``train``, never trained on, is kept (the lower of equals), and
-    only that classifier reads ``test``.
+    rate with the best accuracy on a random part of the train features, never trained on, is kept (the lower of
+    equals), and only that classifier reads the test features.
 
     Args:
-        train: ``(n, d)`` embeddings.
-        train_labels: ``(n,)`` class numbers.
-        test: ``(m, d)``.
-        test_labels: ``(m,)``.
-        learning_rates: the grid.
-        epochs: passes over the training part.
-        holdout: share of ``train`` on which the rate is chosen.
-        seed: of the held-out part and of the order of the batches.
+        train_features: ``(n, d)`` embeddings of the train images.
+        train_labels: ``(n,)`` class numbers of the train images.
+        test_features: ``(m, d)`` embeddings of the test images.
+        test_labels: ``(m,)`` class numbers of the test images.
+        learning_rates: Learning rates to choose from.
+        epochs: Passes over the part that is trained on.
+        holdout: Share of the train features on which the rate is chosen.
+        seed: Seed of the held-out part and of the order of the batches.
 
     Returns:
         ``{"accuracy": on test, "learning_rate": the chosen one, "holdout_accuracy": of the chosen one}``, accuracies
@@ -93,23 +97,26 @@ def linear_probe(
     References:
         The grid in one pass: Oquab et al., DINOv2 (arXiv:2304.07193), eval/linear.py.
     """
-    check_pair(train, test, "train and test")
-    check_labels(train_labels, train, "train_labels")
-    check_labels(test_labels, test, "test_labels")
-    held_out = max(1, round(holdout * len(train)))
-    if not 0 < holdout < 1 or held_out >= len(train):
-        raise ValueError(f"holdout={holdout} must leave rows on both sides of the {len(train)} training embeddings.")
-    if len(test) == 0 or len(learning_rates) == 0 or epochs < 1:
+    check_pair(train_features, test_features, "train_features and test_features")
+    check_labels(train_labels, train_features, "train_labels")
+    check_labels(test_labels, test_features, "test_labels")
+    held_out = max(1, round(holdout * len(train_features)))
+    if not 0 < holdout < 1 or held_out >= len(train_features):
         raise ValueError(
-            f"a probe needs test rows (got {len(test)}), learning_rates (got {learning_rates}) and epochs >= 1 "
-            f"(got {epochs})."
+            f"holdout={holdout} must leave rows on both sides of the {len(train_features)} training embeddings."
         )
-    x, x_test = _standardise(train, test)
+    if len(test_features) == 0 or len(learning_rates) == 0 or epochs < 1:
+        raise ValueError(
+            f"a probe needs test_features (got {len(test_features)}), learning_rates (got {learning_rates}) and "
+            f"epochs >= 1 (got {epochs})."
+        )
+    x, x_test = _standardise(train_features, test_features)
     train_labels = train_labels.long()
     num_classes = int(train_labels.max()) + 1
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator).to(x.device)
-    chosen_on, fitted_on = order[:held_out], order[held_out:]
+    chosen_on = order[:held_out]
+    fitted_on = order[held_out:]
     rates = torch.tensor(sorted(learning_rates), dtype=x.dtype, device=x.device)
     weight, bias = _train_grid(x[fitted_on], train_labels[fitted_on], rates, num_classes, epochs, generator)
     scores = _accuracies(x[chosen_on], train_labels[chosen_on], weight, bias, num_classes)

@@ -31,6 +31,7 @@ def planes(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     References:
         Schönemann, A generalized solution of the orthogonal Procrustes problem, Psychometrika 1966.
     """
-    ours, theirs = plane(student), plane(teacher)
+    ours = plane(student)
+    theirs = plane(teacher)
     u, _, v = torch.linalg.svd(ours.T @ theirs)
     return ours @ u @ v, theirs

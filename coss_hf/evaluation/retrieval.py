@@ -11,7 +11,7 @@ MAX_QUERIES = 1000  # the gallery is sorted for each
 @torch.no_grad()
 def retrieval(
     queries: Tensor,
-    labels: Tensor,
+    query_labels: Tensor,
     gallery: Tensor,
     gallery_labels: Tensor,
     ks: tuple[int, ...] = (1, 10),
@@ -25,12 +25,12 @@ def retrieval(
 
     Args:
         queries: ``(m, d)`` embeddings, none of them of a gallery image.
-        labels: ``(m,)`` class numbers.
-        gallery: ``(n, d)``.
-        gallery_labels: ``(n,)``.
-        ks: of the recalls.
-        max_queries: only so many are taken, drawn with a fixed seed, where there are more.
-        chunk: queries compared at once.
+        query_labels: ``(m,)`` class numbers of the queries.
+        gallery: ``(n, d)`` embeddings of the images to retrieve from.
+        gallery_labels: ``(n,)`` class numbers of the gallery.
+        ks: Ranks at which recall is measured.
+        max_queries: Where there are more queries, only so many are taken, drawn with a fixed seed.
+        chunk: Queries compared at once.
 
     Returns:
         ``recall{k}``, the share of queries with an image of their class among the k nearest, and ``map``, the mean
@@ -46,7 +46,7 @@ def retrieval(
         Asymmetric retrieval: Budnik & Avrithis, CVPR 2021 (arXiv:2006.13525).
     """
     check_pair(queries, gallery, "queries and gallery")
-    check_labels(labels, queries, "labels")
+    check_labels(query_labels, queries, "query_labels")
     check_labels(gallery_labels, gallery, "gallery_labels")
     if len(queries) == 0 or not ks or not 1 <= min(ks) <= max(ks) <= len(gallery):
         raise ValueError(
@@ -55,12 +55,17 @@ def retrieval(
         )
     if len(queries) > max_queries:
         rows = torch.randperm(len(queries), generator=torch.Generator().manual_seed(0))[:max_queries]
-        queries, labels = queries[rows.to(queries.device)], labels[rows.to(labels.device)]
-    queries, gallery = unit(queries), unit(gallery)
-    labels, gallery_labels = labels.to(queries.device), gallery_labels.to(queries.device)
+        queries = queries[rows.to(queries.device)]
+        query_labels = query_labels[rows.to(query_labels.device)]
+    queries = unit(queries)
+    gallery = unit(gallery)
+    query_labels = query_labels.to(queries.device)
+    gallery_labels = gallery_labels.to(queries.device)
     ranks = torch.arange(1, len(gallery) + 1, device=queries.device, dtype=torch.float64)
-    sums, count = torch.zeros(len(ks) + 1, dtype=torch.float64), 0
-    for part, classes in zip(queries.split(chunk), labels.split(chunk), strict=True):
+    sums = torch.zeros(len(ks) + 1, dtype=torch.float64)
+    count = 0
+    for part, classes in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
+        # The full order, which the precision at each relevant image needs: no search for the k nearest would do.
         order = (part @ gallery.T).argsort(dim=1, descending=True, stable=True)
         relevant = gallery_labels[order] == classes[:, None]
         relevant = relevant[relevant.any(1)]

@@ -7,14 +7,14 @@ def _percent(value: float) -> str:
 
 COLUMNS = {
     "parameters": ("parameters", lambda value: f"{value:,}"),
-    "eval_knn10": ("k-NN 10", _percent),
-    "eval_knn20": ("k-NN 20", _percent),
-    "eval_probe": ("linear probe", _percent),
-    "eval_linear": ("linear evaluation", _percent),
-    "eval_overlap10": ("overlap 10", _percent),
-    "eval_map": ("mAP", _percent),
-    "eval_asymmetric_map": ("mAP in the teacher's gallery", _percent),
-    "eval_cosine": ("cosine", lambda value: f"{value:.3f}"),
+    "knn10": ("k-NN 10", _percent),
+    "knn20": ("k-NN 20", _percent),
+    "probe": ("linear probe", _percent),
+    "linear": ("linear evaluation", _percent),
+    "overlap10": ("overlap 10", _percent),
+    "map": ("mAP", _percent),
+    "asymmetric_map": ("mAP in the teacher's gallery", _percent),
+    "cosine": ("cosine", lambda value: f"{value:.3f}"),
 }
 
 

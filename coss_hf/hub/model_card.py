@@ -19,14 +19,14 @@ HUB = "https://huggingface.co"
 TASK = "image-feature-extraction"
 PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0")
 METRICS = {
-    "eval_knn10": ("accuracy", "k-NN accuracy, k = 10"),
-    "eval_knn20": ("accuracy", "k-NN accuracy, k = 20"),
-    "eval_probe": ("accuracy", "linear probe accuracy"),
-    "eval_linear": ("accuracy", "linear evaluation accuracy"),
-    "eval_overlap10": ("neighbor_overlap", "overlap of the 10 nearest with the teacher's"),
-    "eval_cosine": ("cosine_similarity", "mean cosine with the teacher"),
-    "eval_map": ("mean_average_precision", "retrieval, mean average precision"),
-    "eval_asymmetric_map": ("mean_average_precision", "retrieval in the teacher's gallery, mean average precision"),
+    "knn10": ("accuracy", "k-NN accuracy, k = 10"),
+    "knn20": ("accuracy", "k-NN accuracy, k = 20"),
+    "probe": ("accuracy", "linear probe accuracy"),
+    "linear": ("accuracy", "linear evaluation accuracy"),
+    "overlap10": ("neighbor_overlap", "overlap of the 10 nearest with the teacher's"),
+    "cosine": ("cosine_similarity", "mean cosine with the teacher"),
+    "map": ("mean_average_precision", "retrieval, mean average precision"),
+    "asymmetric_map": ("mean_average_precision", "retrieval in the teacher's gallery, mean average precision"),
 }
 
 

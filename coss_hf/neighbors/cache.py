@@ -30,7 +30,7 @@ def read_neighbors(folder: Path) -> tuple[np.ndarray, dict] | None:
 
 
 def write_neighbors(folder: Path, neighbors: np.ndarray, meta: dict) -> bool:
-    """Keeps neighbours in `folder`, which is there whole or not at all, whatever other processes do meanwhile.
+    """Keeps neighbours in `folder`, which is there complete or not at all, whatever other processes do meanwhile.
 
     Returns:
         Whether that went well: the disk may be full, or another process faster.

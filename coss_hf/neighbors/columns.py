@@ -9,8 +9,11 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-NEIGHBORS, NEIGHBORS_HASH, IMAGE_HASH = "neighbors", "neighbors_hash", "image_hash"
-GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+NEIGHBORS = "neighbors"
+NEIGHBORS_HASH = "neighbors_hash"
+IMAGE_HASH = "image_hash"
+GOLDEN = 0x9E3779B97F4A7C15
+MASK = 2**64 - 1
 REMEDY = (
     "compute them on these images with `python recipes/neighbors.py --teacher ... --dataset ... --neighbors_pool ... "
     "--output DIR` and give that folder as --dataset, or switch neighbours off with --neighbors_k 0"
@@ -81,7 +84,8 @@ def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.
     missing = [name for name in (NEIGHBORS, NEIGHBORS_HASH) if name not in dataset.column_names]
     if missing:
         raise ValueError(f"--neighbors_k: the dataset has no column {' and '.join(missing)}; {REMEDY}.")
-    neighbors, stored = _lists(dataset), _column(dataset, NEIGHBORS_HASH)
+    neighbors = _lists(dataset)
+    stored = _column(dataset, NEIGHBORS_HASH)
     n, size = neighbors.shape
     # int64 holds the same 64 bits where a format has no unsigned numbers; a joined column may hold nulls (float64).
     if stored.dtype in (np.uint64, np.int64):

@@ -6,6 +6,7 @@ import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,8 @@ from coss_hf.utils.process_group import Processes
 
 logger = logging.getLogger(__name__)
 
-SHARD, STEP = 8192, 256  # rows of a shard, what a killed process loses at most; and what they are a multiple of
+SHARD = 8192  # rows of a shard: what a killed process loses at most
+STEP = 256  # the rows of a shard are a multiple of this
 
 
 def shard_rows(n: int) -> int:
@@ -37,8 +39,10 @@ class Vectors:
     """
 
     def __init__(self, shards: list[np.ndarray]):
-        self.shards, self.rows = shards, len(shards[0])
-        self.shape, self.dtype = (sum(map(len, shards)), shards[0].shape[1]), shards[0].dtype
+        self.shards = shards
+        self.rows = len(shards[0])
+        self.shape = (sum(map(len, shards)), shards[0].shape[1])
+        self.dtype = shards[0].dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1, float32; the very memory where that can be."""
@@ -108,8 +112,9 @@ def embed_shards(
         images: n items (3, h, w), as `ProcessedImages`.
         folder: seen by all processes; for these images, backbone and dtype alone.
         dtype: "float32" or "float16", of the files.
-        batch_size, num_workers: of the forward passes.
-        processes: those of the run; all call.
+        batch_size: Images per forward pass.
+        num_workers: Number of processes that decode images.
+        processes: Processes of the run; all of them must call.
 
     Returns:
         (n, d), mapped into memory.
@@ -119,63 +124,98 @@ def embed_shards(
             or is not seen by all. Finished shards stay.
     """
     processes = processes or Processes()
-    n, rows = len(images), shard_rows(len(images))
-    firsts = range(0, n, rows)
-    paths = [folder / f"{number:05d}.npy" for number in range(len(firsts))]
-    shapes = [(min(rows, n - first), backbone.dim) for first in firsts]
-
-    def opened(number: int) -> np.ndarray | None:
-        try:  # "c": torch wants writable memory; nothing is written
-            shard = np.load(paths[number], mmap_mode="c")
-        except (OSError, ValueError, EOFError):
-            return None
-        return shard if shard.shape == shapes[number] and shard.dtype == dtype else None
-
+    n = len(images)
+    rows = shard_rows(n)
+    shards = [
+        Shard(folder / f"{number:05d}.npy", first, (min(rows, n - first), backbone.dim), dtype)
+        for number, first in enumerate(range(0, n, rows))
+    ]
     with processes.together():
         folder.mkdir(parents=True, exist_ok=True)
     # One process looks, since the others may already be writing.
-    missing = processes.gather([i for i in range(len(paths)) if opened(i) is None] if processes.rank == 0 else None)[0]
-    damaged = [paths[i].name for i in missing if paths[i].exists()] if processes.rank == 0 else []
-    if damaged:
-        logger.warning("Embedding: %s in %s are damaged: embedded again.", some(damaged), folder)
-    if processes.rank == 0 and len(missing) < len(paths):
-        logger.info("Embedding: %d of %d shards found in %s", len(paths) - len(missing), len(paths), folder)
+    missing = processes.gather(_missing(shards, folder) if processes.rank == 0 else None)[0]
     with processes.together():
-        mine = missing[processes.rank :: processes.count]
-        batches = [
-            range(start, min(start + batch_size, firsts[i] + shapes[i][0]))
-            for i in mine
-            for start in range(firsts[i], firsts[i] + shapes[i][0], batch_size)
-        ]
-        device = next(backbone.model.parameters()).device
-        options = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
-        embedded = embed_batches(backbone, DataLoader(images, batch_sampler=batches, **options))
-        hidden = {"disable": True} if processes.rank else {}  # else as TQDM_DISABLE says
-        progress = tqdm(
-            total=sum(shapes[i][0] for i in mine),
-            desc="Embedding for neighbours",
-            unit="img",
-            leave=False,
-            **hidden,
-        )
-        with progress, contextlib.closing(embedded):
-            for i in mine:
-                shard, filled = np.empty(shapes[i], dtype), 0
-                while filled < len(shard):
-                    embedding = check_finite(next(embedded), firsts[i] + filled)
-                    shard[filled : filled + len(embedding)] = unit_rows(embedding).numpy()
-                    filled += len(embedding)
-                    progress.update(len(embedding))
-                save_array(paths[i], shard)
+        mine = [shards[i] for i in missing[processes.rank :: processes.count]]
+        _embed(backbone, images, mine, batch_size, num_workers, show=processes.rank == 0)
     with processes.together():
-        shards = [opened(i) for i in range(len(paths))]
-        lost = [path.name for path, shard in zip(paths, shards, strict=True) if shard is None]
+        arrays = [shard.open() for shard in shards]
+        lost = [shard.path.name for shard, array in zip(shards, arrays, strict=True) if array is None]
         if lost:
             raise ValueError(
                 f"--neighbors_cache {folder.parent}: process {processes.rank} does not see the shards {some(lost)} of "
                 f"other processes; give a folder that all machines share."
             )
-    return Vectors(shards)
+    return Vectors(arrays)
+
+
+class Shard(NamedTuple):
+    """A file of embeddings.
+
+    Attributes:
+        path: Of the file.
+        first: Number of its first image.
+        shape: (rows, d).
+        dtype: "float32" or "float16".
+    """
+
+    path: Path
+    first: int
+    shape: tuple[int, int]
+    dtype: str
+
+    def open(self) -> np.ndarray | None:
+        """The file, mapped into memory; None where it is not there or not what was written."""
+        try:  # "c": torch wants writable memory; nothing is written
+            array = np.load(self.path, mmap_mode="c")
+        except (OSError, ValueError, EOFError):
+            return None
+        return array if array.shape == self.shape and array.dtype == self.dtype else None
+
+    def batches(self, size: int) -> list[range]:
+        """Numbers of its images, in batches of `size` at most."""
+        end = self.first + self.shape[0]
+        return [range(start, min(start + size, end)) for start in range(self.first, end, size)]
+
+
+def _missing(shards: list[Shard], folder: Path) -> list[int]:
+    """Numbers of the shards that are to be embedded; says what was found."""
+    missing = [i for i, shard in enumerate(shards) if shard.open() is None]
+    damaged = [shards[i].path.name for i in missing if shards[i].path.exists()]
+    if damaged:
+        logger.warning("Embedding: %s in %s are damaged: embedded again.", some(damaged), folder)
+    if len(missing) < len(shards):
+        logger.info("Embedding: %d of %d shards found in %s", len(shards) - len(missing), len(shards), folder)
+    return missing
+
+
+def _embed(backbone: Backbone, images, shards: list[Shard], batch_size: int, num_workers: int, show: bool) -> None:
+    """Writes some shards, with a progress bar or without."""
+    batches = [batch for shard in shards for batch in shard.batches(batch_size)]
+    device = next(backbone.model.parameters()).device
+    loader = DataLoader(
+        images,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    embedded = embed_batches(backbone, loader)
+    total = sum(shard.shape[0] for shard in shards)
+    with progress_bar(total, "Embedding for neighbours", show) as progress, contextlib.closing(embedded):
+        for shard in shards:
+            array = np.empty(shard.shape, shard.dtype)
+            filled = 0
+            while filled < len(array):
+                embedding = check_finite(next(embedded), shard.first + filled)
+                array[filled : filled + len(embedding)] = unit_rows(embedding).numpy()
+                filled += len(embedding)
+                progress.update(len(embedding))
+            save_array(shard.path, array)
+
+
+def progress_bar(total: int, description: str, show: bool) -> tqdm:
+    """A progress bar over images; where it is to be shown, TQDM_DISABLE can still switch it off."""
+    hidden = {} if show else {"disable": True}
+    return tqdm(total=total, desc=description, unit="img", leave=False, **hidden)
 
 
 @contextlib.contextmanager
@@ -206,5 +246,5 @@ def unwritable(path: Path, error: Exception) -> ValueError:
     """What to say of a file in the neighbours' cache that could not be written."""
     return ValueError(
         f"--neighbors_cache {path.parent.parent}: {path} cannot be written ({error}); make room, or give another "
-        f"folder. The same command then goes on from the shards that are finished."
+        f"folder. The same command then resumes from the shards that are finished."
     )

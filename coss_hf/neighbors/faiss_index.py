@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 FAISS_VERSION = faiss.__version__
 TRIES = 6  # deeper searches for a row that is short of neighbours, before an exact one
-HNSW_LINKS, HNSW_MOST = 32, 8192
+HNSW_LINKS = 32
+HNSW_MAX_PROBES = 8192
 
 
 class IndexSearch:
@@ -29,36 +30,39 @@ class IndexSearch:
         path: file of the index; built where it is not there yet, or damaged.
 
     Attributes:
-        probes: lists (ivf) or candidates (hnsw) looked at for a query.
-        most: of them.
+        probes: Number of lists (ivf) or candidates (hnsw) that are searched for a query.
+        max_probes: Largest useful number of them.
     """
 
     def __init__(self, kind: str, vectors: Vectors, path: Path):
-        self.kind, self.vectors, self.exact = kind, vectors, ExactSearch(vectors)
+        self.kind = kind
+        self.vectors = vectors
+        self.exact = ExactSearch(vectors)
         self.index = read_index(kind, vectors, path)
         if self.index is None:
             build_index(kind, vectors, path)
             self.index = read_index(kind, vectors, path)
         n = vectors.shape[0]
-        self.most = self.index.nlist if kind == "ivf" else min(n, HNSW_MOST)
-        self.probes = min(8 if kind == "ivf" else 64, self.most)
+        self.max_probes = self.index.nlist if kind == "ivf" else min(n, HNSW_MAX_PROBES)
+        self.probes = min(8 if kind == "ivf" else 64, self.max_probes)
 
-    def __call__(self, rows: np.ndarray, k: int, limit: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, rows: np.ndarray, k: int, max_similarity: float = float("inf")) -> tuple[np.ndarray, np.ndarray]:
         """As `ExactSearch.__call__`, of which most are found."""
         found = np.full((len(rows), k), -1)
         similarity = np.full((len(rows), k), -np.inf, np.float32)
-        queries, short = self.vectors.take(rows), np.arange(len(rows))
+        queries = self.vectors.take(rows)
         self.vectors.release()
-        depth, probes, n = k + 1, self.probes, self.index.ntotal
+        short = np.arange(len(rows))
+        depth = k + 1
+        probes = self.probes
         for _ in range(TRIES):
-            parameters = (
-                faiss.SearchParametersIVF(nprobe=probes)
-                if self.kind == "ivf"
-                else faiss.SearchParametersHNSW(efSearch=max(probes, depth))
-            )
+            if self.kind == "ivf":
+                parameters = faiss.SearchParametersIVF(nprobe=probes)
+            else:
+                parameters = faiss.SearchParametersHNSW(efSearch=max(probes, depth))
             values, columns = self.index.search(queries[short], depth, params=parameters)
             # Duplicates tie with the row itself and may push it down or off the end: only the number tells which it is.
-            good = (columns >= 0) & (columns != rows[short, None]) & (values < limit)
+            good = (columns >= 0) & (columns != rows[short, None]) & (values < max_similarity)
             order = np.argsort(~good, axis=1, kind="stable")[:, :k]
             good = np.take_along_axis(good, order, axis=1)
             found[short, : good.shape[1]] = np.where(good, np.take_along_axis(columns, order, axis=1), -1)
@@ -66,8 +70,9 @@ class IndexSearch:
             short = short[found[short, -1] < 0]
             if not len(short):
                 return found, similarity
-            depth, probes = min(2 * depth, n), min(2 * probes, self.most)
-        found[short], similarity[short] = self.exact(rows[short], k, limit)
+            depth = min(2 * depth, self.index.ntotal)
+            probes = min(2 * probes, self.max_probes)
+        found[short], similarity[short] = self.exact(rows[short], k, max_similarity)
         return found, similarity
 
 
@@ -94,21 +99,15 @@ def _size_of(path: Path) -> Path:
 
 def build_index(kind: str, vectors: Vectors, path: Path) -> None:
     """Writes a faiss index of all vectors, which is there whole or not at all."""
-    (n, dim), half = vectors.shape, vectors.dtype == np.float16
-    ip, codes = faiss.METRIC_INNER_PRODUCT, faiss.ScalarQuantizer.QT_fp16
+    n = vectors.shape[0]
     threads = faiss.omp_get_max_threads()
     if kind == "hnsw":
-        index = faiss.IndexHNSWSQ(dim, codes, HNSW_LINKS, ip) if half else faiss.IndexHNSWFlat(dim, HNSW_LINKS, ip)
+        index = _empty_hnsw(vectors)
         sample = np.arange(min(n, CHUNK))
         faiss.omp_set_num_threads(1)
     else:
         lists = max(1, min(round(4 * n**0.5), n // 39))  # k-means wants 39 rows a list
-        quantizer = faiss.IndexFlatIP(dim)
-        index = (
-            faiss.IndexIVFScalarQuantizer(quantizer, dim, lists, codes, ip, False)
-            if half
-            else faiss.IndexIVFFlat(quantizer, dim, lists, ip)
-        )
+        index = _empty_ivf(vectors, lists)
         sample = random_rows(n, 64 * lists)
     try:
         index.train(vectors.take(sample))
@@ -121,3 +120,21 @@ def build_index(kind: str, vectors: Vectors, path: Path) -> None:
     with whole_file(path) as temporary:
         faiss.write_index(index, str(temporary))
         _size_of(path).write_text(str(temporary.stat().st_size))
+
+
+def _empty_hnsw(vectors: Vectors):
+    dim = vectors.shape[1]
+    if vectors.dtype == np.float16:
+        return faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_fp16, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    return faiss.IndexHNSWFlat(dim, HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+
+
+def _empty_ivf(vectors: Vectors, lists: int):
+    dim = vectors.shape[1]
+    quantizer = faiss.IndexFlatIP(dim)
+    if vectors.dtype == np.float16:
+        codes = faiss.ScalarQuantizer.QT_fp16
+        index = faiss.IndexIVFScalarQuantizer(quantizer, dim, lists, codes, faiss.METRIC_INNER_PRODUCT, False)
+    else:
+        index = faiss.IndexIVFFlat(quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
+    return index

@@ -12,6 +12,7 @@ import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import numpy as np
@@ -36,17 +37,17 @@ QUICKER_EXACT = 0.3
 PACKAGES = ("torch", "transformers", "datasets", "pillow")
 
 
-def search(embeddings: torch.Tensor | np.ndarray, k: int, *, limit: float = float("inf")) -> np.ndarray:
+def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: float = float("inf")) -> np.ndarray:
     """The k nearest other rows of every row by cosine, exactly: inner product of unit rows, in float32.
 
     Args:
         embeddings: (n, d) tensor or array. Rows of zeros are allowed; their similarity to everything is 0.
-        k: neighbours a row, 1 <= k < n.
-        limit: rows as similar as this or more are left out.
+        k: Number of neighbours per row, 1 <= k < n.
+        max_similarity: Rows as similar as this or more are left out.
 
     Returns:
-        (n, k) int32 array, the most similar first; -1 where `limit` leaves fewer. A row never holds its own index, also
-        where other rows equal it.
+        (n, k) int32 array, the most similar first; -1 where `max_similarity` leaves fewer. A row never holds its own
+        index, also where other rows equal it.
 
     Raises:
         ValueError: k out of range, or embeddings that are not (n, d) or not finite.
@@ -56,7 +57,7 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, limit: float = floa
         raise ValueError(f"embeddings: the shape is {tuple(embeddings.shape)}; give one row an image, (n, d).")
     check_pool(k, len(embeddings))
     units = torch.cat([unit_rows(chunk) for chunk in check_finite(embeddings).split(CHUNK)])
-    return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, limit)
+    return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, max_similarity)
 
 
 def nearest_neighbors(
@@ -83,63 +84,127 @@ def nearest_neighbors(
         ValueError: k out of range, `image_hash` missing, embeddings that are not finite, a cache that cannot be
             written, or no neighbour left for any image.
     """
-    options, processes = options or SearchOptions(), Processes()
+    options = options or SearchOptions()
+    processes = Processes()
     check_pool(k, len(dataset))
-    hashes, fingerprint = image_hashes(dataset).astype("<u8").tobytes(), backbone.fingerprint()
-    device = next(backbone.model.parameters()).device
-    kind = options.neighbors_search
-    if kind == "auto":
-        kind = "exact" if len(dataset) <= EXACT_UP_TO.get(device.type, 0) else "ivf"
-    settings = {"dtype": options.neighbors_dtype, "max_similarity": options.neighbors_max_similarity, "search": kind}
-    if kind != "exact":
-        settings["recall_asked"] = options.neighbors_recall
-    plain = {"dtype": "float32", "max_similarity": None, "search": "exact"}
-    changed = [f" {name}={value}" for name, value in settings.items() if plain.get(name, ...) != value]
-    key = f"{fingerprint} {k}" + "".join(changed)
-    folder = cache_folder(cache_dir) / hashlib.sha256(hashes + key.encode()).hexdigest()[:32]
-    key = f"{fingerprint} {options.neighbors_dtype}"
-    work = folder.parent / f"embeddings-{hashlib.sha256(hashes + key.encode()).hexdigest()[:32]}"
-
+    entry = _cache_entry(dataset, backbone, k, options, cache_folder(cache_dir))
     with contextlib.ExitStack() as stack:
         with processes.together():
             kept = None
             if processes.rank == 0:
-                kept = read_neighbors(folder)
-            if processes.rank == 0 and kept is None:  # one run at a time embeds; a second finds the result of the first
-                try:
-                    folder.parent.mkdir(parents=True, exist_ok=True)
-                    lock = stack.enter_context(FileLock(work.with_suffix(".lock")))
-                except OSError as error:
-                    raise unwritable(work / "lock", error) from error
-                stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
-                kept = read_neighbors(folder)
+                kept = read_neighbors(entry.folder)
+            if processes.rank == 0 and kept is None:
+                # One run at a time embeds; a second finds the result of the first.
+                _lock(entry, stack)
+                kept = read_neighbors(entry.folder)
         if not processes.gather(kept is not None)[0]:
             images = ProcessedImages(dataset, image_column, backbone.preprocess)
-            start = time.perf_counter()
-            passes = {"batch_size": batch_size, "num_workers": num_workers, "processes": processes}
-            vectors = embed_shards(backbone, images, work, dtype=options.neighbors_dtype, **passes)
-            embedded = time.perf_counter()
-            neighbors, found = search_vectors(vectors, k, kind, options, work, device, processes)
-            end = time.perf_counter()
-            with processes.together():
-                if processes.rank == 0:
-                    meta = _meta(neighbors, options) | settings | found
-                    meta |= {"dim": backbone.dim, "teacher": backbone.name, "pooling": backbone.pooling}
-                    meta |= {"processes": processes.count, "seconds_embedding": round(embedded - start, 3)}
-                    meta |= {"seconds_search": round(end - embedded, 3), "seconds": round(end - start, 3)}
-                    kept = neighbors, meta
-                    if write_neighbors(folder, *kept) and not options.neighbors_keep_embeddings:
-                        shutil.rmtree(work, ignore_errors=True)
-                    logger.info("%s", summary(meta))
+            kept = _mine(images, backbone, k, options, entry, batch_size, num_workers, processes)
         elif processes.rank == 0:
-            logger.info("%s; found in the cache %s", summary(kept[1]), folder)
+            logger.info("%s; found in the cache %s", summary(kept[1]), entry.folder)
         with processes.together():
-            kept = kept or read_neighbors(folder)
+            kept = kept or read_neighbors(entry.folder)
             if kept is None:
                 raise ValueError(
-                    f"--neighbors_cache {folder.parent}: process {processes.rank} finds no neighbours there; give a "
-                    f"folder that all machines share, and make room on its disk."
+                    f"--neighbors_cache {entry.folder.parent}: process {processes.rank} finds no neighbours there; "
+                    f"give a folder that all machines share, and make room on its disk."
                 )
+    return kept
+
+
+class CacheEntry(NamedTuple):
+    """Where the neighbours of a call are kept, and what is found there.
+
+    Attributes:
+        folder: Of the neighbours; known by images, backbone, k and options.
+        work: Of the embeddings and the index; known by images, backbone and data type.
+        kind: exact, ivf or hnsw.
+        settings: Options that decide which neighbours are found, as kept in `meta.json`.
+    """
+
+    folder: Path
+    work: Path
+    kind: str
+    settings: dict
+
+
+def _cache_entry(
+    dataset: datasets.Dataset, backbone: Backbone, k: int, options: SearchOptions, cache: Path
+) -> CacheEntry:
+    hashes = image_hashes(dataset).astype("<u8").tobytes()
+    fingerprint = backbone.fingerprint()
+    kind = options.neighbors_search
+    if kind == "auto":
+        device = next(backbone.model.parameters()).device
+        kind = "exact" if len(dataset) <= EXACT_UP_TO.get(device.type, 0) else "ivf"
+    settings = {"dtype": options.neighbors_dtype, "max_similarity": options.neighbors_max_similarity, "search": kind}
+    if kind != "exact":
+        settings["recall_asked"] = options.neighbors_recall
+    # Only what differs from the defaults is part of the key: caches of versions without these options stay valid.
+    plain = {"dtype": "float32", "max_similarity": None, "search": "exact"}
+    changed = [f" {name}={value}" for name, value in settings.items() if plain.get(name, ...) != value]
+
+    def digest(key: str) -> str:
+        return hashlib.sha256(hashes + key.encode()).hexdigest()[:32]
+
+    return CacheEntry(
+        folder=cache / digest(f"{fingerprint} {k}" + "".join(changed)),
+        work=cache / f"embeddings-{digest(f'{fingerprint} {options.neighbors_dtype}')}",
+        kind=kind,
+        settings=settings,
+    )
+
+
+def _lock(entry: CacheEntry, stack: contextlib.ExitStack) -> None:
+    """Locks the entry's embeddings until the stack is left. Raises ValueError where the cache cannot be written."""
+    try:
+        entry.folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = stack.enter_context(FileLock(entry.work.with_suffix(".lock")))
+    except OSError as error:
+        raise unwritable(entry.work / "lock", error) from error
+    stack.callback(Path(lock.lock_file).unlink, missing_ok=True)
+
+
+def _mine(
+    images: ProcessedImages,
+    backbone: Backbone,
+    k: int,
+    options: SearchOptions,
+    entry: CacheEntry,
+    batch_size: int,
+    num_workers: int,
+    processes: Processes,
+) -> tuple[np.ndarray, dict] | None:
+    """Embeds and searches, each process its share, and keeps the result; returned on process 0, None on the others."""
+    start = time.perf_counter()
+    vectors = embed_shards(
+        backbone,
+        images,
+        entry.work,
+        dtype=options.neighbors_dtype,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        processes=processes,
+    )
+    embedded = time.perf_counter()
+    device = next(backbone.model.parameters()).device
+    neighbors, found = search_vectors(vectors, k, entry.kind, options, entry.work, device, processes)
+    end = time.perf_counter()
+    kept = None
+    with processes.together():
+        if processes.rank == 0:
+            meta = _meta(neighbors, options) | entry.settings | found
+            meta["dim"] = backbone.dim
+            meta["teacher"] = backbone.name
+            meta["pooling"] = backbone.pooling
+            meta["processes"] = processes.count
+            meta["seconds_embedding"] = round(embedded - start, 3)
+            meta["seconds_search"] = round(end - embedded, 3)
+            meta["seconds"] = round(end - start, 3)
+            kept = neighbors, meta
+            if write_neighbors(entry.folder, neighbors, meta) and not options.neighbors_keep_embeddings:
+                shutil.rmtree(entry.work, ignore_errors=True)
+            logger.info("%s", summary(meta))
     return kept
 
 
@@ -156,46 +221,59 @@ def search_vectors(
 
     Args:
         vectors: (n, d).
-        k: neighbours a row.
+        k: Number of neighbours per row.
         kind: exact, ivf or hnsw.
-        options: recall, limit.
-        work: folder, seen by all processes, for index and parts.
-        device: of an exact search.
-        processes: those of the run; all call.
+        options: Target recall and maximal similarity.
+        work: Folder for index and parts, seen by all processes.
+        device: Device of an exact search.
+        processes: Processes of the run; all of them must call.
 
     Returns:
         (n, k) int32, on process 0 (others get their share); and on all what was measured: lists, probes, recall.
     """
     processes = processes or Processes(alone=True)
-    found, searcher = {}, ExactSearch(vectors, device) if kind == "exact" else None
-    if searcher is None:
-        path = work / f"{kind}.index"
-        with processes.together():
-            if processes.rank == 0:
-                searcher = IndexSearch(kind, vectors, path)
-        searcher = searcher or IndexSearch(kind, vectors, path)
-        recall, queries = tune(searcher, k, options.limit, options.neighbors_recall, processes)
-        found = {"recall": round(recall, 5), "recall_queries": queries, "probes": searcher.probes}
-        found |= {"lists": searcher.most} if kind == "ivf" else {}
-        if kind == "ivf" and searcher.probes > QUICKER_EXACT * searcher.most:
-            if processes.rank == 0:
-                logger.info(
-                    "Neighbours: ivf needs %d of %d lists for recall %.4f, and exact search is quicker: taken instead",
-                    *(searcher.probes, searcher.most, recall),
-                )
-            found |= {"search": "exact", "search_asked": kind, "recall": 1.0}
-            searcher = ExactSearch(vectors, device)
-        elif recall < options.neighbors_recall and processes.rank == 0:
-            logger.warning(
-                "Neighbours: recall %.4f with %d probes, the most there are, stays below --neighbors_recall %g; use "
-                "--neighbors_search exact or %s.",
-                *(recall, searcher.probes, options.neighbors_recall, "ivf" if kind == "hnsw" else "hnsw"),
+    if kind == "exact":
+        return search_all(ExactSearch(vectors, device), k, options.max_similarity, work, processes), {}
+    searcher = _open_index(vectors, kind, work, processes)
+    recall, queries = tune(searcher, k, options.max_similarity, options.neighbors_recall, processes)
+    found = {"recall": round(recall, 5), "recall_queries": queries, "probes": searcher.probes}
+    if kind == "ivf":
+        found["lists"] = searcher.max_probes
+    if kind == "ivf" and searcher.probes > QUICKER_EXACT * searcher.max_probes:
+        if processes.rank == 0:
+            logger.info(
+                "Neighbours: ivf needs %d of %d lists for recall %.4f, and exact search is quicker: taken instead",
+                searcher.probes,
+                searcher.max_probes,
+                recall,
             )
-    return search_all(searcher, k, options.limit, work, processes), found
+        found |= {"search": "exact", "search_asked": kind, "recall": 1.0}
+        searcher = ExactSearch(vectors, device)
+    elif recall < options.neighbors_recall and processes.rank == 0:
+        logger.warning(
+            "Neighbours: recall %.4f with %d probes, the most there are, stays below --neighbors_recall %g; use "
+            "--neighbors_search exact or %s.",
+            recall,
+            searcher.probes,
+            options.neighbors_recall,
+            "ivf" if kind == "hnsw" else "hnsw",
+        )
+    return search_all(searcher, k, options.max_similarity, work, processes), found
+
+
+def _open_index(vectors: Vectors, kind: str, work: Path, processes: Processes) -> IndexSearch:
+    """The index in `work`, which process 0 builds where it is not there yet."""
+    path = work / f"{kind}.index"
+    searcher = None
+    with processes.together():
+        if processes.rank == 0:
+            searcher = IndexSearch(kind, vectors, path)
+    return searcher or IndexSearch(kind, vectors, path)
 
 
 def _meta(neighbors: np.ndarray, options: SearchOptions) -> dict:
-    (n, k), alone = neighbors.shape, int((neighbors[:, 0] < 0).sum())
+    n, k = neighbors.shape
+    alone = int((neighbors[:, 0] < 0).sum())
     if alone == n:
         raise ValueError(
             f"--neighbors_max_similarity {options.neighbors_max_similarity} leaves no image any neighbour; raise it."
@@ -218,8 +296,8 @@ def add_neighbors(
 ) -> datasets.Dataset:
     """Adds every image's k nearest others, as the backbone embeds them un-augmented, to a dataset of `load_images`.
 
-    Embeddings go to disk, shard by shard (`embeddings-...` beside the cached neighbours): a run that is stopped goes on
-    from there. They are removed once the neighbours are kept, unless the options say otherwise.
+    Embeddings go to disk, shard by shard (`embeddings-...` next to the cached neighbours): a run that was stopped
+    resumes from there. They are removed once the neighbours are kept, unless the options say otherwise.
 
     Args:
         dataset: n rows with columns `image_column` and `image_hash`. Neighbours that it already carries are replaced.
@@ -237,8 +315,16 @@ def add_neighbors(
     Raises:
         ValueError: as `nearest_neighbors`.
     """
-    passes = {"cache_dir": cache_dir, "batch_size": batch_size, "num_workers": num_workers}
-    neighbors, _ = nearest_neighbors(dataset, backbone, image_column, k=k, options=options, **passes)
+    neighbors, _ = nearest_neighbors(
+        dataset,
+        backbone,
+        image_column,
+        k=k,
+        options=options,
+        cache_dir=cache_dir,
+        batch_size=batch_size,
+        num_workers=num_workers,
+    )
     return with_columns(dataset, neighbors, cache_folder(cache_dir))
 
 

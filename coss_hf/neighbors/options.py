@@ -53,8 +53,9 @@ class SearchOptions:
             raise ValueError(f"--neighbors_dtype {self.neighbors_dtype}: choose float32 or float16.")
 
     @property
-    def limit(self) -> float:
+    def max_similarity(self) -> float:
         """The cosine from which others are left out, less what rounding may take from that of equal images."""
         if self.neighbors_max_similarity is None:
             return float("inf")
-        return self.neighbors_max_similarity - (1e-6 if self.neighbors_dtype == "float32" else 2e-4)
+        rounding = 1e-6 if self.neighbors_dtype == "float32" else 2e-4
+        return self.neighbors_max_similarity - rounding

@@ -137,27 +137,29 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     figure.savefig(path, format="png")
 
 
-def panel_curves(path: str | Path, panels: Sequence[dict]) -> None:
-    """Write a PNG of what a run's panels found, over the images seen: overlap, cosines, effective rank, labels.
+def panel_curves(path: str | Path, evaluations: Sequence[dict]) -> None:
+    """Write a PNG of a run's evaluations over the images seen: overlap, cosines, effective rank, accuracies.
 
     Args:
         path: of the PNG.
-        panels: entries of ``trainer.state.log_history`` with ``eval_overlap10``, one or more.
+        evaluations: of ``coss_hf.evaluation.diagnostics.evaluations``, one or more.
     """
     groups = [
-        ("overlap of the 10 nearest (%)", {"overlap": "eval_overlap10"}, 100),
-        ("cosine, CKA", {"per image": "eval_cosine", "per dimension": "eval_dimension_cosine", "CKA": "eval_cka"}, 1),
-        ("effective rank", {"student": "eval_effective_rank", "teacher": "eval_teacher_effective_rank"}, 1),
-        ("with labels (%)", {"k-NN 20": "eval_knn20", "probe": "eval_probe"}, 100),
+        ("overlap of the 10 nearest (%)", {"overlap": "overlap10"}, 100),
+        ("cosine, CKA", {"per image": "cosine", "per dimension": "dimension_cosine", "CKA": "cka"}, 1),
+        ("effective rank", {"student": "effective_rank", "teacher": "teacher_effective_rank"}, 1),
+        ("with labels (%)", {"k-NN 20": "knn20", "probe": "probe"}, 100),
     ]
-    groups = [group for group in groups if any(key in entry for key in group[1].values() for entry in panels)]
+    groups = [group for group in groups if any(key in entry for key in group[1].values() for entry in evaluations)]
     figure = _figure(9, 2.3 * -(-len(groups) // 2))
     axes = figure.subplots(-(-len(groups) // 2), 2, squeeze=False).ravel()
     for one in axes[len(groups) :]:
         one.set_visible(False)
     for one, (title, lines, factor) in zip(axes, groups):
         for (name, key), color in zip(lines.items(), (SHARED, "#3867b7", "#b7791f")):
-            points = [(entry["images_seen"], factor * entry[key]) for entry in panels if entry.get(key) is not None]
+            points = [
+                (entry["images_seen"], factor * entry[key]) for entry in evaluations if entry.get(key) is not None
+            ]
             if points:
                 one.plot(*zip(*points), color=color, linewidth=1.5, marker="o", markersize=3, label=name)
         if len(lines) > 1:
@@ -214,7 +216,7 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
         axes.plot(some, [height] * len(some), "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
         axes.plot([sum(some) / len(some)] * 2, [height - 0.3, height + 0.3], color=TEXT, linewidth=1.5)
     axes.set_yticks(range(len(values)), reversed(values), fontsize=9, color=TEXT)
-    axes.set_xlabel(f"{metric.removeprefix('eval_')} (%)", fontsize=9, color=MUTED)
+    axes.set_xlabel(f"{metric} (%)", fontsize=9, color=MUTED)
     axes.set_title(title, loc="left", fontsize=10, color=TEXT)
     axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
     axes.tick_params(labelsize=8, colors=MUTED, length=0)

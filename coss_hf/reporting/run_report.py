@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from coss_hf.data.decoding import decode
-from coss_hf.evaluation.diagnostics import alarms, panels
+from coss_hf.evaluation.diagnostics import alarms, evaluations
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
 from coss_hf.evaluation.retrieval import MAX_QUERIES
@@ -33,7 +33,7 @@ PICTURES = (
 def write_record(output_dir, trainer, results: dict, splits) -> dict:
     """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results, verdict."""
     history = trainer.state.log_history
-    raised = alarms(history, len(trainer.evaluator.queries), finished=True) if trainer.evaluator else {}
+    raised = alarms(history, len(trainer.evaluator.test_images), finished=True) if trainer.evaluator else {}
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
@@ -76,12 +76,12 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
     folder, history = Path(output_dir), trainer.state.log_history
     if any("loss" in line for line in history):
         loss_curve(folder / "loss.png", history)
-    if panels(history):
-        panel_curves(folder / "panel.png", panels(history))
-    if evaluator is None or len(evaluator.queries) <= neighbors + 1:
+    if evaluations(history):
+        panel_curves(folder / "panel.png", evaluations(history))
+    if evaluator is None or len(evaluator.test_images) <= neighbors + 1:
         return None, None
-    teacher = evaluator.teacher_queries
-    student = evaluator.embed(trainer.student, evaluator.queries, "Picture")
+    teacher = evaluator.teacher_test_features
+    student = evaluator.embed(trainer.student, evaluator.test_images, "Picture")
     rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
     found = []
     for embeddings in (student, teacher):
@@ -90,7 +90,7 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
         found.append(
             np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)])
         )
-    column = evaluator.queries[evaluator.image_column]
+    column = evaluator.test_images[evaluator.image_column]
     images = {
         row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}
     }
@@ -98,7 +98,7 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
     neighbor_picture(folder / "neighbors.png", images, examples.queries, *found)
     some = torch.randperm(len(teacher), generator=torch.Generator().manual_seed(0))[:points]
     flat = dict(zip(("student", "teacher"), (x.numpy() for x in planes(student[some], teacher[some]))))
-    labels = evaluator.labels.get("test_labels")
+    labels = evaluator.test_labels
     flat["labels"] = None if labels is None else labels[some].tolist()
     projection_picture(folder / "projection.png", flat["student"], flat["teacher"], flat["labels"])
     return examples, flat
@@ -114,13 +114,13 @@ def said(results: dict[str, dict], history: list[dict], found: list[str]) -> lis
     """
     if not results:
         return found
-    labelled = results["student"].get("eval_knn20") is not None
-    key = "eval_knn20" if labelled else "eval_overlap10"
+    labelled = results["student"].get("knn20") is not None
+    key = "knn20" if labelled else "overlap10"
     student, random, teacher = (results[name].get(key) for name in ("student", "random", "teacher"))
     if None in (student, random, teacher):
         return found
     # A student that came with weights of its own is better than at random ones before any training.
-    seen = [entry[key] for entry in panels(history) if entry.get(key) is not None]
+    seen = [entry[key] for entry in evaluations(history) if entry.get(key) is not None]
     if student <= random:
         first = f"{FAILED}: the student is no better than at random weights"
     elif len(seen) > 1 and seen[-1] <= seen[0]:

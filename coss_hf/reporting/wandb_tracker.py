@@ -188,7 +188,7 @@ class WandbTracker(WandbCallback):
             logs["projection"] = wandb.Table(columns=names, data=[list(row) for row in zip(*columns, strict=True)])
         run.log(logs)
         for network, row in record["results"].items():
-            run.summary.update({f"final/{network}/{name.removeprefix('eval_')}": value for name, value in row.items()})
+            run.summary.update({f"final/{network}/{name}": value for name, value in row.items()})
         if self._log_model.is_enabled:
             student = wandb.Artifact(f"model-{run.id}", type="model", metadata={"images_seen": logs["images_seen"]})
             for path in Path(self.trainer.args.output_dir).iterdir():

@@ -11,7 +11,7 @@ from coss_hf.trainer.arguments import ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 
 CELL = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
-WITHOUT_LABELS = ("eval_overlap10", "eval_cosine")
+WITHOUT_LABELS = ("overlap10", "cosine")
 COSINE, PLAIN = "coss, cosine only", "coss, no neighbours"
 
 

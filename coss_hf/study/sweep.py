@@ -65,7 +65,11 @@ class Sweep:
     def result(self, cell: Cell) -> dict | None:
         """Of a finished cell."""
         path = self.cells / f"{self.setting.key(cell)}.json"
-        return json.loads(path.read_text()) | asdict(cell) if path.exists() else None
+        if not path.exists():
+            return None
+        # Cells that an earlier version finished name their metrics eval_...
+        row = {name.removeprefix("eval_"): value for name, value in json.loads(path.read_text()).items()}
+        return row | asdict(cell)
 
     def write(self) -> None:
         """The file of results, whole or as it was."""
@@ -122,7 +126,7 @@ class Sweep:
 
 def describe(row: dict) -> str:
     """A finished cell in a line."""
-    scores = {name: row[f"eval_{name}"] for name in ("linear", "knn10", "overlap10") if row.get(f"eval_{name}")}
+    scores = {name: row[name] for name in ("linear", "knn10", "overlap10") if row.get(name)}
     words = ", ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
     return f"{Cell(**{key: row[key] for key in Cell.__dataclass_fields__}).name}: {row.get('failed') or words}"
 

@@ -12,8 +12,7 @@ T_QUANTILES = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
 )
-METRICS = ("eval_linear", "eval_probe", "eval_knn10", "eval_knn20", "eval_map", "eval_asymmetric_map")
-METRICS += ("eval_overlap10", "eval_cosine")
+METRICS = ("linear", "probe", "knn10", "knn20", "map", "asymmetric_map", "overlap10", "cosine")
 
 
 def half_interval(values: list[float]) -> float:
@@ -56,7 +55,7 @@ def _cell(rows: list[dict], metric: str) -> str:
     values = [row[metric] for row in rows if row.get(metric) is not None]
     if not values:
         return "-"
-    factor, digits = (1, 3) if metric == "eval_cosine" else (100, 1)
+    factor, digits = (1, 3) if metric == "cosine" else (100, 1)
     text = f"{factor * statistics.fmean(values):.{digits}f}"
     half = half_interval(values)
     return f"{text} ± {factor * half:.{digits}f}" if math.isfinite(half) else text
@@ -155,7 +154,7 @@ def comparison(rows: list[dict], metric: str) -> str:
         verdict = f"{first} leads; too few runs ended to say whether by more than noise over {'; '.join(unknown)}."
     else:
         verdict = f"{first} is ahead of every other row by more than the noise of these seeds."
-    header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric.removeprefix('eval_')}."
+    header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric}."
     return "\n\n".join([header, table, verdict, *extra_passes(rows)])
 
 

@@ -212,13 +212,21 @@ def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int],
 @functools.lru_cache(maxsize=2)
 def _evaluator(text: str, split: str, bank_size: int) -> Evaluator:
     splits, teacher = _load(text)
-    bank = splits.train
+    train_images = splits.train
     if split == "validation":
         # Drawn, since folders of images are sorted by class.
-        bank = bank.select(np.sort(np.random.default_rng(0).permutation(len(bank))[:bank_size]))
-    queries, labels = getattr(splits, split), splits.label_column
-    measured = {"linear": True, "panel": True, "retrieval": True}
-    return Evaluator(teacher, queries, splits.image_column, label_column=labels, bank=bank, **measured)
+        rows = np.random.default_rng(0).permutation(len(train_images))[:bank_size]
+        train_images = train_images.select(np.sort(rows))
+    return Evaluator(
+        teacher,
+        getattr(splits, split),
+        splits.image_column,
+        label_column=splits.label_column,
+        train_images=train_images,
+        linear=True,
+        diagnostics=True,
+        retrieval=True,
+    )
 
 
 def measure(cell: Cell, setting: Setting, network: Backbone, project=None) -> dict[str, float | None]:

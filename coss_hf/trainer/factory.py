@@ -116,8 +116,8 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
             f"images are read once, at the end.)"
         )
     teacher.model.to(args.device)
-    queries = sample(splits.validation, args.eval_sample_size)
-    evaluator = build_evaluator(splits, teacher, args, queries, during_training=True)
+    held_out = sample(splits.validation, args.eval_sample_size)
+    evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
     trainer = build_trainer(student, teacher, splits, args, data=data, evaluator=evaluator)
     trainer.arguments = to_dict(models, data, trainer.args)
     if checkpoint is not None and not args.dry_run:
@@ -168,30 +168,30 @@ def build_evaluator(
     splits: ImageSplits,
     teacher: Backbone,
     args: DistillationArguments,
-    queries: Dataset | None,
+    test_images: Dataset | None,
     *,
     during_training: bool = False,
 ) -> Evaluator | None:
-    """Build the evaluation of ``queries`` against the training images; None without queries.
+    """Build the evaluation on held-out images, against the training images; None without held-out images.
 
     Args:
         splits: the images.
         teacher: compared with.
         args: of the training.
-        queries: held-out images.
+        test_images: held-out images.
         during_training: with diagnostics, against a sample of the training images, instead of with retrieval.
     """
-    if queries is None:
+    if test_images is None:
         return None
     return Evaluator(
         teacher,
-        queries,
+        test_images,
         splits.image_column,
         label_column=splits.label_column,
-        bank=sample(splits.train, args.eval_bank_size if during_training else None),
+        train_images=sample(splits.train, args.eval_bank_size if during_training else None),
         batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers,
-        panel=during_training,
+        diagnostics=during_training,
         retrieval=not during_training,
     )
 

@@ -104,13 +104,13 @@ class DistillationTrainer(Trainer):
         self._identity: dict[str, str] | None = None
         diagnostics = []
         if evaluator is not None:
-            diagnostics.append(DiagnosticsCallback(len(evaluator.queries), last_step=args.evaluates_by_default))
+            diagnostics.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
         super().__init__(
             model,
             args,
             data_collator=collate_views,
             train_dataset=train_dataset,
-            eval_dataset=None if evaluator is None else evaluator.queries,
+            eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
             callbacks=[EpochCallback(train_dataset), *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
@@ -317,10 +317,12 @@ class DistillationTrainer(Trainer):
         self.collect()
         metrics, projected = self.evaluator(self.student, self.project)
         if all(LOSSES[method.name].is_function_of_embeddings() for method in self.args.methods):
-            metrics["eval_loss"] = self._eval_loss(projected)
-        named = {name.replace("eval_", f"{metric_key_prefix}_", 1): v for name, v in metrics.items() if v is not None}
+            metrics["loss"] = self._eval_loss(projected)
+        named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
         self.monitor.stop_clock()
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.queries))
+        return EvalLoopOutput(
+            predictions=None, label_ids=None, metrics=named, num_samples=len(self.evaluator.test_images)
+        )
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """``--eval_on_start`` is what training is compared with: a resumed run has it in its history."""
@@ -334,7 +336,7 @@ class DistillationTrainer(Trainer):
         criterion = self.full_model.criterion
         size = min(self.args.images_per_batch, len(projected))
         rows = torch.arange(len(projected))
-        batches = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_queries, rows)]
+        batches = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_test_features, rows)]
         training = criterion.training
         criterion.eval()
         losses = [

@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from coss_hf.data.loading import load_images
 from coss_hf.data.views import ViewDataset
-from coss_hf.evaluation.diagnostics import alarms, panels
+from coss_hf.evaluation.diagnostics import alarms, evaluations
 from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.features import Features
 from coss_hf.models.loading import load_backbone
@@ -42,7 +42,7 @@ def run(name: str, options: argparse.Namespace, splits) -> dict:
     teacher = load_backbone(options.teacher, argument="teacher")
     student = load_backbone("resnet20", argument="student", init="random", teacher=teacher)
     views = ViewDataset(splits.train, splits.image_column, "cifar", 32, seed=options.seed)
-    evaluator = Evaluator(teacher, sample(splits.validation, 2000), splits.image_column, panel=True)
+    evaluator = Evaluator(teacher, sample(splits.validation, 2000), splits.image_column, diagnostics=True)
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
             output_dir=folder,
@@ -59,13 +59,13 @@ def run(name: str, options: argparse.Namespace, splits) -> dict:
         trainer = kind(student, teacher, args, views, evaluator)
         trainer.train()
     history = trainer.state.log_history
-    names = ("images_seen", "eval_overlap10", "eval_effective_rank", "eval_teacher_effective_rank", "eval_duplicates")
+    names = ("images_seen", "overlap10", "effective_rank", "teacher_effective_rank", "duplicates")
     raised = {}
     for end in range(1, len(history) + 1):  # those that come and go, too
-        raised = alarms(history[:end], len(evaluator.queries), finished=end == len(history)) | raised
+        raised = alarms(history[:end], len(evaluator.test_images), finished=end == len(history)) | raised
     return {
         "alarms": raised,
-        "panels": [{key: entry[key] for key in names} for entry in panels(history)],
+        "panels": [{key: entry[key] for key in names} for entry in evaluations(history)],
         "last_loss": next(entry["loss"] for entry in reversed(history) if "loss" in entry),
     }
 

@@ -28,12 +28,12 @@ OTHERS = [(paper.ROWS[2]["L_ss"], 1.0), ("bn", 1.0), ("dist", 1.0), ("sp", 1.0),
 RATES = {0.01: [paper.COSS], 0.2: [paper.COSS]}
 SEEDS = (1,)
 RIVALS = {
-    "overlap of 10 nearest": lambda row: row["eval_overlap10"],
-    "mean cosine": lambda row: row["eval_cosine"],
-    "CoSS loss, held out": lambda row: row["eval_cosine"] + row["eval_dimension_cosine"],
+    "overlap of 10 nearest": lambda row: row["overlap10"],
+    "mean cosine": lambda row: row["cosine"],
+    "CoSS loss, held out": lambda row: row["cosine"] + row["dimension_cosine"],
     "own training loss": lambda row: -row["loss"],
-    "CKA": lambda row: row["eval_cka"],
-    "effective rank": lambda row: row["eval_effective_rank"],
+    "CKA": lambda row: row["cka"],
+    "effective rank": lambda row: row["effective_rank"],
 }
 
 
@@ -52,7 +52,7 @@ class CorrelationArguments:
 def correlations(rows: list[dict]) -> dict[str, dict[str, float]]:
     """Spearman's correlation of each rival, signed so that more is better, with each accuracy."""
     frame = pandas.DataFrame({name: [rival(row) for row in rows] for name, rival in RIVALS.items()})
-    scores = ("eval_knn10", "eval_knn20", "eval_linear")
+    scores = ("knn10", "knn20", "linear")
     found = {score: frame.corrwith(pandas.Series([row[score] for row in rows]), method="spearman") for score in scores}
     return {name: {score: round(float(found[score][name]), 3) for score in scores} for name in RIVALS}
 

@@ -57,9 +57,13 @@ def measure(options: argparse.Namespace, splits, labels: str | None) -> dict:
     teacher = load_backbone(options.teacher, argument="teacher")
     student = load_backbone("resnet20", argument="student", init="random", teacher=teacher)
     data = ViewDataset(splits.train, splits.image_column, "cifar", 32)
-    bank = sample(splits.train, 2000)
     evaluator = Evaluator(
-        teacher, sample(splits.validation, 2000), splits.image_column, label_column=labels, bank=bank, panel=True
+        teacher,
+        sample(splits.validation, 2000),
+        splits.image_column,
+        label_column=labels,
+        train_images=sample(splits.train, 2000),
+        diagnostics=True,
     )
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,42 +21,42 @@ def data():
 
 
 def test_every_metric_is_that_of_its_function(data):
-    bank, bank_labels, student, labels, teacher = data
-    result = evaluate_embeddings(student, teacher, student_bank=bank, bank_labels=bank_labels, test_labels=labels)
-    scores = knn_accuracy(bank, bank_labels, student, labels)
+    train, train_labels, student, labels, teacher = data
+    result = evaluate_embeddings(student, teacher, train_features=train, train_labels=train_labels, test_labels=labels)
+    scores = knn_accuracy(train, train_labels, student, labels)
     assert result == {
-        "eval_knn10": scores["knn10"],
-        "eval_knn20": scores["knn20"],
-        "eval_probe": linear_probe(bank, bank_labels, student, labels)["accuracy"],
-        "eval_overlap10": neighbor_overlap(student, teacher, 10),
-        "eval_cosine": None,
+        "knn10": scores["knn10"],
+        "knn20": scores["knn20"],
+        "probe": linear_probe(train, train_labels, student, labels)["accuracy"],
+        "overlap10": neighbor_overlap(student, teacher, 10),
+        "cosine": None,
     }
-    assert 0.5 < result["eval_knn10"] <= 1
+    assert 0.5 < result["knn10"] <= 1
 
 
 def test_without_labels_and_through_the_head(data):
-    bank, _, student, labels, teacher = data
+    train, _, student, labels, teacher = data
     projected = torch.nn.functional.pad(student, (0, 1))
-    result = evaluate_embeddings(student, teacher, student_bank=bank, test_labels=labels, projected=projected)
+    result = evaluate_embeddings(student, teacher, train_features=train, test_labels=labels, projected=projected)
     assert result == {
-        "eval_overlap10": neighbor_overlap(student, teacher, 10),
-        "eval_cosine": mean_cosine(projected, teacher),
+        "overlap10": neighbor_overlap(student, teacher, 10),
+        "cosine": mean_cosine(projected, teacher),
     }
 
 
 def test_too_few_images_give_none_and_the_rest(data):
-    bank, bank_labels, student, labels, _ = data
-    arguments = {"student_bank": bank[:15], "bank_labels": bank_labels[:15], "test_labels": labels[:10]}
+    train, train_labels, student, labels, _ = data
+    arguments = {"train_features": train[:15], "train_labels": train_labels[:15], "test_labels": labels[:10]}
     result = evaluate_embeddings(student[:10], student[:10], **arguments)
-    assert result["eval_knn20"] is None and result["eval_overlap10"] is None
-    assert result["eval_knn10"] is not None and result["eval_cosine"] == pytest.approx(1)
+    assert result["knn20"] is None and result["overlap10"] is None
+    assert result["knn10"] is not None and result["cosine"] == pytest.approx(1)
 
 
 def test_table():
     text = table(
         {
-            "teacher": {"parameters": 853018, "eval_knn10": 0.8498, "eval_overlap10": 1.0, "eval_cosine": 1.0},
-            "raw pixels": {"eval_knn10": 0.0512, "eval_overlap10": 0.125, "eval_cosine": None, "eval_runtime": 3.0},
+            "teacher": {"parameters": 853018, "knn10": 0.8498, "overlap10": 1.0, "cosine": 1.0},
+            "raw pixels": {"knn10": 0.0512, "overlap10": 0.125, "cosine": None, "runtime": 3.0},
         }
     )
     assert text.splitlines() == [

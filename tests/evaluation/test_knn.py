@@ -22,16 +22,16 @@ def case(shared):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_fixture(case, dtype, tolerance):
-    bank, query, labels = case["in.bank"].to(dtype), case["in.query"].to(dtype), case["in.bank_labels"]
-    pred, shares = knn_predict(bank, labels, query, k=20, temperature=0.07, num_classes=10)
+def test_predictions_equal_the_fixture(case, dtype, tolerance):
+    train, query, labels = case["in.bank"].to(dtype), case["in.query"].to(dtype), case["in.bank_labels"]
+    pred, shares = knn_predict(train, labels, query, k=20, temperature=0.07, num_classes=10)
     assert torch.equal(pred, case["out.pred"])
     assert shares.dtype == dtype
     torch.testing.assert_close(shares.double(), case["out.class_probs"], rtol=tolerance, atol=tolerance)
-    similarity, index = nearest(query, bank, 20)
+    similarity, index = nearest(query, train, 20)
     assert torch.equal(index, case["out.neighbour_idx"])
     torch.testing.assert_close(similarity.double(), case["out.neighbour_sim"], rtol=tolerance, atol=tolerance)
-    scores = knn_accuracy(bank, labels, query, case["in.query_labels"], ks=(1, 20))
+    scores = knn_accuracy(train, labels, query, case["in.query_labels"], ks=(1, 20))
     assert scores["knn20"] == case["out.top1_percent"].item() / 100
     nearest_label = labels[case["out.neighbour_idx"][:, 0]]
     assert scores["knn1"] == (nearest_label == case["in.query_labels"]).double().mean().item()
@@ -39,17 +39,17 @@ def test_fixture(case, dtype, tolerance):
 
 def test_vote_by_hand():
     angles = torch.tensor([0.0, 10.0, 20.0, 80.0]) * math.pi / 180
-    bank = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[5.0], [0.1], [1.0], [100.0]])
-    _, shares = knn_predict(bank, torch.tensor([0, 2, 2, 1]), torch.tensor([[3.0, 0.0]]), k=3, temperature=0.5)
+    train = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[5.0], [0.1], [1.0], [100.0]])
+    _, shares = knn_predict(train, torch.tensor([0, 2, 2, 1]), torch.tensor([[3.0, 0.0]]), k=3, temperature=0.5)
     votes = [math.exp(angle.cos().item() / 0.5) for angle in angles[:3]]
     expected = torch.tensor([[votes[0], 0.0, votes[1] + votes[2]]]) / sum(votes)
     torch.testing.assert_close(shares, expected)
 
 
 @pytest.mark.parametrize("exclude_self", [False, True])
-@pytest.mark.parametrize(("chunk", "bank_chunk"), [(7, 5), (1024, 65_536), (3, 65_536)])
-def test_search_equals_brute_force_however_it_is_cut(monkeypatch, chunk, bank_chunk, exclude_self):
-    monkeypatch.setattr(knn, "BANK_CHUNK", bank_chunk)
+@pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 5), (1024, 65_536), (3, 65_536)])
+def test_search_equals_brute_force_however_it_is_cut(monkeypatch, chunk, gallery_chunk, exclude_self):
+    monkeypatch.setattr(knn, "GALLERY_CHUNK", gallery_chunk)
     x = clusters(53)[0].double()
     unit = x / x.norm(dim=1, keepdim=True)
     full = unit @ unit.T
@@ -68,26 +68,26 @@ def test_self_is_left_out_by_index_among_duplicates():
 
 
 def test_several_k_from_one_search_equal_single_predictions():
-    (bank, bank_labels), (queries, labels) = clusters(200, noise=3), clusters(90, seed=1, noise=3)
-    scores = knn_accuracy(bank, bank_labels, queries, labels, ks=(1, 10, 20))
+    (train, train_labels), (test, labels) = clusters(200, noise=3), clusters(90, seed=1, noise=3)
+    scores = knn_accuracy(train, train_labels, test, labels, ks=(1, 10, 20))
     for k in (1, 10, 20):
-        pred, _ = knn_predict(bank, bank_labels, queries, k=k)
+        pred, _ = knn_predict(train, train_labels, test, k=k)
         assert scores[f"knn{k}"] == (pred == labels).double().mean().item()
     assert len(set(scores.values())) == 3  # noisy enough for k to matter
 
 
 def test_scale_free_and_safe_at_extremes():
-    bank, labels = clusters(60)
-    queries = clusters(20, seed=1)[0]
-    pred, shares = knn_predict(bank, labels, queries, k=5)
-    scaled = knn_predict(bank * torch.rand(60, 1).add(0.1), labels, queries * 1e4, k=5)
+    train, labels = clusters(60)
+    test = clusters(20, seed=1)[0]
+    pred, shares = knn_predict(train, labels, test, k=5)
+    scaled = knn_predict(train * torch.rand(60, 1).add(0.1), labels, test * 1e4, k=5)
     assert torch.equal(pred, scaled[0])
     torch.testing.assert_close(shares, scaled[1], rtol=1e-4, atol=1e-5)
-    cold, cold_shares = knn_predict(bank, labels, queries, k=5, temperature=1e-4)
-    assert torch.equal(cold, knn_predict(bank, labels, queries, k=1)[0])
+    cold, cold_shares = knn_predict(train, labels, test, k=5, temperature=1e-4)
+    assert torch.equal(cold, knn_predict(train, labels, test, k=1)[0])
     assert cold_shares.isfinite().all()
-    assert knn_predict(bank, labels, torch.zeros(2, 8), k=5)[1].isfinite().all()
-    assert knn_predict(bank.half(), labels, queries.half(), k=5)[1].dtype == torch.float32
+    assert knn_predict(train, labels, torch.zeros(2, 8), k=5)[1].isfinite().all()
+    assert knn_predict(train.half(), labels, test.half(), k=5)[1].dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -96,22 +96,22 @@ def test_scale_free_and_safe_at_extremes():
         ({"k": 21}, "k=21 must be between 1 and 20"),
         ({"k": 0}, "k=0"),
         ({"temperature": 0.0}, r"temperature=0\.0"),
-        ({"bank_labels": torch.zeros(19, dtype=torch.long)}, "bank_labels.*20 embeddings"),
-        ({"bank_labels": torch.full((20,), -1)}, "bank_labels.*unlabelled"),
-        ({"bank_labels": torch.zeros(20)}, "bank_labels.*float32"),
-        ({"queries": torch.zeros(3, 9)}, r"\(3, 9\) and \(20, 8\)"),
+        ({"train_labels": torch.zeros(19, dtype=torch.long)}, "train_labels.*20 embeddings"),
+        ({"train_labels": torch.full((20,), -1)}, "train_labels.*unlabelled"),
+        ({"train_labels": torch.zeros(20)}, "train_labels.*float32"),
+        ({"test_features": torch.zeros(3, 9)}, r"\(3, 9\) and \(20, 8\)"),
     ],
 )
 def test_bad_input(change, message):
-    arguments = {"bank": torch.randn(20, 8), "bank_labels": torch.zeros(20, dtype=torch.long)}
-    arguments |= {"queries": torch.randn(3, 8), "k": 5} | change
+    arguments = {"train_features": torch.randn(20, 8), "train_labels": torch.zeros(20, dtype=torch.long)}
+    arguments |= {"test_features": torch.randn(3, 8), "k": 5} | change
     with pytest.raises(ValueError, match=message):
         knn_predict(**arguments)
 
 
 def test_accuracy_of_nothing_is_refused():
-    bank, labels = clusters(20)
-    with pytest.raises(ValueError, match="needs queries"):
-        knn_accuracy(bank, labels, bank[:0], labels[:0])
-    with pytest.raises(ValueError, match="labels must hold"):
-        knn_accuracy(bank, labels, bank[:3], labels[:2])
+    train, labels = clusters(20)
+    with pytest.raises(ValueError, match="needs test_features"):
+        knn_accuracy(train, labels, train[:0], labels[:0])
+    with pytest.raises(ValueError, match="test_labels must hold"):
+        knn_accuracy(train, labels, train[:3], labels[:2])

@@ -85,7 +85,7 @@ def test_deterministic_by_seed():
     assert any(linear_probe(*data, seed=seed) != first for seed in (4, 5))
 
 
-def test_constant_columns_say_nothing():
+def test_constant_columns_do_not_change_the_result():
     (x, labels), (x_test, test_labels) = separable(300), separable(200, seed=1)
     expected = linear_probe(x, labels, x_test, test_labels)
     # Constant up to rounding on train, different on test.
@@ -110,13 +110,13 @@ def test_double_and_half_precision_and_small_labels():
         ({"holdout": 0.99}, r"holdout=0\.99"),
         ({"learning_rates": ()}, "learning_rates"),
         ({"epochs": 0}, "epochs"),
-        ({"test": torch.zeros(5, 3)}, r"\(20, 12\) and \(5, 3\)"),
+        ({"test_features": torch.zeros(5, 3)}, r"\(20, 12\) and \(5, 3\)"),
         ({"test_labels": torch.zeros(4, dtype=torch.long)}, "test_labels"),
         ({"train_labels": torch.full((20,), -1)}, "train_labels"),
     ],
 )
 def test_bad_input(change, message):
     (x, labels), (x_test, test_labels) = separable(20), separable(5, seed=1)
-    arguments = {"train": x, "train_labels": labels, "test": x_test, "test_labels": test_labels} | change
+    arguments = {"train_features": x, "train_labels": labels, "test_features": x_test, "test_labels": test_labels}
     with pytest.raises(ValueError, match=message):
-        linear_probe(**arguments)
+        linear_probe(**arguments | change)

@@ -30,7 +30,7 @@ def rows():
 
 
 @pytest.mark.parametrize("k", [1, 3, 30])
-def test_as_defined(rows, k):
+def test_recall_and_precision_equal_their_definition(rows, k):
     assert (rows[1] == 4).any()
     found = retrieval(*rows, ks=(k,), chunk=7)
     assert (found[f"recall{k}"], found["map"]) == pytest.approx(by_definition(*rows, k), abs=1e-12)
@@ -45,7 +45,7 @@ def test_a_perfect_order_and_the_worst():
     assert worst == {"recall1": 0.0, "map": pytest.approx((1 / 3 + 2 / 4) / 2)}
 
 
-def test_queries_are_drawn_alike(rows):
+def test_queries_are_drawn_with_a_fixed_seed(rows):
     some = [retrieval(*rows, max_queries=10) for _ in range(2)]
     assert some[0] == some[1] != retrieval(*rows)
 
@@ -61,34 +61,36 @@ def test_no_query_has_its_class_in_the_gallery(rows):
     [
         ({"ks": (31,)}, "ks between 1 and the 30 gallery images"),
         ({"ks": ()}, "ks between 1"),
-        ({"labels": torch.zeros(3, dtype=torch.long)}, "labels must hold one class"),
+        ({"query_labels": torch.zeros(3, dtype=torch.long)}, "query_labels must hold one class"),
         ({"gallery": torch.zeros(30, 5)}, "queries and gallery must be embeddings"),
-        ({"queries": torch.zeros(0, 6), "labels": torch.zeros(0, dtype=torch.long)}, "needs queries \\(got 0\\)"),
+        ({"queries": torch.zeros(0, 6), "query_labels": torch.zeros(0, dtype=torch.long)}, "needs queries \\(got 0\\)"),
     ],
 )
 def test_bad_input(rows, change, message):
-    given = dict(zip(("queries", "labels", "gallery", "gallery_labels"), rows)) | change
+    given = dict(zip(("queries", "query_labels", "gallery", "gallery_labels"), rows)) | change
     with pytest.raises(ValueError, match=message):
         retrieval(**given)
 
 
-def test_symmetric_and_asymmetric(rows):
+def test_symmetric_and_asymmetric_retrieval(rows):
     queries, labels, gallery, gallery_labels = rows
     turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))[0]
-    options = {"bank_labels": gallery_labels, "test_labels": labels, "student_bank": gallery @ turn}
+    options = {"train_labels": gallery_labels, "test_labels": labels, "train_features": gallery @ turn}
     # The student's space is the teacher's, turned; its head turns it back.
     found = evaluate_embeddings(
-        queries @ turn, queries, projected=queries @ turn @ turn.T, teacher_bank=gallery, **options
+        queries @ turn, queries, projected=queries @ turn @ turn.T, teacher_gallery=gallery, **options
     )
     for name, value in retrieval(*rows).items():
-        assert found[f"eval_{name}"] == pytest.approx(value, abs=1e-9)
-        assert found[f"eval_asymmetric_{name}"] == pytest.approx(value, abs=1e-9)
-    without = evaluate_embeddings(queries @ turn, queries, teacher_bank=gallery, **options)
-    assert without["eval_map"] == pytest.approx(found["eval_map"])
-    assert without["eval_asymmetric_map"] != pytest.approx(found["eval_map"], abs=1e-3)
+        assert found[name] == pytest.approx(value, abs=1e-9)
+        assert found[f"asymmetric_{name}"] == pytest.approx(value, abs=1e-9)
+    without = evaluate_embeddings(queries @ turn, queries, teacher_gallery=gallery, **options)
+    assert without["map"] == pytest.approx(found["map"])
+    assert without["asymmetric_map"] != pytest.approx(found["map"], abs=1e-3)
 
 
-def test_not_asked_for(rows):
+def test_no_retrieval_without_a_teacher_gallery(rows):
     queries, labels, gallery, gallery_labels = rows
-    found = evaluate_embeddings(queries, queries, student_bank=gallery, bank_labels=gallery_labels, test_labels=labels)
+    found = evaluate_embeddings(
+        queries, queries, train_features=gallery, train_labels=gallery_labels, test_labels=labels
+    )
     assert not [name for name in found if "recall" in name or "map" in name]

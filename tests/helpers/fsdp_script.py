@@ -66,8 +66,8 @@ def run(folder: Path, name: str, student: str, checkpoint=None, **options) -> di
     AcceleratorState._reset_state(reset_partial_state=True)
 
     def evaluator(splits, teacher):
-        queries = load_images(str(folder / "images")).test
-        return Evaluator(teacher, queries, splits.image_column, label_column="label", bank=splits.train)
+        test_images = load_images(str(folder / "images")).test
+        return Evaluator(teacher, test_images, splits.image_column, label_column="label", train_images=splits.train)
 
     options = OPTIONS | {"output_dir": str(folder / name), "eval_strategy": "steps", "eval_steps": 2} | options
     options |= {"per_device_train_batch_size": 8 // torch.distributed.get_world_size()}

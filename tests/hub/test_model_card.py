@@ -12,10 +12,10 @@ from coss_hf.hub.push import PushFailed
 from coss_hf.losses.registry import LOSSES, papers
 from coss_hf.trainer import publishing
 
-RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "eval_knn20": 0.82341, "eval_cosine": None}}
+RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "knn20": 0.82341, "cosine": None}}
 RECORD = {
     "command": "recipes/distill.py --teacher t --hub_token=***",
-    "results": RESULTS | {"random": {"parameters": 3, "eval_knn20": 0.3}},
+    "results": RESULTS | {"random": {"parameters": 3, "knn20": 0.3}},
     "evaluated_on": "test",
     "arguments": {"dataset": "somebody/images", "dataset_revision": "abc", "student_init": "pretrained"},
 }

@@ -94,15 +94,15 @@ def test_an_index_reaches_the_recall_that_it_reports(tmp_path, kind, dtype):
 def test_recall_is_measured_and_probes_are_raised_until_it_is_reached(tmp_path, caplog):
     rows = unit_rows(torch.randn(4000, 24, generator=torch.Generator().manual_seed(0))).numpy()  # hard: no clusters
     expected, reached = search(rows, 10), {}
-    for asked in (0.3, 0.7):
+    for target in (0.3, 0.7):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            found, meta = run(rows, tmp_path, "ivf", neighbors_recall=asked)
-        assert meta["recall"] >= asked
+            found, meta = run(rows, tmp_path, "ivf", neighbors_recall=target)
+        assert meta["recall"] >= target
         assert meta["recall"] == pytest.approx(agreement(found, expected), abs=0.02), "as it truly is"
         assert meta["lists"] == 4000 // 39
-        assert ("raised to" in caplog.text) == (asked > 0.3)
-        reached[asked] = meta["probes"]
+        assert ("raised to" in caplog.text) == (target > 0.3)
+        reached[target] = meta["probes"]
     assert reached[0.3] == 8 < reached[0.7] <= 0.3 * 4000 // 39
     with caplog.at_level(logging.INFO):
         found, meta = run(rows, tmp_path, "ivf", neighbors_recall=0.999)
@@ -110,14 +110,14 @@ def test_recall_is_measured_and_probes_are_raised_until_it_is_reached(tmp_path, 
     assert (meta["search"], meta["search_asked"], meta["recall"]) == ("exact", "ivf", 1.0)
 
 
-def test_a_recall_that_is_out_of_reach_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(indexes, "HNSW_MOST", 16)
+def test_an_unreachable_recall_is_warned_of(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(indexes, "HNSW_MAX_PROBES", 16)
     rows = unit_rows(torch.randn(2000, 64, generator=torch.Generator().manual_seed(0))).numpy()
     found, meta = run(rows, tmp_path, "hnsw", neighbors_recall=1.0)
     assert meta["recall"] < 1 and "stays below --neighbors_recall 1" in caplog.text and found.min() >= 0
 
 
-def test_recall_where_the_limit_leaves_the_sample_no_neighbour(tmp_path):
+def test_recall_is_one_where_max_similarity_leaves_the_sample_no_neighbour(tmp_path):
     index = IndexSearch("hnsw", Vectors([np.ones((40, 1), np.float32)]), tmp_path / "i")
     probes = index.probes
     assert tune(index, 3, 0.9, 0.99, Processes(alone=True)) == (1.0, 40) and index.probes == probes
@@ -131,7 +131,7 @@ def test_recall_counts_duplicates_as_found(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
-def test_rows_short_of_neighbors_are_searched_on(tmp_path, kind):
+def test_rows_short_of_neighbors_are_searched_deeper(tmp_path, kind):
     """More neighbours than the first lists hold."""
     rows = clusters(800, groups=40)
     found, _ = run(rows, tmp_path, kind, k=300, neighbors_recall=0.01)

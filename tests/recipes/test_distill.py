@@ -72,8 +72,8 @@ def test_every_stage(world, capsys):
     assert record["images_seen"] == 48 and record["arguments"]["neighbors_k"] == 2
     assert set(record["results"]) == {"teacher", "student", "random"}
     for name, row in record["results"].items():
-        assert row["parameters"] > 0 and 0 <= row["eval_knn10"] <= 1 and 0 <= row["eval_probe"] <= 1, name
-    assert record["results"]["teacher"]["eval_overlap10"] == 1
+        assert row["parameters"] > 0 and 0 <= row["knn10"] <= 1 and 0 <= row["probe"] <= 1, name
+    assert record["results"]["teacher"]["overlap10"] == 1
     for picture in ("loss.png", "neighbors.png", "panel.png", "projection.png"):
         assert Image.open(world.out / picture).size[0] > 300
     page = (world.out / "report.html").read_text()
@@ -161,8 +161,8 @@ def test_the_bank_during_training_is_drawn_from_all_classes(world):
     splits = load_images(world.images, validation_size=4)
     by_class = splits._replace(train=splits.train.sort("label"))
     args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0, eval_bank_size=16)
-    bank = build_evaluator(by_class, None, args, splits.validation, during_training=True).bank
-    assert len(bank) == 16 and len(set(bank["label"])) > 2
+    chosen = build_evaluator(by_class, None, args, splits.validation, during_training=True).train_images
+    assert len(chosen) == 16 and len(set(chosen["label"])) > 2
 
 
 def test_dry_run_resolves_everything_and_writes_nothing(world, capsys):

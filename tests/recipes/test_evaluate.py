@@ -13,8 +13,8 @@ from coss_hf.models.heads import load_head, projection_head
 from tests.recipes.test_distill import ROOT, load_recipe
 
 evaluate = load_recipe("evaluate")
-RETRIEVAL = tuple(f"eval_{kind}{name}" for kind in ("", "asymmetric_") for name in ("recall1", "recall10", "map"))
-METRICS = ("eval_knn10", "eval_knn20", "eval_probe", *RETRIEVAL, "eval_overlap10", "eval_cosine")
+RETRIEVAL = tuple(f"{kind}{name}" for kind in ("", "asymmetric_") for name in ("recall1", "recall10", "map"))
+METRICS = ("knn10", "knn20", "probe", *RETRIEVAL, "overlap10", "cosine")
 
 
 @pytest.fixture
@@ -41,10 +41,10 @@ def test_every_metric_of_every_network(tmp_path, image_folder, monkeypatch, caps
     for name in ("teacher", "student", "random"):
         row = result[name]
         assert set(row) == {"name", "parameters", *METRICS} and row["parameters"] == result["student"]["parameters"] > 0
-        assert all(0 <= row[key] <= 1 for key in METRICS[:-1]) and -1 <= row["eval_cosine"] <= 1 + 1e-6
-        assert row["eval_knn10"] > 0.5  # four plain colours
-    assert result["teacher"]["eval_overlap10"] == 1 and result["teacher"]["eval_cosine"] == pytest.approx(1)
-    assert result["student"]["eval_overlap10"] < 1 and result["random"] != result["student"]
+        assert all(0 <= row[key] <= 1 for key in METRICS[:-1]) and -1 <= row["cosine"] <= 1 + 1e-6
+        assert row["knn10"] > 0.5  # four plain colours
+    assert result["teacher"]["overlap10"] == 1 and result["teacher"]["cosine"] == pytest.approx(1)
+    assert result["student"]["overlap10"] < 1 and result["random"] != result["student"]
     assert result["seed"] == 4 and "--seed=4" in result["command"]
     assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["f.json"]
     out = capsys.readouterr().out
@@ -72,13 +72,13 @@ def test_the_head_beside_the_student(tmp_path, image_parquet, monkeypatch, kind)
     teacher = h.save_resnet(tmp_path / "teacher", seed=1)
     student = h.save_resnet(tmp_path / "student", seed=2, hidden_sizes=(4, 4, 8))
     options = {"teacher": teacher, "student": student, "dataset": image_parquet, "output": tmp_path / "f.json"}
-    assert load_head(student) is None and call(monkeypatch, **options)["student"]["eval_cosine"] is None
+    assert load_head(student) is None and call(monkeypatch, **options)["student"]["cosine"] is None
     head = projection_head(kind, 8, 16, 5)
     save_file(head.state_dict(), tmp_path / "student" / "head.safetensors")
     x = torch.randn(3, 8)
     assert torch.equal(load_head(student)(x), head(x))
     result = call(monkeypatch, **options)
-    assert -1 <= result["student"]["eval_cosine"] <= 1 and result["random"]["eval_cosine"] is None
+    assert -1 <= result["student"]["cosine"] <= 1 and result["random"]["cosine"] is None
 
 
 def test_without_labels_agreement_alone(tmp_path, monkeypatch, capsys):
@@ -88,7 +88,7 @@ def test_without_labels_agreement_alone(tmp_path, monkeypatch, capsys):
             image.save(tmp_path / "plain" / split / f"{i:02}.png")
     teacher, student = h.save_resnet(tmp_path / "teacher", seed=1), h.save_resnet(tmp_path / "student", seed=2)
     result = call(monkeypatch, teacher=teacher, student=student, dataset=tmp_path / "plain", output=tmp_path / "f.json")
-    assert set(result["student"]) == {"name", "parameters", "eval_overlap10", "eval_cosine"}
+    assert set(result["student"]) == {"name", "parameters", "overlap10", "cosine"}
     assert "k-NN" not in capsys.readouterr().out
 
 
@@ -122,7 +122,7 @@ def test_no_images_to_test_on(tmp_path, image_folder, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         call(monkeypatch, **options)
     assert "--validation_size" in capsys.readouterr().err
-    assert "eval_knn10" in call(monkeypatch, **options, validation_size=12)["random"]
+    assert "knn10" in call(monkeypatch, **options, validation_size=12)["random"]
 
 
 def test_what_the_students_run_held_out_is_held_out_again(tmp_path, image_folder, monkeypatch, caplog):
@@ -131,9 +131,10 @@ def test_what_the_students_run_held_out_is_held_out_again(tmp_path, image_folder
     given, measured = {"dataset": dataset, "dataset_name": None, "train_split": None}, []
 
     class Spy(evaluate.Evaluator):
-        def __init__(self, teacher, queries, *args, bank, **kwargs):
-            measured.append(set(queries["image_hash"]) & set(bank["image_hash"]) or len(queries))
-            super().__init__(teacher, queries, *args, bank=bank, **kwargs)
+        def __init__(self, teacher, test_images, *args, train_images, **kwargs):
+            shared = set(test_images["image_hash"]) & set(train_images["image_hash"])
+            measured.append(shared or len(test_images))
+            super().__init__(teacher, test_images, *args, train_images=train_images, **kwargs)
 
     monkeypatch.setattr(evaluate, "Evaluator", Spy)
     for size, words in ((9, {}), (9, {"validation_size": 12})):

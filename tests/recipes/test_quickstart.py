@@ -33,10 +33,8 @@ def test_digits_on_disk(tmp_path):
 
 def test_mean_and_spread_over_seeds():
     quickstart = load_recipe("quickstart")
-    runs = [
-        {"student": {"name": "x", "parameters": 7, "eval_knn10": value, "eval_cosine": None}} for value in (0.5, 1.0)
-    ]
-    assert quickstart.over_seeds(runs, np.mean) == {"student": {"eval_knn10": 0.75}}
+    runs = [{"student": {"name": "x", "parameters": 7, "knn10": value, "cosine": None}} for value in (0.5, 1.0)]
+    assert quickstart.over_seeds(runs, np.mean) == {"student": {"knn10": 0.75}}
 
 
 @pytest.mark.slow
@@ -45,7 +43,7 @@ def test_quickstart(tmp_path):
     run = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     record = json.loads(Path(tmp_path, "quick start", "results.json").read_text())
-    scores = {name: row["eval_knn20"] for name, row in record["mean"].items()}
+    scores = {name: row["knn20"] for name, row in record["mean"].items()}
     assert scores["student"] >= scores["random"] + 0.15 and scores["student"] >= scores["teacher"] - 0.02
     for picture in ("neighbors.png", "loss.png"):
         assert Path(tmp_path, "quick start", "seed0", "student", picture).is_file()

@@ -107,7 +107,7 @@ def test_a_dataset_without_test_images_or_labels(refused, tmp_path, image_parque
         images = datasets.Dataset.from_parquet(str(image_parquet / f"{split}.parquet"))
         images.select_columns("image").to_parquet(alone / f"{split}.parquet")
     options["output_dir"] = tmp_path / "other"
-    assert "--metric=eval_linear needs labels" in refused(reproduce, **options, dataset=alone)
+    assert "--metric=linear needs labels" in refused(reproduce, **options, dataset=alone)
 
 
 def test_methods_are_compared_on_held_out_images_by_default(image_parquet, tmp_path):
@@ -198,7 +198,7 @@ def test_a_report(tmp_path, image_parquet, networks):
     rows = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 3 + 3 + 1 + 1
     initial = next(row for row in rows if row["method"] == "initial")
-    assert initial["eval_cka"] not in {row["eval_cka"] for row in rows if row["method"] == "random"}
+    assert initial["cka"] not in {row["cka"] for row in rows if row["method"] == "random"}
     found = json.loads((tmp_path / "out" / "report.json").read_text())
     assert found["verdict"][0].startswith(("It helped", "It did not help")) and found["images_seen"] == 96
     page = (tmp_path / "out" / "report.html").read_text()

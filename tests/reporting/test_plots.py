@@ -79,11 +79,9 @@ def test_loss_curve_of_nothing(tmp_path):
 
 
 def test_panel_curves_show_what_there_is(tmp_path):
-    panels = [{"images_seen": 100 * i, "eval_overlap10": 0.1 * i, "eval_effective_rank": i} for i in range(3)]
+    panels = [{"images_seen": 100 * i, "overlap10": 0.1 * i, "effective_rank": i} for i in range(3)]
     panel_curves(tmp_path / "some.png", panels)
-    panel_curves(
-        tmp_path / "all.png", [entry | {"eval_cosine": 0.5, "eval_knn20": None, "eval_probe": 1} for entry in panels]
-    )
+    panel_curves(tmp_path / "all.png", [entry | {"cosine": 0.5, "knn20": None, "probe": 1} for entry in panels])
     some, whole = read(tmp_path / "some.png"), read(tmp_path / "all.png")
     assert whole.shape[0] == 2 * some.shape[0] and green(whole) > green(some) > 100
 

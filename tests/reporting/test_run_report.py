@@ -41,7 +41,7 @@ def test_json_is_whole_or_not_there(tmp_path):
     assert json.loads(path.read_text()) == {"x": 1} and len(list(path.parent.iterdir())) == 1
 
 
-def results(student: float, key: str = "eval_knn20") -> dict:
+def results(student: float, key: str = "knn20") -> dict:
     return {name: {key: value} for name, value in (("teacher", 0.9), ("student", student), ("random", 0.5))}
 
 
@@ -50,7 +50,7 @@ def test_what_is_said_of_a_run():
     assert said.startswith("The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %")
     (said,) = report.said(results(0.5), [], [])
     assert said.startswith("It did not help: the student is no better than at random weights: k-NN 20")
-    (said,) = report.said(results(0.8, "eval_overlap10"), [], [])
+    (said,) = report.said(results(0.8, "overlap10"), [], [])
     assert said.endswith("in common with its teacher 80.0 %, at random weights 50.0 %.")
     assert report.said({}, [], []) == []
     panel = {

@@ -70,7 +70,7 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
     assert config["per_device_train_batch_size"] == 8 and config["arguments"]["dataset"] == world.images
     assert len(config["fingerprints"]["teacher"]) > 10 and len(config["fingerprints"]["dataset"]) > 10
     record = json.loads((world.out / "run.json").read_text())
-    assert summary["final/student/knn10"] == record["results"]["student"]["eval_knn10"]
+    assert summary["final/student/knn10"] == record["results"]["student"]["knn10"]
     assert (
         summary["final/random/parameters"] == record["results"]["random"]["parameters"] and "train_runtime" in summary
     )

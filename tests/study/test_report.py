@@ -19,7 +19,7 @@ COSTS["student"] = {"parameters": 100, "macs": 300, "bytes": 25} | TIMES
 
 def rows(**groups) -> list[dict]:
     return [
-        {"method": name.replace("_", " "), "seed": seed, "eval_linear": value}
+        {"method": name.replace("_", " "), "seed": seed, "linear": value}
         for name, values in groups.items()
         for seed, value in enumerate(values, start=1)
     ]
@@ -27,10 +27,8 @@ def rows(**groups) -> list[dict]:
 
 def test_it_helped():
     group = {"random": [0.3, 0.3, 0.31], "coss": [0.7, 0.7, 0.71], "teacher": [0.8]}
-    plain = [
-        row | {"method": "coss, no neighbours", "eval_linear": row["eval_linear"] - 0.1} for row in rows(**group)[3:6]
-    ]
-    said = verdict(rows(**group) + plain, "eval_linear", COSTS)
+    plain = [row | {"method": "coss, no neighbours", "linear": row["linear"] - 0.1} for row in rows(**group)[3:6]]
+    said = verdict(rows(**group) + plain, "linear", COSTS)
     assert said[0].startswith(
         "It helped: by linear evaluation the distilled student has 70.3 %, 40.0 ± 0.0 points above"
     )
@@ -41,16 +39,16 @@ def test_it_helped():
 
 @pytest.mark.parametrize("coss", [[0.3, 0.5, 0.4], [0.2, 0.2, 0.2]])
 def test_it_did_not_help(coss):
-    said = verdict(rows(random=[0.35, 0.3, 0.4], coss=coss, teacher=[0.8]), "eval_linear", COSTS)
+    said = verdict(rows(random=[0.35, 0.3, 0.4], coss=coss, teacher=[0.8]), "linear", COSTS)
     assert said[0].startswith("It did not help: by linear evaluation") and "random weights have 35.0 %" in said[0]
 
 
 def test_the_students_own_weights_are_the_start_where_it_has_any():
     group = {"random": [0.1, 0.1, 0.1], "initial": [0.6], "coss": [0.59, 0.6, 0.61], "teacher": [0.8]}
-    said = verdict(rows(**group), "eval_linear", COSTS)
+    said = verdict(rows(**group), "linear", COSTS)
     assert said[0].startswith("It did not help") and "the student's own weights have 60.0 %" in said[0]
     group["coss"] = [0.79, 0.8, 0.84]
-    assert "the teacher." in verdict(rows(**group), "eval_linear", COSTS)[0]
+    assert "the teacher." in verdict(rows(**group), "linear", COSTS)[0]
 
 
 def test_a_part_inside_the_noise():
@@ -58,7 +56,7 @@ def test_a_part_inside_the_noise():
     group += rows(c=[0.52, 0.57, 0.72])[:3]
     said = verdict(
         [row | {"method": row["method"].replace("c", "coss, cosine only", row["method"] == "c")} for row in group],
-        "eval_linear",
+        "linear",
         COSTS,
     )
     assert said[1].startswith("Space similarity takes 0.3") and said[1].endswith("inside the noise of these seeds.")
@@ -67,15 +65,15 @@ def test_a_part_inside_the_noise():
 def test_too_few_runs_left_for_a_verdict():
     """Single runs have no interval, and runs without a common seed no paired difference."""
     group = rows(random=[0.3, 0.3, 0.31], coss=[0.7], teacher=[0.8])
-    cosine = [{"method": "coss, cosine only", "seed": seed, "eval_linear": 0.6} for seed in (2, 3)]
-    said = verdict(group + cosine, "eval_linear", COSTS)
+    cosine = [{"method": "coss, cosine only", "seed": seed, "linear": 0.6} for seed in (2, 3)]
+    said = verdict(group + cosine, "linear", COSTS)
     assert said[0].startswith("Whether it helped cannot be said") and "70.0 %" in said[0]
     assert said[1].startswith("The part of space similarity") and "inf" not in " ".join(said)
 
 
 def test_every_run_failed():
     failed = [{"method": "coss", "seed": 1, "failed": "The loss is nan at step 3"}]
-    said = verdict(failed + rows(random=[0.1], teacher=[0.8]), "eval_linear", COSTS)
+    said = verdict(failed + rows(random=[0.1], teacher=[0.8]), "linear", COSTS)
     assert said == ["It did not help: every run of CoSS failed (The loss is nan at step 3)."]
 
 

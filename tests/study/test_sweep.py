@@ -28,9 +28,9 @@ def test_finished_cells_are_kept_and_never_run_again(tmp_path, setting):
     cells = [CELL, CELL, failing, replace(CELL, method="random", expression="", num_images=0)]
     rows = Sweep(tmp_path / "study", "first", setting, 2, {"command": "c"}).run(cells)
     assert rows.pop(0) == rows[0], "one and the same cell"
-    assert rows[0]["images_seen"] == 48 and 0 <= rows[0]["eval_linear"] <= 1 and rows[0]["extra_teacher_images"] == 0
-    assert "The loss is" in rows[1]["failed"] and "eval_linear" not in rows[1]
-    assert rows[2]["images_seen"] == 0 and rows[2]["eval_knn10"] is not None
+    assert rows[0]["images_seen"] == 48 and 0 <= rows[0]["linear"] <= 1 and rows[0]["extra_teacher_images"] == 0
+    assert "The loss is" in rows[1]["failed"] and "linear" not in rows[1]
+    assert rows[2]["images_seen"] == 0 and rows[2]["knn10"] is not None
     lines = (tmp_path / "study" / "first.jsonl").read_text().splitlines()
     expected = [{"command": "c"} | {key: value for key, value in row.items() if key != "loss"} for row in rows]
     assert [json.loads(line) for line in lines] == expected
@@ -68,7 +68,7 @@ def test_controls_of_a_student_with_weights_of_its_own(tmp_path, setting):
         setting = replace(setting, models={"pair": models})
         for method, seed in draws:
             found = run_cell(replace(untrained, method=method, seed=seed), setting, tmp_path)
-            rows[name, method, seed] = found["eval_cosine"]
+            rows[name, method, seed] = found["cosine"]
     assert len({rows["own", method, seed] for method, seed in draws}) == 3
     # Without weights of its own a student starts from the very weights that the control has.
     assert rows["none", "initial", 5] == rows["none", "random", 5] != rows["own", "initial", 5]

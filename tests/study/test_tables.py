@@ -9,7 +9,7 @@ from coss_hf.study.tables import best, comparison, difference, half_interval, ma
 
 def rows(method: str, *values: float | None, **more) -> list[dict]:
     return [
-        {"method": method, "scale": 1, "seed": seed, "eval_linear": value} | more
+        {"method": method, "scale": 1, "seed": seed, "linear": value} | more
         for seed, value in enumerate(values, start=1)
     ]
 
@@ -22,56 +22,54 @@ def test_intervals_are_those_of_students_t():
 
 def test_the_first_of_equals_is_best_and_failures_never_are():
     found = rows("a", None, 0.5, 0.5, float("nan"))
-    assert best(found, "eval_linear")["seed"] == 2
-    assert best(rows("a", None), "eval_linear") is None
+    assert best(found, "linear")["seed"] == 2
+    assert best(rows("a", None), "linear") is None
 
 
 def test_differences_are_paired_by_seed():
-    mean, half = difference(rows("a", 0.5, 0.6, 0.7), rows("b", 0.4, 0.5, 0.6), "eval_linear")
+    mean, half = difference(rows("a", 0.5, 0.6, 0.7), rows("b", 0.4, 0.5, 0.6), "linear")
     assert (mean, half) == (pytest.approx(0.1), pytest.approx(0))
-    assert difference(rows("a", 0.5), rows("b", None), "eval_linear") is None
+    assert difference(rows("a", 0.5), rows("b", None), "linear") is None
 
 
 def test_a_table_is_ranked_and_says_what_failed():
     found = [*rows("low", 0.2, 0.3), *rows("none", None, None, failed="NaN"), *rows("high", 0.4, 0.5)]
-    lines = markdown(found, "eval_linear").splitlines()
+    lines = markdown(found, "linear").splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| high", "| low", "| none"]
     assert "45.0 ± 63.5" in lines[2] and "2 (2 failed) | - |" in lines[4]
 
 
 def test_a_comparison_says_what_lies_inside_the_noise():
     found = [*rows("a", 0.80, 0.81, 0.82), *rows("b", 0.79, 0.82, 0.80), *rows("c", 0.5, 0.51, 0.52)]
-    text = comparison([*found, *rows("random", 0.2, 0.2)], "eval_linear")
+    text = comparison([*found, *rows("random", 0.2, 0.2)], "linear")
     assert "a leads, but what separates it from b lies inside the noise" in text
     assert "-30.0 ± 0.0 |" in text and "inside the noise |" in text
-    assert "a is ahead of every other row" in comparison(found[:3] + found[6:], "eval_linear")
-    assert "too few runs ended" in comparison([found[0], found[6]], "eval_linear")
+    assert "a is ahead of every other row" in comparison(found[:3] + found[6:], "linear")
+    assert "too few runs ended" in comparison([found[0], found[6]], "linear")
 
 
 def test_a_comparison_claims_no_more_than_it_has():
     low = rows("a", 0.30, 0.31, 0.32)
     ahead = "is ahead of every other row"
-    assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "eval_linear")
-    beaten = comparison([*low, *rows("initial", 0.1)], "eval_linear")
+    assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "linear")
+    beaten = comparison([*low, *rows("initial", 0.1)], "linear")
     assert "-21.0 ± 2.5" in beaten and f"a {ahead}" in beaten
-    assert "Every run failed" in comparison([*rows("a", None, None), *rows("random", 0.3, 0.3)], "eval_linear")
-    one_left = comparison([*low, *rows("b", 0.2, None, None)], "eval_linear")
+    assert "Every run failed" in comparison([*rows("a", None, None), *rows("random", 0.3, 0.3)], "linear")
+    one_left = comparison([*low, *rows("b", 0.2, None, None)], "linear")
     assert "too few runs ended to say whether by more than noise over b" in one_left
-    mixed = comparison([*rows("a", 0.5, 0.5, 0.9), *rows("b", 0.52, 0.521, None)], "eval_linear")
+    mixed = comparison([*rows("a", 0.5, 0.5, 0.9), *rows("b", 0.52, 0.521, None)], "linear")
     assert "inside the noise" in mixed and ahead not in mixed
 
 
 def test_teacher_passes_beside_the_steps_are_said():
     found = [*rows("factor", 0.3, 0.3, extra_teacher_images=64_000), *rows("a", 0.3, 0.4)]
-    assert "once each: 64,000 images for factor" in comparison(found, "eval_linear")
+    assert "once each: 64,000 images for factor" in comparison(found, "linear")
 
 
 def test_a_comparison_says_when_nothing_was_learnt():
     found = [*rows("a", 0.30, 0.31, 0.32), *rows("b", 0.2, 0.2, 0.2)]
-    assert "separates it from random weights lies" in comparison(
-        [*found, *rows("random", 0.3, 0.3, 0.33)], "eval_linear"
-    )
-    better = comparison([*found, *rows("random", 0.4, 0.41, 0.42), *rows("teacher", 0.9)], "eval_linear")
+    assert "separates it from random weights lies" in comparison([*found, *rows("random", 0.3, 0.3, 0.33)], "linear")
+    better = comparison([*found, *rows("random", 0.4, 0.41, 0.42), *rows("teacher", 0.9)], "linear")
     assert "No method is better than random weights" in better
 
 
@@ -98,6 +96,6 @@ def test_published_figures_have_their_rows():
 
 
 def test_the_plot_is_written(tmp_path):
-    found = ranked([*rows("a", 0.80, 0.81), *rows("b", None)], "eval_linear")
-    method_plot(tmp_path / "plot.png", found, "eval_linear", "a title")
+    found = ranked([*rows("a", 0.80, 0.81), *rows("b", None)], "linear")
+    method_plot(tmp_path / "plot.png", found, "linear", "a title")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"

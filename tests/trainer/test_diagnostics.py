@@ -8,13 +8,13 @@ from transformers import AutoModel, TrainerCallback
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.evaluation.agreement import duplicate_share
-from coss_hf.evaluation.diagnostics import alarms
+from coss_hf.evaluation.diagnostics import alarms, evaluations
 from coss_hf.evaluation.embeddings import evaluate_embeddings
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 
 
-def panel(overlap=0.02, rank=20.0, teacher=36.0, duplicates=0.0, dead=0.0, same=0.0):
+def evaluation(overlap=0.02, rank=20.0, teacher=36.0, duplicates=0.0, dead=0.0, same=0.0):
     return {
         "eval_overlap10": overlap,
         "eval_effective_rank": rank,
@@ -26,73 +26,94 @@ def panel(overlap=0.02, rank=20.0, teacher=36.0, duplicates=0.0, dead=0.0, same=
 
 
 def test_a_healthy_run_raises_no_alarm():
-    history = [panel(), {"loss": 1.0}, panel(0.10, 25), {"loss": 0.5}, panel(0.2, 30)]
+    history = [evaluation(), {"loss": 1.0}, evaluation(0.10, 25), {"loss": 0.5}, evaluation(0.2, 30)]
     assert alarms(history, 2000, finished=True) == {}
     # A little lower than at its best, and a network whose random weights embed all images nearly alike.
-    assert alarms([panel(rank=2.5), panel(0.10, 3), panel(0.09, 3)], 2000, finished=True) == {}
+    assert alarms([evaluation(rank=2.5), evaluation(0.10, 3), evaluation(0.09, 3)], 2000, finished=True) == {}
     assert alarms([], 2000) == {}
-    # As measured at a panel each 1,500 images: the first steps press all images together, and set out below the start.
-    early = [panel(0.0181, 21.8), panel(0.0141, 3.2), panel(0.0198, 13.8), panel(0.0259, 19.7), panel(0.0269, 19.1)]
+    # As measured, evaluated each 1,500 images: the first steps press all images together, and set out below the start.
+    early = [
+        evaluation(0.0181, 21.8),
+        evaluation(0.0141, 3.2),
+        evaluation(0.0198, 13.8),
+        evaluation(0.0259, 19.7),
+        evaluation(0.0269, 19.1),
+    ]
     assert all(alarms(early[:count], 2000) == {} for count in range(6)) and alarms(early, 2000, finished=True) == {}
+
+
+def test_names_in_the_history_are_read_without_their_prefix():
+    history = [{"loss": 1.0, "step": 1}, evaluation() | {"eval_loss": 0.5, "step": 2}, {"eval_loss": 0.4, "step": 3}]
+    (found,) = evaluations(history)
+    assert found == {
+        "overlap10": 0.02,
+        "effective_rank": 20.0,
+        "teacher_effective_rank": 36.0,
+        "teacher_duplicates": 0.0,
+        "dead_dimensions": 0.0,
+        "duplicates": 0.0,
+        "loss": 0.5,
+        "step": 2,
+    }
 
 
 @pytest.mark.parametrize(
     ("history", "name"),
     [
-        ([panel(teacher=1.4)], "teacher"),
-        ([panel(duplicates=0.3)], "teacher"),
-        ([panel(), panel(0.1, rank=1.2), panel(0.1, rank=1.2)], "collapse"),
-        ([panel(), panel(0.1, rank=3.0), panel(0.1, rank=3.0)], "collapse"),
-        ([panel(), panel(0.1, dead=0.8), panel(0.1, dead=0.8)], "collapse"),
-        ([panel(), panel(0.1, same=0.9), panel(0.1, same=0.9)], "collapse"),
-        ([panel(), panel(0.021), panel(0.022), panel(0.021)], "no_progress"),
-        ([panel(), panel(0.01), panel(0.01), panel(0.01)], "no_progress"),
+        ([evaluation(teacher=1.4)], "teacher"),
+        ([evaluation(duplicates=0.3)], "teacher"),
+        ([evaluation(), evaluation(0.1, rank=1.2), evaluation(0.1, rank=1.2)], "collapse"),
+        ([evaluation(), evaluation(0.1, rank=3.0), evaluation(0.1, rank=3.0)], "collapse"),
+        ([evaluation(), evaluation(0.1, dead=0.8), evaluation(0.1, dead=0.8)], "collapse"),
+        ([evaluation(), evaluation(0.1, same=0.9), evaluation(0.1, same=0.9)], "collapse"),
+        ([evaluation(), evaluation(0.021), evaluation(0.022), evaluation(0.021)], "no_progress"),
+        ([evaluation(), evaluation(0.01), evaluation(0.01), evaluation(0.01)], "no_progress"),
     ],
 )
-def test_what_raises_an_alarm(history, name):
+def test_alarms_are_raised(history, name):
     found = alarms(history, 2000)
     assert list(found) == [name] and "--" in found[name]
 
 
-def test_progress_is_waited_for_and_asked_for_at_the_end():
-    history = [panel(), panel(0.02)]
+def test_missing_progress_is_reported_after_three_evaluations_or_at_the_end():
+    history = [evaluation(), evaluation(0.02)]
     assert alarms(history, 2000) == {} and "no_progress" in alarms(history, 2000, finished=True)
     # Three standard errors of 100 images are more than those of 2,000.
-    assert alarms([panel(), panel(0.03)], 2000, finished=True) == {}
-    assert "no_progress" in alarms([panel(), panel(0.03)], 100, finished=True)
+    assert alarms([evaluation(), evaluation(0.03)], 2000, finished=True) == {}
+    assert "no_progress" in alarms([evaluation(), evaluation(0.03)], 100, finished=True)
 
 
-def test_an_alarm_is_raised_once_also_after_a_resumption(caplog):
-    state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True, log_history=[panel()])
+def test_an_alarm_is_raised_only_once_even_after_resuming(caplog):
+    state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True, log_history=[evaluation()])
     with caplog.at_level(logging.WARNING):
-        for entry in (panel(0.1, 1.2), panel(0.2, 1.1), panel(0.3, 20.0), panel(0.3, 1.1)):
+        for entry in (evaluation(0.1, 1.2), evaluation(0.2, 1.1), evaluation(0.3, 20.0), evaluation(0.3, 1.1)):
             state.log_history.append(entry)
             DiagnosticsCallback(2000, True).on_evaluate(None, state, None)  # a new one, as a new process has
     assert [record.message[:29] for record in caplog.records] == ["ALARM: The student has collap"]
 
 
 def test_alarms_do_not_ask_for_a_lower_and_a_higher_rate():
-    found = alarms([panel(), panel(0.01, 1.1)], 2000, finished=True)
+    found = alarms([evaluation(), evaluation(0.01, 1.1)], 2000, finished=True)
     assert "Lower --learning_rate" in found["collapse"] and "raise --learning_rate" not in found["no_progress"]
-    assert "raise --learning_rate" in alarms([panel(), panel(0.01)], 2000, finished=True)["no_progress"]
+    assert "raise --learning_rate" in alarms([evaluation(), evaluation(0.01)], 2000, finished=True)["no_progress"]
 
 
-def test_duplicates_are_those_in_one_direction():
+def test_duplicates_have_the_same_direction():
     x = torch.randn(40, 8, generator=torch.Generator().manual_seed(0))
     assert duplicate_share(x) == 0
     assert duplicate_share(torch.cat([x, 3 * x[:10]])) == pytest.approx(20 / 50)
     assert duplicate_share(torch.ones(5, 3)) == 1 and duplicate_share(x[:1]) == 0
 
 
-def test_the_panel_of_embeddings():
+def test_diagnostics_of_embeddings():
     teacher = torch.randn(60, 6, generator=torch.Generator().manual_seed(0))
     rotation = torch.linalg.qr(torch.randn(6, 6, generator=torch.Generator().manual_seed(1)))[0]
-    metrics = evaluate_embeddings(teacher @ rotation, teacher, panel=True)
-    assert metrics["eval_cka"] == pytest.approx(1) and metrics["eval_overlap10"] == pytest.approx(1)
-    assert metrics["eval_cosine"] < 0.9 and metrics["eval_dimension_cosine"] < 0.9
-    assert 5 < metrics["eval_effective_rank"] <= 6 and metrics["eval_dead_dimensions"] == 0
-    narrow = evaluate_embeddings(teacher[:, :3], teacher, projected=teacher, panel=True)
-    assert narrow["eval_cosine"] == pytest.approx(1) and narrow["eval_effective_rank"] <= 3
+    metrics = evaluate_embeddings(teacher @ rotation, teacher, diagnostics=True)
+    assert metrics["cka"] == pytest.approx(1) and metrics["overlap10"] == pytest.approx(1)
+    assert metrics["cosine"] < 0.9 and metrics["dimension_cosine"] < 0.9
+    assert 5 < metrics["effective_rank"] <= 6 and metrics["dead_dimensions"] == 0
+    narrow = evaluate_embeddings(teacher[:, :3], teacher, projected=teacher, diagnostics=True)
+    assert narrow["cosine"] == pytest.approx(1) and narrow["effective_rank"] <= 3
 
 
 @pytest.mark.parametrize(("n", "held_out"), [(196, 0), (200, 20), (428, 42)])
@@ -105,12 +126,12 @@ def test_images_are_held_out_by_default(tmp_path, n, held_out):
 
 
 def test_the_best_student_is_kept(tmp_path, image_parquet, networks):
-    """By default the panel is taken before the first step and after the last, where a run is short."""
+    """By default a short run is evaluated before its first step and after its last."""
 
-    def watch(splits, teacher):
-        return Evaluator(teacher, splits.test, splits.image_column, panel=True)
+    def make_evaluator(splits, teacher):
+        return Evaluator(teacher, splits.test, splits.image_column, diagnostics=True)
 
-    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, evaluator=watch)
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, evaluator=make_evaluator)
     assert trainer.args.eval_steps == round(50_000 / 8)
     trainer.train()
     seen = [line for line in trainer.state.log_history if "eval_overlap10" in line]
@@ -121,12 +142,14 @@ def test_the_best_student_is_kept(tmp_path, image_parquet, networks):
     h.assert_same(kept, trainer.student.model.state_dict())
 
 
-def test_the_best_is_not_the_last(tmp_path, image_parquet, networks):
-    def watch(splits, teacher):
-        return Evaluator(teacher, splits.test, splits.image_column, panel=True)
+def test_the_kept_student_need_not_be_the_last(tmp_path, image_parquet, networks):
+    def make_evaluator(splits, teacher):
+        return Evaluator(teacher, splits.test, splits.image_column, diagnostics=True)
 
     options = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 1.0, "save_strategy": "no"}
-    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, evaluator=watch, **options)
+    trainer = h.make_trainer(
+        tmp_path, image_parquet, networks.teacher, networks.vit, evaluator=make_evaluator, **options
+    )
     states = {}
 
     class Keep(TrainerCallback):
@@ -141,7 +164,7 @@ def test_the_best_is_not_the_last(tmp_path, image_parquet, networks):
     h.assert_same(AutoModel.from_pretrained(tmp_path / "out" / "best").state_dict(), states[best])
 
 
-def test_no_panel_without_held_out_images(tmp_path, image_parquet, networks):
+def test_no_evaluation_without_held_out_images(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
     trainer.train()
     assert not (tmp_path / "out" / "best").exists()

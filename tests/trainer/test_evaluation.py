@@ -10,7 +10,12 @@ from coss_hf.evaluation.evaluator import Evaluator
 
 def make_evaluator(splits, teacher):
     return Evaluator(
-        teacher, splits.test, splits.image_column, label_column=splits.label_column, bank=splits.train, batch_size=7
+        teacher,
+        splits.test,
+        splits.image_column,
+        label_column=splits.label_column,
+        train_images=splits.train,
+        batch_size=7,
     )
 
 
@@ -25,11 +30,11 @@ def test_evaluation_reads_every_held_out_image(tmp_path, image_parquet, networks
     images = load_images(str(image_parquet)).test
     rows = trainer.evaluator.embed(trainer.student, images, "")
     assert rows.shape == (24, trainer.student.dim)  # 24 is no multiple of the batch of 7
-    bank = trainer.evaluator.embed(trainer.student, trainer.evaluator.bank, "")
-    similarity = nn.functional.normalize(rows) @ nn.functional.normalize(bank).T
+    train_features = trainer.evaluator.embed(trainer.student, trainer.evaluator.train_images, "")
+    similarity = nn.functional.normalize(rows) @ nn.functional.normalize(train_features).T
     values, found = similarity.topk(10)
     votes = torch.zeros(24, 4).scatter_add_(
-        1, torch.tensor(trainer.evaluator.bank["label"])[found], (values / 0.07).exp()
+        1, torch.tensor(trainer.evaluator.train_images["label"])[found], (values / 0.07).exp()
     )
     accuracy = (votes.argmax(1) == torch.tensor(images["label"])).float().mean().item()
     assert metrics["eval_knn10"] == pytest.approx(accuracy)

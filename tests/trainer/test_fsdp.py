@@ -118,11 +118,11 @@ def test_evaluation_sees_the_whole_student_the_same_on_every_process(world):
         splits.test,
         splits.image_column,
         label_column="label",
-        bank=splits.train,
+        train_images=splits.train,
     )
     again, _ = measure(load_backbone(str(folder / "resnet-out")))
-    for key in ("eval_knn10", "eval_overlap10", "eval_cosine"):
-        assert again[key] == pytest.approx(metrics[key], abs=1e-5)
+    for key in ("knn10", "overlap10", "cosine"):
+        assert again[key] == pytest.approx(metrics[f"eval_{key}"], abs=1e-5)
 
 
 def test_the_best_checkpoint_is_loaded(world):

@@ -4,7 +4,7 @@ import logging
 
 from transformers import TrainerCallback
 
-from coss_hf.evaluation.diagnostics import OVERLAP, alarms
+from coss_hf.evaluation.diagnostics import alarms, has_diagnostics
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class DiagnosticsCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         finished = state.global_step >= state.max_steps
         # Of the history, which checkpoints hold: a resumed run does not raise an alarm again.
-        earlier = [i for i, entry in enumerate(state.log_history) if OVERLAP in entry]
+        earlier = [i for i, entry in enumerate(state.log_history) if has_diagnostics(entry)]
         # Of all panels before, not of the last alone: what comes and goes is said once, too.
         before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
         for name, text in alarms(state.log_history, self.images, finished=finished).items():
