@@ -1,4 +1,4 @@
-"""What a run leaves on disk beside the student: its record and its pictures."""
+"""What a run leaves on disk next to the student: its record, its pictures and its page."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +31,7 @@ PICTURES = (
 
 
 def write_record(output_dir, trainer, results: dict, splits) -> dict:
-    """Writes ``run.json``, and returns it: command, arguments, what was resolved, images seen, results, verdict."""
+    """Write ``run.json``, and return it: command, arguments, what was resolved, images seen, results, verdict."""
     history = trainer.state.log_history
     raised = alarms(history, len(trainer.evaluator.test_images), finished=True) if trainer.evaluator else {}
     record = {
@@ -40,7 +40,7 @@ def write_record(output_dir, trainer, results: dict, splits) -> dict:
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "verdict": said(results, history, [*raised.values()]),
+        "verdict": summary(results, history, [*raised.values()]),
         "alarms": [*raised.values()],
         "evaluated_on": "test" if splits.test is not None else "validation",
         "bad_images": splits.bad_images,
@@ -57,7 +57,8 @@ class NeighborExamples(NamedTuple):
     Attributes:
         images: PIL images by row.
         queries: ``q`` rows.
-        student, teacher: ``(q, n)`` rows, the nearest first.
+        student: ``(q, n)`` rows of the student's nearest, the nearest first.
+        teacher: ``(q, n)`` rows of the teacher's nearest.
     """
 
     images: dict[int, Image.Image]
@@ -66,14 +67,25 @@ class NeighborExamples(NamedTuple):
     teacher: np.ndarray
 
 
-def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6, points: int = 2000):
-    """Writes ``loss.png`` and ``panel.png`` and, with an evaluator, ``neighbors.png`` and ``projection.png``.
+def write_pictures(
+    output_dir, trainer, evaluator, queries: int = 8, neighbors: int = 6, points: int = 2000
+) -> tuple[NeighborExamples | None, dict | None]:
+    """Write ``loss.png`` and ``panel.png`` and, with an evaluator, ``neighbors.png`` and ``projection.png``.
+
+    Args:
+        output_dir: folder of the run.
+        trainer: a ``DistillationTrainer``.
+        evaluator: of the held-out images; None where there are none.
+        queries: number of images whose neighbours are shown.
+        neighbors: number of neighbours shown for each.
+        points: number of images in the projection at most.
 
     Returns:
-        ``NeighborExamples``, and ``teacher`` and ``student`` coordinates ``(points, 2)`` with their ``labels`` or None;
-        None for both without an evaluator.
+        Examples of neighbours; and ``teacher`` and ``student`` coordinates ``(points, 2)`` with their ``labels`` or
+        None. None for both without an evaluator.
     """
-    folder, history = Path(output_dir), trainer.state.log_history
+    folder = Path(output_dir)
+    history = trainer.state.log_history
     if any("loss" in line for line in history):
         loss_curve(folder / "loss.png", history)
     if evaluations(history):
@@ -82,30 +94,48 @@ def write_pictures(output_dir, trainer, evaluator, queries: int = 8, neighbors: 
         return None, None
     teacher = evaluator.teacher_test_features
     student = evaluator.embed(trainer.student, evaluator.test_images, "Picture")
+    examples = _neighbor_examples(evaluator, student, teacher, queries, neighbors)
+    neighbor_picture(folder / "neighbors.png", examples.images, examples.queries, examples.student, examples.teacher)
+    projection = _projection(evaluator, student, teacher, points)
+    projection_picture(folder / "projection.png", projection["student"], projection["teacher"], projection["labels"])
+    return examples, projection
+
+
+def _neighbor_examples(
+    evaluator, student: torch.Tensor, teacher: torch.Tensor, queries: int, neighbors: int
+) -> NeighborExamples:
     rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
-    found = []
-    for embeddings in (student, teacher):
-        _, candidates = nearest(embeddings[rows], embeddings, neighbors + 1)
-        # The image itself is left out by its row: exact duplicates tie with it.
-        found.append(
-            np.array([[c for c in line if c != row][:neighbors] for line, row in zip(candidates.tolist(), rows)])
-        )
+    of_student = _nearest_others(student, rows, neighbors)
+    of_teacher = _nearest_others(teacher, rows, neighbors)
     column = evaluator.test_images[evaluator.image_column]
-    images = {
-        row: decode(column[row]) for row in {*rows.tolist(), *found[0].ravel().tolist(), *found[1].ravel().tolist()}
-    }
-    examples = NeighborExamples(images, rows.tolist(), *found)
-    neighbor_picture(folder / "neighbors.png", images, examples.queries, *found)
-    some = torch.randperm(len(teacher), generator=torch.Generator().manual_seed(0))[:points]
-    flat = dict(zip(("student", "teacher"), (x.numpy() for x in planes(student[some], teacher[some]))))
+    shown = {*rows.tolist(), *of_student.ravel().tolist(), *of_teacher.ravel().tolist()}
+    images = {row: decode(column[row]) for row in shown}
+    return NeighborExamples(images, rows.tolist(), of_student, of_teacher)
+
+
+def _nearest_others(embeddings: torch.Tensor, rows: np.ndarray, count: int) -> np.ndarray:
+    """The image itself is left out by its row: exact duplicates tie with it."""
+    _, candidates = nearest(embeddings[rows], embeddings, count + 1)
+    others = [
+        [candidate for candidate in line if candidate != row][:count]
+        for line, row in zip(candidates.tolist(), rows, strict=True)
+    ]
+    return np.array(others)
+
+
+def _projection(evaluator, student: torch.Tensor, teacher: torch.Tensor, points: int) -> dict:
+    chosen = torch.randperm(len(teacher), generator=torch.Generator().manual_seed(0))[:points]
+    student_plane, teacher_plane = planes(student[chosen], teacher[chosen])
     labels = evaluator.test_labels
-    flat["labels"] = None if labels is None else labels[some].tolist()
-    projection_picture(folder / "projection.png", flat["student"], flat["teacher"], flat["labels"])
-    return examples, flat
+    return {
+        "student": student_plane.numpy(),
+        "teacher": teacher_plane.numpy(),
+        "labels": None if labels is None else labels[chosen].tolist(),
+    }
 
 
-def said(results: dict[str, dict], history: list[dict], found: list[str]) -> list[str]:
-    """What a run came to, in sentences.
+def summary(results: dict[str, dict], history: list[dict], found: list[str]) -> list[str]:
+    """Say in sentences what a run came to.
 
     Args:
         results: of ``compare``.
@@ -116,7 +146,9 @@ def said(results: dict[str, dict], history: list[dict], found: list[str]) -> lis
         return found
     labelled = results["student"].get("knn20") is not None
     key = "knn20" if labelled else "overlap10"
-    student, random, teacher = (results[name].get(key) for name in ("student", "random", "teacher"))
+    student = results["student"].get(key)
+    random = results["random"].get(key)
+    teacher = results["teacher"].get(key)
     if None in (student, random, teacher):
         return found
     # A student that came with weights of its own is better than at random ones before any training.
@@ -133,36 +165,41 @@ def said(results: dict[str, dict], history: list[dict], found: list[str]) -> lis
     else:
         first = "The student has learnt from its teacher"
     values = f"{100 * student:.1f} %, at random weights {100 * random:.1f} %"
+    measured = f"share of the 10 nearest neighbours that it has in common with its teacher {values}"
     if labelled:
         measured = f"k-NN 20 accuracy {values}, its teacher {100 * teacher:.1f} %"
-    else:
-        measured = f"share of the 10 nearest neighbours that it has in common with its teacher {values}"
     return [f"{first}: {measured}.", *found]
 
 
 def write_page(output_dir, trainer, record: dict) -> None:
-    """Writes ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file."""
+    """Write ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file.
+
+    Args:
+        output_dir: folder of the run.
+        trainer: a ``DistillationTrainer``.
+        record: of ``write_record``.
+    """
     folder = Path(output_dir)
     parts = [
         paragraph(text, "alarm" if text in record["alarms"] or text.startswith(FAILED) else "lead")
         for text in record["verdict"]
     ]
     if record["results"]:
-        below = (
-            f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: of "
-            f"{MAX_QUERIES:,} of them at most; random: the"
+        parts.append(html_table(cells(record["results"])))
+        parts.append(
+            paragraph(
+                f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: "
+                f"of {MAX_QUERIES:,} of them at most; random: the student at random weights."
+            )
         )
-        parts += [html_table(cells(record["results"])), paragraph(f"{below} student at random weights.")]
     for name, title, caption in PICTURES:
         if (folder / name).is_file():
             parts += [heading(title), image(folder / name, caption)]
-    facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}
-    facts |= {f"{name.lstrip('-')} (fingerprint)": value for name, value in trainer.identity().items()} | record[
-        "versions"
-    ]
     parts += [heading("How it was made"), code(record["command"])]
-    parts.append(code("\n".join(f"{name}: {value}" for name, value in facts.items())))
-    parts.append(
-        code("\n".join(f"{name}: {value}" for name, value in record["arguments"].items() if value is not None))
-    )
+    facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}
+    for name, value in trainer.identity().items():
+        facts[f"{name.lstrip('-')} (fingerprint)"] = value
+    facts |= record["versions"]
+    given = {name: value for name, value in record["arguments"].items() if value is not None}
+    parts += [code("\n".join(f"{name}: {value}" for name, value in lines.items())) for lines in (facts, given)]
     (folder / "report.html").write_text(page(f"{folder.absolute().name}: {record['images_seen']:,} images seen", parts))

@@ -75,7 +75,7 @@ class LossMonitor:
         Args:
             step: number of the optimizer step, from 1.
             loss: scalar.
-            parts: named scalars beside the loss.
+            parts: named scalars, the loss not among them.
             index: ``(b,)`` dataset rows of the images.
             finite: ``(b,)`` whether the features of each image are finite.
         """

@@ -64,7 +64,7 @@ class DistillationArguments(TrainingArguments):
         default=False, metadata={"help": "The student's batch statistics over all processes; on GPUs."}
     )
 
-    # The paper trains with SGD, and clips nothing: stock clipping at 1.0 would act at every step.
+    # The paper trains with SGD, and clips nothing: Trainer's clipping at 1.0 would act at every step.
     optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
     learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
     momentum: float = field(default=0.9, metadata={"help": "Of SGD."})

@@ -46,13 +46,15 @@ def results(student: float, key: str = "knn20") -> dict:
 
 
 def test_what_is_said_of_a_run():
-    (said,) = report.said(results(0.8), [], [])
-    assert said.startswith("The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %")
-    (said,) = report.said(results(0.5), [], [])
-    assert said.startswith("It did not help: the student is no better than at random weights: k-NN 20")
-    (said,) = report.said(results(0.8, "overlap10"), [], [])
-    assert said.endswith("in common with its teacher 80.0 %, at random weights 50.0 %.")
-    assert report.said({}, [], []) == []
+    (sentence,) = report.summary(results(0.8), [], [])
+    assert sentence.startswith(
+        "The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %"
+    )
+    (sentence,) = report.summary(results(0.5), [], [])
+    assert sentence.startswith("It did not help: the student is no better than at random weights: k-NN 20")
+    (sentence,) = report.summary(results(0.8, "overlap10"), [], [])
+    assert sentence.endswith("in common with its teacher 80.0 %, at random weights 50.0 %.")
+    assert report.summary({}, [], []) == []
     panel = {
         "images_seen": 0,
         "eval_overlap10": 0.1,
@@ -61,16 +63,16 @@ def test_what_is_said_of_a_run():
         "eval_duplicates": 0,
     }
     panel |= {"eval_teacher_effective_rank": 10, "eval_teacher_duplicates": 0}
-    assert report.said({}, [], ["alarm"]) == ["alarm"]
-    flat = report.said(results(0.8), [panel, dict(panel)], ["alarm"])
+    assert report.summary({}, [], ["alarm"]) == ["alarm"]
+    flat = report.summary(results(0.8), [panel, dict(panel)], ["alarm"])
     assert len(flat) == 2 and flat[1] == "alarm"
     assert flat[0].startswith("The student is better than at random weights, but something is wrong")
     # Better than at random weights, worse than its own that it started from.
     history = [panel | {"eval_knn20": 0.85}, panel | {"eval_overlap10": 0.3, "eval_knn20": 0.8}]
-    (said,) = report.said(results(0.8), history, [])
-    assert said.startswith("It did not help: on the images watched") and "(80.0 %, before 85.0 %)" in said
-    (said,) = report.said(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], [])
-    assert said.startswith("The student has learnt from its teacher")
+    (sentence,) = report.summary(results(0.8), history, [])
+    assert sentence.startswith("It did not help: on the images watched") and "(80.0 %, before 85.0 %)" in sentence
+    (sentence,) = report.summary(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], [])
+    assert sentence.startswith("The student has learnt from its teacher")
 
 
 @pytest.mark.parametrize(

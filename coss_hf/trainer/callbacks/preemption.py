@@ -77,5 +77,5 @@ class Preemption(TrainerCallback):
         control.should_training_stop |= self.agreed
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.agreed:  # stock ends the epoch on its way out
+        if self.agreed:  # Trainer ends the epoch on its way out
             control.should_save = control.should_evaluate = False
