@@ -91,7 +91,7 @@ class DistillationLoss(nn.Module):
         separable: Whether the loss of a batch can be computed from sums over its micro-batches,
             which exact gradient accumulation needs. If True, the class has a method
             ``totals(student, teacher)`` that returns these sums as one tensor, and ``forward``
-            takes the totals of the other micro-batches as ``rest``.
+            takes the totals of the other micro-batches as ``other_totals``.
         classifier: Whether the loss uses the linear classifier of the teacher: ``"unused"``,
             ``"optional"`` or ``"required"``. If it is not unused, the constructor takes
             ``classifier``, an ``nn.Linear``, or None where the teacher has none. A loss that reads

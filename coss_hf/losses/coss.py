@@ -43,17 +43,17 @@ def cosine_totals(s: Tensor, t: Tensor) -> Tensor:
         return torch.cat([torch.stack([rows, count]), product.sum(0), s_squares.sum(0), t_squares.sum(0)])
 
 
-def mean_cosines(s: Tensor, t: Tensor, rest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mean_cosines(s: Tensor, t: Tensor, other_totals: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute the mean cosine per row and per column of ``s`` and ``t`` ``(b, d)``, over the batch of all processes.
 
     Args:
         s: Embeddings of the student.
         t: Embeddings of the teacher.
-        rest: ``cosine_totals`` of the other micro-batches of the batch, over all processes.
+        other_totals: ``cosine_totals`` of the other micro-batches of the batch, over all processes.
     """
     totals = all_reduce_sum(cosine_totals(s, t))
-    if rest is not None:
-        totals = totals + rest
+    if other_totals is not None:
+        totals = totals + other_totals
     with torch.autocast(s.device.type, enabled=False):
         rows, count = totals[:2]
         columns = totals[2:].view(3, -1)
@@ -73,7 +73,7 @@ class CoSSLoss(DistillationLoss):
     Several processes: both terms are those of the batch of all processes, from three all-reduced
     vectors of length ``d``. Value and gradient equal those of one process, for uneven shards, too.
 
-    Exact accumulation: ``rest`` holds the ``totals`` of the other micro-batches.
+    Exact accumulation: ``other_totals`` holds the ``totals`` of the other micro-batches.
 
     Use when: you have no reason to prefer another method. It is the method of the paper that this
     package implements, it is fast, and the student's embeddings can be compared with the teacher's.
@@ -127,13 +127,13 @@ class CoSSLoss(DistillationLoss):
         return f"beta={self.beta}, lambda_ss={self.lambda_ss}, lambda_co={self.lambda_co}"
 
     def totals(self, student: Features, teacher: Features) -> Tensor:
-        """Compute the sums ``(2 + 3d,)`` of this batch that a ``rest`` is added up from; see ``cosine_totals``."""
+        """Compute the sums ``(2 + 3d,)`` of this batch that ``other_totals`` are added up from; see ``cosine_totals``."""
         return cosine_totals(*self._embeddings(student, teacher))
 
     def forward(
-        self, student: Features, teacher: Features, index: Tensor | None = None, rest: Tensor | None = None
+        self, student: Features, teacher: Features, index: Tensor | None = None, other_totals: Tensor | None = None
     ) -> dict[str, Tensor]:
-        co, ss = mean_cosines(*self._embeddings(student, teacher), rest)
+        co, ss = mean_cosines(*self._embeddings(student, teacher), other_totals)
         return {"loss": -self.beta * (self.lambda_co * co + self.lambda_ss * ss), "l_co": -co, "l_ss": -ss}
 
     def _embeddings(self, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:

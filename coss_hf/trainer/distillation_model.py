@@ -90,7 +90,7 @@ class DistillationModel(nn.Module):
         pixel_values: Tensor,
         teacher: Features,
         index: Tensor,
-        rest: Tensor | None = None,
+        other_totals: Tensor | None = None,
         only_totals: bool = False,
     ) -> dict[str, Tensor]:
         """Compute the loss of a batch.
@@ -99,7 +99,7 @@ class DistillationModel(nn.Module):
             pixel_values: views ``(b, 3, H, W)``, uint8.
             teacher: its features of the same views.
             index: ``(b,)`` dataset row of each view.
-            rest: the criterion's totals of the other micro-batches; see ``gradient_accumulation``.
+            other_totals: the criterion's totals of the other micro-batches; see ``gradient_accumulation``.
             only_totals: return this batch's ``totals`` and no loss.
 
         Returns:
@@ -111,7 +111,7 @@ class DistillationModel(nn.Module):
         student = features._replace(embedding=self.project(features.embedding))
         if only_totals:
             return {"totals": self.criterion.totals(student, teacher)}
-        exact = {} if rest is None else {"rest": rest}
+        exact = {} if other_totals is None else {"other_totals": other_totals}
         output = self.criterion(student, teacher, index, **exact)
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
         if "l_co" in output:

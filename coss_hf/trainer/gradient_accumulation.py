@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
-    """Adds to each micro-batch of a step the teacher's features (``teacher``) and the others' totals (``rest``).
+    """Adds to each micro-batch of a step the teacher's features (``teacher``) and the others' totals (``other_totals``).
 
     Args:
         model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
@@ -34,7 +34,7 @@ def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Ca
             totals.append(output["totals"])
     totals = reduce(torch.stack(totals))
     for batch, own in zip(batches, totals, strict=True):
-        batch["rest"] = totals.sum(0) - own
+        batch["other_totals"] = totals.sum(0) - own
 
 
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:

@@ -229,9 +229,11 @@ class DistillationTrainer(Trainer):
         self.monitor.start_clock(self.images_seen)
         if self.args.torch_compile:
             torch.compiler.cudagraph_mark_step_begin()  # else the student's graph takes the teacher's memory
-        exact = "rest" in inputs
+        exact = "other_totals" in inputs
         teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
-        outputs = model(pixel_values=views, teacher=teacher, index=inputs["index"], rest=inputs.get("rest"))
+        outputs = model(
+            pixel_values=views, teacher=teacher, index=inputs["index"], other_totals=inputs.get("other_totals")
+        )
         loss = outputs["loss"]
         finite = outputs.pop("finite")
         parts = {name: value for name, value in outputs.items() if name != "loss"}

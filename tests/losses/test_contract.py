@@ -163,12 +163,12 @@ def test_losses_of_held_out_embeddings():
 def test_separable_losses_are_made_of_totals(name):
     loss = build(name, student(), teacher())
     assert hasattr(loss, "totals") == LOSSES[name].separable
-    assert ("rest" in inspect.signature(loss.forward).parameters) == LOSSES[name].separable
+    assert ("other_totals" in inspect.signature(loss.forward).parameters) == LOSSES[name].separable
     if LOSSES[name].separable:
         s, t = student(), teacher()
         first = [LOSSES[name].select(x)._replace(embedding=x.embedding[:2]) for x in (s, t)]
         others = [LOSSES[name].select(x)._replace(embedding=x.embedding[2:]) for x in (s, t)]
-        got = loss(*first, INDEX[:2], rest=loss.totals(*others))
+        got = loss(*first, INDEX[:2], other_totals=loss.totals(*others))
         torch.testing.assert_close(got, loss(s, t, INDEX))
 
 

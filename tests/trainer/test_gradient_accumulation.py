@@ -18,12 +18,12 @@ class Linear(nn.Module):
         self.weight, self.criterion = nn.Parameter(weight), criterion
         self.register_buffer("calls", torch.zeros(()))
 
-    def forward(self, pixel_values, teacher, index, rest=None, only_totals=False):
+    def forward(self, pixel_values, teacher, index, other_totals=None, only_totals=False):
         self.calls += 1
         student = Features(pixel_values @ self.weight)
         if only_totals:
             return {"totals": self.criterion.totals(student, teacher)}
-        return self.criterion(student, teacher, index, rest=rest)
+        return self.criterion(student, teacher, index, other_totals=other_totals)
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3], [1, 5, 2]])
@@ -43,7 +43,9 @@ def test_micro_batches_equal_one_batch(sizes):
     attach_other_totals(model, batches, lambda views: next(lookup), lambda totals: totals)
     assert model.calls == 0, "buffers are left as they were"
     for batch in batches:
-        output = model(batch["pixel_values"], Features(batch["teacher"]), batch["index"], rest=batch["rest"])
+        output = model(
+            batch["pixel_values"], Features(batch["teacher"]), batch["index"], other_totals=batch["other_totals"]
+        )
         torch.testing.assert_close(output["loss"], expected["loss"], rtol=1e-12, atol=0)
         torch.testing.assert_close(output["l_co"], expected["l_co"], rtol=1e-12, atol=0)
         # Trainer divides by the number of micro-batches.
@@ -103,7 +105,7 @@ def test_the_last_step_of_an_epoch_may_be_short(tmp_path, image_parquet, network
     counted, real = [], trainer.compute_loss
 
     def count(model, inputs, **kwargs):
-        assert inputs["rest"][1] == 8 * (trainer.current_gradient_accumulation_steps - 1)
+        assert inputs["other_totals"][1] == 8 * (trainer.current_gradient_accumulation_steps - 1)
         counted.append(trainer.state.global_step)
         return real(model, inputs, **kwargs)
 
