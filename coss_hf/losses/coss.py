@@ -127,7 +127,7 @@ class CoSSLoss(DistillationLoss):
         return f"beta={self.beta}, lambda_ss={self.lambda_ss}, lambda_co={self.lambda_co}"
 
     def totals(self, student: Features, teacher: Features) -> Tensor:
-        """Compute the sums ``(2 + 3d,)`` of this batch that ``other_totals`` are added up from; see ``cosine_totals``."""
+        """Compute the sums ``(2 + 3d,)`` of this batch, of which ``other_totals`` is made; see ``cosine_totals``."""
         return cosine_totals(*self._embeddings(student, teacher))
 
     def forward(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
-    """Adds to each micro-batch of a step the teacher's features (``teacher``) and the others' totals (``other_totals``).
+    """Add ``teacher``, the teacher's features, and ``other_totals``, those of the others, to each micro-batch of a step.
 
     Args:
         model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
@@ -38,17 +38,20 @@ def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Ca
 
 
 def scale_gradient(loss: Tensor, factor: int) -> Tensor:
-    """``loss``, with ``factor`` times its gradient: Trainer divides both by the number of micro-batches."""
+    """Return ``loss`` with ``factor`` times its gradient: Trainer divides both by the number of micro-batches."""
     return loss + (factor - 1) * (loss - loss.detach())
 
 
 @torch.no_grad()
 def check_deterministic_forward(model: nn.Module, size: tuple[int, int]) -> None:
-    """Raises ValueError where two passes of the student differ: dropout or drop path is active.
+    """Check that two passes of the student are the same.
 
     Args:
         model: ``Backbone.model`` of the student.
         size: height and width of its input.
+
+    Raises:
+        ValueError: dropout or drop path is active.
     """
     first = next(model.parameters())
     training, before = model.training, _generators(first.device)
