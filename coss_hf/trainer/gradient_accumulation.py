@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
-    """Add ``teacher``, the teacher's features, and ``other_totals``, those of the others, to each micro-batch of a step.
+    """Add ``teacher``, the teacher's features, and ``other_totals``, those of the other batches, to each micro-batch.
 
     Args:
         model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
