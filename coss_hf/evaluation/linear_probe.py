@@ -1,4 +1,4 @@
-"""Linear probe: multinomial logistic regression on frozen embeddings, its whole learning-rate grid at once."""
+"""Linear probe: multinomial logistic regression on frozen embeddings, all learning rates of its grid at once."""
 
 import math
 

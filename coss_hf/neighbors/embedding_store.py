@@ -102,7 +102,7 @@ def embed_shards(
     num_workers: int = 0,
     processes: Processes | None = None,
 ) -> Vectors:
-    """Unit embeddings of all images in files `00000.npy`, ... of a folder, each there whole or not at all.
+    """Unit embeddings of all images in files `00000.npy`, ... of a folder, each there complete or not at all.
 
     Shards that the folder already holds are kept, the rest is spread over the processes. Batches end where shards do,
     so the result depends neither on the number of processes nor on where an earlier run was stopped.
@@ -219,8 +219,8 @@ def progress_bar(total: int, description: str, show: bool) -> tqdm:
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name, `path`, once it is whole and on the disk.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Where to write a file that gets its name, `path`, once it is complete and on the disk.
 
     Raises:
         ValueError: it cannot be written (the disk is full); nothing half-written is left.
@@ -237,8 +237,8 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Writes a .npy file; see `whole_file`."""
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
+    """Writes a .npy file; see `atomic_file`."""
+    with atomic_file(path) as temporary, open(temporary, "wb") as file:
         np.save(file, array)
 
 

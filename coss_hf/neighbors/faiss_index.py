@@ -7,7 +7,7 @@ import faiss
 import numpy as np
 from tqdm.auto import tqdm
 
-from coss_hf.neighbors.embedding_store import Vectors, whole_file
+from coss_hf.neighbors.embedding_store import Vectors, atomic_file
 from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, random_rows
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def _size_of(path: Path) -> Path:
 
 
 def build_index(kind: str, vectors: Vectors, path: Path) -> None:
-    """Writes a faiss index of all vectors, which is there whole or not at all."""
+    """Writes a faiss index of all vectors, which is there complete or not at all."""
     n = vectors.shape[0]
     threads = faiss.omp_get_max_threads()
     if kind == "hnsw":
@@ -117,7 +117,7 @@ def build_index(kind: str, vectors: Vectors, path: Path) -> None:
             vectors.release()
     finally:
         faiss.omp_set_num_threads(threads)
-    with whole_file(path) as temporary:
+    with atomic_file(path) as temporary:
         faiss.write_index(index, str(temporary))
         _size_of(path).write_text(str(temporary.stat().st_size))
 

@@ -63,6 +63,15 @@ def test_what_cannot_be_reproduced_is_refused(refused, options, message):
     assert message in refused(reproduce, **{"validation_size": 8, "batch_size": 8} | options)
 
 
+@pytest.mark.parametrize("spelling", ["knn20", "eval_knn20"])
+def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", f"--metric={spelling}", "--validation_size=8"])
+    args, data = reproduce.parse((reproduce.ReproduceArguments, DataArguments))
+    reproduce.check(args, data)
+    assert args.metric == "knn20"
+    assert reproduce.ReproduceArguments().metric == "linear"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,6 @@
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +40,14 @@ def test_finished_cells_are_kept_and_never_run_again(tmp_path, setting):
     again = Sweep(tmp_path / "study", "second", setting, 1, {}).run([replace(CELL, method="other"), failing])
     assert again == [rows[0] | {"method": "other"}, rows[1]]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "cells").glob("*.json")}
+
+
+def test_cells_of_an_earlier_version_are_read_by_the_names_of_today(tmp_path, setting):
+    sweep = Sweep(tmp_path / "study", "first", setting, 1, {})
+    row = {"images_seen": 48, "loss": 0.5, "eval_linear": 0.25, "eval_knn10": None}
+    (sweep.cells / f"{setting.key(CELL)}.json").write_text(json.dumps(row))
+    (found,) = sweep.run([CELL])
+    assert found == {"images_seen": 48, "loss": 0.5, "linear": 0.25, "knn10": None} | asdict(CELL)
 
 
 def test_a_cell_that_was_stopped_ends_as_an_unbroken_one(tmp_path, setting):
