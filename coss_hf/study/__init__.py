@@ -1,1 +1,1 @@
-"""Many runs under one protocol: choices on held-out images, test read once a reported cell, finished cells kept."""
+"""Many runs under one protocol: choices on held-out images, test read once per reported trial, finished trials kept."""

@@ -1,48 +1,95 @@
-"""What a student is compared with: controls at equal images seen, the same seeds and initial weights."""
+"""What a student is compared with: baselines at equal images seen, with the same seeds and initial weights."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
+from coss_hf.data.loading import ImageSplits
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.timing import images_within
-from coss_hf.study.trials import Cell, Setting
+from coss_hf.study.trials import StudyConfig, Trial
 from coss_hf.trainer.arguments import ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 
-CELL = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
+# Arguments that each trial sets for itself.
+TRIAL_ARGUMENTS = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
 WITHOUT_LABELS = ("overlap10", "cosine")
-COSINE, PLAIN = "coss, cosine only", "coss, no neighbours"
+COSINE = "coss, cosine only"
+PLAIN = "coss, no neighbours"
 
 
-def trained_cells(
-    pair: str, training: DistillationArguments, seeds: int, split: str, methods: list[str] = ()
-) -> list[Cell]:
-    """CoSS, what it is made of, and other ``methods``, each with every seed.
+def trained_trials(
+    pair: str, training: DistillationArguments, seeds: int, split: str, methods: Sequence[str] = ()
+) -> list[Trial]:
+    """Return trials of CoSS, of its parts and of other methods, each with every seed.
 
     Without neighbours a step takes as many images as with them.
+
+    Args:
+        pair: name of teacher and student.
+        training: arguments of every run.
+        seeds: number of seeds: 1, 2, ...
+        split: split that is measured on.
+        methods: expressions of other methods, as of ``--method``.
     """
-    k, anchors = training.neighbors_k, training.per_device_train_batch_size
-    rows = [(COSINE, "coss(lambda_ss=0)", k, None), ("coss", "coss", k, None)]
-    rows += [(PLAIN, "coss", 0, anchors * (1 + k))] if k else []
-    rows += [(method, method, k, None) for method in dict.fromkeys(methods) if method != "coss"]
-    return [
-        Cell(pair, name, expression, 1, seed, training.num_images, split, k, anchors)
-        for name, expression, k, anchors in rows
-        for seed in range(1, seeds + 1)
-    ]
+    k = training.neighbors_k
+
+    def trials(name: str, expression: str, neighbors_k: int = k, anchors: int | None = None) -> list[Trial]:
+        return [
+            Trial(
+                pair=pair,
+                method=name,
+                expression=expression,
+                scale=1,
+                seed=seed,
+                num_images=training.num_images,
+                split=split,
+                neighbors_k=neighbors_k,
+                anchors=anchors,
+            )
+            for seed in range(1, seeds + 1)
+        ]
+
+    found = trials(COSINE, "coss(lambda_ss=0)") + trials("coss", "coss")
+    if k:
+        anchors = training.per_device_train_batch_size * (1 + k)
+        found += trials(PLAIN, "coss", neighbors_k=0, anchors=anchors)
+    for method in dict.fromkeys(methods):
+        if method != "coss":
+            found += trials(method, method)
+    return found
 
 
-def untrained_cells(pair: str, models: ModelArguments, seeds: int, split: str) -> list[Cell]:
-    """Random weights, the student's own where it starts from any, and the teacher."""
-    cells = [Cell(pair, "random", "", 0, seed, 0, split) for seed in range(1, seeds + 1)]
+def untrained_trials(pair: str, models: ModelArguments, seeds: int, split: str) -> list[Trial]:
+    """Return trials of random weights, of those that the student starts from if it has any, and of the teacher.
+
+    Args:
+        pair: name of teacher and student.
+        models: teacher and student.
+        seeds: number of draws of random weights.
+        split: split that is measured on.
+    """
+    trials = [untrained_trial(pair, "random", seed, split) for seed in range(1, seeds + 1)]
     if models.student_init != "random":
-        cells.append(Cell(pair, "initial", "", 0, 1, 0, split))
-    return [*cells, Cell(pair, "teacher", "", 0, 1, 0, split)]
+        trials.append(untrained_trial(pair, "initial", 1, split))
+    trials.append(untrained_trial(pair, "teacher", 1, split))
+    return trials
 
 
-def check_study(training: DistillationArguments, hours: float | None, seeds: int, jobs: int, splits) -> str:
-    """Name of the split that is measured on. Raises ValueError for what cannot be compared."""
+def untrained_trial(pair: str, method: str, seed: int, split: str) -> Trial:
+    """Return the trial of a network that no method trains; see ``UNTRAINED``."""
+    return Trial(pair=pair, method=method, expression="", scale=0, seed=seed, num_images=0, split=split)
+
+
+def check_study(
+    training: DistillationArguments, hours: float | None, seeds: int, jobs: int, splits: ImageSplits
+) -> str:
+    """Return the name of the split that is measured on.
+
+    Raises:
+        ValueError: what cannot be compared.
+    """
     if (hours is None) == (training.num_images is None):
         raise ValueError("--hours or --num_images: give one of them, the length of the comparison.")
     if hours is not None and hours <= 0:
@@ -58,27 +105,50 @@ def check_study(training: DistillationArguments, hours: float | None, seeds: int
     return "test" if splits.test is not None else "validation"
 
 
-def check_report(metric: str, splits) -> None:
-    """Raises ValueError where there is nothing to report on."""
+def check_report(metric: str, splits: ImageSplits) -> None:
+    """Check that there are images to report on, with labels if the metric needs them.
+
+    Raises:
+        ValueError: there are none.
+    """
     if splits.test is None:
         raise ValueError("--test_split: a table is reported on test images, and there are none; name their split.")
     if splits.label_column is None and metric not in WITHOUT_LABELS:
         raise ValueError(f"--metric={metric} needs labels, and none were found: name --label_column.")
 
 
-def changed(given: DistillationArguments) -> dict:
-    """What differs from the defaults, and holds for every run."""
-    plain = DistillationArguments(use_cpu=given.use_cpu)
-    names = [one.name for one in fields(given) if one.init and one.name not in CELL]
-    found = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(plain, name)}
-    return found | {"use_cpu": given.use_cpu}
+def changed_arguments(training: DistillationArguments) -> dict:
+    """Return the arguments of every run that differ from their defaults, and ``use_cpu``."""
+    defaults = DistillationArguments(use_cpu=training.use_cpu)
+    changed = {}
+    for argument in fields(training):
+        value = getattr(training, argument.name) if argument.init else None
+        if argument.init and argument.name not in TRIAL_ARGUMENTS and value != getattr(defaults, argument.name):
+            changed[argument.name] = value
+    changed["use_cpu"] = training.use_cpu
+    return changed
 
 
-def length(folder: Path, hours: float, trained: list[Cell], others: list[Cell], setting: Setting) -> int:
-    """Images of a run, so that all fit the hours. Kept: a second look would find other speeds, and make other cells."""
+def run_images(folder: Path, hours: float, trained: list[Trial], others: list[Trial], config: StudyConfig) -> int:
+    """Return the number of images of a run, so that all runs end in time.
+
+    It is measured once and kept in the folder: a second measurement would find other speeds, and make other trials.
+
+    Args:
+        folder: folder of the study.
+        hours: time for everything.
+        trained: trials with training.
+        others: trials without training.
+        config: what they share.
+
+    Raises:
+        ValueError: not even a few steps of each fit.
+    """
     path = folder / "length.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    if known.get("hours") != hours:
-        known = {"hours": hours, "num_images": images_within(3600 * hours, trained, others, setting)}
-        write_json(path, known)
-    return known["num_images"]
+    if path.exists():
+        known = json.loads(path.read_text())
+        if known["hours"] == hours:
+            return known["num_images"]
+    num_images = images_within(3600 * hours, trained, others, config)
+    write_json(path, {"hours": hours, "num_images": num_images})
+    return num_images

@@ -1,10 +1,11 @@
-"""The paper's tables: rows, pairs of networks, settings and published figures (arXiv:2409.13939, supplementary)."""
+"""The paper's tables (arXiv:2409.13939, supplementary): rows, pairs of networks, arguments and published figures."""
 
 import inspect
 
 from coss_hf.losses.combination import parse_methods
 from coss_hf.losses.registry import LOSSES
-from coss_hf.study.trials import Cell
+from coss_hf.study.baselines import untrained_trial
+from coss_hf.study.trials import Trial
 
 PAIRS = {
     "resnet20/resnet56": ("resnet20", "resnet56"),
@@ -15,12 +16,13 @@ PAIRS = {
 }
 CHOICE_SEED = 0
 SCALES = (0.5, 1, 2, 4, 8, 16, 32)
-EPOCHS, MILESTONES = 240, (150, 180, 210)  # the rate falls tenfold at each
+EPOCHS = 240
+MILESTONES = (150, 180, 210)  # epochs at which the learning rate falls tenfold
 COSS = "coss(beta=50, lambda_ss=0.5)"
 
+OTHERS = ("at", "sp", "vid", "rkd", "pkt", "factor", "nst", "crd", "srrl", "dist")
 ROWS = {
-    1: {name: name for name in ("at", "sp", "vid", "rkd", "pkt", "factor", "nst", "crd", "srrl", "dist")}
-    | {"coss": COSS},
+    1: {**{name: name for name in OTHERS}, "coss": COSS},
     2: {"L_co": "coss(beta=50, lambda_ss=0)", "L_ss": "coss(beta=50, lambda_co=0)", "coss": COSS},
     3: {f"lambda {value:g}": f"coss(beta=50, lambda_ss={value:g})" for value in (0, 0.25, 0.5, 1)},
     4: {"bn": "bn", "coss": COSS},
@@ -46,73 +48,112 @@ PUBLISHED = {
 
 
 def published(table: int, pair: str) -> dict[str, float]:
-    """The paper's figures for a pair, by row; empty where it has none."""
+    """Return the paper's figures for a pair, by row; empty if it has none."""
     return dict(zip(ROWS[table], PUBLISHED[table].get(pair, ())))
 
 
 def expression(table: int, name: str) -> str:
-    """Of a row: one of the table's, or any other that ``name`` spells out.
+    """Return the method expression of a row: one of the table's rows, or an expression itself.
+
+    Args:
+        table: number of the table.
+        name: name of the row, or an expression as of ``--method``.
 
     Raises:
         ValueError: neither.
     """
-    if name not in ROWS[table] and any(method.name not in LOSSES for method in parse_methods(name)):
-        rows, methods = ", ".join(ROWS[table]), ", ".join(LOSSES)
+    if name in ROWS[table]:
+        return ROWS[table][name]
+    if any(method.name not in LOSSES for method in parse_methods(name)):
         raise ValueError(
-            f"--methods={name!r} is neither a row of table {table} ({rows}) nor made of methods ({methods})."
+            f"--methods={name!r} is neither a row of table {table} ({', '.join(ROWS[table])}) nor made of methods "
+            f"({', '.join(LOSSES)})."
         )
-    return ROWS[table].get(name, name)
+    return name
 
 
 def scaled(expression: str, scale: float) -> str:
-    """A method expression with every ``beta`` times ``scale``."""
-    methods = []
+    """Return a method expression with every ``beta`` multiplied by ``scale``."""
+    parts = []
     for method in parse_methods(expression):
         default = inspect.signature(LOSSES[method.name]).parameters["beta"].default
         beta = scale * method.options.get("beta", default)
-        methods.append(str(method._replace(options=method.options | {"beta": beta})))
-    return " + ".join(methods)
+        parts.append(str(method._replace(options=method.options | {"beta": beta})))
+    return " + ".join(parts)
 
 
 def lengths(budgets: list[tuple[str, float]], batch_size: int, train_images: int) -> list[int]:
-    """Images of runs that are a share of the paper's 240 epochs.
+    """Return the number of images of runs that are a share of the paper's 240 epochs.
 
     Args:
         budgets: the flag and the share of each.
+        batch_size: number of images of a step.
+        train_images: number of training images.
 
     Raises:
         ValueError: one that is less than a step.
     """
-    whole = EPOCHS * train_images
+    paper_images = EPOCHS * train_images
     for flag, share in budgets:
-        if round(share * whole) < batch_size:
+        if round(share * paper_images) < batch_size:
             raise ValueError(
                 f"--{flag}={share:g} of 240 epochs of {train_images:,} images is less than one step: give at least "
-                f"{batch_size / whole:.2g}."
+                f"{batch_size / paper_images:.2g}."
             )
-    return [round(share * whole) for _, share in budgets]
+    return [round(share * paper_images) for _, share in budgets]
 
 
-def choice_cells(table: int, pair: str, methods: list[str], scales: list[float], images: int) -> list[Cell]:
-    """What chooses the scale of each row, on held-out images, with the seed that no report uses."""
-    rows = [(name, scale) for name in methods for scale in scales]
-    seen = {"seed": CHOICE_SEED, "num_images": images, "split": "validation"}
-    return [Cell(pair, name, scaled(expression(table, name), scale), scale, **seen) for name, scale in rows]
-
-
-def report_cells(pair: str, chosen: list[dict], finalists: int | None, seeds: int, images: int) -> list[Cell]:
-    """The chosen rows on test images with fresh seeds, random weights, and the teacher.
+def choice_trials(table: int, pair: str, methods: list[str], scales: list[float], images: int) -> list[Trial]:
+    """Return the trials that choose the scale of each row, on held-out images, with the seed that no report uses.
 
     Args:
-        chosen: a result a row, the best first.
-        finalists: only so many of the best, and CoSS; None for all.
+        table: number of the table.
+        pair: name of student and teacher.
+        methods: rows of the table, or expressions.
+        scales: factors of each method's ``beta``.
+        images: number of images that each trial sees.
     """
-    others = [row["method"] for row in chosen if row["method"] != "coss"][:finalists]
-    rows = [row for row in chosen if row["method"] in [*others, "coss"]]
-    cells = [
-        Cell(pair, row["method"], row["expression"], row["scale"], seed, images, "test")
-        for row in rows
+    return [
+        Trial(
+            pair=pair,
+            method=name,
+            expression=scaled(expression(table, name), scale),
+            scale=scale,
+            seed=CHOICE_SEED,
+            num_images=images,
+            split="validation",
+        )
+        for name in methods
+        for scale in scales
+    ]
+
+
+def report_trials(pair: str, chosen: list[dict], finalists: int | None, seeds: int, images: int) -> list[Trial]:
+    """Return trials of the chosen rows on test images with fresh seeds, of random weights, and of the teacher.
+
+    Args:
+        pair: name of student and teacher.
+        chosen: one result per row, the best first.
+        finalists: number of the best rows to report, apart from CoSS; None for all.
+        seeds: number of runs of each row.
+        images: number of images that each trial sees.
+    """
+    others = [row["method"] for row in chosen if row["method"] != "coss"]
+    reported = {*others[:finalists], "coss"}
+    trials = [
+        Trial(
+            pair=pair,
+            method=row["method"],
+            expression=row["expression"],
+            scale=row["scale"],
+            seed=seed,
+            num_images=images,
+            split="test",
+        )
+        for row in chosen
+        if row["method"] in reported
         for seed in range(1, seeds + 1)
     ]
-    cells += [Cell(pair, "random", "", 0, seed, 0, "test") for seed in range(1, seeds + 1)]
-    return [*cells, Cell(pair, "teacher", "", 0, 1, 0, "test")]
+    trials += [untrained_trial(pair, "random", seed, "test") for seed in range(1, seeds + 1)]
+    trials.append(untrained_trial(pair, "teacher", 1, "test"))
+    return trials

@@ -1,4 +1,4 @@
-"""Runs cells in processes of their own, side by side, and keeps what is finished."""
+"""Run the trials of a study in processes of their own, several in parallel, and keep the finished ones."""
 
 import contextlib
 import json
@@ -17,122 +17,172 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from coss_hf.reporting.run_record import write_json
-from coss_hf.study.trials import Cell, Setting, prepare, run_cell
+from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
 
 logger = logging.getLogger(__name__)
 
 
 class Sweep:
-    """The cells of a study in a folder.
+    """The trials of a study in a folder.
 
-    ``cells/`` holds a file for each finished cell, which is never run again, and the checkpoints of unfinished ones;
-    ``name.jsonl`` one line each in the order of the plan, whatever the order in which they ended, so that a sweep
-    that was killed and started again leaves the same file as an unbroken one. Several studies may share the folder, and
-    then the cells that they have in common.
+    ``trials/`` holds a file for each finished trial, which is never repeated, and the checkpoints of unfinished ones;
+    ``name.jsonl`` has one line for each trial in the order of the plan, whatever the order in which they ended, so that
+    a sweep that was killed and started again leaves the same file as an uninterrupted one. Several studies may share
+    the folder, and then the trials that they have in common.
 
     Args:
-        folder: of the study; one sweep at a time.
-        name: of its file.
-        setting: what the cells share.
-        jobs: cells side by side; they share the cores of the machine, and its GPUs in turn.
-        header: put before each result: the command.
+        folder: folder of the study; one sweep at a time can use it.
+        name: name of the file of results, without its ending.
+        jobs: number of trials that run in parallel; they share the cores of the machine, and its GPUs in turn.
+        header: entries put before each result: the command.
 
     Raises:
-        ValueError: another sweep is at work in the folder.
+        ValueError: another sweep is using the folder.
     """
 
-    def __init__(self, folder: Path, name: str, setting: Setting, jobs: int, header: dict):
-        self.folder, self.setting, self.jobs, self.header = Path(folder), setting, jobs, header
+    def __init__(self, folder: Path, name: str, jobs: int, header: dict):
+        self.folder = Path(folder)
         self.file = self.folder / f"{name}.jsonl"
-        self.cells = self.folder / "cells"
-        self.cells.mkdir(parents=True, exist_ok=True)
-        self.plan: list[Cell] = []
-        lock = FileLock(self.folder / "lock")
+        self.trials = self.folder / "trials"
+        self.trials.mkdir(parents=True, exist_ok=True)
+        self.jobs = jobs
+        self.header = header
+        # Trials with the keys of their results, in the order in which they were planned.
+        self.plan: list[tuple[Trial, str]] = []
+        self._lock = FileLock(self.folder / "lock")
         try:
-            lock.acquire(timeout=0)
+            self._lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(f"--output_dir={folder}: another sweep is at work there; give another folder.") from None
-        self._lock = lock
+            raise ValueError(f"--output_dir={folder}: another sweep is using it; give another folder.") from None
         self.gpus = visible_gpus()
         show_gpu(self.gpus, 0)  # one process does not take several
 
-    def check(self, cells: list[Cell]) -> None:
-        """Raises ValueError for a method that cannot run with its networks, before any training."""
-        for cell in {(cell.pair, cell.method): cell for cell in cells}.values():
-            with tempfile.TemporaryDirectory() as folder:
-                prepare(cell, self.setting, Path(folder), [])
+    def check(self, trials: list[Trial], config: StudyConfig) -> None:
+        """Build the trainer of each method, without training it.
 
-    def result(self, cell: Cell) -> dict | None:
-        """Of a finished cell."""
-        path = self.cells / f"{self.setting.key(cell)}.json"
+        Raises:
+            ValueError: a method that cannot run with its networks.
+        """
+        for trial in {(trial.pair, trial.method): trial for trial in trials}.values():
+            with tempfile.TemporaryDirectory() as folder:
+                build_trial_trainer(trial, config, Path(folder))
+
+    def result(self, trial: Trial, key: str) -> dict | None:
+        """Return the result of a finished trial; None for any other."""
+        path = self._path(key)
         if not path.exists():
             return None
-        # Cells that an earlier version finished name their metrics eval_...
-        row = {name.removeprefix("eval_"): value for name, value in json.loads(path.read_text()).items()}
-        return row | asdict(cell)
+        return json.loads(path.read_text()) | asdict(trial)
 
     def write(self) -> None:
-        """The file of results, whole or as it was."""
-        rows = [row for cell in self.plan if (row := self.result(cell))]
-        # The last logged loss is a mean over the steps since a cell was last resumed.
-        lines = [json.dumps(self.header | {k: v for k, v in row.items() if k != "loss"}) for row in rows]
+        """Replace the file of results, atomically."""
+        lines = []
+        for trial, key in self.plan:
+            row = self.result(trial, key)
+            if row:
+                row.pop("loss", None)  # a mean over the steps since a trial was last resumed
+                lines.append(json.dumps(self.header | row) + "\n")
         part = self.file.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in lines))
+        part.write_text("".join(lines))
         os.replace(part, self.file)
 
-    def run(self, cells: list[Cell], later: int = 0) -> list[dict]:
-        """Adds cells to the plan, runs those not finished, and returns the results of all of them, in order.
+    def run(self, trials: list[Trial], config: StudyConfig, later: int = 0) -> list[dict]:
+        """Add trials to the plan, run the unfinished ones, and return the results of all of them, in order.
 
         Args:
-            cells: to run.
-            later: images of cells to come, for the time left that is displayed.
+            trials: the trials.
+            config: what they share.
+            later: number of images of trials still to come, for the remaining time that is displayed.
         """
-        self.plan += [cell for cell in dict.fromkeys(cells) if cell not in self.plan]
-        todo = list({self.setting.key(cell): cell for cell in cells if not self.result(cell)}.values())
-        # The largest first would be quicker, the order of the plan is what a reader expects to watch.
+        keyed = [(trial, config.key(trial)) for trial in trials]
+        self.plan += [one for one in dict.fromkeys(keyed) if one not in self.plan]
+        # In the order of the plan, which is what a reader expects to see, though the largest first would be quicker.
+        todo = {key: trial for trial, key in keyed if not self.result(trial, key)}
+        remaining = sum(trial.num_images for trial in todo.values()) + later
+        total = sum(trial.num_images for trial, _ in self.plan) + later
+        with tqdm(total=total, initial=total - remaining, unit="img") as progress:
+            self._run_in_processes(todo, config, progress)
+        self.write()
+        return [self.result(trial, key) for trial, key in keyed]
+
+    def _run_in_processes(self, todo: dict[str, Trial], config: StudyConfig, progress: tqdm) -> None:
         context = multiprocessing.get_context("spawn")
-        seen, total = context.Queue(), sum(cell.num_images for cell in self.plan) + later
-        progress = tqdm(total=total, initial=total - later - sum(c.num_images for c in todo), unit="img")
-        threads, turns = max(1, torch.get_num_threads() // self.jobs), context.Queue()
+        seen = context.Queue()  # (key, images) of each step
+        turns = context.Queue()
         for turn in range(self.jobs):
             turns.put(turn)
-        pool = ProcessPoolExecutor(self.jobs, context, _start, (seen, threads, self.gpus, turns))
-        # Read when a process imports tqdm: those of the pool display nothing of their own.
-        os.environ["TQDM_DISABLE"] = "1"
-        with progress, pool, _no_new_cells_after_an_error(pool):
-            counted = dict.fromkeys(todo, 0)
-            running = {pool.submit(_work, cell, self.setting, self._work_folder(cell)): cell for cell in todo}
+        threads = max(1, torch.get_num_threads() // self.jobs)
+        counted = dict.fromkeys(todo, 0)
+        pool = ProcessPoolExecutor(self.jobs, context, _start_worker, (seen, threads, self.gpus, turns))
+        with _silent_progress_in_children(), pool, _no_new_trials_after_an_error(pool):
+            running = {
+                pool.submit(_run_in_worker, trial, config, self.trials / key, key): key for key, trial in todo.items()
+            }
             while running:
                 ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        cell, images = seen.get_nowait()
-                        counted[cell] += images
-                        progress.update(images)
+                for key, images in _drain(seen):
+                    counted[key] += images
+                    progress.update(images)
                 for future in ended:
-                    cell = running.pop(future)
-                    progress.update(cell.num_images - counted[cell])
-                    counted[cell] = cell.num_images
-                    write_json(self.cells / f"{self.setting.key(cell)}.json", future.result())
+                    key = running.pop(future)
+                    progress.update(todo[key].num_images - counted[key])
+                    counted[key] = todo[key].num_images
+                    write_json(self._path(key), future.result())
                     self.write()
                     progress.write(describe(future.result()))
-        del os.environ["TQDM_DISABLE"]
-        self.write()
-        return [self.result(cell) for cell in cells]
 
-    def _work_folder(self, cell: Cell) -> Path:
-        return self.cells / self.setting.key(cell)
+    def _path(self, key: str) -> Path:
+        return self.trials / f"{key}.json"
 
 
 def describe(row: dict) -> str:
-    """A finished cell in a line."""
+    """Return a finished trial as one line of text."""
     scores = {name: row[name] for name in ("linear", "knn10", "overlap10") if row.get(name)}
     words = ", ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
-    return f"{Cell(**{key: row[key] for key in Cell.__dataclass_fields__}).name}: {row.get('failed') or words}"
+    trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
+    return f"{trial.name}: {row.get('failed') or words}"
+
+
+def visible_gpus() -> list[str]:
+    """Return the names of the GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given:
+        return given.split(",")
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def show_gpu(gpus: list[str], turn: int) -> None:
+    """Leave one GPU visible to this process, which has not used any yet.
+
+    Args:
+        gpus: names of all GPUs; empty for none.
+        turn: number of the process.
+    """
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[turn % len(gpus)]
+
+
+def _drain(items: multiprocessing.Queue) -> list:
+    """Return what is in the queue now."""
+    found = []
+    with contextlib.suppress(queue.Empty):
+        while True:
+            found.append(items.get_nowait())
+    return found
 
 
 @contextlib.contextmanager
-def _no_new_cells_after_an_error(pool: ProcessPoolExecutor):
+def _silent_progress_in_children():
+    """Switch off the progress bars of processes that are started meanwhile: tqdm reads this when it is imported."""
+    os.environ["TQDM_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["TQDM_DISABLE"]
+
+
+@contextlib.contextmanager
+def _no_new_trials_after_an_error(pool: ProcessPoolExecutor):
     try:
         yield
     except BaseException:
@@ -140,22 +190,11 @@ def _no_new_cells_after_an_error(pool: ProcessPoolExecutor):
         raise
 
 
+# In a worker: the queue of the images that its steps have seen.
 _seen = None
 
 
-def visible_gpus() -> list[str]:
-    """Names of the GPUs that this process may use, as in ``CUDA_VISIBLE_DEVICES``."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
-
-
-def show_gpu(gpus: list[str], turn: int) -> None:
-    """Leaves this process, which has not used a GPU yet, one of them."""
-    if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[turn % len(gpus)]
-
-
-def _start(seen, threads: int, gpus: list[str], turns) -> None:
+def _start_worker(seen, threads: int, gpus: list[str], turns) -> None:
     global _seen
     _seen = seen
     show_gpu(gpus, turns.get())
@@ -165,10 +204,10 @@ def _start(seen, threads: int, gpus: list[str], turns) -> None:
 
 
 def end_with_parent() -> None:
-    """A sweep that is killed must not leave processes that write into its folder."""
+    """End this process with its parent: those of a sweep that is killed must not write into its folder."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
-def _work(cell: Cell, setting: Setting, folder: Path) -> dict:
-    return run_cell(cell, setting, folder, lambda images: _seen.put((cell, images)))
+def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, key: str) -> dict:
+    return run_trial(trial, config, folder, lambda images: _seen.put((key, images)))

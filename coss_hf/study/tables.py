@@ -3,6 +3,7 @@
 import math
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from coss_hf.evaluation.tables import COLUMNS
 from coss_hf.study.trials import UNTRAINED
@@ -16,20 +17,20 @@ METRICS = ("linear", "probe", "knn10", "knn20", "map", "asymmetric_map", "overla
 
 
 def half_interval(values: list[float]) -> float:
-    """Half the width of the 95 % t-interval of a mean; infinite for a single value."""
+    """Return half the width of the 95 % t-interval of a mean; infinite for a single value."""
     if len(values) < 2:
         return math.inf
     return T_QUANTILES[min(len(values) - 2, 29)] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def best(rows: list[dict], metric: str) -> dict | None:
-    """The row with the highest value, the first of equals; None where none has one."""
+    """Return the row with the highest value, the first of equals; None if none has one."""
     scored = [row for row in rows if row.get(metric) is not None and math.isfinite(row[metric])]
     return max(scored, key=lambda row: row[metric], default=None)
 
 
 def ranked(rows: list[dict], metric: str) -> dict[str, list[dict]]:
-    """Rows by method, the highest mean first; methods without a value last."""
+    """Group rows by method, the highest mean first; methods without a value last."""
     groups: dict[str, list[dict]] = {}
     for row in rows:
         groups.setdefault(row["method"], []).append(row)
@@ -42,16 +43,28 @@ def ranked(rows: list[dict], metric: str) -> dict[str, list[dict]]:
 
 
 def difference(rows: list[dict], other: list[dict], metric: str) -> tuple[float, float] | None:
-    """Mean difference of two methods paired by seed, and half of its 95 % interval; None without a common seed."""
-    seeds = {row["seed"]: row[metric] for row in other if row.get(metric) is not None}
-    mine = {row["seed"]: row[metric] for row in rows if row.get(metric) is not None}
-    if mine and rows[0]["method"] == "initial":  # one network, whatever the seed
-        mine = dict.fromkeys(seeds, *mine.values())
-    pairs = [mine[seed] - seeds[seed] for seed in mine if seed in seeds]
-    return (statistics.fmean(pairs), half_interval(pairs)) if pairs else None
+    """Return the mean difference of two methods paired by seed, and half of its 95 % t-interval.
+
+    Args:
+        rows: results of the first method.
+        other: results of the method that is subtracted.
+        metric: the metric.
+
+    Returns:
+        None without a common seed.
+    """
+    theirs = {row["seed"]: row[metric] for row in other if row.get(metric) is not None}
+    ours = {row["seed"]: row[metric] for row in rows if row.get(metric) is not None}
+    if ours and rows[0]["method"] == "initial":  # one network, whatever the seed
+        (value,) = ours.values()
+        ours = dict.fromkeys(theirs, value)
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if not differences:
+        return None
+    return statistics.fmean(differences), half_interval(differences)
 
 
-def _cell(rows: list[dict], metric: str) -> str:
+def _mean_with_interval(rows: list[dict], metric: str) -> str:
     values = [row[metric] for row in rows if row.get(metric) is not None]
     if not values:
         return "-"
@@ -61,48 +74,51 @@ def _cell(rows: list[dict], metric: str) -> str:
     return f"{text} ± {factor * half:.{digits}f}" if math.isfinite(half) else text
 
 
-def cells_of(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None) -> list[list[str]]:
-    """A ranked table, header first: a line a method, means over seeds with 95 % t-intervals; see ``markdown``."""
+def ranked_table(
+    rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None
+) -> list[list[str]]:
+    """Return a ranked table: the header, then one line for each method, means over seeds with 95 % t-intervals.
+
+    Args:
+        rows: results of trials of one pair and split.
+        metric: metric that ranks.
+        extra: more columns: functions of the method's name, by header.
+    """
     extra = extra or {}
     metrics = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
     lines = [["method", "scale", "seeds", *(COLUMNS[name][0] for name in metrics), *extra]]
     for name, group in ranked(rows, metric).items():
         scales = ", ".join(sorted({f"{row['scale']:g}" for row in group}))
-        scores = [_cell(group, one) for one in metrics]
         failed = sum("failed" in row for row in group)
         seeds = f"{len(group)} ({failed} failed)" if failed else str(len(group))
+        scores = [_mean_with_interval(group, one) for one in metrics]
         lines.append([name, scales, seeds, *scores, *(column(name) for column in extra.values())])
     return lines
 
 
 def as_markdown(lines: list[list[str]]) -> str:
-    """Of a table, header first, whose columns but the first hold numbers."""
+    """Return a table in Markdown; its first line is the header, and all columns but the first hold numbers."""
     rule = ["---", *["---:"] * (len(lines[0]) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [lines[0], rule, *lines[1:]])
 
 
 def markdown(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None) -> str:
-    """A ranked table: a line a method, means over seeds with 95 % t-intervals.
-
-    Args:
-        rows: results of cells of one pair and split.
-        metric: that ranks.
-        extra: more columns, from the method's name.
-    """
-    return as_markdown(cells_of(rows, metric, extra))
+    """Return ``ranked_table`` in Markdown."""
+    return as_markdown(ranked_table(rows, metric, extra))
 
 
 def pair_section(
     title: str, rows: list[dict], chosen: list[dict], metric: str, held_out: int, published: dict[str, float]
 ) -> str:
-    """Markdown of a pair: what was reported, what was chosen, and the paper's figures as what they are.
+    """Return a section in Markdown on a pair: what was reported, what was chosen, and the paper's own figures.
 
     Args:
-        title: with networks, images seen and budget.
-        rows, chosen: results on test and on held-out images.
-        metric: that chose and ranks.
+        title: networks, images seen and budget.
+        rows: results on test images.
+        chosen: results on held-out images.
+        metric: metric that chose and ranks.
         held_out: number of images that chose.
-        published: by row, top-1 in %.
+        published: the paper's top-1 in %, by row.
     """
     tried = max(row["images_seen"] for row in chosen)
     parts = [
@@ -114,52 +130,91 @@ def pair_section(
         *extra_passes(chosen),
     ]
     if published:
-        table = [list(published), [f"{value:.2f}" for value in published.values()]]
-        parts += [
-            "### Published: CIFAR-100 (lossless), 240 epochs, the best scale on test, linear top-1",
-            as_markdown(table),
-        ]
+        parts.append("### Published: CIFAR-100 (lossless), 240 epochs, the best scale on test, linear top-1")
+        parts.append(as_markdown([list(published), [f"{value:.2f}" for value in published.values()]]))
     return "\n\n".join(parts)
 
 
+@dataclass
+class _Standing:
+    """How the other rows stand to the best method.
+
+    Attributes:
+        first: name of the best method.
+        differences: text of each row's difference to it, by name.
+        close: rows within the noise.
+        better: untrained networks that are better by more than the noise.
+        unknown: rows without an interval.
+    """
+
+    first: str
+    differences: dict[str, str]
+    close: list[str] = field(default_factory=list)
+    better: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
+
+    def add(self, name: str, found: tuple[float, float] | None) -> None:
+        """Add a row by its difference to the best, and half of the interval."""
+        label = f"{name} weights" if name in UNTRAINED else name
+        if found is None:
+            self.differences[name] = "failed"
+            self.unknown.append(label)
+            return
+        mean, half = found
+        self.differences[name] = f"{100 * mean:.1f}"
+        if math.isinf(half):
+            self.unknown.append(label)
+            return
+        self.differences[name] += f" ± {100 * half:.1f}"
+        if mean > half and name in UNTRAINED:
+            self.better.append(label)
+        elif mean > half:
+            self.close.append(label)
+        elif mean >= -half:
+            self.differences[name] += ", inside the noise"
+            self.close.append(label)
+
+    def sentence(self) -> str:
+        """Say whether the differences mean anything."""
+        if self.better:
+            return f"No method is better than {' or '.join(self.better)}: nothing was learnt here."
+        if self.close:
+            rivals = "; ".join(self.close)
+            return f"{self.first} leads, but what separates it from {rivals} lies inside the noise of these seeds."
+        if self.unknown:
+            rivals = "; ".join(self.unknown)
+            return f"{self.first} leads; too few runs ended to say whether by more than noise over {rivals}."
+        return f"{self.first} is ahead of every other row by more than the noise of these seeds."
+
+
 def comparison(rows: list[dict], metric: str) -> str:
-    """A ranked table of a comparison, each method's difference to the best, and in words whether it says anything."""
+    """Return a ranked table with each row's difference to the best method, and whether the differences mean anything.
+
+    Args:
+        rows: results of trials of one pair and split.
+        metric: metric that ranks.
+    """
     groups = ranked(rows, metric)
     first = next(name for name in groups if name not in UNTRAINED)
-    words, close, better, unknown = {first: "-"}, [], [], []
+    standing = _Standing(first, {first: "-"})
     for name, group in groups.items():
-        if name in (first, "teacher"):
-            continue
-        found = difference(group, groups[first], metric)
-        label = f"{name} weights" if name in UNTRAINED else name
-        words[name] = "failed" if found is None else f"{100 * found[0]:.1f}"
-        if found is None or math.isinf(found[1]):
-            unknown.append(label)
-            continue
-        mean, half = found
-        words[name] += f" ± {100 * half:.1f}"
-        if mean > half and name in UNTRAINED:
-            better.append(label)
-        elif mean >= -half:
-            words[name] += ", inside the noise" if mean <= half else ""
-            close.append(label)
-    table = markdown(rows, metric, {f"difference to {first}, paired": lambda name: words.get(name, "")})
-    if all(row.get(metric) is None for row in groups[first]):
-        verdict = "Every run failed."
-    elif better:
-        verdict = f"No method is better than {' or '.join(better)}: nothing was learnt here."
-    elif close:
-        verdict = f"{first} leads, but what separates it from {'; '.join(close)} lies inside the noise of these seeds."
-    elif unknown:
-        verdict = f"{first} leads; too few runs ended to say whether by more than noise over {'; '.join(unknown)}."
-    else:
-        verdict = f"{first} is ahead of every other row by more than the noise of these seeds."
-    header = f"In %, means over seeds with 95 % t-intervals, ranked by {metric}."
-    return "\n\n".join([header, table, verdict, *extra_passes(rows)])
+        if name not in (first, "teacher"):
+            standing.add(name, difference(group, groups[first], metric))
+    extra = {f"difference to {first}, paired": lambda name: standing.differences.get(name, "")}
+    failed = all(row.get(metric) is None for row in groups[first])
+    parts = [
+        f"In %, means over seeds with 95 % t-intervals, ranked by {metric}.",
+        markdown(rows, metric, extra),
+        "Every run failed." if failed else standing.sentence(),
+        *extra_passes(rows),
+    ]
+    return "\n\n".join(parts)
 
 
 def extra_passes(rows: list[dict]) -> list[str]:
-    """A sentence on what methods cost beside their steps, where any does."""
+    """Return a sentence on the teacher's passes apart from those of the steps, if a method needs any."""
     extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
+    if not extra:
+        return []
     passes = "; ".join(f"{count:,} images for {name}" for name, count in extra.items())
-    return [f"Teacher passes beside those of training, once each: {passes}."] if extra else []
+    return [f"Teacher passes apart from those of training, once each: {passes}."]

@@ -1,4 +1,4 @@
-"""Teachers of a study that are trained first."""
+"""Teachers that a study trains first."""
 
 import json
 import logging
@@ -18,91 +18,126 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.utils.errors import bad_input_exits
 
-ASKED = "asked.json"  # what a teacher was trained with, written before it is
+# File of the arguments that a teacher was trained with, written before it is trained.
+TRAINED_WITH = "asked.json"
 
 
-def untrained(name: str, folder: Path) -> str:
-    """Saves a CIFAR network at random weights: whether methods can run with it is known before it is trained."""
+def save_untrained(name: str, folder: Path) -> str:
+    """Save a CIFAR network at random weights, to find out whether methods can run with it before it is trained.
+
+    Args:
+        name: name of the network.
+        folder: folder to write.
+
+    Returns:
+        The folder.
+    """
     for part in load_classifier(name, ["0", "1"]):
         part.save_pretrained(folder)
     return str(folder)
 
 
-def _asked(data: DataArguments, epochs: int, options: dict) -> dict:
-    """What decides a teacher's weights, as arguments of the recipe."""
-    found = {"num_train_epochs": epochs, "lr_milestones": [epochs * drop / EPOCHS for drop in MILESTONES]}
-    found |= {name: options[name] for name in ("per_device_train_batch_size", "bf16")}
-    return found | {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default}
+def _trained_with(data: DataArguments, epochs: int, options: dict) -> dict:
+    """Return the arguments that decide a teacher's weights."""
+    return {
+        "num_train_epochs": epochs,
+        "lr_milestones": [epochs * drop / EPOCHS for drop in MILESTONES],
+        "per_device_train_batch_size": options["per_device_train_batch_size"],
+        "bf16": options["bf16"],
+        **_changed(data),
+    }
+
+
+def _changed(data: DataArguments) -> dict:
+    """Return the arguments that differ from their defaults."""
+    return {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default}
 
 
 def check(folders: Iterable[Path], data: DataArguments, epochs: int, options: dict) -> None:
-    """Refuses teachers, finished or not, that were asked for otherwise; arguments as of ``train``.
+    """Check that teachers which are there, finished or not, were trained with the same arguments.
+
+    Args:
+        folders: see ``train``.
+        data: see ``train``.
+        epochs: see ``train``.
+        options: see ``train``.
 
     Raises:
-        ValueError: naming what differs.
+        ValueError: they were not; the message names what differs.
     """
-    asked = _asked(data, epochs, options)
+    wanted = _trained_with(data, epochs, options)
     for folder in folders:
-        path = folder / ASKED
-        if path.exists() and (before := json.loads(path.read_text())) != asked:
-            differ = [name for name in {**before, **asked} if before.get(name) != asked.get(name)]
-            named = ", ".join(f"{name} {before.get(name)}, not {asked.get(name)}" for name in differ)
+        path = folder / TRAINED_WITH
+        found = json.loads(path.read_text()) if path.exists() else wanted
+        differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        if differ:
+            named = ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in differ)
             raise ValueError(
                 f"--output_dir: its teacher {folder} was trained with {named}; give another folder, or remove that one."
             )
 
 
 def train(folders: Iterable[Path], data: DataArguments, epochs: int, options: dict) -> None:
-    """Train those that are not there yet, each in a folder of its name, on the training images.
+    """Train the teachers that are not there yet, each in its folder, on the training images.
 
     One that was stopped is resumed from its own checkpoint.
 
     Args:
-        folders: of the teachers; the last part is the name of a CIFAR network.
+        folders: folders of the teachers; the last part of each is the name of a CIFAR network.
         data: the images.
-        epochs: after the paper's shares of them the rate falls tenfold.
-        options: other fields of ``TeacherArguments``; None: left out.
+        epochs: passes over the images; the learning rate falls tenfold after the paper's shares of them.
+        options: other fields of ``TeacherArguments``; those that are None are left out.
 
     Raises:
-        SystemExit: it failed, and said why.
+        SystemExit: training failed, and the reason was printed.
     """
-    asked = _asked(data, epochs, options)
+    trained_with = _trained_with(data, epochs, options)
     for folder in folders:
         if not (folder / "run.json").exists():
-            write_json(folder / ASKED, asked)
-            training = {"save_strategy": "steps", "save_total_limit": 1} | options
-            training |= {name: asked[name] for name in ("num_train_epochs", "lr_milestones")}
-            training |= {"model": folder.name, "output_dir": str(folder), "overwrite_output_dir": True}
-            training = {name: value for name, value in training.items() if value is not None}
-            # A process that dies with this one, and with a memory of its own.
-            process = multiprocessing.get_context("spawn").Process(target=_train_one, args=(data, training))
-            process.start()
-            process.join()
-            if process.exitcode:
-                raise SystemExit(max(process.exitcode, 1))
+            write_json(folder / TRAINED_WITH, trained_with)
+            arguments = {
+                "save_strategy": "steps",
+                "save_total_limit": 1,
+                **options,
+                "num_train_epochs": epochs,
+                "lr_milestones": trained_with["lr_milestones"],
+                "model": folder.name,
+                "output_dir": str(folder),
+                "overwrite_output_dir": True,
+            }
+            _train_in_process(data, {name: value for name, value in arguments.items() if value is not None})
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
 
-def _train_one(data: DataArguments, training: dict) -> None:
+def _train_in_process(data: DataArguments, arguments: dict) -> None:
+    """Train one teacher in a process that ends with this one and has a memory of its own."""
+    process = multiprocessing.get_context("spawn").Process(target=_train_one, args=(data, arguments))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(max(process.exitcode, 1))
+
+
+def _train_one(data: DataArguments, arguments: dict) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        run = build_supervised_run(data, TeacherArguments(**training, resume_from_checkpoint="auto"))
-    run.train(launched_as=_command(data, training))
+        run = build_supervised_run(data, TeacherArguments(**arguments, resume_from_checkpoint="auto"))
+    run.train(launched_as=_command(data, arguments))
 
 
-def _command(data: DataArguments, training: dict) -> str:
-    """The command that does the same, for the teacher's record."""
-    given = {f.name: getattr(data, f.name) for f in fields(data) if getattr(data, f.name) != f.default} | training
+def _command(data: DataArguments, arguments: dict) -> str:
+    """Return the command that trains the same teacher, for its record."""
     words = ["python", "recipes/train_teacher.py"]
-    for name, value in given.items():
-        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    for name, value in {**_changed(data), **arguments}.items():
+        words.append(f"--{name}")
+        words += map(str, value if isinstance(value, list) else [value])
     return shlex.join(words)
 
 
 def describe(folder: Path) -> str:
-    """What a table says of a teacher that was trained for it."""
-    epochs = json.loads((folder / ASKED).read_text())["num_train_epochs"]
+    """Return a sentence on a teacher that was trained for a table."""
+    epochs = json.loads((folder / TRAINED_WITH).read_text())["num_train_epochs"]
     accuracy = json.loads((folder / "run.json").read_text())["accuracy"]
     return f"Its teacher was trained first, for {epochs} epochs: {100 * accuracy:.1f} % of test images right."

@@ -2,15 +2,16 @@
 
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
 
-from coss_hf.study.trials import Cell, Setting, prepare, run_cell
+from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
 
-STEPS, FIRST = 12, 4  # steps timed, and those before that are slower
+STEPS = 12  # steps that are timed
+FIRST = 4  # steps before them, which are slower
 
 
 class _Clock(TrainerCallback):
@@ -23,37 +24,67 @@ class _Clock(TrainerCallback):
         self.times.append(time.perf_counter())
 
 
-def images_within(seconds: float, trained: list[Cell], others: list[Cell], setting: Setting) -> int:
-    """Images that each of the ``trained`` cells may see.
+@dataclass
+class _Speed:
+    """Time of a method.
 
-    Each method is timed over a few steps, and what it takes before its first; the measurement once, on an untrained
-    cell; what a step costs beside others on the same machine is not measured: side by side they are taken to share what
-    one alone has.
+    Attributes:
+        before: seconds before its first step ends.
+        per_step: seconds of a later step.
+        images_per_step: number of images of a step.
+    """
+
+    before: float
+    per_step: float
+    images_per_step: int
+
+
+def _time_steps(trial: Trial, config: StudyConfig, folder: Path) -> _Speed:
+    """Time a few steps of a trial, without checkpoints; a schedule changes no time."""
+    training = config.training | {"max_steps": STEPS + FIRST, "save_strategy": "no"}
+    timed = replace(config, training=training, milestones=())
+    trainer = build_trial_trainer(replace(trial, num_images=None), timed, folder)
+    clock = _Clock()
+    trainer.add_callback(clock)
+    start = time.perf_counter()  # after the search for neighbours, which all trials share
+    trainer.train()
+    return _Speed(
+        before=clock.times[0] - start,
+        per_step=(clock.times[-1] - clock.times[FIRST - 1]) / STEPS,
+        images_per_step=trainer.args.images_per_step,
+    )
+
+
+def images_within(seconds: float, trained: list[Trial], others: list[Trial], config: StudyConfig) -> int:
+    """Return the number of images that each of the ``trained`` trials may see.
+
+    Each method is timed over a few steps, with what it takes before its first; the measurement is timed once, on an
+    untrained trial. How much slower a step is while others run on the same machine is not measured: trials in parallel
+    are taken to share the speed of one alone.
 
     Args:
-        seconds: for everything.
-        trained, others: cells with and without training.
+        seconds: time for everything.
+        trained: trials with training.
+        others: trials without training.
+        config: what they share.
 
     Raises:
         ValueError: not even a few steps of each fit.
     """
     begin = time.perf_counter()
+    per_image = 0.0
+    least = 0
     with tempfile.TemporaryDirectory() as folder:
-        run_cell(others[0], setting, Path(folder))
+        run_trial(others[0], config, Path(folder))
         fixed = (time.perf_counter() - begin) * (len(trained) + len(others))
-        per_image, least = 0.0, 0
-        for cell in {(cell.expression, cell.neighbors_k): cell for cell in trained}.values():
-            clock = _Clock()
-            trainer = prepare(replace(cell, num_images=None), setting, Path(folder), [clock])
-            trainer.args.max_steps = STEPS + FIRST
-            trainer.args.save_strategy = "no"
-            start = time.perf_counter()  # neighbours are searched once for all cells
-            trainer.train()
-            spent = (clock.times[-1] - clock.times[FIRST - 1]) / STEPS
-            same = sum((one.expression, one.neighbors_k) == (cell.expression, cell.neighbors_k) for one in trained)
-            fixed += same * (clock.times[0] - start)
-            per_image += same * spent / trainer.args.images_per_step
-            least = max(least, 10 * trainer.args.images_per_step)
+        groups: dict[tuple[str, int], list[Trial]] = {}
+        for trial in trained:
+            groups.setdefault((trial.expression, trial.neighbors_k), []).append(trial)
+        for group in groups.values():
+            speed = _time_steps(group[-1], config, Path(folder))
+            fixed += len(group) * speed.before
+            per_image += len(group) * speed.per_step / speed.images_per_step
+            least = max(least, 10 * speed.images_per_step)
     fixed += time.perf_counter() - begin
     images = int((seconds - fixed) / per_image)
     if images < least:

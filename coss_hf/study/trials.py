@@ -1,4 +1,4 @@
-"""A cell of a study: one training run and its measurement."""
+"""One trial of a study: train a student, or take a network as it is, and measure it; the key that names its result."""
 
 import functools
 import hashlib
@@ -8,40 +8,40 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
+from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
-from coss_hf.data.views import ViewDataset
-from coss_hf.evaluation.evaluator import Evaluator, random_weights
+from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
 from coss_hf.models.backbone import Backbone
-from coss_hf.neighbors.mining import nearest_neighbors
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.factory import build_trainer, find_neighbors
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.errors import NonFiniteLoss
 
-# How a cell is run, not what it comes to.
+# Arguments that say how a trial is run and do not change its result.
 OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers")
-UNTRAINED = ("teacher", "random", "initial")  # what no method trains, measured like the others
+# Rows that no method trains, measured like the others.
+UNTRAINED = ("teacher", "random", "initial")
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One line of the results.
+class Trial:
+    """One row of a study's results.
 
     Attributes:
         pair: name of teacher and student, for tables.
-        method: name of the row, for tables; ``teacher``, ``random`` weights and the ``initial`` ones of a
-            student that has its own are not trained.
-        expression: ``--method``, with the scale in it.
-        scale: of the method's ``beta``.
-        seed: of initial weights, order and views.
-        num_images: seen in training, neighbours included.
-        split: what it is measured on: ``validation`` for a choice, ``test`` for a report.
-        neighbors_k: drawn beside each anchor.
-        anchors: a device and step; None: as the setting says.
+        method: name of the row, for tables; ``teacher``, ``random`` (random weights) and ``initial`` (the weights that
+            a student starts from) are not trained.
+        expression: the ``--method``, with the scale in it.
+        scale: factor of the method's ``beta``.
+        seed: seed of initial weights, order and views.
+        num_images: number of images seen in training, neighbours included.
+        split: split that is measured on: ``validation`` for a choice, ``test`` for a report.
+        neighbors_k: number of neighbours drawn for each anchor.
+        anchors: number of anchors per device and step; None for that of the ``StudyConfig``.
     """
 
     pair: str
@@ -56,21 +56,22 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name of the trial in messages."""
         return f"{self.pair} {self.method} scale {self.scale:g} seed {self.seed} {self.split}"
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all cells of a study share.
+class StudyConfig:
+    """What all trials of a study share.
 
     Attributes:
-        data: the images; ``validation_size`` of them are held out of every training set and bank.
+        data: the images; ``validation_size`` of them are held out of every training set.
         models: teacher, student and their options, by the name of the pair.
         training: fields of ``DistillationArguments``.
-        milestones: shares of a run after which its rate falls tenfold; none: ``training`` says the schedule.
-        bank_size: training images that a choice is measured against; a report takes all.
-        identity: of images and teacher by the name of the pair; see ``identified``.
+        milestones: shares of a run after which its learning rate falls tenfold; if empty, ``training`` has the
+            schedule.
+        bank_size: number of training images that a choice is measured against; a report takes all.
+        identity: hash of images and teacher by the name of the pair; see ``identified``.
     """
 
     data: DataArguments
@@ -80,157 +81,210 @@ class Setting:
     bank_size: int = 10_000
     identity: dict[str, str] = field(default_factory=dict)
 
-    def identified(self) -> "Setting":
-        """With hashes of images, labels and weights, so that what stands at a path may change."""
-        found = {}
-        for pair, models in self.models.items():
-            splits, teacher = load(self, pair)
-            columns = ["image_hash", *([splits.label_column] if splits.label_column else [])]
-            parts = [
-                part[name][:] for part in (splits.train, splits.validation, splits.test) if part for name in columns
-            ]
-            parts.append(teacher.fingerprint())
-            if models.student_init != "random":
-                parts.append(models.load_student(teacher).fingerprint())
-            found[pair] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-        return replace(self, identity=found)
+    def identified(self) -> "StudyConfig":
+        """Return a copy with hashes of images, labels and weights, so that what stands at a path may change."""
+        identity = {pair: self._identify(pair) for pair in self.models}
+        return replace(self, identity=identity)
 
-    def key(self, cell: Cell) -> str:
-        """Name of the file of a finished cell: of everything that its result depends on, not its row's name."""
+    def _identify(self, pair: str) -> str:
+        splits, teacher = load(self, pair)
+        columns = ["image_hash"]
+        if splits.label_column:
+            columns.append(splits.label_column)
+        parts = []
+        for split in (splits.train, splits.validation, splits.test):
+            if split:
+                parts += [split[name][:] for name in columns]
+        parts.append(teacher.fingerprint())
+        models = self.models[pair]
+        if models.student_init != "random":
+            parts.append(models.load_student(teacher).fingerprint())
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def key(self, trial: Trial) -> str:
+        """Return the file name of a trial's result: a hash of everything that it depends on, not of its row's name."""
         training = {name: value for name, value in self.training.items() if name not in OPERATION}
-        shared = [asdict(self.data), asdict(self.models[cell.pair]), training, self.milestones, self.bank_size]
-        shared.append(self.identity.get(cell.pair))
-        method = cell.method if cell.method in UNTRAINED else None
-        text = json.dumps([asdict(replace(cell, method=method)), shared], sort_keys=True, default=str)
+        shared = [
+            asdict(self.data),
+            asdict(self.models[trial.pair]),
+            training,
+            self.milestones,
+            self.bank_size,
+            self.identity.get(trial.pair),
+        ]
+        method = trial.method if trial.method in UNTRAINED else None
+        text = json.dumps([asdict(replace(trial, method=method)), shared], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def load(config: StudyConfig, pair: str) -> tuple[ImageSplits, Backbone]:
+    """Load images and teacher of a pair; the last ones loaded are kept for the next trial."""
+    return _load(_inputs(config, pair))
+
+
+def _inputs(config: StudyConfig, pair: str) -> str:
+    """Return the arguments of images and networks as text, which a cache can take."""
+    return json.dumps([asdict(config.data), asdict(config.models[pair])], sort_keys=True)
+
+
 @functools.lru_cache(maxsize=1)
-def _load(text: str) -> tuple[ImageSplits, Backbone]:
-    data, models = json.loads(text)
+def _load(inputs: str) -> tuple[ImageSplits, Backbone]:
+    data, models = json.loads(inputs)
     return DataArguments(**data).load(), ModelArguments(**models).load_teacher()
 
 
-def _identity(setting: Setting, pair: str) -> str:
-    return json.dumps([asdict(setting.data), asdict(setting.models[pair])], sort_keys=True)
+def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> DistillationTrainer:
+    """Build the trainer of a trial, ready for its first step.
 
-
-def load(setting: Setting, pair: str) -> tuple[ImageSplits, Backbone]:
-    """Images and teacher; kept from cell to cell."""
-    return _load(_identity(setting, pair))
-
-
-def _arguments(cell: Cell, setting: Setting, folder: Path, images: int) -> DistillationArguments:
-    given = {"output_dir": str(folder), "method": cell.expression, "seed": cell.seed}
-    given |= {"num_images": cell.num_images, "neighbors_k": cell.neighbors_k}
-    quiet = {"disable_tqdm": True, "report_to": [], "save_total_limit": 1}
-    fixed = {"eval_strategy": "no"}  # a cell is measured once, at its end
-    if cell.anchors:
-        fixed["per_device_train_batch_size"] = cell.anchors
-    args = DistillationArguments(**given, **(quiet | setting.training | fixed))
-    if setting.milestones:
-        length = args.run_length(images)
-        epochs = cell.num_images / length.images_after(length.steps_per_epoch)
-        args.lr_milestones = [share * epochs for share in setting.milestones]
-    return args
-
-
-def prepare(cell: Cell, setting: Setting, folder: Path, callbacks: list[TrainerCallback]) -> DistillationTrainer:
-    """Everything up to the first step.
+    Args:
+        trial: the trial, one that is trained.
+        config: what the study's trials share.
+        folder: folder of its checkpoints.
 
     Raises:
-        ValueError: all bad input of a run.
+        ValueError: any input that the run cannot use.
     """
-    splits, teacher = load(setting, cell.pair)
-    args = _arguments(cell, setting, folder, len(splits.train))
-    set_seed(cell.seed)
-    teacher.maps = 0
-    student = setting.models[cell.pair].load_student(teacher)
-    size = max(*teacher.size, *student.size)
-    views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
-    if cell.neighbors_k:
+    splits, teacher = load(config, trial.pair)
+    args = _training_arguments(trial, config, folder, len(splits.train))
+    set_seed(trial.seed)
+    student = config.models[trial.pair].load_student(teacher)
+    neighbors = None
+    if args.neighbors_k:
+        # Before the trainer sets its seed: a search that is not cached yet draws random numbers, on which dropout
+        # would depend.
         teacher.model.to(args.device)
-        search = {"k": args.neighbors_pool, "options": setting.data, "cache_dir": setting.data.neighbors_cache}
-        search |= {"batch_size": args.per_device_eval_batch_size}
-        views.use_neighbors(
-            nearest_neighbors(splits.train, teacher, splits.image_column, **search)[0], cell.neighbors_k
-        )
-    trainer = DistillationTrainer(student, teacher, args, views, callbacks=callbacks)
+        neighbors = find_neighbors(splits, teacher, config.data, args)
+    trainer = build_trainer(student, teacher, splits, args, neighbors=neighbors)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
+def _training_arguments(
+    trial: Trial, config: StudyConfig, folder: Path, num_train_images: int
+) -> DistillationArguments:
+    arguments = {
+        "disable_tqdm": True,
+        "report_to": [],
+        "save_total_limit": 1,
+        **config.training,
+        "output_dir": str(folder),
+        "method": trial.expression,
+        "seed": trial.seed,
+        "num_images": trial.num_images,
+        "neighbors_k": trial.neighbors_k,
+        "eval_strategy": "no",  # a trial is measured once, at its end
+    }
+    if trial.anchors:
+        arguments["per_device_train_batch_size"] = trial.anchors
+    if config.milestones:
+        length = DistillationArguments(**arguments).run_length(num_train_images)
+        epochs = trial.num_images / length.images_after(length.steps_per_epoch)
+        arguments["lr_milestones"] = [share * epochs for share in config.milestones]
+    return DistillationArguments(**arguments)
+
+
 class _Progress(TrainerCallback):
-    def __init__(self, report: Callable[[int], None]):
-        self.report, self.trainer, self.seen = report, None, 0
+    """Report the number of images that each step has seen."""
+
+    def __init__(self, trainer: DistillationTrainer, report: Callable[[int], None]):
+        self.trainer = trainer
+        self.report = report
+        self.reported = 0
 
     def on_step_end(self, args, state, control, **kwargs):
         seen = self.trainer.images_seen
-        self.report(seen - self.seen)
-        self.seen = seen
+        self.report(seen - self.reported)
+        self.reported = seen
 
 
-def run_cell(cell: Cell, setting: Setting, folder: Path, report: Callable[[int], None] = lambda images: None) -> dict:
-    """Trains and measures; goes on from a checkpoint in ``folder``, and removes it at the end.
+def run_trial(
+    trial: Trial, config: StudyConfig, folder: Path, report: Callable[[int], None] = lambda images: None
+) -> dict:
+    """Train and measure; resume from a checkpoint in ``folder``, which is removed at the end.
 
     Args:
-        report: called with the number of images that each step has seen.
+        trial: the trial.
+        config: what the study's trials share.
+        folder: folder of its checkpoints.
+        report: function called after each step with the number of images that the step has seen.
 
     Returns:
-        The cell, ``images_seen``, ``extra_teacher_images`` (teacher passes beside those of the steps), ``loss`` (mean
-        over the last steps that were logged), and its metrics;
-        ``failed`` with the reason, and no metrics, where the loss became not finite.
+        The fields of the trial; ``images_seen``; ``extra_teacher_images``, the teacher's passes apart from those of the
+        steps; ``loss``, the mean over the last steps that were logged; and the metrics. ``failed`` with the reason,
+        and no metrics, if the loss became NaN or infinite.
     """
-    splits, teacher = load(setting, cell.pair)
-    result = asdict(cell) | {"images_seen": 0, "extra_teacher_images": 0}
-    if cell.method in UNTRAINED:
-        device = DistillationArguments(str(folder), use_cpu=setting.training.get("use_cpu", False)).device
-        models = setting.models[cell.pair]
-        set_seed(cell.seed)
-        network = teacher if cell.method == "teacher" else models.load_student(teacher)
-        if cell.method == "random" and models.student_init != "random":
-            network = random_weights(network, cell.seed)
-        teacher.model.to(device)
-        network.model.to(device)
-        return result | measure(cell, setting, network)
-    progress = _Progress(report)
-    trainer = progress.trainer = prepare(cell, setting, folder, [progress])
+    if trial.method in UNTRAINED:
+        return _measure_untrained(trial, config, folder)
+    trainer = build_trial_trainer(trial, config, folder)
+    trainer.add_callback(_Progress(trainer, report))
+    result = asdict(trial)
     try:
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
     except NonFiniteLoss as error:
         shutil.rmtree(folder, ignore_errors=True)
-        return result | {"images_seen": trainer.images_seen, "failed": str(error).split(";")[0]}
-    extra = pretraining_images(trainer) + (len(splits.train) if cell.neighbors_k else 0)
-    result |= {"images_seen": trainer.images_seen, "extra_teacher_images": extra}
+        result["images_seen"] = trainer.images_seen
+        result["extra_teacher_images"] = 0
+        result["failed"] = str(error).split(";")[0]
+        return result
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    result |= {"loss": losses[-1] if losses else None}
-    result |= measure(cell, setting, trainer.student, trainer.project)
+    result["images_seen"] = trainer.images_seen
+    result["extra_teacher_images"] = _extra_teacher_images(trainer)
+    result["loss"] = losses[-1] if losses else None
+    result |= measure(trial, config, trainer.student, trainer.project)
     shutil.rmtree(folder, ignore_errors=True)
     return result
 
 
+def _extra_teacher_images(trainer: DistillationTrainer) -> int:
+    """Return the number of images that the teacher embeds before the first step."""
+    searched = len(trainer.train_dataset) if trainer.args.neighbors_k else 0
+    return pretraining_images(trainer) + searched
+
+
+def _measure_untrained(trial: Trial, config: StudyConfig, folder: Path) -> dict:
+    _, teacher = load(config, trial.pair)
+    models = config.models[trial.pair]
+    device = DistillationArguments(str(folder), use_cpu=config.training.get("use_cpu", False)).device
+    set_seed(trial.seed)
+    network = teacher if trial.method == "teacher" else models.load_student(teacher)
+    if trial.method == "random" and models.student_init != "random":
+        network = random_weights(network, trial.seed)
+    teacher.model.to(device)
+    network.model.to(device)
+    result = asdict(trial)
+    result["images_seen"] = 0
+    result["extra_teacher_images"] = 0
+    return result | measure(trial, config, network)
+
+
+def measure(
+    trial: Trial, config: StudyConfig, network: Backbone, project: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, float | None]:
+    """Return the metrics of ``network`` on the trial's split.
+
+    Args:
+        trial: the trial.
+        config: what the study's trials share.
+        network: the network to measure; a trial of the teacher measures the teacher instead.
+        project: the student's head, ``(m, d_s)`` to ``(m, d_t)``; None without one.
+    """
+    evaluator = _evaluator(_inputs(config, trial.pair), trial.split, config.bank_size)
+    if trial.method == "teacher":
+        network = evaluator.teacher  # the same object, so that the teacher is not embedded twice
+    metrics, _ = evaluator(network, project)
+    return metrics
+
+
 @functools.lru_cache(maxsize=2)
-def _evaluator(text: str, split: str, bank_size: int) -> Evaluator:
-    splits, teacher = _load(text)
-    train_images = splits.train
-    if split == "validation":
-        # Drawn, since folders of images are sorted by class.
-        rows = np.random.default_rng(0).permutation(len(train_images))[:bank_size]
-        train_images = train_images.select(np.sort(rows))
+def _evaluator(inputs: str, split: str, bank_size: int) -> Evaluator:
+    splits, teacher = _load(inputs)
     return Evaluator(
         teacher,
         getattr(splits, split),
         splits.image_column,
         label_column=splits.label_column,
-        train_images=train_images,
+        train_images=sample(splits.train, bank_size if split == "validation" else None),
         linear=True,
         diagnostics=True,
         retrieval=True,
     )
-
-
-def measure(cell: Cell, setting: Setting, network: Backbone, project=None) -> dict[str, float | None]:
-    """Metrics of ``Evaluator`` on the cell's split."""
-    evaluator = _evaluator(_identity(setting, cell.pair), cell.split, setting.bank_size)
-    # One and the same object, so that the teacher is not embedded twice.
-    return evaluator(evaluator.teacher if cell.method == "teacher" else network, project)[0]

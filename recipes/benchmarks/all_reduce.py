@@ -1,8 +1,8 @@
-"""The exact global loss by three all-reduced vectors, against gathering every process's features.
+"""Compare the exact global loss by three all-reduced vectors with gathering every process's features.
 
     python recipes/benchmarks/all_reduce.py --output all_reduce.json
 
-Two processes (gloo), forward and backward pass of the loss alone, interleaved pairs; the values are compared too.
+Two processes (gloo) time the forward and backward pass of the loss alone, in interleaved pairs, and compare the values.
 """
 
 import argparse
@@ -21,16 +21,20 @@ from torch.distributed.nn.functional import all_gather
 from coss_hf.features import Features
 from coss_hf.losses.registry import LOSSES
 
-SIZES = [(128, 64), (128, 768), (1024, 768)]
+SIZES = [(128, 64), (128, 768), (1024, 768)]  # images of a process, dimensions
+WARM_UP = 5
 
 
-def gathered(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    s, t = torch.cat(all_gather(s)), torch.cat(all_gather(t))
+def gathered_loss(s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """Return CoSS of the features of all processes, ``(b, d)`` each."""
+    s = torch.cat(all_gather(s))
+    t = torch.cat(all_gather(t))
     rows, columns = (torch.nn.functional.cosine_similarity(s, t, dim=dim, eps=1e-12).mean() for dim in (1, 0))
     return -50 * (rows + columns)
 
 
 def timed(loss, s: torch.Tensor, t: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """Return the seconds of a forward and a backward pass, and the loss."""
     s = s.clone().requires_grad_()
     dist.barrier()
     start = time.perf_counter()
@@ -39,33 +43,36 @@ def timed(loss, s: torch.Tensor, t: torch.Tensor) -> tuple[float, torch.Tensor]:
     return time.perf_counter() - start, value.detach()
 
 
+def measure(rank: int, batch: int, dim: int, pairs: int) -> dict:
+    """Return the median times of both, and the spread of their paired ratio."""
+    coss = LOSSES["coss"]()
+    generator = torch.Generator().manual_seed(rank)
+    s, t = (torch.randn(batch, dim, generator=generator) for _ in range(2))
+    times = []
+    for _ in range(pairs + WARM_UP):
+        ours, value = timed(lambda s, t: coss(Features(s), Features(t))["loss"], s, t)
+        gather, same = timed(gathered_loss, s, t)
+        torch.testing.assert_close(value, same, rtol=1e-4, atol=1e-4)
+        times.append((ours, gather))
+    times = times[WARM_UP:]
+    ratios = sorted(ours / gather for ours, gather in times)
+    return {
+        "images_a_process": batch,
+        "dimensions": dim,
+        "pairs": pairs,
+        "all_reduce_ms": round(1e3 * statistics.median(ours for ours, _ in times), 3),
+        "gather_ms": round(1e3 * statistics.median(gather for _, gather in times), 3),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_quartiles": [round(ratios[pairs // 4], 3), round(ratios[3 * pairs // 4], 3)],
+        "floats_sent_forward": {"all_reduce": 2 + 3 * dim, "gather": 2 * batch * dim},
+    }
+
+
 def process(rank: int, world: int, folder: str, pairs: int) -> None:
+    """Measure all sizes in one of the processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/port", rank=rank, world_size=world)
-    coss = LOSSES["coss"]()
-    results = []
-    for batch, dim in SIZES:
-        generator = torch.Generator().manual_seed(rank)
-        s, t = (torch.randn(batch, dim, generator=generator) for _ in range(2))
-        times = []
-        for _ in range(pairs + 5):
-            ours, value = timed(lambda s, t: coss(Features(s), Features(t))["loss"], s, t)
-            gather, same = timed(gathered, s, t)
-            torch.testing.assert_close(value, same, rtol=1e-4, atol=1e-4)
-            times.append((ours, gather))
-        ratios = sorted(ours / gather for ours, gather in times[5:])
-        results.append(
-            {
-                "images_a_process": batch,
-                "dimensions": dim,
-                "pairs": pairs,
-                "all_reduce_ms": round(1e3 * statistics.median(a for a, _ in times[5:]), 3),
-                "gather_ms": round(1e3 * statistics.median(b for _, b in times[5:]), 3),
-                "ratio_median": round(statistics.median(ratios), 3),
-                "ratio_quartiles": [round(ratios[pairs // 4], 3), round(ratios[3 * pairs // 4], 3)],
-                "floats_sent_forward": {"all_reduce": 2 + 3 * dim, "gather": 2 * batch * dim},
-            }
-        )
+    results = [measure(rank, batch, dim, pairs) for batch, dim in SIZES]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()

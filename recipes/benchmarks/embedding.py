@@ -1,10 +1,10 @@
-"""What the embedding stage of the neighbour search costs beyond the teacher's bare forward passes.
+"""Measure what embedding for the neighbour search costs beyond the teacher's bare forward passes.
 
     python recipes/benchmarks/embedding.py --output neighbor_embedding.json
 
 The stage reads encoded images (PNG, of the network's own size: nothing to resize), decodes and pre-processes them,
-embeds, and writes shards; the bare loop runs the same network over tensors in memory. Both take turns over the same
-images, in one process; the ratio (bare / stage, 1 is as fast) is the median of the pairs.
+embeds them, and writes shards; the bare loop runs the same network over tensors in memory. Both take turns over the
+same images, in one process; the ratio (bare / stage; 1 if both are as fast) is the median of the pairs.
 """
 
 import argparse
@@ -34,7 +34,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def make_teacher(name: str, folder: str):
-    """resnet56 for 32 pixels, or a ViT-S/16 for 224, random weights."""
+    """Return resnet56 for 32 pixels, or a ViT-S/16 for 224, at random weights."""
     if name == "resnet56":
         CifarResNetModel(cifar_config(name)).save_pretrained(folder)
         cifar_image_processor(*IMAGENET).save_pretrained(folder)
@@ -46,8 +46,9 @@ def make_teacher(name: str, folder: str):
 
 
 def pictures(count: int, size: int) -> datasets.Dataset:
-    """Encoded images; smooth ones, of a photograph's size on disk."""
-    rng, encoded = np.random.default_rng(0), []
+    """Return encoded images, smooth ones, of a photograph's size on disk."""
+    rng = np.random.default_rng(0)
+    encoded = []
     for _ in range(count):
         small = PIL.Image.fromarray(rng.integers(0, 256, (size // 8, size // 8, 3), dtype=np.uint8))
         buffer = io.BytesIO()
@@ -57,7 +58,7 @@ def pictures(count: int, size: int) -> datasets.Dataset:
 
 
 def measure(name: str, images: int, pairs: int, batch_size: int, num_workers: int) -> dict:
-    """Median seconds of both, and the spread of their paired ratio."""
+    """Return the median speed of both, and the spread of their paired ratio."""
     with tempfile.TemporaryDirectory() as folder:
         teacher = make_teacher(name, f"{folder}/{name}")
         rows = ProcessedImages(pictures(images, teacher.size[0]), "image", teacher.preprocess)

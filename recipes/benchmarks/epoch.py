@@ -1,40 +1,35 @@
-"""An epoch on real images against a bare PyTorch loop that only trains.
+"""Measure an epoch on real images against a bare PyTorch loop that only trains.
 
     python recipes/benchmarks/epoch.py --train_parquet TRAIN.parquet --output epoch.json
 
-The trainer decodes, augments and collates CIFAR-10's images in 1 or 2 loader processes; the bare loop takes tensors
-that are in memory, un-augmented. Both train resnet20 towards resnet56 at batch 128. Segments of the two alternate in
-one run; the trainer's first steps of each are not counted: its loaders worked ahead during the bare segment.
+The trainer decodes, augments and collates CIFAR-10's images in 1 or 2 loader processes; the bare loop takes tensors in
+memory, without augmentation. Both train resnet20 towards resnet56 at batch 128. Segments of the two alternate in one
+run; the trainer's first steps of each are not counted: its loaders worked ahead during the bare segment.
 """
 
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from bare_loop import decode
-from trainer_step import IMAGENET, KEEP_MEMORY, BareLoop, now
+from trainer_step import BareLoop, machine, now, restart_with_kept_memory, save_networks
 from transformers import set_seed
 
 from coss_hf.data.loading import load_images
-from coss_hf.data.views import ViewDataset
-from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
-from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
 from coss_hf.models.loading import load_backbone
-from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.training_args import DistillationArguments
 
-BATCH, SEGMENT = 128, 30
+BATCH = 128
+SEGMENT = 30  # steps
 
 
 class Segments(BareLoop):
-    """As many bare steps after every segment of the trainer, both timed in seconds a step."""
+    """Run as many bare steps after every segment of the trainer, and time both in seconds per step."""
 
     def __init__(self, *args, skip: int):
         super().__init__(*args)
@@ -54,13 +49,16 @@ class Segments(BareLoop):
 
 
 def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
-    """Speed of the trainer as a share of the bare loop's, segment by segment."""
-    teacher, student, other = (load_backbone(f"{folder}/{name}") for name in ("resnet56", "resnet20", "resnet20"))
+    """Return the speed of the trainer as a share of the bare loop's, segment by segment."""
+    teacher = load_backbone(f"{folder}/resnet56")
+    student = load_backbone(f"{folder}/resnet20")
+    other = load_backbone(f"{folder}/resnet20")
     splits = load_images(parquet)
-    data = ViewDataset(splits.train, splits.image_column, "cifar", 32)
     # One segment more: the first starts the loaders.
     args = DistillationArguments(
         output_dir=f"{folder}/out",
+        augmentation="cifar",
+        seed=0,
         per_device_train_batch_size=BATCH,
         max_steps=SEGMENT * (segments + 1),
         dataloader_num_workers=workers,
@@ -71,7 +69,7 @@ def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
     images = decode(parquet)[: BATCH * 64, None]
     bare = Segments(copy.copy(teacher).freeze(), other, BATCH, images, skip=2 * workers + 1)
     other.model.to(args.device).train()
-    DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
+    build_trainer(student, teacher, splits, args, callbacks=[bare]).train()
     shares = sorted(loop / trainer for trainer, loop in bare.pairs[1:])
     return {
         "workers": workers,
@@ -90,17 +88,14 @@ def main() -> None:
     parser.add_argument("--segments", type=int, default=5)
     parser.add_argument("--output", help="JSON file")
     options = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    restart_with_kept_memory()
     set_seed(0)
     result = {
         "command": f"python recipes/benchmarks/epoch.py --train_parquet ... --segments {options.segments}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
     with tempfile.TemporaryDirectory() as folder:
-        for name in ("resnet56", "resnet20"):
-            CifarResNetModel(cifar_config(name)).save_pretrained(f"{folder}/{name}")
-            cifar_image_processor(*IMAGENET).save_pretrained(f"{folder}/{name}")
+        save_networks(folder, ("resnet56", "resnet20"))
         for workers in (1, 2):
             result[f"workers_{workers}"] = measure(options.train_parquet, workers, options.segments, folder)
     print(json.dumps(result, indent=2))

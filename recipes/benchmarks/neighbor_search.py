@@ -1,14 +1,14 @@
-"""Exact and approximate neighbour search: seconds, recall@10 and peak memory.
+"""Measure exact and approximate neighbour search: seconds, recall@10 and peak memory.
 
     python recipes/benchmarks/neighbor_search.py --sizes 50000 200000 1000000 --output neighbor_search.json
 
-Vectors are synthetic and clustered (a centre each 50 images, the noise half as long: cosine 0.8 within, 0
-across), unit length, 256 numbers, on disk as the embedding stage leaves them; or real ones with --vectors FOLDER, what
-recipes/neighbors.py --neighbors_keep_embeddings left. Each search runs in a process of its own,
-on one thread, so that its peak memory (VmHWM, libraries and mapped files included) is its own. Exact search is timed on
-all queries up to --exact_up_to vectors, beyond on 2,000, and extrapolated. Ratios: approximate against exact search of
-the same size (extrapolated, see above) in CPU seconds (other programs do not count in), in turns, and memory against
-vectors plus index.
+Vectors are synthetic and clustered (one centre per 50 images, noise half as long as the centre: cosine 0.8 within a
+cluster, 0 across), of unit length and 256 numbers, on disk as the embedding stage leaves them; with --vectors FOLDER
+they are real ones, which recipes/neighbors.py --neighbors_keep_embeddings left. Each search runs in a process of its
+own, on one thread, so that its peak memory (VmHWM, libraries and mapped files included) is its own. Exact search is
+timed on all queries up to --exact_up_to vectors; of more vectors on 2,000 queries, and extrapolated. Ratios: CPU
+seconds of approximate to exact search of the same size, in turns (other programs do not count), and memory to vectors
+plus index.
 """
 
 import argparse
@@ -31,11 +31,13 @@ from coss_hf.neighbors.mining import search_vectors
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.utils.process_group import Processes
 
-DIM, K, QUERIES = 256, 10, 2_000
+DIM = 256
+K = 10
+QUERIES = 2_000
 
 
 def make(folder: Path, n: int, dtype: str) -> None:
-    """Clustered unit rows in shards, a shard in memory at a time."""
+    """Write clustered unit rows in shards, one shard in memory at a time."""
     folder.mkdir()
     centres = np.random.default_rng(0).standard_normal((n // 50, DIM), dtype=np.float32)
     for number, start in enumerate(range(0, n, shard_rows(n))):
@@ -46,16 +48,18 @@ def make(folder: Path, n: int, dtype: str) -> None:
 
 
 def memory(kind: str) -> int:
-    """Bytes that this process holds (VmRSS) or has held at most (VmHWM)."""
+    """Return the bytes that this process holds (VmRSS) or has held at most (VmHWM)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
     return int(line.split()[1]) * 1024
 
 
 def one(folder: Path, kind: str, dtype: str, exact_up_to: int) -> dict:
-    """A search, in this process."""
+    """Run a search in this process."""
     vectors = Vectors([np.load(path, mmap_mode="c") for path in sorted(folder.glob("[0-9]*.npy"))])
     n, dim = vectors.shape
-    before, start, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    before = memory("VmRSS")
+    start = time.perf_counter()
+    cpu = time.process_time()
     result = {
         "images": n,
         "dim": dim,
@@ -64,57 +68,66 @@ def one(folder: Path, kind: str, dtype: str, exact_up_to: int) -> dict:
         "vectors_mb": round(n * dim * np.dtype(dtype).itemsize / 1e6),
     }
     if kind == "exact" and n > exact_up_to:
-        rows, exact = random_rows(n, QUERIES), ExactSearch(vectors)
+        rows = random_rows(n, QUERIES)
+        exact = ExactSearch(vectors)
         for first in range(0, len(rows), 1024):
             exact(rows[first : first + 1024], K)
         seconds = round(time.perf_counter() - start, 1)
-        result |= {"queries": len(rows), "seconds": seconds, "seconds_of_all": round(seconds * n / len(rows))}
+        result["queries"] = len(rows)
+        result["seconds"] = seconds
+        result["seconds_of_all"] = round(seconds * n / len(rows))
     elif kind == "exact":
         search_all(ExactSearch(vectors), K)
-        result |= {"recall": 1.0, "seconds": round(time.perf_counter() - start, 1)}
+        result["recall"] = 1.0
+        result["seconds"] = round(time.perf_counter() - start, 1)
     else:
         with tempfile.TemporaryDirectory(dir=folder) as work:
             options = SearchOptions(neighbors_dtype=dtype)
-            found = search_vectors(vectors, K, kind, options, Path(work), processes=Processes(alone=True))[1]
-            result |= (
-                found
-                | {"search": kind, "taken": found.get("search", kind)}
-                | {"seconds": round(time.perf_counter() - start, 1)}
-            )
+            _, found = search_vectors(vectors, K, kind, options, Path(work), processes=Processes(alone=True))
+            result |= found
+            result["search"] = kind
+            result["taken"] = found.get("search", kind)
+            result["seconds"] = round(time.perf_counter() - start, 1)
             result["index_mb"] = round(os.path.getsize(Path(work, f"{kind}.index")) / 1e6)
     peak = memory("VmHWM")
-    result |= {"peak_mb": round(peak / 1e6), "of_which_libraries_mb": round(before / 1e6)}
+    result["peak_mb"] = round(peak / 1e6)
+    result["of_which_libraries_mb"] = round(before / 1e6)
     result["cpu_seconds"] = round(time.process_time() - cpu, 1)
-    held = result["vectors_mb"] + result.get("index_mb", 0)
-    return result | {"peak_to_vectors_and_index": round(peak / 1e6 / held, 3)}
+    needed = result["vectors_mb"] + result.get("index_mb", 0)
+    result["peak_to_vectors_and_index"] = round(peak / 1e6 / needed, 3)
+    return result
 
 
-def measure(folder: Path, options: argparse.Namespace):
-    """Yields the results of all searches of each size, interleaved, each in a fresh process."""
-    for n in options.sizes:
-        results = []
-        data = Path(options.vectors) if options.vectors else folder / str(n)
-        if not options.vectors:
-            make(data, n, options.dtype)
-        rounds = {kind: [] for kind in options.searches}
-        for _ in range(options.rounds if n <= options.exact_up_to else 1):
-            for kind, runs in rounds.items():
-                words = [data, kind, options.dtype, options.exact_up_to]
-                command = [sys.executable, __file__, "--one", *map(str, words)]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-                runs.append(json.loads(done.stdout))
-                print(json.dumps(runs[-1]), flush=True)
-        exact = [run["cpu_seconds"] * n / run.get("queries", n) for run in rounds.get("exact", [])]
-        for runs in rounds.values():
-            ratios = [run["cpu_seconds"] / other for run, other in zip(runs, exact, strict=False)]
-            middle = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
-            if runs[0]["search"] != "exact" and ratios:
-                middle["cpu_seconds_to_exact"] = round(statistics.median(ratios), 4)
-            results.append({"data": "real" if options.vectors else "synthetic"} | middle | {"rounds": len(runs)})
-        for path in folder.glob("*/*.npy"):
-            path.unlink()
-        yield results
+def run_one(data: Path, kind: str, options: argparse.Namespace) -> dict:
+    """Run a search in a fresh process, on one thread."""
+    command = [sys.executable, __file__, "--one", str(data), kind, options.dtype, str(options.exact_up_to)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    result = json.loads(done.stdout)
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def measure(folder: Path, options: argparse.Namespace, n: int) -> list[dict]:
+    """Run all searches of one size, interleaved, and return the median run of each."""
+    data = Path(options.vectors) if options.vectors else folder / str(n)
+    if not options.vectors:
+        make(data, n, options.dtype)
+    rounds = {kind: [] for kind in options.searches}
+    for _ in range(options.rounds if n <= options.exact_up_to else 1):
+        for kind, runs in rounds.items():
+            runs.append(run_one(data, kind, options))
+    exact = [run["cpu_seconds"] * n / run.get("queries", n) for run in rounds.get("exact", [])]
+    results = []
+    for runs in rounds.values():
+        ratios = [run["cpu_seconds"] / seconds for run, seconds in zip(runs, exact, strict=False)]
+        median = sorted(runs, key=lambda run: run["seconds"])[len(runs) // 2]
+        if runs[0]["search"] != "exact" and ratios:
+            median["cpu_seconds_to_exact"] = round(statistics.median(ratios), 4)
+        results.append({"data": "real" if options.vectors else "synthetic", **median, "rounds": len(runs)})
+    for path in folder.glob("*/*.npy"):
+        path.unlink()
+    return results
 
 
 def main() -> None:
@@ -134,14 +147,20 @@ def main() -> None:
         torch.set_num_threads(1)
         print(json.dumps(one(Path(folder), kind, dtype, int(exact_up_to))))
         return
+    sizes = options.sizes
     if options.vectors:
-        options.sizes = [sum(len(np.load(path, mmap_mode="r")) for path in Path(options.vectors).glob("[0-9]*.npy"))]
-    machine = f"{platform.machine()}, 1 thread, torch {torch.__version__}"
-    command = "python recipes/benchmarks/neighbor_search.py " + " ".join(sys.argv[1:]).split(" --note")[0]
-    report = {"command": command, "machine": machine, "note": options.note, "k": K, "results": []}
+        shards = Path(options.vectors).glob("[0-9]*.npy")
+        sizes = [sum(len(np.load(path, mmap_mode="r")) for path in shards)]
+    report = {
+        "command": "python recipes/benchmarks/neighbor_search.py " + " ".join(sys.argv[1:]).split(" --note")[0],
+        "machine": f"{platform.machine()}, 1 thread, torch {torch.__version__}",
+        "note": options.note,
+        "k": K,
+        "results": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
-        for results in measure(Path(folder), options):
-            report["results"] += results
+        for n in sizes:
+            report["results"] += measure(Path(folder), options, n)
             if options.output:
                 Path(options.output).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -1,10 +1,10 @@
-"""What a step through DistillationTrainer costs beyond the same step in a bare PyTorch loop.
+"""Measure what a step through DistillationTrainer costs beyond the same step in a bare PyTorch loop.
 
     python recipes/benchmarks/trainer_step.py --output trainer_step.json
 
 Both train resnet20 towards resnet56 on the same random tensors in memory. After every trainer step one bare step runs,
-so that each pair meets the machine in the same state; quote the medians. glibc hands freed memory back and takes it
-again at the next step, which costs whichever loop the heap's layout punishes: the script starts itself anew with that
+so that each pair meets the machine in the same state; quote the medians. glibc returns freed memory to the system and
+takes it again at the next step, at a cost that depends on the heap's layout: the script restarts itself with that
 switched off, for both loops alike.
 """
 
@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,15 +34,33 @@ KEEP_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(2**34), "MALLOC_MMAP_THRESHOLD_": s
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def restart_with_kept_memory() -> None:
+    """Restart this program once, so that freed memory is kept by the process."""
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+
+
+def machine() -> str:
+    """Return processor, threads and version of torch."""
+    return f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def save_networks(folder: str, names: Iterable[str]) -> None:
+    """Save CIFAR networks at random weights, each in a subfolder of its name."""
+    for name in names:
+        CifarResNetModel(cifar_config(name)).save_pretrained(f"{folder}/{name}")
+        cifar_image_processor(*IMAGENET).save_pretrained(f"{folder}/{name}")
+
+
 def now() -> float:
-    """Seconds, once what was begun on a GPU is done."""
+    """Return the time in seconds, once the work begun on a GPU is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 class InMemory(torch.utils.data.Dataset):
-    """Views that cost nothing to make."""
+    """Views that cost nothing to make; in place of a ``ViewDataset``."""
 
     size = 32
 
@@ -64,14 +83,17 @@ class InMemory(torch.utils.data.Dataset):
 
 
 class BareLoop(TrainerCallback):
-    """One step of a bare loop after every step of the trainer, both timed."""
+    """Run one step of a bare loop after every step of the trainer, and time both."""
 
     def __init__(self, teacher, student, batch_size: int, views):
-        self.teacher, self.student, self.batch_size = teacher.model, student.model, batch_size
-        mean, std = (torch.tensor(x).view(1, 3, 1, 1) * 255 for x in IMAGENET)
-        self.mean, self.std, self.views = mean, std, views
+        self.teacher = teacher.model
+        self.student = student.model
+        self.batch_size = batch_size
+        self.views = views
+        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in IMAGENET)
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        self.pairs, self.start = [], None
+        self.pairs = []  # seconds of a trainer step and of a bare one
+        self.start = None
 
     def step(self) -> None:
         rows = torch.randint(len(self.views), (self.batch_size,))
@@ -96,17 +118,24 @@ class BareLoop(TrainerCallback):
 
 
 def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict:
-    """Median seconds of trainer and bare steps, and the spread of their paired ratio."""
-    for name in (teacher_name, "resnet20"):
-        CifarResNetModel(cifar_config(name)).save_pretrained(f"{folder}/{name}")
-        cifar_image_processor(*IMAGENET).save_pretrained(f"{folder}/{name}")
-    teacher, student = load_backbone(f"{folder}/{teacher_name}"), load_backbone(f"{folder}/resnet20")
+    """Return the median time of trainer and bare steps, and the spread of their paired ratio."""
+    save_networks(folder, (teacher_name, "resnet20"))
+    teacher = load_backbone(f"{folder}/{teacher_name}")
+    student = load_backbone(f"{folder}/resnet20")
     data = InMemory(batch_size * 8)
-    quiet = {"save_strategy": "no", "logging_steps": 50, "disable_tqdm": True, "use_cpu": not torch.cuda.is_available()}
-    args = DistillationArguments(f"{folder}/out", per_device_train_batch_size=batch_size, max_steps=steps + 5, **quiet)
+    args = DistillationArguments(
+        f"{folder}/out",
+        per_device_train_batch_size=batch_size,
+        max_steps=steps + 5,
+        save_strategy="no",
+        logging_steps=50,
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+    )
     other = load_backbone(f"{folder}/resnet20")
     bare = BareLoop(copy.copy(teacher).freeze(), other, batch_size, data.views)
     other.model.to(args.device).train()
+    # Not through the factory, which makes its views from images: these are tensors in memory.
     DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
     pairs = bare.pairs[4:]
     ratios = sorted(trainer / loop for trainer, loop in pairs)
@@ -129,16 +158,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--output", help="JSON file")
     options = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP_MEMORY)
+    restart_with_kept_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     set_seed(0)
     result = {
         "command": f"python recipes/benchmarks/trainer_step.py --steps {options.steps} --threads {options.threads}",
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "machine": machine(),
     }
-    result |= {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    if torch.cuda.is_available():
+        result["gpu"] = torch.cuda.get_device_name()
     with tempfile.TemporaryDirectory() as folder:
         result["batch_128"] = measure(128, options.steps, folder, "resnet56")
         result["short_step"] = measure(4, 10 * options.steps, folder, "resnet20")

@@ -1,4 +1,4 @@
-"""recipes/reproduce.py and recipes/compare.py."""
+"""recipes/reproduce.py, recipes/compare.py and recipes/report.py."""
 
 import json
 import os
@@ -12,6 +12,9 @@ import datasets
 import pytest
 
 import tests.helpers.runs as h
+from coss_hf.cli import parse
+from coss_hf.study.comparison import held_out_size
+from coss_hf.study.reproduction import ReproduceArguments
 from coss_hf.study.trials import UNTRAINED
 from coss_hf.trainer.arguments import DataArguments
 from tests.recipes.test_distill import load_recipe
@@ -66,10 +69,9 @@ def test_what_cannot_be_reproduced_is_refused(refused, options, message):
 @pytest.mark.parametrize("spelling", ["knn20", "eval_knn20"])
 def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling):
     monkeypatch.setattr(sys, "argv", ["reproduce.py", f"--metric={spelling}", "--validation_size=8"])
-    args, data = reproduce.parse((reproduce.ReproduceArguments, DataArguments))
-    reproduce.check(args, data)
+    args, _ = parse((ReproduceArguments, DataArguments))
     assert args.metric == "knn20"
-    assert reproduce.ReproduceArguments().metric == "linear"
+    assert ReproduceArguments().metric == "linear"
 
 
 @pytest.mark.parametrize(
@@ -121,12 +123,12 @@ def test_a_dataset_without_test_images_or_labels(refused, tmp_path, image_parque
 
 def test_methods_are_compared_on_held_out_images_by_default(image_parquet, tmp_path):
     data = DataArguments(dataset=str(image_parquet))
-    assert compare.held_out(data) == 4 and compare.held_out(replace(data, validation_size=0)) == 0
+    assert held_out_size(data) == 4 and held_out_size(replace(data, validation_size=0)) == 0
     for split, rows in (("train", 20), ("validation", 9), ("test", 9)):
         images = datasets.Dataset.from_parquet(str(image_parquet / "train.parquet")).select(range(rows))
         images.to_parquet(tmp_path / "own" / f"{split}.parquet")
     own = DataArguments(dataset=str(tmp_path / "own"), validation_size=None)
-    own.validation_size = compare.held_out(own)
+    own = replace(own, validation_size=held_out_size(own))
     assert own.validation_size == 0 and len(own.load().validation) == 9
 
 
@@ -145,14 +147,14 @@ def finish(process: subprocess.Popen) -> str:
 
 @pytest.mark.slow
 def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet):
-    """Teacher first, two methods at two scales, then two seeds; killed in the teacher's training, in that of a cell,
+    """Teacher first, two methods at two scales, then two seeds; killed in the teacher's training, in that of a trial,
     and where some are finished."""
     budget = {"budget": 960 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
     budget |= {"save_steps": 7}
     options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["vid", "coss"], "scales": [0.5, 1]}
     options |= budget | {"use_cpu": True, "batch_size": 16}
     finish(start("reproduce", **options, output_dir=tmp_path / "whole"))
-    for name, count in (("teachers/*/checkpoint-*", 1), ("cells/*/checkpoint-*", 1), ("cells/*.json", 5)):
+    for name, count in (("teachers/*/checkpoint-*", 1), ("trials/*/checkpoint-*", 1), ("trials/*.json", 5)):
         process = start("reproduce", **options, output_dir=tmp_path / "killed")
         while len(list((tmp_path / "killed").glob(name))) < count:
             assert process.poll() is None, process.communicate()[1]
@@ -203,7 +205,7 @@ def test_a_report(tmp_path, image_parquet, networks):
     out = finish(start("report", **options, **training, **neighbors, output_dir=tmp_path / "out"))
     names = ["coss", "coss, cosine only", "coss, no neighbours", "random", "initial", "teacher"]
     assert all(f"| {name} |" in out for name in names) and "96 images seen, 3 seeds" in out
-    assert "Teacher passes beside those of training, once each: 48 images for coss, cosine only" in out
+    assert "Teacher passes apart from those of training, once each: 48 images for coss, cosine only" in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 3 + 3 + 1 + 1
     initial = next(row for row in rows if row["method"] == "initial")

@@ -1,4 +1,4 @@
-"""Costs, the verdict in words, and the controls of a report."""
+"""Costs, the verdict in words, and the baselines of a report."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import tests.helpers.runs as h
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.plots import quality_plot
-from coss_hf.study.baselines import trained_cells, untrained_cells
+from coss_hf.study.baselines import trained_trials, untrained_trials
 from coss_hf.study.costs import costs
 from coss_hf.study.verdict import verdict
 from coss_hf.trainer.arguments import ModelArguments
@@ -43,7 +43,7 @@ def test_it_did_not_help(coss):
     assert said[0].startswith("It did not help: by linear evaluation") and "random weights have 35.0 %" in said[0]
 
 
-def test_the_students_own_weights_are_the_start_where_it_has_any():
+def test_pretrained_student_is_compared_with_its_own_weights():
     group = {"random": [0.1, 0.1, 0.1], "initial": [0.6], "coss": [0.59, 0.6, 0.61], "teacher": [0.8]}
     said = verdict(rows(**group), "linear", COSTS)
     assert said[0].startswith("It did not help") and "the student's own weights have 60.0 %" in said[0]
@@ -77,18 +77,18 @@ def test_every_run_failed():
     assert said == ["It did not help: every run of CoSS failed (The loss is nan at step 3)."]
 
 
-def test_controls_see_equal_images_a_step():
+def test_baselines_see_equal_images_per_step():
     training = DistillationArguments(
         use_cpu=True, neighbors_k=3, neighbors_pool=5, per_device_train_batch_size=8, num_images=64
     )
-    cells = trained_cells("pair", training, 2, "test", ["rkd", "coss"])
-    assert [cell.method for cell in cells[::2]] == ["coss, cosine only", "coss", "coss, no neighbours", "rkd"]
-    assert {(cell.anchors or 8) * (1 + cell.neighbors_k) for cell in cells} == {32}
-    assert {cell.seed for cell in cells} == {1, 2} and {cell.num_images for cell in cells} == {64}
-    names = [cell.method for cell in untrained_cells("pair", ModelArguments(student="x"), 2, "test")]
+    trials = trained_trials("pair", training, 2, "test", ["rkd", "coss"])
+    assert [trial.method for trial in trials[::2]] == ["coss, cosine only", "coss", "coss, no neighbours", "rkd"]
+    assert {(trial.anchors or 8) * (1 + trial.neighbors_k) for trial in trials} == {32}
+    assert {trial.seed for trial in trials} == {1, 2} and {trial.num_images for trial in trials} == {64}
+    names = [trial.method for trial in untrained_trials("pair", ModelArguments(student="x"), 2, "test")]
     assert names == ["random", "random", "initial", "teacher"]
     random = ModelArguments(student="x", student_init="random")
-    assert "initial" not in [cell.method for cell in untrained_cells("pair", random, 2, "test")]
+    assert "initial" not in [trial.method for trial in untrained_trials("pair", random, 2, "test")]
 
 
 def test_costs_by_hand(tmp_path):

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from coss_hf.reporting.plots import method_plot
-from coss_hf.study.paper_tables import ROWS, choice_cells, published, report_cells, scaled
+from coss_hf.study.paper_tables import ROWS, choice_trials, published, report_trials, scaled
 from coss_hf.study.tables import best, comparison, difference, half_interval, markdown, ranked
 
 
@@ -79,13 +79,13 @@ def test_scales_multiply_every_beta():
 
 
 def test_the_plan_keeps_test_images_for_the_report():
-    cells = choice_cells(1, "s/t", ["at", "coss"], [1, 4], 100)
-    assert {(cell.split, cell.seed) for cell in cells} == {("validation", 0)} and len(cells) == 4
+    trials = choice_trials(1, "s/t", ["at", "coss"], [1, 4], 100)
+    assert {(trial.split, trial.seed) for trial in trials} == {("validation", 0)} and len(trials) == 4
     names = ["vid", "srrl", "coss", "at"]
     chosen = [{"method": name, "expression": name, "scale": 1} for name in names]
-    report = report_cells("s/t", chosen, 1, 3, 200)
-    assert {cell.method for cell in report} == {"vid", "coss", "random", "teacher"}
-    assert {cell.split for cell in report} == {"test"} and {cell.seed for cell in report} == {1, 2, 3}
+    report = report_trials("s/t", chosen, 1, 3, 200)
+    assert {trial.method for trial in report} == {"vid", "coss", "random", "teacher"}
+    assert {trial.split for trial in report} == {"test"} and {trial.seed for trial in report} == {1, 2, 3}
 
 
 def test_published_figures_have_their_rows():

@@ -1,0 +1,97 @@
+"""A comparison of one pair of networks: CoSS, its baselines and other methods, at equal images seen."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
+from coss_hf.reporting.run_record import command
+from coss_hf.study.baselines import changed_arguments, check_study, run_images, trained_trials, untrained_trials
+from coss_hf.study.sweep import Sweep
+from coss_hf.study.trials import StudyConfig, Trial, load
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.training_args import DistillationArguments
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Trials that are checked and ready to run.
+
+    Attributes:
+        pair: name of student and teacher.
+        split: split that is measured on.
+        num_images: number of images that each trained trial sees.
+        trials: all trials.
+        config: what they share.
+        sweep: runs them.
+    """
+
+    pair: str
+    split: str
+    num_images: int
+    trials: list[Trial]
+    config: StudyConfig
+    sweep: Sweep
+
+    def run(self) -> list[dict]:
+        """Run the unfinished trials and return the results of all of them."""
+        return self.sweep.run(self.trials, self.config)
+
+
+def plan_comparison(
+    name: str,
+    models: ModelArguments,
+    data: DataArguments,
+    training: DistillationArguments,
+    *,
+    seeds: int,
+    hours: float | None,
+    jobs: int,
+    methods: Sequence[str] = (),
+    held_out_only: bool = False,
+) -> Comparison:
+    """Check everything and choose the length of the runs; all bad input is found here.
+
+    Args:
+        name: name of the file of results in ``training.output_dir``, without its ending.
+        models: teacher and student.
+        data: the images.
+        training: arguments of every run.
+        seeds: number of runs of each method.
+        hours: time for everything, if ``training`` has no ``num_images``.
+        jobs: number of trials that run in parallel.
+        methods: expressions of other methods.
+        held_out_only: measure on held-out images even if there are test images.
+
+    Raises:
+        ValueError: what cannot be compared.
+    """
+    pair = f"{models.student} / {models.teacher}"
+    config = StudyConfig(data, {pair: models}, changed_arguments(training)).identified()
+    splits, _ = load(config, pair)
+    split = check_study(training, hours, seeds, jobs, splits)
+    if held_out_only:
+        split = "validation"
+        if splits.validation is None:
+            raise ValueError("--validation_size: hold images out of train, say 2000, to compare the methods on.")
+    folder = Path(training.output_dir)
+    sweep = Sweep(folder, name, jobs, {"command": command()})
+    trained = trained_trials(pair, training, seeds, split, methods)
+    sweep.check(trained, config)
+    others = untrained_trials(pair, models, seeds, split)
+    num_images = training.num_images or run_images(folder, hours, trained, others, config)
+    trials = [replace(trial, num_images=num_images) for trial in trained] + others
+    return Comparison(pair, split, num_images, trials, config, sweep)
+
+
+def held_out_size(data: DataArguments) -> int | float:
+    """Return how many images to hold out: as many as a training does, if the dataset has no validation images."""
+    if data.validation_size is not None:
+        return data.validation_size
+    splits = data.load()
+    return 0 if splits.validation is not None else min(MAX_DEFAULT_VALIDATION_SIZE, len(splits.train) // 10)
+
+
+def ranking_metric(rows: list[dict]) -> str:
+    """Return the metric that ranks results: linear evaluation, or without labels the overlap with the teacher's."""
+    return "linear" if any(row.get("linear") is not None for row in rows) else "overlap10"

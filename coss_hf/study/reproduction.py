@@ -1,0 +1,263 @@
+"""A table of the paper on other images: teachers first, then choices on held-out images, then the report on test."""
+
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from coss_hf.data.loading import ImageSplits
+from coss_hf.reporting.plots import method_plot
+from coss_hf.reporting.run_record import command
+from coss_hf.study import paper_tables as paper
+from coss_hf.study import teachers
+from coss_hf.study.baselines import check_report
+from coss_hf.study.sweep import Sweep
+from coss_hf.study.tables import METRICS, best, pair_section, ranked
+from coss_hf.study.trials import StudyConfig, Trial, load
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+
+POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
+
+
+@dataclass
+class ReproduceArguments:
+    """What to run, and how much of it."""
+
+    table: int = field(
+        default=1, metadata={"help": "Number of the supplementary document's table.", "choices": [1, 2, 3, 4]}
+    )
+    pairs: list[str] | None = field(default=None, metadata={"help": "student/teacher pairs; default: the table's."})
+    methods: list[str] | None = field(
+        default=None, metadata={"help": "Rows of the table (default: all), or any --method of recipes/distill.py."}
+    )
+    scales: list[float] = field(
+        default_factory=lambda: list(paper.SCALES), metadata={"help": "Factors of each method's beta to choose from."}
+    )
+    seeds: int = field(default=3, metadata={"help": "Number of seeds of a reported row: 1, 2, ...; seed 0 chooses."})
+    finalists: int | None = field(
+        default=None, metadata={"help": "Number of the best rows to report, apart from CoSS; default: all."}
+    )
+    budget: float = field(
+        default=1.0, metadata={"help": "Length of a reported run as a share of the paper's 240 epochs."}
+    )
+    choice_budget: float | None = field(
+        default=None, metadata={"help": "Length of a choosing run as a share of 240 epochs; default: --budget."}
+    )
+    metric: str = field(
+        default="linear",
+        metadata={
+            "help": "Metric that chooses the scales and ranks the rows. The former spelling, eval_linear, still works.",
+            "choices": [*METRICS, *(f"eval_{name}" for name in METRICS)],
+        },
+    )
+    batch_size: int = field(default=128, metadata={"help": "Images per step, of students and teachers."})
+    teacher: str | None = field(
+        default=None, metadata={"help": "Folder of a single pair's teacher; default: teachers are trained first."}
+    )
+    teacher_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs of a teacher that is trained first; default: 240 * budget."}
+    )
+    jobs: int = field(default=1, metadata={"help": "Number of trials that run in parallel."})
+    output_dir: str = field(
+        default="reproduced", metadata={"help": "Folder of results, table and plot, and of checkpoints meanwhile."}
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    bf16: bool = field(default=False, metadata={"help": "Train under bfloat16 autocast; evaluation stays in float32."})
+    channels_last: bool = field(
+        default=False, metadata={"help": "Use the channels-last memory layout, faster on most machines."}
+    )
+    torch_compile: bool = field(default=False, metadata={"help": "Compile both networks."})
+    torch_compile_mode: str | None = field(
+        default=None, metadata={"help": "Mode of torch.compile; reduce-overhead uses CUDA graphs."}
+    )
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Worker processes that make a trial's views."})
+    dataloader_persistent_workers: bool = field(
+        default=False, metadata={"help": "Keep worker processes from epoch to epoch."}
+    )
+    save_steps: int = field(default=500, metadata={"help": "Steps between a trial's checkpoints."})
+
+    def __post_init__(self):
+        self.metric = self.metric.removeprefix("eval_")
+
+    @property
+    def table_pairs(self) -> list[str]:
+        """The pairs that were given, or those of the table."""
+        return self.pairs or list(paper.PUBLISHED[self.table])
+
+    @property
+    def table_methods(self) -> list[str]:
+        """The methods that were given, or the rows of the table."""
+        return self.methods or list(paper.ROWS[self.table])
+
+    @property
+    def epochs_of_teachers(self) -> int:
+        """The epochs of a teacher that is trained first."""
+        return self.teacher_epochs or max(1, round(paper.EPOCHS * self.budget))
+
+    def engine(self) -> dict:
+        """Return the arguments that students and teachers share."""
+        return {
+            "per_device_train_batch_size": self.batch_size,
+            "use_cpu": self.use_cpu,
+            "bf16": self.bf16,
+            "torch_compile": self.torch_compile,
+            "torch_compile_mode": self.torch_compile_mode,
+            "dataloader_num_workers": self.dataloader_num_workers,
+            "dataloader_persistent_workers": self.dataloader_persistent_workers,
+            "save_steps": self.save_steps,
+        }
+
+
+@dataclass
+class Reproduction:
+    """A table whose trials are checked and ready to run.
+
+    Attributes:
+        args: what to run.
+        data: the images.
+        splits: the images, loaded.
+        config: what the trials share.
+        sweep: runs them.
+        choices: trials that choose the scales.
+        report_images: number of images that each reported run sees.
+        own_teachers: folders of the teachers that were trained first, by pair; empty with ``--teacher``.
+    """
+
+    args: ReproduceArguments
+    data: DataArguments
+    splits: ImageSplits
+    config: StudyConfig
+    sweep: Sweep
+    choices: list[Trial]
+    report_images: int
+    own_teachers: dict[str, Path]
+
+    def run(self) -> str:
+        """Choose scales, report the chosen rows, write ``tableN.md`` and a plot for each pair, and return the table."""
+        args = self.args
+        rows = min(len(args.table_methods), (args.finalists or len(args.table_methods)) + 1)
+        later = self.report_images * args.seeds * rows * len(args.table_pairs)
+        tried = self.sweep.run(self.choices, self.config, later=later)
+        chosen = {pair: self._best_scales(tried, pair) for pair in args.table_pairs}
+        reports = []
+        for pair in args.table_pairs:
+            reports += paper.report_trials(pair, chosen[pair], args.finalists, args.seeds, self.report_images)
+        reported = self.sweep.run(reports, self.config)
+        return self._write(chosen, {pair: of_pair(reported, pair) for pair in args.table_pairs})
+
+    def _best_scales(self, rows: list[dict], pair: str) -> list[dict]:
+        """Return each method's best row, the best method first; methods without a value are left out."""
+        groups = ranked(of_pair(rows, pair), self.args.metric)
+        found = [best(group, self.args.metric) for group in groups.values()]
+        return [row for row in found if row is not None]
+
+    def _write(self, chosen: dict[str, list[dict]], reported: dict[str, list[dict]]) -> str:
+        args = self.args
+        folder = Path(args.output_dir)
+        budget = "the paper's 240 epochs"
+        if args.budget != 1:
+            budget = f"a budget of {args.budget:g} of the paper's 240 epochs"
+        parts = [f"# Table {args.table}, {budget}", f"{self.data.dataset}; `{command()}`"]
+        for pair, rows in reported.items():
+            title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({budget})"
+            held_out = len(self.splits.validation)
+            published = paper.published(args.table, pair)
+            parts.append(pair_section(title, rows, chosen[pair], args.metric, held_out, published))
+            if pair in self.own_teachers:
+                parts.append(teachers.describe(self.own_teachers[pair]))
+            plot = folder / f"table{args.table}-{pair.replace('/', '-')}.png"
+            method_plot(plot, ranked(rows, args.metric), args.metric, title)
+        text = "\n\n".join(parts) + "\n"
+        (folder / f"table{args.table}.md").write_text(text)
+        return text
+
+
+def of_pair(rows: list[dict], pair: str) -> list[dict]:
+    """Return the results of one pair."""
+    return [row for row in rows if row["pair"] == pair]
+
+
+def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduction:
+    """Check everything, then train the teachers that are missing.
+
+    Args:
+        args: what to run.
+        data: the images.
+
+    Raises:
+        ValueError: what cannot be run; found before any training.
+        SystemExit: training a teacher failed, and the reason was printed.
+    """
+    check(args, data)
+    sweep = Sweep(Path(args.output_dir), f"table{args.table}", args.jobs, {"table": args.table, "command": command()})
+    own_teachers: dict[str, Path] = {}
+    if not args.teacher:
+        for pair in args.table_pairs:
+            own_teachers[pair] = Path(args.output_dir, "teachers", paper.PAIRS[pair][1])
+    with tempfile.TemporaryDirectory() as folder:
+        untrained = study_config(args, data, _untrained_teachers(args, Path(folder)))
+        splits, _ = load(untrained, args.table_pairs[0])
+        check_report(args.metric, splits)
+        choice_images, report_images = _lengths(args, len(splits.train))
+        choices = []
+        for pair in args.table_pairs:
+            choices += paper.choice_trials(args.table, pair, args.table_methods, args.scales, choice_images)
+        sweep.check(choices, untrained)
+        teachers.check(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
+    teachers.train(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
+    folders = {pair: args.teacher or str(own_teachers[pair]) for pair in args.table_pairs}
+    config = study_config(args, data, folders).identified()
+    return Reproduction(args, data, splits, config, sweep, choices, report_images, own_teachers)
+
+
+def check(args: ReproduceArguments, data: DataArguments) -> None:
+    """Check the arguments alone, without images or networks.
+
+    Raises:
+        ValueError: what cannot be run.
+    """
+    for name in args.table_pairs:
+        if name not in paper.PAIRS:
+            raise ValueError(f"--pairs={name!r} is unknown: choose among {', '.join(paper.PAIRS)}.")
+    for name in args.table_methods:
+        paper.expression(args.table, name)
+    for flag in POSITIVE:
+        value = getattr(args, flag)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{flag}={value} must be above 0.")
+    if not args.scales or min(args.scales) <= 0:
+        raise ValueError(f"--scales={args.scales} must be above 0.")
+    if args.teacher and len(args.table_pairs) > 1:
+        raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.table_pairs)}: give one pair.")
+    if not data.validation_size:
+        raise ValueError("--validation_size: the scales are chosen on images held out of train; give 1,000 or more.")
+
+
+def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders: dict[str, str]) -> StudyConfig:
+    """Return what the trials share, with the paper's arguments of training.
+
+    Args:
+        args: what to run.
+        data: the images.
+        teacher_folders: folders of the teachers by pair.
+    """
+    models = {
+        pair: ModelArguments(teacher=folder, student=paper.PAIRS[pair][0], student_init="random")
+        for pair, folder in teacher_folders.items()
+    }
+    training = paper.TRAINING | args.engine() | {"channels_last": args.channels_last}
+    milestones = tuple(drop / paper.EPOCHS for drop in paper.MILESTONES)
+    return StudyConfig(data, models, training, milestones)
+
+
+def _untrained_teachers(args: ReproduceArguments, folder: Path) -> dict[str, str]:
+    """Return folders of teachers that methods can be checked with: the given one, or untrained ones."""
+    if args.teacher:
+        return dict.fromkeys(args.table_pairs, args.teacher)
+    return {pair: teachers.save_untrained(paper.PAIRS[pair][1], folder / pair) for pair in args.table_pairs}
+
+
+def _lengths(args: ReproduceArguments, train_images: int) -> list[int]:
+    """Return the number of images of a choosing and of a reported run."""
+    reported = ("budget", args.budget)
+    choosing = ("choice_budget", args.choice_budget) if args.choice_budget else reported
+    return paper.lengths([choosing, reported], args.batch_size, train_images)
