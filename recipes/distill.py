@@ -32,10 +32,10 @@ def main() -> None:
     with stopped_run_exits():
         run.train()
         if args.process_index == 0:
-            record = run.report()
-            results = record["results"]
+            report = run.report()
+            results = report.record["results"]
             print(table(results) if results else "No test or validation images: nothing was evaluated.")
-            run.publish(record)
+            run.publish(report)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from coss_hf.neighbors.embedding_store import Vectors, atomic_file
-from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, random_rows
+from coss_hf.neighbors.exact_search import CHUNK, ExactSearch
+from coss_hf.neighbors.recall import random_rows
 
 logger = logging.getLogger(__name__)
 

@@ -24,9 +24,10 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.cache import read_neighbors, write_neighbors
 from coss_hf.neighbors.columns import check_pool, image_hashes, summary, with_columns
 from coss_hf.neighbors.embedding_store import Vectors, check_finite, embed_shards, unit_rows, unwritable
-from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all, tune
+from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all
 from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
 from coss_hf.neighbors.options import SearchOptions
+from coss_hf.neighbors.recall import raise_probes
 from coss_hf.utils.process_group import Processes
 
 logger = logging.getLogger(__name__)
@@ -235,7 +236,7 @@ def search_vectors(
     if kind == "exact":
         return search_all(ExactSearch(vectors, device), k, options.max_similarity, work, processes), {}
     searcher = _open_index(vectors, kind, work, processes)
-    recall, queries = tune(searcher, k, options.max_similarity, options.neighbors_recall, processes)
+    recall, queries = raise_probes(searcher, k, options.max_similarity, options.neighbors_recall, processes)
     found = {"recall": round(recall, 5), "recall_queries": queries, "probes": searcher.probes}
     if kind == "ivf":
         found["lists"] = searcher.max_probes

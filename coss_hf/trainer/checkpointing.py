@@ -18,7 +18,7 @@ from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
 from coss_hf.utils.disk import full_disk
 from coss_hf.utils.distributed import any_process
-from coss_hf.utils.errors import CheckpointError, NonFiniteLoss
+from coss_hf.utils.errors import CheckpointError, NonFiniteLoss, RunStopped
 
 CRITERION_FILE = "criterion.safetensors"
 
@@ -51,12 +51,13 @@ class CheckpointWriter:
         try:
             with self.same_error_everywhere(final):
                 yield unfinished
-        except CheckpointError:
+        except RunStopped:
             if self.args.should_save:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        if self.args.should_save:
-            publish(unfinished, final)
+        with self.same_error_everywhere(final):
+            if self.args.should_save:
+                publish(unfinished, final)
         self._wait()
 
     @contextlib.contextmanager
@@ -67,16 +68,17 @@ class CheckpointWriter:
             path: what is written in the block, for the message.
 
         Raises:
-            CheckpointError: instead of any error but ``NonFiniteLoss``, which all processes find by themselves.
+            NonFiniteLoss: on the processes that found it.
+            CheckpointError: instead of any other error, and on the other processes.
         """
         error = None
         try:
             yield
-        except NonFiniteLoss:
-            raise
         except Exception as e:  # each library has an error of its own for a full disk
             error = e
         if any_process(error is not None):
+            if isinstance(error, NonFiniteLoss):
+                raise error
             raise self._not_written(path, error) from error
 
     @contextlib.contextmanager

@@ -114,7 +114,7 @@ class DistillationModel(nn.Module):
         exact = {} if other_totals is None else {"other_totals": other_totals}
         output = self.criterion(student, teacher, index, **exact)
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
-        if "l_co" in output:
+        if "l_co" in output and "l_ss" in output:
             cosines = -output["l_co"].detach(), -output["l_ss"].detach()
         elif student.embedding.shape == teacher.embedding.shape:
             with torch.no_grad():
@@ -132,8 +132,9 @@ def uses_maps(need) -> bool:
 
 def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool) -> None:
     """Let both networks give as many feature maps as the one with fewer has, where any loss reads maps."""
-    student.maps = teacher.maps = 0
     if not any(uses_maps(need) for need in needs):
+        if built_in:
+            student.maps = teacher.maps = 0
         return
     counts = {network: len(network.example(maps=True).maps) for network in (student, teacher)}
     student.maps = teacher.maps = min(counts.values())

@@ -1,96 +1,23 @@
 """Where a run is put together: from arguments to a trainer that is ready for its first step."""
 
-import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.views import ViewDataset
-from coss_hf.evaluation.evaluator import Evaluator, compare, sample
+from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.reporting.run_record import to_dict
-from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
-from coss_hf.reporting.wandb_tracker import report_end_of_run
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover
+from coss_hf.trainer.run import DistillationRun, build_evaluator
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.distributed import leave
 from coss_hf.utils.process_group import Processes
-
-
-@dataclass
-class DistillationRun:
-    """A run from its arguments to the page that it leaves.
-
-    Attributes:
-        trainer: ready for the first step.
-        splits: the images.
-        checkpoint: the one to resume from, checked; None for a fresh start.
-    """
-
-    trainer: DistillationTrainer
-    splits: ImageSplits
-    checkpoint: str | None = None
-    _neighbors: NeighborExamples | None = field(default=None, init=False, repr=False)
-    _projection: dict | None = field(default=None, init=False, repr=False)
-
-    def train(self) -> None:
-        """Train, save the student, and leave the process group: nothing after this needs the other processes.
-
-        Raises:
-            RunStopped: the loss became not finite, or something could not be written.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:
-            for old in Path(args.output_dir).glob("checkpoint-*"):
-                shutil.rmtree(old)
-        trainer.train(resume_from_checkpoint=self.checkpoint or args.resume_from_checkpoint)
-        trainer.save_model(_internal_call=True)  # not pushed yet
-        with trainer.checkpoints.disk_full_as_checkpoint_error():
-            trainer.save_state()
-        leave()
-
-    def report(self) -> dict:
-        """Compare the student with teacher and random weights, and write record, pictures, page and card next to it.
-
-        On the first process alone. Images of the test split are read once, here.
-
-        Returns:
-            What ``run.json`` holds; its ``results`` are empty without test or validation images.
-
-        Raises:
-            CheckpointError: the disk is full.
-        """
-        trainer, args = self.trainer, self.trainer.args
-        final = build_evaluator(self.splits, trainer.teacher, args, self.splits.test or self.splits.validation)
-        results = compare(final, trainer.student, trainer.project, seed=args.seed) if final else {}
-        with trainer.checkpoints.disk_full_as_checkpoint_error():
-            record = write_record(args.output_dir, trainer, results, self.splits)
-            self._neighbors, self._projection = write_pictures(args.output_dir, trainer, final)
-            write_page(args.output_dir, trainer, record)
-            trainer.create_model_card(record=record)
-        return record
-
-    def publish(self, record: dict) -> None:
-        """Push the student with ``--push_to_hub``, and then tell W&B, which may keep a run waiting.
-
-        On the first process alone, after ``report``.
-
-        Raises:
-            PushFailed: the student is on disk; the message says how to push it.
-        """
-        try:
-            if self.trainer.args.push_to_hub:
-                self.trainer.push_output_dir()
-        finally:
-            report_end_of_run(self.trainer, record, self._neighbors, self._projection)
 
 
 def build_run(models: ModelArguments, data: DataArguments, args: DistillationArguments) -> DistillationRun:
@@ -162,38 +89,6 @@ def build_trainer(
             neighbors = find_neighbors(splits, teacher, data or DataArguments(), args)
         views.use_neighbors(neighbors, args.neighbors_k)
     return trainer
-
-
-def build_evaluator(
-    splits: ImageSplits,
-    teacher: Backbone,
-    args: DistillationArguments,
-    test_images: Dataset | None,
-    *,
-    during_training: bool = False,
-) -> Evaluator | None:
-    """Build the evaluation on held-out images, against the training images; None without held-out images.
-
-    Args:
-        splits: the images.
-        teacher: compared with.
-        args: of the training.
-        test_images: held-out images.
-        during_training: with diagnostics, against a sample of the training images, instead of with retrieval.
-    """
-    if test_images is None:
-        return None
-    return Evaluator(
-        teacher,
-        test_images,
-        splits.image_column,
-        label_column=splits.label_column,
-        train_images=sample(splits.train, args.eval_bank_size if during_training else None),
-        batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
-        diagnostics=during_training,
-        retrieval=not during_training,
-    )
 
 
 def find_neighbors(

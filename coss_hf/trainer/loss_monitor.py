@@ -59,8 +59,10 @@ class LossMonitor:
         self._started_at: float | None = None
         self._images_at_start = 0
 
-    def images_per_second(self, images_seen: int) -> float:
-        """Return the rate since the clock was started, and start it anew."""
+    def images_per_second(self, images_seen: int) -> float | None:
+        """Return the rate since the clock was started, and start it anew; None where it does not run."""
+        if self._started_at is None:  # an evaluation came after the last step
+            return None
         now = time.perf_counter()
         rate = (images_seen - self._images_at_start) / (now - self._started_at)
         self._started_at = now

@@ -22,12 +22,11 @@ class HubPublisher:
     alone.
 
     Args:
-        args: of the training.
+        args: arguments of the training.
     """
 
     def __init__(self, args: TrainingArguments):
         self.args = args
-        self.repo_id: str | None = None
         self._running: Future | None = None
 
     def open_repo(self, token: str | None = None, private: bool | None = None) -> str:
@@ -38,26 +37,31 @@ class HubPublisher:
         """
         args = self.args
         name = args.hub_model_id or Path(args.output_dir).absolute().name
-        self.repo_id = check_repo(
+        return check_repo(
             name,
             "--hub_model_id" if args.hub_model_id else "--output_dir, without --hub_model_id,",
             token=token or args.hub_token,
             private=args.hub_private_repo if private is None else private,
             create=not args.dry_run,
         )
-        return self.repo_id
 
     def wants_checkpoints(self) -> bool:
         """Whether a checkpoint that is written now should be pushed: one push in the background at a time."""
         busy = self._running is not None and not self._running.done() and not self.args.hub_always_push
         return self.args.hub_strategy != HubStrategy.END and not busy
 
-    def push_checkpoint(self, folder: str, images_seen: int) -> None:
-        """Push the student of a checkpoint in the background; a push that fails is a warning."""
+    def push_checkpoint(self, folder: str, repo_id: str, images_seen: int) -> None:
+        """Push the student of a checkpoint in the background; a push that fails is a warning.
+
+        Args:
+            folder: the checkpoint.
+            repo_id: full name of the repository.
+            images_seen: number of images seen so far, for the message of the commit.
+        """
         self._running = HfApi().run_as_future(
             push,
             folder,
-            self.repo_id,
+            repo_id,
             token=self.args.hub_token,
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
@@ -71,9 +75,21 @@ class HubPublisher:
             self._running.exception()
 
     def push_output_dir(
-        self, message: str, token: str | None = None, revision: str | None = None, private: bool | None = None
+        self,
+        repo_id: str,
+        message: str,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
     ) -> CommitInfo:
         """Push what is in the output folder, and wait for the end of the upload.
+
+        Args:
+            repo_id: full name of the repository.
+            message: of the commit.
+            token: default: ``--hub_token``, or that of ``hf auth login``.
+            revision: a branch; default: ``--hub_revision``, or main.
+            private: whether a new repository is private; default: ``--hub_private_repo``.
 
         Raises:
             PushFailed: the student is on disk; the message says how to push it.
@@ -82,7 +98,7 @@ class HubPublisher:
         args = self.args
         return push(
             args.output_dir,
-            self.repo_id,
+            repo_id,
             token=token or args.hub_token,
             private=args.hub_private_repo if private is None else private,
             revision=revision or args.hub_revision,

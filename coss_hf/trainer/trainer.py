@@ -99,8 +99,7 @@ class DistillationTrainer(Trainer):
         self._prepare_networks(model, args)
         self.evaluator = evaluator
         self.monitor = LossMonitor(train_dataset.names)
-        self.checkpoints = CheckpointWriter(args, wait=lambda: self.accelerator.wait_for_everyone())
-        self.publisher = HubPublisher(args)
+        self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
         diagnostics = []
         if evaluator is not None:
@@ -115,11 +114,11 @@ class DistillationTrainer(Trainer):
             callbacks=[EpochCallback(train_dataset), *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
         )
+        self.checkpoints = CheckpointWriter(args, self.accelerator.wait_for_everyone)
         self.arguments: dict = to_dict(args)
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbTracker(self))
         self.preemption = Preemption()
-        self.add_callback(self.preemption)
         self.teacher.model.to(args.device)
         if args.torch_compile:
             self._compile_teacher()
@@ -200,12 +199,18 @@ class DistillationTrainer(Trainer):
                 return self._load_finished_run(checkpoint)
         else:
             pretrain(self)
-            if resume_from_checkpoint:
+            if resume_from_checkpoint and self.args.process_index == 0:
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+        if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
+            self.add_callback(self.preemption)
         with self.preemption:
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.preemption.agreed:
-            print(f"SIGTERM: step {self.state.global_step} is saved; go on with --resume_from_checkpoint.", flush=True)
+            if self.args.process_index == 0:
+                print(
+                    f"SIGTERM: step {self.state.global_step} is saved; resume with --resume_from_checkpoint.",
+                    flush=True,
+                )
             raise SystemExit(128 + signal.SIGTERM)
         self.collect()
         return result
@@ -301,7 +306,9 @@ class DistillationTrainer(Trainer):
         self.monitor.check_finite()
         if "loss" in logs and self.monitor.has_means():
             logs |= self.monitor.means(lambda means: self.accelerator.reduce(means, reduction="mean"))
-            logs["images_per_second"] = self.monitor.images_per_second(self.images_seen)
+            rate = self.monitor.images_per_second(self.images_seen)
+            if rate is not None:
+                logs["images_per_second"] = rate
         logs["images_seen"] = self.images_seen
         super().log(logs, start_time)
 
@@ -327,8 +334,8 @@ class DistillationTrainer(Trainer):
         )
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
-        """``--eval_on_start`` is what training is compared with: a resumed run has it in its history."""
-        if skip_scheduler and self.state.global_step > 0:
+        """The evaluation at the start is what training is compared with: a resumed run has it in its history."""
+        if skip_scheduler and self.args.evaluates_by_default and self.state.global_step > 0:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
@@ -477,7 +484,7 @@ class DistillationTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.publisher.wants_checkpoints():
             self.callback_handler.on_push_begin(self.args, self.state, self.control)
-            self.publisher.push_checkpoint(checkpoint_folder, self.images_seen)
+            self.publisher.push_checkpoint(checkpoint_folder, self.hub_model_id, self.images_seen)
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
@@ -516,7 +523,7 @@ class DistillationTrainer(Trainer):
         """Push what is in the output folder; on the first process alone. See ``push_to_hub``."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         message = commit_message or f"Student, {self.images_seen:,} images seen"
-        return self.publisher.push_output_dir(message, token, revision, private)
+        return self.publisher.push_output_dir(self.hub_model_id, message, token, revision, private)
 
     def create_model_card(self, model_name: str | None = None, record: dict | None = None, **metadata) -> None:
         """Write ``README.md`` next to the student.

@@ -1,6 +1,7 @@
 """Arguments of training, with the method's defaults."""
 
 import copy
+import inspect
 from dataclasses import dataclass, field
 
 import torch
@@ -209,9 +210,15 @@ class DistillationArguments(TrainingArguments):
         methods = parse_methods(self.method)
         if self.beta is not None and len(methods) > 1:
             raise ValueError(f"--beta={self.beta} of which? Write --method 'coss(beta=50) + rkd(beta=1)'.")
-        ours = {"coss": {"lambda_ss": self.lambda_ss}}
-        betas = {} if self.beta is None else {"beta": self.beta}
-        return [Method(name, ours.get(name, {}) | betas | options) for name, options in methods]
+        found = []
+        for name, options in methods:
+            given = {}
+            if name in LOSSES and "lambda_ss" in inspect.signature(LOSSES[name]).parameters:
+                given["lambda_ss"] = self.lambda_ss
+            if self.beta is not None:
+                given["beta"] = self.beta
+            found.append(Method(name, given | options))
+        return found
 
     @property
     def device(self) -> torch.device:

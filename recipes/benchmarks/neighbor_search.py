@@ -26,9 +26,10 @@ import numpy as np
 import torch
 
 from coss_hf.neighbors.embedding_store import Vectors, save_array, shard_rows
-from coss_hf.neighbors.exact_search import ExactSearch, random_rows, search_all
+from coss_hf.neighbors.exact_search import ExactSearch, search_all
 from coss_hf.neighbors.mining import search_vectors
 from coss_hf.neighbors.options import SearchOptions
+from coss_hf.neighbors.recall import random_rows
 from coss_hf.utils.process_group import Processes
 
 DIM = 256

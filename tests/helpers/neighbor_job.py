@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from coss_hf.neighbors import embedding_store as store
 from coss_hf.neighbors import exact_search as searching
+from coss_hf.neighbors import recall
 from coss_hf.neighbors.mining import nearest_neighbors
 from coss_hf.neighbors.options import SearchOptions
 from tests.helpers.neighbors import TinyBackbone, image_dataset
@@ -59,7 +60,8 @@ def add(cache, k=5, seconds=0.0, broken=None, **options):
 def small():
     """Many small shards and chunks, in place of few large ones."""
     store.STEP = store.SHARD = SHARD
-    searching.CHUNK, searching.SAMPLE_UNIT = CHUNK, UNIT
+    searching.CHUNK = CHUNK
+    recall.SAMPLE_UNIT = UNIT
 
 
 def main():

@@ -13,6 +13,7 @@ import pytest
 
 from coss_hf.neighbors import embedding_store as store
 from coss_hf.neighbors import exact_search as searching
+from coss_hf.neighbors import recall
 from tests.helpers.neighbor_job import CHUNK, COUNT, SHARD, UNIT, add
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +30,7 @@ def _small(monkeypatch):
     monkeypatch.setattr(store, "SHARD", SHARD)
     monkeypatch.setattr(store, "STEP", SHARD)
     monkeypatch.setattr(searching, "CHUNK", CHUNK)
-    monkeypatch.setattr(searching, "SAMPLE_UNIT", UNIT)
+    monkeypatch.setattr(recall, "SAMPLE_UNIT", UNIT)
 
 
 def start(folder, jobs, world=2):

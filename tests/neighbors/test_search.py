@@ -14,10 +14,11 @@ from coss_hf.neighbors import mining as module
 from coss_hf.neighbors.cache import read_neighbors
 from coss_hf.neighbors.columns import check_neighbors
 from coss_hf.neighbors.embedding_store import Vectors, unit_rows
-from coss_hf.neighbors.exact_search import TORCH, ExactSearch, random_rows, tune
+from coss_hf.neighbors.exact_search import TORCH, ExactSearch
 from coss_hf.neighbors.faiss_index import IndexSearch
 from coss_hf.neighbors.mining import add_neighbors, nearest_neighbors, search, search_vectors
 from coss_hf.neighbors.options import SearchOptions
+from coss_hf.neighbors.recall import raise_probes, random_rows
 from coss_hf.utils.process_group import Processes
 from tests.helpers.neighbors import K, N, TinyBackbone, image_dataset
 
@@ -120,14 +121,14 @@ def test_an_unreachable_recall_is_warned_of(tmp_path, caplog, monkeypatch):
 def test_recall_is_one_where_max_similarity_leaves_the_sample_no_neighbour(tmp_path):
     index = IndexSearch("hnsw", Vectors([np.ones((40, 1), np.float32)]), tmp_path / "i")
     probes = index.probes
-    assert tune(index, 3, 0.9, 0.99, Processes(alone=True)) == (1.0, 40) and index.probes == probes
+    assert raise_probes(index, 3, 0.9, 0.99, Processes(alone=True)) == (1.0, 40) and index.probes == probes
 
 
 def test_recall_counts_duplicates_as_found(tmp_path):
     """Of many equal rows any may be given: numbers differ from the exact search's, similarities do not."""
     rows = np.repeat(clusters(60, groups=60), 50, axis=0)
     index = IndexSearch("ivf", vectors(rows), tmp_path / "index")
-    assert tune(index, 10, float("inf"), 0.99, Processes()) == (1.0, len(random_rows(3000, 1024)))
+    assert raise_probes(index, 10, float("inf"), 0.99, Processes()) == (1.0, len(random_rows(3000, 1024)))
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])

@@ -17,7 +17,7 @@ import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.models.loading import load_backbone
 from coss_hf.neighbors.mining import add_neighbors
-from coss_hf.trainer.factory import build_evaluator
+from coss_hf.trainer.run import build_evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(world, capsys, monkeypat
         raise OSError(28, "No space left on device", f"{folder}/report.html")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("coss_hf.trainer.factory.write_page", full)
+        patch.setattr("coss_hf.trainer.run.write_page", full)
         world.run("--save_strategy=steps", "--save_steps=6")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "report.html could not be written: [Errno 28]" in error

@@ -56,7 +56,7 @@ def test_the_student_is_sharded_and_the_teacher_is_not(world):
         assert found["resnet"]["shards"] == ["FSDPDistillationModel"]  # its class names no blocks
         for name in ("fsdp", "resumed", "resnet"):
             assert not any(found[name][f"teacher_{state}"] for state in ("sharded", "trained", "training"))
-            assert {key.split(".")[0] for key in found[name]["trained"]} <= {"student", "head"}
+            assert {key.split(".")[0] for key in found[name]["trained"]} <= {"network", "head"}
 
 
 def test_same_training_as_ddp_and_as_one_process(world, tmp_path):
