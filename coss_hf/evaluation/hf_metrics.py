@@ -15,7 +15,6 @@ and what ``add`` or ``add_batch`` collect pass through the library's Arrow file,
 ``evaluate`` takes seconds to import: import this module only where its metrics are wanted.
 """
 
-import evaluate
 import torch
 from datasets import Features, Sequence, Value
 from torch import Tensor
@@ -24,6 +23,9 @@ from coss_hf.evaluation.agreement import mean_cosine, neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy
 from coss_hf.evaluation.linear_probe import linear_probe
 from coss_hf.evaluation.retrieval import retrieval
+from coss_hf.utils.packages import import_installed
+
+evaluate = import_installed("evaluate")
 
 EMBEDDING = Sequence(Value("float32"))
 LABELLED = Features({"predictions": EMBEDDING, "references": Value("int64")})
