@@ -1,8 +1,8 @@
-"""Writes a CIFAR-10 checkpoint of github.com/akamaster/pytorch_resnet_cifar10 as a transformers model.
+"""Convert a CIFAR-10 checkpoint of github.com/akamaster/pytorch_resnet_cifar10 into a transformers model.
 
     python recipes/convert.py FOLDER --output OUT
 
-FOLDER holds its state dict as model.safetensors, OUT receives the model, its code and the image processor.
+FOLDER holds its state dict as model.safetensors; the model, its code and the image processor are written to OUT.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python recipes/evaluate.py --teacher google/vit-base-patch16-224 --student my-student --dataset path/to/images \
         --output results.json
 
-Test images are those of the test split (else what was held out of train); their neighbours for k-NN, and what the
-linear probe trains on, are the un-augmented images of the train split. Unless
---validation_size is given, the images that the student's own run held out of this dataset are held out again.
-Without labels only the agreement with the teacher is measured. A head that recipes/distill.py left in the student's
-folder brings its embeddings into the teacher's space, for the cosine. Also done at the end of recipes/distill.py.
+Test features come from the test split (without one, from images held out of train), train features from the train
+split without augmentation. Unless --validation_size is given, the images that the student's own run held out of this
+dataset are held out again. Without labels only the agreement with the teacher is measured. A head that
+recipes/distill.py left in the student's folder maps its embeddings to the teacher's space, for the cosine.
+recipes/distill.py does the same at its end.
 """
 
 import logging
@@ -29,13 +29,17 @@ class EvaluationArguments:
     """Where the result goes, and how it is computed."""
 
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    seed: int = field(default=0, metadata={"help": "Of the random weights."})
-    batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
+    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Worker processes that decode images."})
 
 
 def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> dict[str, dict]:
-    """Name, parameters and metrics of ``teacher``, ``student`` and ``random``."""
+    """Return name, parameters and metrics of ``teacher``, ``student`` and ``random``.
+
+    Raises:
+        ValueError: any input that cannot be used.
+    """
     for name, value in (("student", models.student), ("output", args.output)):
         if not value:
             raise ValueError(f"--{name} is missing; see --help.")
@@ -54,7 +58,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     head = load_head(models.student, models.student_revision)
     if head is not None and next(head.parameters()).shape[1] != student.dim:
         raise ValueError(
-            f"--student_pooling={student.pooling}: embeddings of {student.dim} dimensions do not fit the head beside "
+            f"--student_pooling={student.pooling}: embeddings of {student.dim} dimensions do not fit the head of "
             f"--student={models.student}; use the pooling that it was trained with."
         )
     for network in (teacher, student):

@@ -1,11 +1,11 @@
-"""Export a network to ONNX, checked against PyTorch on real images, with its latency and, if asked, in int8.
+"""Export a network to ONNX, in int8 as well on request, and compare it with PyTorch on real images.
 
     python recipes/export.py --model my-student --output my-student/onnx --dataset path/to/images --quantize static
 
-The graph maps `pixel_values` (batch, 3, h, w) to `embedding` (batch, d), pooling (and with --head the projection into
-the teacher's space) inside. `dynamic` quantisation suits transformers; `static`, calibrated on training images,
-convolutional networks. Figures are of the test split (else what --validation_size, or by default the model's own run,
-held out of train), printed and written to export.json.
+The graph maps `pixel_values` (batch, 3, h, w) to `embedding` (batch, d); it includes pooling, and with --head the
+projection to the teacher's space. `dynamic` quantisation suits transformers; `static`, calibrated on training images,
+suits convolutional networks. Agreement and latency are measured on the test split (without one, on images that
+--validation_size, or by default the model's own run, held out of train), printed and written to export.json.
 """
 
 import logging
@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.evaluation.evaluator import labelled
 from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
 from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.models.student import Student
 from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.study.tables import as_markdown
 from coss_hf.trainer.arguments import DataArguments
 
 
@@ -31,16 +34,17 @@ class ExportArguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub name or folder."})
     output: str | None = field(default=None, metadata={"help": "Folder to write."})
-    head: bool = field(default=False, metadata={"help": "With the projection head beside the model."})
-    quantize: str = field(default="none", metadata={"help": "Also in int8.", "choices": list(QUANTIZATIONS)})
-    pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
-    num_images: int = field(default=1000, metadata={"help": "Test images to compare on, at most."})
+    head: bool = field(default=False, metadata={"help": "Export the model's projection head, too."})
+    quantize: str = field(default="none", metadata={"help": "Export to int8, too.", "choices": list(QUANTIZATIONS)})
+    pooling: str = field(default="auto", metadata={"help": "Pooling: auto, cls, mean, pooler or gap."})
+    num_images: int = field(default=1000, metadata={"help": "Largest number of test images to compare on."})
     calibration_images: int = field(default=200, metadata={"help": "Training images for static quantisation."})
     timing_rounds: int = field(default=20, metadata={"help": "Timed runs of each batch size."})
-    batch_size: int = field(default=50, metadata={"help": "Images a forward pass."})
+    batch_size: int = field(default=50, metadata={"help": "Images per forward pass."})
 
 
 def check(args: ExportArguments) -> None:
+    """Raise ``ValueError`` for arguments that cannot be used."""
     for name in ("model", "output"):
         if not getattr(args, name):
             raise ValueError(f"--{name} is missing; see --help.")
@@ -53,7 +57,21 @@ def check(args: ExportArguments) -> None:
         raise ValueError(f"--output {args.output} is the model's own folder; give another, such as {args.model}/onnx.")
 
 
+def draw(rows: Dataset, count: int) -> Dataset:
+    """Return ``count`` rows at most, drawn with a fixed seed, in the dataset's order."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
+    return rows.select(sorted(order.tolist()))
+
+
 def run(data: DataArguments, args: ExportArguments) -> dict:
+    """Export and measure.
+
+    Returns:
+        ``results`` of each network, and the number of test ``images`` and of train features, ``bank``.
+
+    Raises:
+        ValueError: any input that cannot be used.
+    """
     check(args)
     onnx_packages()
     backbone = load_backbone(args.model, argument="model", pooling=args.pooling).freeze()
@@ -70,21 +88,19 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
             f"of train with --validation_size."
         )
 
-    def some(rows, count: int):
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]
-        return rows.select(sorted(order.tolist()))
-
-    def batches(rows):
+    def batches(rows: Dataset) -> DataLoader:
         return DataLoader(ProcessedImages(rows, splits.image_column, backbone.preprocess), args.batch_size)
 
-    test, labels, column = some(test, args.num_images), None, splits.label_column
-    if column and not {None, -1} & {*splits.train[column], *test[column]}:
-        labels = torch.tensor(splits.train[column]), torch.tensor(test[column])
+    test = draw(test, args.num_images)
+    labels = None
+    column = splits.label_column
+    if column and labelled(splits.train[column][:]) and labelled(test[column][:]):
+        labels = (torch.tensor(splits.train[column][:]), torch.tensor(test[column][:]))
     results = export(
         student,
         Path(args.output),
         images=batches(test),
-        calibration=batches(some(splits.train, args.calibration_images)),
+        calibration=batches(draw(splits.train, args.calibration_images)),
         train_images=batches(splits.train),
         labels=labels,
         quantization=args.quantize,
@@ -94,15 +110,21 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
 
 
 def table(results: dict[str, dict]) -> str:
+    """Return the results as a table in Markdown, one line for each network."""
     keys = [key for key in results["onnx"] if not key.startswith("batch_")]
-    header = ["", *keys, *(f"{unit}, batch {n}" for n in (1, 64) for unit in ("ms", "images/s"))]
-    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    lines = [["", *keys, "ms, batch 1", "images/s, batch 1", "ms, batch 64", "images/s, batch 64"]]
     for name, row in results.items():
-        cells = ["-" if row.get(k) is None else f"{row[k]:,}" if k == "bytes" else f"{row[k]:.6f}" for k in keys]
-        for n in (1, 64):
-            cells += [f"{row[f'batch_{n}']['ms']:.2f}", f"{row[f'batch_{n}']['images_per_second']:.0f}"]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines)
+        line = [name, *(number(key, row.get(key)) for key in keys)]
+        for times in (row["batch_1"], row["batch_64"]):
+            line += [f"{times['ms']:.2f}", f"{times['images_per_second']:.0f}"]
+        lines.append(line)
+    return as_markdown(lines)
+
+
+def number(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if key == "bytes" else f"{value:.6f}"
 
 
 def main() -> None:
@@ -112,7 +134,9 @@ def main() -> None:
         record = run(data, args)
     onnx, onnxruntime = onnx_packages()
     record["versions"] = versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
-    record |= {"command": command(), "quantize": args.quantize, "threads": torch.get_num_threads()}
+    record["command"] = command()
+    record["quantize"] = args.quantize
+    record["threads"] = torch.get_num_threads()
     write_json(Path(args.output, "export.json"), record)
     print(table(record["results"]))
     print(f"{record['images']} test images, {record['threads']} threads. Written to {args.output}.")

@@ -1,17 +1,17 @@
-"""Find every training image's nearest neighbours as a teacher sees them, and keep them beside the images.
+"""Find every training image's nearest neighbours as a teacher sees them, and keep them with the images.
 
     python recipes/neighbors.py --teacher facebook/dinov2-small --dataset path/to/images --neighbors_pool 31 \
         --output images-with-neighbors
 
 The output is an ordinary dataset: it can be pushed (--push_to_hub USER/NAME) and given to recipes/distill.py as
---dataset. Its train split has two columns more: `neighbors` and, to tell whether they still belong, `neighbors_hash`.
-Images that --validation_size holds out of train become its split `validation`. `neighbors.json` in the folder says how
-they were found (search, recall, seconds). With several processes each embeds and searches its share:
+--dataset. Its train split has two columns more: `neighbors`, and `neighbors_hash` to tell whether they belong to these
+images. Images that --validation_size holds out of train become its split `validation`. `neighbors.json` in the folder
+says how they were found (search, recall, seconds). With several processes each embeds and searches its share:
 
     accelerate launch --config_file accelerate_configs/multi_gpu.yaml recipes/neighbors.py ...
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/neighbors.py --use_cpu ...
 
-A run that was stopped goes on with the same command: finished shards of embeddings are in --neighbors_cache.
+The same command resumes a run that was stopped: finished shards of embeddings are in --neighbors_cache.
 """
 
 import json
@@ -23,12 +23,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import datasets
+import numpy as np
 from accelerate import PartialState
 
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.data.loading import ImageSplits
 from coss_hf.hub.push import check_repo, push_dataset
-from coss_hf.neighbors.columns import NEIGHBORS, NEIGHBORS_HASH, summary, with_columns
+from coss_hf.neighbors.columns import summary
+from coss_hf.neighbors.dataset import splits_with_neighbors
 from coss_hf.neighbors.mining import cache_folder, nearest_neighbors
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import publish, staging
@@ -39,19 +41,25 @@ from coss_hf.utils.errors import RunStopped
 
 @dataclass
 class NeighborsArguments:
-    """The search, and where its result goes. Of the models only the teacher is read."""
+    """How neighbours are searched, and where the result goes. Of the models only the teacher is read."""
 
-    output: str | None = field(default=None, metadata={"help": "New folder for the dataset."})
+    output: str | None = field(default=None, metadata={"help": "New folder to write the dataset to."})
     neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image."})
-    batch_size: int = field(default=256, metadata={"help": "Images a forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images."})
-    use_cpu: bool = field(default=False, metadata={"help": "Leave GPUs alone; needed by several processes on a CPU."})
+    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Worker processes that decode images."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU; several processes on a CPU need it."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset USER/NAME to push the result to."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Visible to its owner alone."})
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create a private Hub dataset."})
 
 
-def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsArguments):
-    """Images, neighbours (n, K), and how they were found; bad input is found before anything is computed."""
+def find_neighbors(
+    models: ModelArguments, data: DataArguments, args: NeighborsArguments
+) -> tuple[ImageSplits, np.ndarray, dict]:
+    """Return the images, neighbours ``(n, K)`` of those of train, and how they were found.
+
+    Raises:
+        ValueError: any input that cannot be used; found before anything is computed.
+    """
     if not args.output:
         raise ValueError("--output is missing; see --help.")
     if Path(args.output).exists():
@@ -79,32 +87,25 @@ def find_neighbors(models: ModelArguments, data: DataArguments, args: NeighborsA
     return splits, neighbors, meta
 
 
-def all_splits(splits: ImageSplits, train: datasets.Dataset) -> datasets.DatasetDict:
-    """One dataset of all splits. The Hub wants the same columns in each: null where there are no neighbours."""
-    result = {"train": train}
-    for name in ("validation", "test"):
-        split = getattr(splits, name)
-        if split is not None:
-            for column in (NEIGHBORS, NEIGHBORS_HASH):
-                if column in split.column_names:
-                    split = split.remove_columns(column)
-                split = split.add_column(column, [None] * len(split), feature=train.features[column])
-            result[name] = split
-    return datasets.DatasetDict(result).cast_column(splits.image_column, datasets.Image())
+def write(
+    data: DataArguments, args: NeighborsArguments, splits: ImageSplits, neighbors: np.ndarray, meta: dict
+) -> datasets.DatasetDict:
+    """Write the dataset of all splits and ``neighbors.json`` to a folder that is complete or not there.
 
-
-def write(data: DataArguments, args: NeighborsArguments, splits, neighbors, meta: dict):
-    """The dataset of all splits and `neighbors.json`, in a folder that is there whole or not at all."""
+    Raises:
+        RunStopped: the disk is full.
+    """
     output = Path(args.output)
     unfinished = staging(output)
     try:
-        result = all_splits(splits, with_columns(splits.train, neighbors, cache_folder(data.neighbors_cache)))
+        result = splits_with_neighbors(splits, neighbors, cache_folder(data.neighbors_cache))
         shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
         result.save_to_disk(unfinished)
         (unfinished / "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
     except Exception as error:
         shutil.rmtree(unfinished, ignore_errors=True)
-        if full := full_disk(error):
+        full = full_disk(error)
+        if full:
             raise RunStopped(
                 f"--output {output} could not be written: {full}; make room and give the same command again: what "
                 f"was computed is kept in the cache."

@@ -3,7 +3,7 @@
     python recipes/push.py my-student --repo_id USER/my-student --private
     python recipes/push.py images-with-neighbors --repo_id USER/images-with-neighbors
 
-For what could not be pushed when its run ended. The token is that of `hf auth login` or HF_TOKEN.
+It pushes what could not be pushed when its run ended. The token is that of `hf auth login` or HF_TOKEN.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from coss_hf.hub.push import check_repo, push, push_dataset
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="output of recipes/distill.py or recipes/neighbors.py")
-    parser.add_argument("--repo_id", required=True, help="USER/NAME; made if it is not there")
-    parser.add_argument("--private", action="store_true", help="visible to its owner alone")
+    parser.add_argument("--repo_id", required=True, help="repository USER/NAME; created if it does not exist")
+    parser.add_argument("--private", action="store_true", help="create a repository that its owner alone can see")
     parser.add_argument("--revision", help="branch to push a student to; default: main")
     args = parser.parse_args(arguments)
     is_dataset = (args.folder / "dataset_dict.json").is_file()

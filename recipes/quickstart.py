@@ -1,9 +1,9 @@
-"""A teacher and its student on scikit-learn's handwritten digits, start to finish: minutes on two CPU cores.
+"""Train a teacher and its student on scikit-learn's handwritten digits: minutes on two CPU cores.
 
     python recipes/quickstart.py [--seeds 0 1 2] [--output quickstart]
 
-Writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels into
-a smaller student (recipes/distill.py), and prints how well the test images' classes are read off the embeddings. Each
+It writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels
+into a smaller student (recipes/distill.py), and prints how well the embeddings of test images tell their classes. Each
 command is printed before it runs.
 """
 
@@ -41,10 +41,10 @@ LAUNCH = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo
 
 
 def write_digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Writes ``train.parquet`` and ``test.parquet`` (8x8 grey PNG, label); returns pixels ``(n, 64)`` and labels."""
+    """Write ``train.parquet`` and ``test.parquet`` (8x8 grey PNG, label); return pixels ``(n, 64)`` and labels."""
     digits = load_digits()
-    # Their maximum is 16.
-    pixels, labels = np.rint(digits.images * 255 / 16).astype(np.uint8), digits.target
+    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)  # their maximum is 16
+    labels = digits.target
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     folder.mkdir(parents=True, exist_ok=True)
     splits = {}
@@ -57,16 +57,16 @@ def write_digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def raw_pixels(splits: dict) -> dict[str, float]:
-    """The control without any network: pixels as embeddings."""
+    """Return the scores of pixels as embeddings: a baseline without any network."""
     train, test = splits["train"], splits["test"]
     return knn_accuracy(*train, *test) | {"probe": linear_probe(*train, *test)["accuracy"]}
 
 
 def run(title: str, *command) -> None:
-    """Runs a recipe as a user would type it."""
+    """Run a recipe as a user would type it."""
     command = [str(word) for word in command]
-    settings = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
-    print(f"\n{title}\n$ {settings} {shlex.join(command)}", flush=True)
+    variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
+    print(f"\n{title}\n$ {variables} {shlex.join(command)}", flush=True)
     start = time.perf_counter()
     if subprocess.run(command, env=os.environ | ENVIRONMENT).returncode:
         raise SystemExit(f"This command failed: {shlex.join(command)}")
@@ -74,8 +74,9 @@ def run(title: str, *command) -> None:
 
 
 def pipeline(output: Path, seed: int) -> dict[str, dict]:
-    """Teacher and student of one seed; what recipes/distill.py measured on test."""
-    teacher, student = output / f"seed{seed}" / "teacher", output / f"seed{seed}" / "student"
+    """Train teacher and student of one seed; return what recipes/distill.py measured on test images."""
+    teacher = output / f"seed{seed}" / "teacher"
+    student = output / f"seed{seed}" / "student"
     common = ["--dataset", output / "data", "--seed", seed, "--use_cpu", "--overwrite_output_dir", *WORKERS]
     train = [PYTHON, RECIPES / "train_teacher.py", *TEACHER.split(), "--output_dir", teacher]
     run(f"A labelled teacher, seed {seed}:", *train, *common)
@@ -86,7 +87,7 @@ def pipeline(output: Path, seed: int) -> dict[str, dict]:
 
 
 def over_seeds(runs: list[dict[str, dict]], statistic) -> dict[str, dict]:
-    """A table of ``statistic`` of each figure over the seeds."""
+    """Return a table of ``statistic`` of each figure over the seeds."""
     return {
         row: {key: statistic([run[row][key] for run in runs]) for key, value in figures.items() if type(value) is float}
         for row, figures in runs[0].items()
@@ -99,15 +100,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write")
     args = parser.parse_args()
     splits = write_digits(args.output / "data")
-    print(
-        f"Digits: {', '.join(f'{name} {len(labels):,}' for name, (_, labels) in splits.items())} images of 8x8 pixels."
-    )
+    sizes = ", ".join(f"{name} {len(labels):,}" for name, (_, labels) in splits.items())
+    print(f"Digits: {sizes} images of 8x8 pixels.")
     runs = [pipeline(args.output, seed) | {"raw pixels": raw_pixels(splits)} for seed in args.seeds]
     mean = over_seeds(runs, np.mean)
     for name, figures in mean.items():
-        figures |= {key: runs[0][name][key] for key in ("parameters",) if key in runs[0][name]}
+        if "parameters" in runs[0][name]:
+            figures["parameters"] = runs[0][name]["parameters"]
     print(f"\nTest images (%), mean of seeds {', '.join(map(str, args.seeds))}:\n\n{table(mean)}")
-    record = {"command": shlex.join(sys.argv), "seeds": args.seeds, "mean": mean, "runs": runs, "versions": versions()}
+    record = {
+        "command": shlex.join(sys.argv),
+        "seeds": args.seeds,
+        "mean": mean,
+        "runs": runs,
+        "versions": versions(),
+    }
     if len(runs) > 1:
         record["standard_deviation"] = over_seeds(runs, lambda values: np.std(values, ddof=1))
         print(f"\nStandard deviation over the seeds:\n\n{table(record['standard_deviation'])}")

@@ -164,7 +164,7 @@ class Run:
         Args:
             forward: the loss of a batch of views.
             images: all training images.
-            steps: number of steps of the whole run.
+            steps: number of steps of the full run.
             batch_size: number of images of a step.
             seed: seed of order, crops and flips.
         """

@@ -81,6 +81,9 @@ class InMemory(torch.utils.data.Dataset):
     def identity(self):
         return {}
 
+    def names(self, rows):
+        return [str(row) for row in rows]
+
 
 class BareLoop(TrainerCallback):
     """Run one step of a bare loop after every step of the trainer, and time both."""
