@@ -94,3 +94,12 @@ def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet)
     with pytest.raises(ValueError, match="--validation_size"):
         trainer.evaluation_loop(None, "")
+
+
+def test_losses_logged_by_epoch_behind_an_evaluation_of_the_last_step(tmp_path, image_parquet, networks):
+    """The evaluation stops the clock, and no step follows that would start it."""
+    options = {"evaluator": make_evaluator, "logging_strategy": "epoch", "max_steps": -1, "num_train_epochs": 1}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "loss" in line]
+    assert line["images_seen"] == 48 and "images_per_second" not in line
