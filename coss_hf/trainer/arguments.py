@@ -37,8 +37,12 @@ class ModelArguments:
     )
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
     student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    teacher_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
-    student_dtype: str = field(default="float32", metadata={"help": "Of its weights.", "choices": list(DTYPES)})
+    teacher_dtype: str = field(
+        default="float32", metadata={"help": "Data type of the teacher's weights.", "choices": list(DTYPES)}
+    )
+    student_dtype: str = field(
+        default="float32", metadata={"help": "Data type of the student's weights.", "choices": list(DTYPES)}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Let checkpoints run their own code."})
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2, for teacher and student."}

@@ -34,19 +34,23 @@ class TeacherArguments(TrainingArguments):
     image_size: int | None = field(default=None, metadata={"help": "Input side; default: 32, or the checkpoint's."})
     mean: list[float] | None = field(default=None, metadata={"help": "Of a CIFAR network's input: CIFAR-100's."})
     std: list[float] | None = field(default=None, metadata={"help": "The same."})
-    augmentation: str = field(default="cifar", metadata={"help": "Of training.", "choices": list(AUGMENTATIONS)})
+    augmentation: str = field(
+        default="cifar", metadata={"help": "Augmentation of the training images.", "choices": list(AUGMENTATIONS)}
+    )
     num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
     optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
     learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
-    momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
+    momentum: float = field(
+        default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
+    )
     weight_decay: float = field(default=5e-4, metadata={"help": "With SGD on every parameter, as in the paper."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
     lr_milestones: list[float] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
 
@@ -75,7 +79,8 @@ class SupervisedRun:
         Returns:
             On the first process what ``run.json`` holds, with ``accuracy`` where there are images to measure it on.
         """
-        trainer, args = self.trainer, self.trainer.args
+        trainer = self.trainer
+        args = trainer.args
         trainer.train(resume_from_checkpoint=self.checkpoint)
         trainer.save_model()
         leave()

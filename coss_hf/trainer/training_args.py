@@ -53,8 +53,8 @@ class DistillationArguments(TrainingArguments):
     exact_accumulation: bool = field(
         default=False,
         metadata={
-            "help": "With --gradient_accumulation_steps n: the loss of all n batches as one, for one more forward pass "
-            "of the student. Off: the mean of their losses."
+            "help": "Compute the loss over all accumulated micro-batches as one batch, at the cost of a second forward "
+            "pass of the student. If False, average their losses."
         },
     )
 
@@ -68,7 +68,9 @@ class DistillationArguments(TrainingArguments):
     # The paper trains with SGD, and clips nothing: Trainer's clipping at 1.0 would act at every step.
     optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
     learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
-    momentum: float = field(default=0.9, metadata={"help": "Of SGD."})
+    momentum: float = field(
+        default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
+    )
     weight_decay: float = field(default=5e-4, metadata={"help": "See weight_decay_on."})
     weight_decay_on: str = field(
         default="all",
@@ -110,7 +112,10 @@ class DistillationArguments(TrainingArguments):
         default="end",
         metadata={"help": "end: one push; every_save: the student of each checkpoint, too.", "choices": HUB_STRATEGIES},
     )
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Every batch is whole."})
+    dataloader_drop_last: bool = field(
+        default=True,
+        metadata={"help": "Drop the last incomplete batch. Must be True: the loss is a statistic of the full batch."},
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay off: rows hold images and indices."}
     )

@@ -18,7 +18,8 @@ class DiagnosticsCallback(TrainerCallback):
     """
 
     def __init__(self, images: int, last_step: bool):
-        self.images, self.last_step = images, last_step
+        self.images = images
+        self.last_step = last_step
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_evaluate |= self.last_step and state.global_step >= state.max_steps

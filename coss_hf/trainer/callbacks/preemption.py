@@ -45,7 +45,9 @@ class Preemption(TrainerCallback):
     _watching = False
 
     def __init__(self):
-        self.received, self.agreed, self._before = False, False, None
+        self.received = False
+        self.agreed = False
+        self._before = None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         # Cannot be taken back, so that it is made once and looks whether anything is watched.
         _block_in_children(Preemption)
