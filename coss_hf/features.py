@@ -1,4 +1,4 @@
-"""Features of any vision backbone: what the losses compare, and the one place that pools a network's output."""
+"""Features of a vision network: what the losses compare."""
 
 from typing import NamedTuple
 
