@@ -185,10 +185,6 @@ class DistillationLoss(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__qualname__} must define forward().")
 
-    def totals(self, student: Features, teacher: Features) -> Tensor:
-        """The sums over a batch that a separable loss is computed from, as one tensor."""
-        raise NotImplementedError(f"{type(self).__qualname__} must define totals().")
-
     def pretraining_module(self) -> nn.Module:
         """The part of the loss that is trained first, and frozen afterwards."""
         raise NotImplementedError(f"{type(self).__qualname__} must define pretraining_module().")
