@@ -93,7 +93,9 @@ class BareLoop(TrainerCallback):
         self.student = student.model
         self.batch_size = batch_size
         self.views = views
-        self.mean, self.std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in IMAGENET)
+        mean, std = IMAGENET
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1) * 255
+        self.std = torch.tensor(std).view(1, 3, 1, 1) * 255
         self.optimizer = torch.optim.SGD(self.student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
         self.pairs = []  # seconds of a trainer step and of a bare one
         self.start = None
