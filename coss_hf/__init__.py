@@ -9,10 +9,10 @@ if TYPE_CHECKING:
     from coss_hf.data.views import ViewDataset
     from coss_hf.evaluation.evaluator import Evaluator
     from coss_hf.features import Features
+    from coss_hf.hub.student import Student
     from coss_hf.losses.registry import LOSSES
     from coss_hf.models.embedding import embed
     from coss_hf.models.loading import load_backbone
-    from coss_hf.models.student import Student
     from coss_hf.neighbors.mining import add_neighbors
     from coss_hf.trainer.trainer import DistillationTrainer
     from coss_hf.trainer.training_args import DistillationArguments
@@ -41,7 +41,7 @@ __getattr__ = lazy_names(
         "Evaluator": "evaluation.evaluator",
         "Features": "features",
         "LOSSES": "losses.registry",
-        "Student": "models.student",
+        "Student": "hub.student",
         "ViewDataset": "data.views",
         "add_neighbors": "neighbors.mining",
         "embed": "models.embedding",

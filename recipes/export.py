@@ -20,9 +20,9 @@ from coss_hf.cli import bad_input_exits, parse
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.evaluation.evaluator import labelled
 from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
+from coss_hf.hub.student import Student
 from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
-from coss_hf.models.student import Student
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.study.tables import as_markdown
 from coss_hf.trainer.arguments import DataArguments

@@ -53,7 +53,7 @@ def test_one_file_imports_faiss():
 
 def test_the_package_offers_its_public_names_without_importing_them_all():
     program = (
-        "import sys, coss_hf; from coss_hf.losses import LOSSES; LOSSES['coss'](beta=50.0, lambda_ss=1.0); "
+        "import sys, coss_hf; from coss_hf.losses import CoSSLoss; CoSSLoss(beta=50.0, lambda_ss=1.0); "
         "assert not {'faiss', 'datasets', 'transformers'} & set(sys.modules), 'a loss needs torch alone'; "
         "print([getattr(coss_hf, name).__class__.__name__ for name in coss_hf.__all__])"
     )

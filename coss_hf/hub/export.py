@@ -15,8 +15,8 @@ from torch import Tensor
 
 from coss_hf.evaluation.agreement import neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, unit
+from coss_hf.hub.student import Student
 from coss_hf.models.image_processor import is_timm_processor
-from coss_hf.models.student import Student
 from coss_hf.utils.messages import first_line
 
 QUANTIZATIONS = ("none", "dynamic", "static")

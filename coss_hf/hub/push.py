@@ -18,19 +18,10 @@ from coss_hf.utils.messages import first_line
 logger = logging.getLogger(__name__)
 
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
+# Card, record, page and pictures of the run, next to the student.
+COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
-PUBLISHED = [
-    "config.json",
-    "preprocessor_config.json",
-    *WEIGHTS,
-    "README.md",
-    "run.json",
-    "report.html",
-    "loss.png",
-    "neighbors.png",
-    "panel.png",
-    "projection.png",
-]
+PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *COMPANIONS]
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from coss_hf.features import Features
+from coss_hf.features import Features, as_features
 
 READS = ("embedding", "maps", "last_map", "middle_map", "logits")
 CLASSIFIER = ("unused", "optional", "required")
@@ -109,7 +109,7 @@ class DistillationLoss(nn.Module):
 
     Example:
         >>> import torch
-        >>> from coss_hf.features import Features
+        >>> from coss_hf.features import Features, as_features
         >>> from coss_hf.losses.base import DistillationLoss
         >>> class MeanSquaredError(DistillationLoss):
         ...     reads = "embedding"
@@ -122,10 +122,11 @@ class DistillationLoss(nn.Module):
         ...     def forward(self, student, teacher, index=None):
         ...         error = (student.embedding - teacher.embedding.detach()).square().mean()
         ...         return {"loss": self.beta * error}
-        >>> MeanSquaredError()(Features(torch.ones(2, 3)), Features(torch.zeros(2, 3)))
+        >>> MeanSquaredError()(torch.ones(2, 3), torch.zeros(2, 3))
         {'loss': tensor(1.)}
 
-        With ``name = "mse"`` in the class, ``--method mse`` and ``--method "coss + mse(beta=2)"`` train with it.
+        A loss is called with tensors or with ``Features``; ``forward`` always gets ``Features``. With ``name = "mse"``
+        in the class, ``--method mse`` and ``--method "coss + mse(beta=2)"`` train with it.
     """
 
     name: str | None = None
@@ -169,6 +170,13 @@ class DistillationLoss(nn.Module):
     def is_function_of_embeddings(cls) -> bool:
         """Whether embeddings of held-out images are enough to compute the loss on them."""
         return cls.reads == "embedding" and not cls.keeps_state
+
+    def __call__(self, student, teacher, *args, **kwargs) -> dict[str, Tensor]:
+        """Compute the loss of a batch from features or plain tensors: ``forward`` after ``features.as_features``."""
+        logits = self.reads == "logits"
+        student = as_features(student, logits=logits, argument="student")
+        teacher = as_features(teacher, logits=logits, argument="teacher")
+        return super().__call__(student, teacher, *args, **kwargs)
 
     def forward(self, student: Features, teacher: Features, index: Tensor | None = None) -> dict[str, Tensor]:
         """Compute the loss of a batch.

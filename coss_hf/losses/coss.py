@@ -92,11 +92,10 @@ class CoSSLoss(DistillationLoss):
 
     Example:
         >>> import torch
-        >>> from coss_hf.features import Features
-        >>> from coss_hf.losses.coss import CoSSLoss
+        >>> from coss_hf.losses import CoSSLoss
         >>> teacher = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         >>> student = torch.tensor([[2.0, 0.0], [0.0, 3.0]])  # the same directions
-        >>> CoSSLoss(beta=50.0)(Features(student), Features(teacher))
+        >>> CoSSLoss(beta=50.0)(student, teacher)
         {'loss': tensor(-100.), 'l_co': tensor(-1.), 'l_ss': tensor(-1.)}
 
     References:

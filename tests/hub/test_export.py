@@ -5,9 +5,9 @@ from transformers import AutoImageProcessor
 
 from coss_hf.hub import export as module
 from coss_hf.hub.export import agreement, export, open_file, write_graph
+from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
-from coss_hf.models.student import Student
 from tests.helpers import networks
 
 

@@ -31,6 +31,11 @@ exec(codes[1], space)
 torch.testing.assert_close(before, space["embeddings"], rtol=1e-5, atol=1e-6)
 exec(codes[2], space)
 assert space["embeddings"].shape == (1, 16), "in the teacher's space"
+import coss_hf
+student = coss_hf.Student.from_pretrained(name)
+student.push_to_hub("me/copy", commit_message="A copy")
+copied = coss_hf.Student.from_pretrained("me/copy").embed([space["image"]])
+torch.testing.assert_close(copied, space["embeddings"], rtol=0, atol=0)
 print("EMBEDDED", tuple(before.shape))
 """
 
@@ -114,6 +119,8 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
     # By name, in a fresh process, by the card's own words.
     loaded = run(hub, tmp_path, ["-c", LOAD, "me/my-student"])
     assert "EMBEDDED (1, 8)" in loaded.stdout, loaded.stderr
+    _, message, copied = hub.commits["models/me/copy"][-1]
+    assert message == "A copy" and {*copied} == {*files}
 
     # Another run pushes a second revision; weights that it does not have go.
     hub.private["models/me/my-student"] = False

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from coss_hf.features import Features
+from coss_hf.features import Features, as_features
 from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.combination import Method
 from coss_hf.losses.registry import LOSSES, SHAPES, build_loss
@@ -227,3 +227,27 @@ def test_the_docstring_has_its_parts(name):
         assert part in text, part
     options = [key for key in inspect.signature(LOSSES[name]).parameters]
     assert all(f"\n    {key}: " in text for key in options), options
+
+
+@every_loss
+def test_takes_tensors_as_well_as_features(name):
+    """As in a bare PyTorch loop: embeddings, logits or maps as they are."""
+    loss = LOSSES[name]
+    s, t = student(), teacher()
+    if loss.reads == "maps":
+        given = [list(s.maps), list(t.maps)]
+    elif loss.uses_maps:
+        given = [loss.select(s).maps[0], loss.select(t).maps[0]]
+    else:
+        given = [s.embedding, t.embedding]
+    wrapped = [as_features(x, logits=loss.reads == "logits") for x in given]
+    # The student's embedding stands for the mean of its map.
+    a = build(name, *wrapped)(*given, INDEX)["loss"]
+    b = build(name, *wrapped)(student=wrapped[0], teacher=wrapped[1], index=INDEX)["loss"]
+    assert torch.equal(a, b) and a.requires_grad == b.requires_grad
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3), [torch.zeros(2, 3)], "features", []])
+def test_other_inputs_are_rejected_by_name(value):
+    with pytest.raises(ValueError, match="teacher: got .*give embeddings"):
+        LOSSES["coss"]()(torch.zeros(2, 3), value)

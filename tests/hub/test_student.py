@@ -3,15 +3,17 @@
 import json
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import coss_hf
 import tests.helpers.runs as h
+from coss_hf.hub.student import Student
 from coss_hf.models.heads import load_head
 from coss_hf.models.loading import load_backbone
-from coss_hf.models.student import Student
 
 IMAGES = h.colour_images(5, 7)[0]
 
@@ -42,6 +44,50 @@ def test_one_call_loads_both(tmp_path, image_parquet, networks, kind, head):
         "dim": 16,
         "head": kind != "resnet",
     }
+
+
+def test_encode_takes_images_paths_and_columns(tmp_path, image_parquet, networks):
+    _, folder = distil(tmp_path, image_parquet, networks, networks.small)
+    student = Student.from_pretrained(folder)
+    expected = student.embed(IMAGES)
+    paths = [tmp_path / f"{i}.png" for i in range(len(IMAGES))]
+    for image, path in zip(IMAGES, paths):
+        image.save(path)
+    column = datasets.Dataset.from_dict({"image": [str(path) for path in paths]}).cast_column("image", datasets.Image())
+    arrays = np.stack([np.asarray(image) for image in IMAGES])
+    for images in (IMAGES, paths, [str(path) for path in paths], column["image"], arrays):
+        torch.testing.assert_close(student.encode(images, batch_size=2), expected)
+    torch.testing.assert_close(student.encode(paths[0], device="cpu"), expected[:1])
+    unit = student.encode(IMAGES, normalize=True)
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(len(IMAGES)))
+    torch.testing.assert_close(student.similarity(expected, 7 * unit[:2]), unit @ unit[:2].T)
+
+
+def test_encode_names_what_it_cannot_read(tmp_path, image_parquet, networks):
+    _, folder = distil(tmp_path, image_parquet, networks, networks.small)
+    student = Student.from_pretrained(folder)
+    (tmp_path / "broken.jpg").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"images\[1\]: image .*broken.jpg cannot be decoded"):
+        student.encode([IMAGES[0], tmp_path / "broken.jpg"])
+    with pytest.raises(ValueError, match="images: got none"):
+        student.encode([])
+    with pytest.raises(ValueError, match="batch_size=0"):
+        student.encode(IMAGES, batch_size=0)
+    with pytest.raises(ValueError, match="of one dimension"):
+        student.similarity(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_save_pretrained_writes_the_complete_student(tmp_path, image_parquet, networks):
+    _, folder = distil(tmp_path, image_parquet, networks, networks.small)
+    (folder / "README.md").write_text("# Card")
+    student = Student.from_pretrained(folder)
+    student.save_pretrained(tmp_path / "copy")
+    copy = Student.from_pretrained(tmp_path / "copy")
+    assert torch.equal(copy.embed(IMAGES), student.embed(IMAGES))
+    assert (tmp_path / "copy" / "README.md").read_text() == "# Card"
+    assert {path.name for path in (tmp_path / "copy").iterdir()} <= {path.name for path in folder.iterdir()}
+    with pytest.raises(ValueError, match="folder=.*README.md is a file"):
+        student.save_pretrained(folder / "README.md")
 
 
 def test_a_student_is_trained_further_under_another_teacher(tmp_path, image_parquet, networks):

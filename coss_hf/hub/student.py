@@ -1,0 +1,222 @@
+"""A student with its head: images to embeddings in its teacher's space, where it can replace the teacher."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from huggingface_hub import CommitInfo
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from coss_hf.data.decoding import decode
+from coss_hf.hub.push import COMPANIONS, PushFailed, push
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.embedding import embed
+from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
+from coss_hf.models.loading import load_backbone
+from coss_hf.utils.vectors import l2_normalize
+
+
+class Student(nn.Module):
+    """A backbone with its projection head, where it has one; frozen, in evaluation mode.
+
+    Args:
+        backbone: the network with its pooling and pre-processing.
+        head: the projection head from its embeddings to the teacher's space.
+
+    Attributes:
+        backbone: the network with its pooling and pre-processing.
+        model: the network alone, ``backbone.model``.
+        head: the projection head, or None.
+        dim: dimension of the embeddings.
+
+    Raises:
+        ValueError: a head that does not fit the backbone's embeddings.
+
+    Example::
+
+        student = Student.from_pretrained("my-student")
+        photos = student.encode(["a.jpg", "b.jpg"], normalize=True)
+        student.similarity(photos, photos)  # cosines, (2, 2)
+    """
+
+    def __init__(self, backbone: Backbone, head: nn.Module | None = None):
+        super().__init__()
+        if head is not None and next(head.parameters()).shape[1] != backbone.dim:
+            raise ValueError(
+                f"--pooling={backbone.pooling}: embeddings of {backbone.dim} dimensions do not fit the head of "
+                f"{backbone.name}; use the pooling that it was trained with."
+            )
+        self.backbone = backbone
+        self.model = backbone.model
+        self.head = head
+        self.dim = backbone.dim if head is None else [*head.parameters()][-1].shape[0]
+        self._source: tuple[str, str | None] | None = None  # name and revision, for the files next to the weights
+        self.eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Student":
+        """Load student and head of a run of ``recipes/distill.py``.
+
+        Its embeddings can be compared with those of the teacher (``student.backbone.model.config.teacher_space``
+        names it), for instance searched in a gallery that the teacher has embedded.
+
+        Args:
+            name: folder, or name on the Hub.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            ValueError: an unknown network, one that was not trained into a teacher's space, or a missing head.
+        """
+        name = str(name)
+        backbone = load_backbone(name, argument="student", revision=revision).freeze()
+        space = getattr(backbone.model.config, "teacher_space", None)
+        if space is None:
+            raise ValueError(
+                f"student={name} was not trained into a teacher's space (no teacher_space in its config.json); embed "
+                f"in its own with coss_hf.embed."
+            )
+        head = load_head(name, revision)
+        if (head is None) == space["head"]:
+            state = "of another run"
+            if head is None:
+                state = "missing, so that the teacher's space cannot be reached"
+            raise ValueError(f"student={name}: {HEAD_FILE} is {state}; take the folder as the run left it.")
+        student = cls(backbone, head)
+        student._source = (name, revision)
+        return student
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Embed processed images ``(b, 3, h, w)``: ``(b, dim)``."""
+        embedding = self.backbone.features(pixel_values).embedding
+        return embedding if self.head is None else self.head(embedding)
+
+    @torch.no_grad()
+    def embed(self, images, batch_size: int = 64) -> Tensor:
+        """Embed images: ``(b, dim)``. Arguments and errors are those of ``coss_hf.embed``."""
+        embedding = embed(self.backbone, images, batch_size=batch_size)
+        return embedding if self.head is None else self.head(embedding)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        images,
+        batch_size: int = 64,
+        *,
+        device: torch.device | str | None = None,
+        normalize: bool = False,
+    ) -> Tensor:
+        """Embed many images, read and processed one batch at a time.
+
+        Args:
+            images: one image or a sequence of them: PIL images, paths, uint8 arrays ``(h, w, 3)``, uint8
+                tensors ``(3, h, w)``, or a column of a dataset, such as ``dataset["image"]``.
+            batch_size: number of images per forward pass.
+            device: the device that the student is moved to; by default the one it is on.
+            normalize: whether each embedding is scaled to length 1.
+
+        Returns:
+            The embeddings ``(n, dim)``, float32 on the CPU, in the order of the images.
+
+        Raises:
+            ValueError: an image that cannot be read, named by its path or position; no images.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: give 1 or more.")
+        if device is not None:
+            self.to(device)
+        if isinstance(images, (str, Path, Image.Image)) or (
+            isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3
+        ):
+            images = [images]
+        if not len(images):
+            raise ValueError("images: got none; give one image or more.")
+        rows = torch.empty(len(images), self.dim)
+        for start in range(0, len(images), batch_size):
+            batch = [_read(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+            rows[start : start + len(batch)] = self.embed(batch, batch_size)
+        return l2_normalize(rows) if normalize else rows
+
+    @staticmethod
+    def similarity(a: Tensor, b: Tensor) -> Tensor:
+        """Compute the cosine of each row of ``a`` ``(n, d)`` with each row of ``b`` ``(m, d)``: ``(n, m)``.
+
+        Raises:
+            ValueError: embeddings of different dimensions, or not ``(n, d)``.
+
+        Example:
+            >>> import torch
+            >>> Student.similarity(torch.eye(2), torch.tensor([[3.0, 0.0]]))
+            tensor([[1.],
+                    [0.]])
+        """
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
+            raise ValueError(
+                f"a {tuple(a.shape)} and b {tuple(b.shape)} cannot be compared; give embeddings (n, d) and (m, d) of "
+                f"one dimension d."
+            )
+        return l2_normalize(a.float()) @ l2_normalize(b.float()).T
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write network, image processor and head to a folder that ``AutoModel`` and ``Student`` load.
+
+        Card, record and pictures of the run are written next to them where the student was loaded with them.
+
+        Raises:
+            ValueError: ``folder`` is a file.
+        """
+        folder = Path(folder)
+        if folder.is_file():
+            raise ValueError(f"folder={folder} is a file; give the name of a folder.")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save_pretrained(folder)
+        self.backbone.processor.save_pretrained(folder)
+        if self.head is not None:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
+            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+        for name in COMPANIONS if self._source else ():
+            found = find_student_file(self._source[0], name, self._source[1])
+            if found is not None and Path(found).resolve() != (folder / name).resolve():
+                shutil.copy(found, folder / name)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        commit_message: str | None = None,
+        token: str | None = None,
+    ) -> CommitInfo:
+        """Push the student to the Hub as one commit: what ``save_pretrained`` writes.
+
+        Args:
+            repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
+            private: whether a new repository is private; an existing public one is then rejected.
+            revision: a branch, created if it does not exist; by default main.
+            commit_message: the commit message; by default it names the number of images seen.
+            token: access token; by default that of ``HF_TOKEN`` or ``hf auth login``.
+
+        Raises:
+            PushFailed: the push failed; nothing was changed here.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                return push(folder, repo_id, token=token, private=private, revision=revision, message=commit_message)
+            except PushFailed as error:
+                # The folder that its message names is gone in a moment.
+                raise PushFailed(f"Not pushed to {repo_id}: {error.__cause__}; call push_to_hub again.") from error
+
+
+def _read(image, position: int):
+    """What ``embed`` takes: paths are decoded, everything else is left as it is."""
+    if not isinstance(image, (str, Path)):
+        return image
+    try:
+        return decode({"bytes": None, "path": str(image)})
+    except ValueError as error:
+        raise ValueError(f"images[{position}]: {error}") from error
