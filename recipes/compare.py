@@ -10,6 +10,10 @@ the overlap of neighbours with the teacher's, on held-out images (--validation_s
 would bias its test result. Other flags are those of recipes/distill.py. The same command resumes where it stopped.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "compare")
+
 import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,10 +44,13 @@ class CompareArguments:
     jobs: int = field(default=1, metadata={"help": "Number of runs in parallel."})
 
 
+ARGUMENTS = (CompareArguments, ModelArguments, DataArguments, DistillationArguments)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        args, models, data, training = parse((CompareArguments, ModelArguments, DataArguments, DistillationArguments))
+        args, models, data, training = parse(ARGUMENTS)
         if training.method != "coss" or training.beta is not None:
             raise ValueError("--method and --beta: give --methods 'coss(beta=50)' 'rkd(beta=2)' ... to be compared.")
         plan = plan_comparison(

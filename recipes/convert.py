@@ -5,6 +5,10 @@
 FOLDER holds its state dict as model.safetensors; the model, its code and the image processor are written to OUT.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "convert")
+
 import argparse
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -13,11 +17,17 @@ from coss_hf.models.cifar.convert import convert_akamaster
 from coss_hf.models.cifar.registry import cifar_image_processor
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coss-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", help="folder with model.safetensors")
     parser.add_argument("--output", required=True, help="folder to write")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     model = convert_akamaster(args.folder)
     model.save_pretrained(args.output)
     cifar_image_processor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).save_pretrained(args.output)

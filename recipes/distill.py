@@ -9,6 +9,10 @@ Every argument can stand in a YAML file given with --config; the command line ov
 would do. The output folder loads with AutoModel and AutoImageProcessor.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "distill")
+
 import logging
 
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
@@ -18,11 +22,13 @@ from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.training_args import DistillationArguments
 
+ARGUMENTS = (ModelArguments, DataArguments, DistillationArguments)
+
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        models, data, args = parse((ModelArguments, DataArguments, DistillationArguments))
+        models, data, args = parse(ARGUMENTS)
         run = build_run(models, data, args)
     text = describe(run.trainer, run.splits, measure=args.dry_run)
     if args.process_index == 0:

@@ -10,6 +10,10 @@ recipes/distill.py left in the student's folder maps its embeddings to the teach
 recipes/distill.py does the same at its end.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "evaluate")
+
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,10 +80,13 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     return compare(evaluator, student, head, seed=args.seed)
 
 
+ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        models, data, args = parse((ModelArguments, DataArguments, EvaluationArguments))
+        models, data, args = parse(ARGUMENTS)
         results = evaluate(models, data, args)
     write_json(args.output, {**results, "command": command(), "seed": args.seed, "versions": versions()})
     print(table(results))

@@ -8,6 +8,10 @@ suits convolutional networks. Agreement and latency are measured on the test spl
 --validation_size, or by default the model's own run, held out of train), printed and written to export.json.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "export")
+
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,10 +131,13 @@ def number(key: str, value: float | None) -> str:
     return f"{value:,}" if key == "bytes" else f"{value:.6f}"
 
 
+ARGUMENTS = (DataArguments, ExportArguments)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        data, args = parse((DataArguments, ExportArguments))
+        data, args = parse(ARGUMENTS)
         record = run(data, args)
     onnx, onnxruntime = onnx_packages()
     record["versions"] = versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}

@@ -14,6 +14,10 @@ says how they were found (search, recall, seconds). With several processes each 
 The same command resumes a run that was stopped: finished shards of embeddings are in --neighbors_cache.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "neighbors")
+
 import json
 import logging
 import os
@@ -115,10 +119,13 @@ def write(
     return result
 
 
+ARGUMENTS = (ModelArguments, DataArguments, NeighborsArguments)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        models, data, args = parse((ModelArguments, DataArguments, NeighborsArguments))
+        models, data, args = parse(ARGUMENTS)
         splits, neighbors, meta = find_neighbors(models, data, args)
     leave()
     if not PartialState().is_main_process:

@@ -6,6 +6,10 @@
 It pushes what could not be pushed when its run ended. The token is that of `hf auth login` or HF_TOKEN.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "push")
+
 import argparse
 from pathlib import Path
 
@@ -13,13 +17,19 @@ from coss_hf.cli import bad_input_exits, stopped_run_exits
 from coss_hf.hub.push import check_repo, push, push_dataset
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coss-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="output of recipes/distill.py or recipes/neighbors.py")
     parser.add_argument("--repo_id", required=True, help="repository USER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create a repository that its owner alone can see")
     parser.add_argument("--revision", help="branch to push a student to; default: main")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     is_dataset = (args.folder / "dataset_dict.json").is_file()
     with bad_input_exits():
         check_repo(args.repo_id, "--repo_id", create=False)

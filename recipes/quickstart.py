@@ -4,8 +4,12 @@
 
 It writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels
 into a smaller student (recipes/distill.py), and prints how well the embeddings of test images tell their classes. Each
-command is printed before it runs.
+command is printed before it runs. It needs scikit-learn: pip install 'coss-hf[quickstart]'.
 """
+
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "quickstart")
 
 import argparse
 import json
@@ -20,15 +24,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL.Image import fromarray
-from sklearn.datasets import load_digits
 
 from coss_hf.evaluation.knn import knn_accuracy
 from coss_hf.evaluation.linear_probe import linear_probe
 from coss_hf.evaluation.tables import table
 from coss_hf.reporting.run_record import versions, write_json
 
-RECIPES = Path(os.path.relpath(Path(__file__).parent))
-PYTHON = Path(os.path.relpath(sys.executable))
 # Others wrote the last 360 digits: no writer is in both splits.
 TRAIN = 1437
 TEACHER = "--model resnet8x4 --hidden_sizes 32 64 128 --image_size 8 --mean .5 .5 .5 --std .5 .5 .5"
@@ -36,13 +37,21 @@ TEACHER += " --num_train_epochs 20 --logging_steps 44"
 # On 8x8 pixels a second thread only waits for the first; a second process decodes and augments instead.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 WORKERS = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "true"]
-# What accelerate would warn of if it were left to its defaults.
-LAUNCH = "--cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no"
+
+
+def bundled_digits():
+    """Return scikit-learn's digits; exit with the remedy where it is not installed."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        print("error: the digits come with scikit-learn: pip install 'coss-hf[quickstart]'.", file=sys.stderr)
+        raise SystemExit(2) from None
+    return load_digits()
 
 
 def write_digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Write ``train.parquet`` and ``test.parquet`` (8x8 grey PNG, label); return pixels ``(n, 64)`` and labels."""
-    digits = load_digits()
+    digits = bundled_digits()
     pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)  # their maximum is 16
     labels = digits.target
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
@@ -62,14 +71,15 @@ def raw_pixels(splits: dict) -> dict[str, float]:
     return knn_accuracy(*train, *test) | {"probe": linear_probe(*train, *test)["accuracy"]}
 
 
-def run(title: str, *command) -> None:
-    """Run a recipe as a user would type it."""
-    command = [str(word) for word in command]
+def run(title: str, *words) -> None:
+    """Run a command of coss-hf as a user would type it."""
+    words = [str(word) for word in words]
     variables = " ".join(f"{name}={value}" for name, value in ENVIRONMENT.items())
-    print(f"\n{title}\n$ {variables} {shlex.join(command)}", flush=True)
+    shown = shlex.join(["coss-hf", *words])
+    print(f"\n{title}\n$ {variables} {shown}", flush=True)
     start = time.perf_counter()
-    if subprocess.run(command, env=os.environ | ENVIRONMENT).returncode:
-        raise SystemExit(f"This command failed: {shlex.join(command)}")
+    if subprocess.run([sys.executable, "-m", "coss_hf", *words], env=os.environ | ENVIRONMENT).returncode:
+        raise SystemExit(f"This command failed: {shown}")
     print(f"({time.perf_counter() - start:.0f} s)")
 
 
@@ -78,11 +88,10 @@ def pipeline(output: Path, seed: int) -> dict[str, dict]:
     teacher = output / f"seed{seed}" / "teacher"
     student = output / f"seed{seed}" / "student"
     common = ["--dataset", output / "data", "--seed", seed, "--use_cpu", "--overwrite_output_dir", *WORKERS]
-    train = [PYTHON, RECIPES / "train_teacher.py", *TEACHER.split(), "--output_dir", teacher]
+    train = ["train-teacher", *TEACHER.split(), "--output_dir", teacher]
     run(f"A labelled teacher, seed {seed}:", *train, *common)
-    launch = [PYTHON.with_name("accelerate"), "launch", *LAUNCH.split(), RECIPES / "distill.py"]
-    distil = ["--config", RECIPES / "configs" / "quickstart.yaml", "--teacher", teacher, "--output_dir", student]
-    run(f"Its student, without labels, seed {seed}:", *launch, *distil, *common)
+    distil = ["distill", "--config", "quickstart", "--teacher", teacher, "--output_dir", student]
+    run(f"Its student, without labels, seed {seed}:", *distil, *common)
     return json.loads((student / "run.json").read_text())["results"]
 
 
@@ -94,11 +103,17 @@ def over_seeds(runs: list[dict[str, dict]], statistic) -> dict[str, dict]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="coss-hf quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one teacher and one student each")
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     splits = write_digits(args.output / "data")
     sizes = ", ".join(f"{name} {len(labels):,}" for name, (_, labels) in splits.items())
     print(f"Digits: {sizes} images of 8x8 pixels.")

@@ -12,6 +12,10 @@ of recipes/distill.py. The same command resumes where it stopped. `report.html` 
 report.jsonl, report.json, report.md and report.png are its rows, costs, table and plot.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "report")
+
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,10 +44,13 @@ class ReportArguments:
     timing_rounds: int = field(default=20, metadata={"help": "Timed runs of each network and batch size."})
 
 
+ARGUMENTS = (ReportArguments, ModelArguments, DataArguments, DistillationArguments)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        args, models, data, training = parse((ReportArguments, ModelArguments, DataArguments, DistillationArguments))
+        args, models, data, training = parse(ARGUMENTS)
         if training.method != "coss" or training.beta is not None or args.timing_rounds < 1:
             raise ValueError(
                 f"--method={training.method}, --beta={training.beta}, --timing_rounds={args.timing_rounds}: a report "

@@ -9,17 +9,23 @@ images, which are read once per reported trial. Labels serve evaluation alone. -
 epochs. The same command resumes where it stopped and never repeats a finished trial.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "reproduce")
+
 import logging
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.study.reproduction import ReproduceArguments, plan_reproduction
 from coss_hf.trainer.arguments import DataArguments
 
+ARGUMENTS = (ReproduceArguments, DataArguments)
+
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        args, data = parse((ReproduceArguments, DataArguments))
+        args, data = parse(ARGUMENTS)
         reproduction = plan_reproduction(args, data)
     print(reproduction.run())
 

@@ -10,17 +10,23 @@ The output folder loads with AutoModelForImageClassification, and as --teacher o
 paper's for CIFAR-100, but for the rate: a cosine. The paper's steps are --lr_milestones 150 180 210.
 """
 
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "train-teacher")
+
 import logging
 
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 
+ARGUMENTS = (DataArguments, TeacherArguments)
+
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
-        data, args = parse((DataArguments, TeacherArguments))
+        data, args = parse(ARGUMENTS)
         run = build_supervised_run(data, args)
     print(f"{run.backbone!r}, {len(run.splits.train):,} images", flush=True)
     record = run.train()

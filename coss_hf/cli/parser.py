@@ -8,6 +8,9 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from coss_hf.cli.help import launched_as, render
+from coss_hf.cli.shipped import find_yaml, folder
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
@@ -23,7 +26,9 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
 
     Raises:
         ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
+        SystemExit: ``--help`` or ``--help_all``, whose page has been printed.
     """
+    _answer_help(dataclass_types, sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
     parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
@@ -39,6 +44,17 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
         hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
         raise ValueError(f"{word} is no argument of this command.{hint}")
     return tuple(parsed)
+
+
+def _answer_help(dataclass_types, argv: list[str]) -> None:
+    """Print all options with ``--help_all``; the page of ``--help`` is printed before this module is imported."""
+    asked = {"-h", "--help", "--help_all"} & {*argv}
+    if asked:
+        command = Path(sys.argv[0]).stem.replace("_", "-")
+        document = getattr(sys.modules["__main__"], "__doc__", None) or ""
+        page = render(command, document, dataclass_types, everything="--help_all" in asked)
+        print(page.replace(f"coss-hf {command}", launched_as(command)), end="")
+        raise SystemExit(0)
 
 
 def _bare_resume(argv: list[str]) -> list[str]:
@@ -65,10 +81,9 @@ def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
 
 
 def _read_yaml(path: list[str]) -> dict:
-    if not path or not Path(path[0]).is_file():
-        raise ValueError(f"--config {' '.join(path)}: no such file.")
+    file = find_yaml("".join(path), folder("recipes") / "configs", "--config")
     try:
-        content = yaml.safe_load(Path(path[0]).read_text()) or {}
+        content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
     if not isinstance(content, dict):

@@ -19,17 +19,34 @@ def versions() -> dict[str, str]:
 
 def command() -> str:
     """The command line, its secrets hidden; how many processes and which precision, where accelerate launched it."""
-    world, precision = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if os.environ.get("COSS_HF_COMMAND"):
+        return os.environ["COSS_HF_COMMAND"]
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     launcher = ["accelerate", "launch"] if LAUNCHED or world > 1 else ["python"]
     launcher += ["--num_processes", str(world)] if world > 1 else []
     launcher += ["--mixed_precision", precision] if LAUNCHED and precision != "no" else []
-    words, hide = [], False
-    for word in sys.argv:
+    return shlex.join([*launcher, *hide_secrets(sys.argv)])
+
+
+def hide_secrets(words: list[str]) -> list[str]:
+    """The words of a command line, with ``***`` as the value of every option that ends in ``token``.
+
+    Example:
+        >>> hide_secrets(["--hub_token", "abc", "--seed", "1"])
+        ['--hub_token', '***', '--seed', '1']
+    """
+    shown = []
+    hide = False
+    for word in words:
         name, equals, _ = word.partition("=")
         secret = name.startswith("--") and name.endswith("token")
-        words.append("***" if hide else f"{name}=***" if secret and equals else word)
+        if hide:
+            shown.append("***")
+        else:
+            shown.append(f"{name}=***" if secret and equals else word)
         hide = secret and not equals
-    return shlex.join([*launcher, *words])
+    return shown
 
 
 def write_json(path: str | Path, content: dict) -> None:

@@ -47,4 +47,4 @@ def test_quickstart(tmp_path):
     assert scores["student"] >= scores["random"] + 0.15 and scores["student"] >= scores["teacher"] - 0.02
     for picture in ("neighbors.png", "loss.png"):
         assert Path(tmp_path, "quick start", "seed0", "student", picture).is_file()
-    assert "raw pixels" in run.stdout and "accelerate launch" in run.stdout
+    assert "raw pixels" in run.stdout and "coss-hf distill --config quickstart" in run.stdout

@@ -1,0 +1,141 @@
+"""What `--help` prints: a page that is drawn once and kept, because importing what it describes takes seconds."""
+
+import dataclasses
+import enum
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterable
+from pathlib import Path
+from types import UnionType
+from typing import Literal, Union, get_args, get_origin
+
+from coss_hf.cli.options import GROUPS, NOT_OFFERED, SENTENCES
+
+PAGES = Path(__file__).parent / "help_texts"
+WIDTH = 100
+INDENT = 34
+# How docstrings of scripts name scripts.
+RECIPE = re.compile(
+    r"(?:python |accelerate launch (?:--config_file accelerate_configs/(\w+)\.yaml )?)?recipes/(\w+)\.py"
+)
+
+
+def show_help(module: str, command: str) -> None:
+    """Print the kept page and exit, where the command line asks a script for help; else do nothing.
+
+    Scripts call it before the imports that take seconds.
+
+    Args:
+        module: ``__name__`` of the caller; nothing is done unless it is the script that runs.
+        command: name of the command, such as ``distill``.
+    """
+    if module == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
+        print((PAGES / f"{command}.txt").read_text().replace("coss-hf " + command, launched_as(command)), end="")
+        raise SystemExit(0)
+
+
+def launched_as(command: str) -> str:
+    """How the user started this command: ``coss-hf distill`` or ``python recipes/distill.py``."""
+    if os.environ.get("COSS_HF_COMMAND"):
+        return f"coss-hf {command}"
+    return f"python {sys.argv[0]}"
+
+
+def render(command: str, document: str, dataclass_types: Iterable[type], everything: bool = False) -> str:
+    """Draw the help page of a command.
+
+    Args:
+        command: name of the command, such as ``distill``.
+        document: docstring of its script.
+        dataclass_types: what its options are fields of.
+        everything: whether all options are shown, instead of those in ``options.GROUPS``.
+    """
+    document = re.sub(r"(?<=\S)  +", " ", RECIPE.sub(_as_command, document))  # line continuations
+    title, _, rest = document.strip().partition("\n\n")
+    blocks = [f"usage: coss-hf {command} [--option value ...]", title]
+    blocks += [f"{group}:\n" + "\n".join(rows) for group, rows in _groups(dataclass_types, everything).items()]
+    blocks.append(rest)
+    if not everything:
+        blocks.append(f"All options of the training: coss-hf {command} --help_all")
+    return "\n\n".join(blocks) + "\n"
+
+
+def _as_command(found: re.Match) -> str:
+    config = f" --accelerate_config {found[1]}" if found[1] else ""
+    return f"coss-hf {found[2].replace('_', '-')}{config}"
+
+
+def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list[str]]:
+    """Lines of each group of options."""
+    fields = {"config": None}
+    own = []
+    shared = {name for names in GROUPS.values() for name in names}
+    for kind in dataclass_types:
+        found = {field.name: field for field in dataclasses.fields(kind) if field.init}
+        fields |= found
+        if not kind.__module__.startswith("coss_hf.trainer") or kind.__name__ == "TeacherArguments":
+            declared = kind.__dict__.get("__annotations__", {})
+            own += [name for name in found if name in declared and name not in shared]
+    groups = {"Options of this command": own, **GROUPS}
+    if everything:
+        seen = {name for names in groups.values() for name in names}
+        groups["All other options"] = [name for name in fields if name not in seen | NOT_OFFERED]
+    lines = {title: [_row(name, fields[name]) for name in names if name in fields] for title, names in groups.items()}
+    return {title: rows for title, rows in lines.items() if rows}
+
+
+def _row(name: str, field: dataclasses.Field | None) -> str:
+    """One option: its name and kind of value, then its sentence and its default."""
+    option = f"  --{name} {'FILE' if field is None else _kind(field)}".rstrip()
+    text = SENTENCES.get(name) or _sentence(field.metadata.get("help") or "")
+    if field is not None:
+        text += _default(field, text)
+    lines = textwrap.wrap(text, WIDTH - INDENT)
+    if len(option) < INDENT - 1 and lines:
+        lines[0] = option.ljust(INDENT) + lines[0]
+        return "\n".join([lines[0], *(" " * INDENT + line for line in lines[1:])])
+    return "\n".join([option, *(" " * INDENT + line for line in lines)])
+
+
+def _sentence(text: str) -> str:
+    text = " ".join(text.split())
+    return text if not text or text.endswith(".") else f"{text}."
+
+
+def _kind(field: dataclasses.Field) -> str:
+    """The value that an option takes, in capitals, or its choices."""
+    if field.metadata.get("choices"):
+        return "{" + ",".join(map(str, field.metadata["choices"])) + "}"
+    kinds = [kind for kind in _flattened(field.type) if kind is not type(None)]
+    if any(kind is bool for kind in kinds) and len(kinds) == 1:
+        return ""
+    if any(get_origin(kind) is list for kind in kinds):
+        return "VALUE ..."
+    for kind, name in ((float, "NUMBER"), (int, "N")):
+        if kind in kinds:
+            return name
+    return "FOLDER" if field.name.endswith("_dir") else "VALUE"
+
+
+def _flattened(kind) -> list:
+    """The kinds of a union, one level deep; the values of a ``Literal`` count as text."""
+    if get_origin(kind) in (Union, UnionType):
+        return [part for one in get_args(kind) for part in _flattened(one)]
+    if get_origin(kind) is Literal:
+        return [str]
+    return [kind]
+
+
+def _default(field: dataclasses.Field, text: str) -> str:
+    value = field.default
+    if field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
+    if isinstance(value, enum.Enum):
+        value = value.value
+    if isinstance(value, (list, tuple)):
+        value = " ".join(map(str, value))
+    if value in (None, "", False) or value is dataclasses.MISSING or "default" in text.lower():
+        return ""
+    return f" Default: {str(value).lower() if value is True else value}."

@@ -1,0 +1,96 @@
+"""Which options `--help` shows, in which group, and which are never offered. Needs the standard library alone."""
+
+# Shown by --help, in this order. Everything else is behind --help_all.
+GROUPS = {
+    "Teacher, student and images": (
+        "teacher",
+        "student",
+        "student_init",
+        "dataset",
+        "train_split",
+        "image_column",
+        "validation_size",
+        "max_train_samples",
+        "on_bad_image",
+        "config",
+    ),
+    "Method and neighbours": (
+        "method",
+        "lambda_ss",
+        "head",
+        "augmentation",
+        "neighbors_k",
+        "neighbors_pool",
+    ),
+    "Length and batch": (
+        "num_train_epochs",
+        "num_images",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+    ),
+    "Optimizer": (
+        "optim",
+        "learning_rate",
+        "weight_decay",
+        "lr_scheduler_type",
+        "warmup_steps",
+        "max_grad_norm",
+        "seed",
+    ),
+    "Speed and precision": (
+        "bf16",
+        "fp16",
+        "channels_last",
+        "torch_compile",
+        "dataloader_num_workers",
+        "use_cpu",
+    ),
+    "Evaluation and tracking": (
+        "label_column",
+        "eval_strategy",
+        "eval_steps",
+        "logging_steps",
+        "report_to",
+        "run_name",
+    ),
+    "Output and Hub": (
+        "output_dir",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "dry_run",
+        "push_to_hub",
+        "hub_model_id",
+    ),
+}
+
+# Sentences for options that are those of transformers.TrainingArguments.
+SENTENCES = {
+    "bf16": "Train under bfloat16 autocast.",
+    "config": "YAML file with any of these options; the command line overrides it.",
+    "dataloader_num_workers": "Number of processes that load and augment images, for each training process.",
+    "fp16": "Train under float16 autocast with loss scaling; needs a GPU.",
+    "gradient_accumulation_steps": "Number of batches whose gradients are added up before each optimizer step.",
+    "hub_model_id": "Repository on the Hub to push to, as USER/NAME.",
+    "num_train_epochs": "Number of passes over the training images.",
+    "push_to_hub": "Push the finished student to the Hub.",
+    "resume_from_checkpoint": "Resume from the last checkpoint in --output_dir, or from the folder given here.",
+    "run_name": "Name of the run in the tracker.",
+    "seed": "Seed of initial weights, views and batches.",
+    "torch_compile": "Compile student and teacher with torch.compile.",
+    "use_cpu": "Run on the CPU.",
+    "warmup_steps": "Number of steps during which the learning rate rises from 0; below 1, a share of all steps.",
+}
+
+# Options of language models, deprecated ones, and those that must keep one value.
+NOT_OFFERED = frozenset(
+    """
+    average_tokens_across_devices batch_eval_metrics dataloader_drop_last ddp_find_unused_parameters do_eval
+    do_predict do_train eval_do_concat_batches eval_use_gather_object fp16_backend fp16_opt_level
+    group_by_length half_precision_backend include_for_metrics include_inputs_for_metrics
+    include_num_input_tokens_seen jit_mode_eval label_names label_smoothing_factor length_column_name
+    liger_kernel_config logging_nan_inf_filter mp_parameters neftune_noise_alpha past_index
+    per_gpu_eval_batch_size per_gpu_train_batch_size prediction_loss_only push_to_hub_model_id
+    push_to_hub_organization push_to_hub_token ray_scope remove_unused_columns torchdynamo
+    train_sampling_strategy use_ipex use_legacy_prediction_loop use_liger_kernel
+    """.split()
+)

@@ -1,0 +1,118 @@
+"""Embed images with any vision network, and write the embeddings to one file.
+
+    python recipes/embed.py --model my-student --dataset path/to/images --output embeddings.npy
+
+The rows of the file follow the images of the split. `.npy` holds an array (n, d) of float32; `.parquet` holds the
+columns `file_name` (where an image has one), the label (where there are labels) and `embedding`. A student of
+recipes/distill.py is embedded with its projection head, in its teacher's space, with --head.
+"""
+
+from coss_hf.cli.help import show_help
+
+show_help(__name__, "embed")
+
+import logging
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from accelerate import PartialState
+
+from coss_hf.cli import bad_input_exits, parse
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.models.embedding import embed_dataset
+from coss_hf.models.heads import load_head
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.arguments import DataArguments
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass
+class EmbedArguments:
+    """The network, and where its embeddings go."""
+
+    model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network."})
+    output: str | None = field(default=None, metadata={"help": "File to write, with the suffix .npy or .parquet."})
+    split: str = field(default="train", metadata={"help": "Split to embed.", "choices": list(SPLITS)})
+    head: bool = field(default=False, metadata={"help": "Apply the student's projection head."})
+    normalize: bool = field(default=False, metadata={"help": "Scale each embedding to length 1."})
+    pooling: str = field(default="auto", metadata={"help": "Pooling: auto, cls, mean, pooler or gap."})
+    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+
+
+ARGUMENTS = (EmbedArguments, DataArguments)
+
+
+def check(args: EmbedArguments) -> None:
+    """Raise ``ValueError`` for arguments that cannot be used."""
+    for name in ("model", "output"):
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is missing; see --help.")
+    if Path(args.output).suffix not in (".npy", ".parquet"):
+        raise ValueError(f"--output {args.output}: give a file with the suffix .npy or .parquet.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch_size {args.batch_size}: give 1 or more.")
+
+
+@torch.no_grad()
+def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
+    """Return the embeddings ``(n, d)`` float32 of a split.
+
+    Raises:
+        ValueError: a network or head that cannot be used, or no such split.
+    """
+    rows = getattr(splits, args.split)
+    if rows is None:
+        names = ", ".join(name for name in SPLITS if getattr(splits, name) is not None)
+        raise ValueError(f"--split {args.split}: the dataset has no such split; it has {names}.")
+    backbone = load_backbone(args.model, argument="model", pooling=args.pooling).freeze()
+    head = load_head(args.model) if args.head else None
+    if args.head and head is None:
+        raise ValueError(f"--head: {args.model} has no projection head; leave --head out.")
+    images = ProcessedImages(rows, splits.image_column, backbone.preprocess)
+    device = PartialState(cpu=args.use_cpu).device
+    found = embed_dataset(backbone, images, batch_size=args.batch_size, num_workers=args.num_workers, device=device)
+    if head is not None:
+        found = head(found)
+    if args.normalize:
+        found = torch.nn.functional.normalize(found)
+    return found.numpy()
+
+
+def write(path: Path, found: np.ndarray, splits: ImageSplits, split: str) -> None:
+    """Write a file that is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.part")
+    if path.suffix == ".npy":
+        with unfinished.open("wb") as file:
+            np.save(file, found)
+    else:
+        rows = getattr(splits, split)
+        records = rows.cast_column(splits.image_column, datasets.Image(decode=False))[splits.image_column]
+        columns = {"file_name": [Path(record["path"]).name if record["path"] else None for record in records]}
+        if splits.label_column:
+            columns[splits.label_column] = rows[splits.label_column][:]
+        datasets.Dataset.from_dict({**columns, "embedding": found}).to_parquet(unfinished)
+    os.replace(unfinished, path)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    with bad_input_exits():
+        args, data = parse(ARGUMENTS)
+        check(args)
+        splits = data.load()
+        found = embeddings(splits, args)
+    write(Path(args.output), found, splits, args.split)
+    print(f"{args.output}: {found.shape[0]:,} embeddings of {found.shape[1]} dimensions.")
+
+
+if __name__ == "__main__":
+    main()
