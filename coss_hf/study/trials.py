@@ -15,7 +15,7 @@ from coss_hf.data.loading import ImageSplits
 from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.trainer.factory import build_trainer, find_neighbors
+from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
@@ -148,13 +148,7 @@ def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> Dist
     args = _training_arguments(trial, config, folder, len(splits.train))
     set_seed(trial.seed)
     student = config.models[trial.pair].load_student(teacher)
-    neighbors = None
-    if args.neighbors_k:
-        # Before the trainer sets its seed: a search that is not cached yet draws random numbers, on which dropout
-        # would depend.
-        teacher.model.to(args.device)
-        neighbors = find_neighbors(splits, teacher, config.data, args)
-    trainer = build_trainer(student, teacher, splits, args, neighbors=neighbors)
+    trainer = build_trainer(student, teacher, splits, args, data=config.data)
     trainer.remove_callback(PrinterCallback)
     return trainer
 

@@ -3,15 +3,20 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 from torch import nn
-from transformers.trainer_utils import get_last_checkpoint
+
+from coss_hf.trainer.manifest import MANIFEST, find_damage
+from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
 STAGING, REPLACED = "unfinished-", "replaced-"
+DAMAGED = "damaged-"
+TEMPORARY = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # of safetensors, which then gives the file its name
 PATIENCE = 60  # seconds for another run to end
 _locks: list[FileLock] = []
 
@@ -74,6 +79,13 @@ def recover(output_dir: str | Path) -> None:
         shutil.rmtree(unfinished)
 
 
+def remove_temporary_files(output_dir: str | Path) -> None:
+    """Remove what a run that was killed while it saved its student left half written."""
+    for path in Path(output_dir).glob(".tmp*"):
+        if TEMPORARY.fullmatch(path.name) and path.is_file():
+            path.unlink()
+
+
 def shapes(module: nn.Module) -> str:
     """Hash of the names and shapes of all weights."""
     layout = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -101,30 +113,109 @@ def finished(state: dict, args) -> bool:
     return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
 
 
+def incomplete(folder: str | Path, **options) -> str | None:
+    """Say why a folder is not a complete checkpoint; None where it is one.
+
+    Args:
+        folder: of the checkpoint.
+        options: of ``read_state``.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return "there is no such folder"
+    if read_state(folder, **options) is None:
+        return "it is not complete: trainer_state.json or another of its records is missing or cannot be read"
+    return find_damage(folder)
+
+
+def newest_complete(output_dir: str | Path, **options) -> tuple[str | None, dict[str, str]]:
+    """Find the newest complete checkpoint of a run.
+
+    Args:
+        output_dir: of the run.
+        options: of ``read_state``.
+
+    Returns:
+        The checkpoint, or None; and the newer ones that are not complete, each with the reason.
+    """
+    passed_over = {}
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
+        reason = incomplete(folder, **options)
+        if reason is None:
+            return str(folder), passed_over
+        passed_over[str(folder)] = reason
+    return None, passed_over
+
+
 def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str | None:
-    """Folder to resume from.
+    """Find the checkpoint to resume from, and say which ones are damaged. All processes of a run call together.
 
     Args:
         output_dir: of the run.
         asked: None or False for a fresh start; True, ``"auto"`` or ``"True"`` for the newest complete checkpoint, None
-            if there is none; else a checkpoint folder.
+            if there is none at all; else a checkpoint folder.
         options: of ``read_state``.
 
     Raises:
-        ValueError: a folder that is not a complete checkpoint.
+        ValueError: a folder that is not a complete checkpoint, or a run of which no checkpoint is complete.
     """
     if not asked or str(asked).lower() in ("false", "none"):
         return None
-    if asked is True or str(asked).lower() in ("auto", "true"):
-        folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
-        folders.sort(key=lambda folder: int(folder.name[11:]), reverse=True)
-        return next((str(folder) for folder in folders if read_state(folder, **options)), None)
-    folder = Path(asked)
-    if not read_state(folder, **options):
-        inside = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        hint = f" Did you mean {inside}?" if inside else " Give --resume_from_checkpoint auto for the newest."
-        raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint.{hint}")
-    return str(folder)
+    processes = Processes()
+    found = None
+    with processes.together():
+        if processes.rank == 0:  # one decides: files may change, and each process would read all of them
+            automatic = asked is True or str(asked).lower() in ("auto", "true")
+            found = _choose(output_dir, **options) if automatic else _check(asked, **options)
+    return processes.gather(found)[0]
+
+
+def _choose(output_dir: str, **options) -> str | None:
+    found, passed_over = newest_complete(output_dir, **options)
+    reasons = "; ".join(f"{folder}: {reason}" for folder, reason in passed_over.items())
+    if found is None and passed_over:
+        raise ValueError(
+            f"--resume_from_checkpoint: no checkpoint in {output_dir} is complete ({reasons}). Put back what is "
+            f"missing or damaged, or start afresh: in another --output_dir, or with --overwrite_output_dir instead of "
+            f"--resume_from_checkpoint."
+        )
+    if passed_over:
+        print(f"Damaged, and passed over for {found}: {reasons}.", flush=True)
+    if found is not None:
+        _say_if_unchecked(found)
+    return found
+
+
+def _check(asked: str, **options) -> str:
+    reason = incomplete(asked, **options)
+    if reason is not None:
+        folder = Path(asked)
+        runs = [folder, folder.parent] if folder.is_dir() else [folder.parent]
+        others = [newest_complete(run, **options)[0] for run in runs]
+        other = next((found for found in others if found), None)
+        hint = f"Give {other}, which is." if other else "Give --resume_from_checkpoint auto for the newest."
+        raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint: {reason}. {hint}")
+    _say_if_unchecked(asked)
+    return str(Path(asked))
+
+
+def _say_if_unchecked(checkpoint: str) -> None:
+    if not Path(checkpoint, MANIFEST).is_file():
+        print(
+            f"{checkpoint} was written without {MANIFEST}, as by earlier versions: only some damage to its files would "
+            f"be noticed.",
+            flush=True,
+        )
+
+
+def set_damaged_aside(checkpoint: str) -> None:
+    """Rename the checkpoints that were passed over for ``checkpoint``: the run would keep them as its newest."""
+    _, passed_over = newest_complete(Path(checkpoint).parent)
+    for damaged in map(Path, passed_over):
+        aside = damaged.with_name(DAMAGED + damaged.name)
+        shutil.rmtree(aside, ignore_errors=True)
+        os.replace(damaged, aside)
 
 
 def check_identity(checkpoint: str, identity: dict[str, str]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from coss_hf.models.heads import HEAD_FILE
-from coss_hf.trainer.checkpoint_files import find_checkpoint, publish, staging
+from coss_hf.trainer.checkpoint_files import newest_complete, publish, staging
 from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
+from coss_hf.trainer.manifest import write_manifest
 from coss_hf.utils.disk import full_disk
 from coss_hf.utils.distributed import any_process
 from coss_hf.utils.errors import CheckpointError, NonFiniteLoss, RunStopped
@@ -36,10 +37,14 @@ class CheckpointWriter:
         self._wait = wait
 
     @contextlib.contextmanager
-    def atomic(self, final: Path) -> Iterator[Path]:
+    def atomic(self, final: Path, *, manifest: bool = False) -> Iterator[Path]:
         """Yield the folder to write into, which gets its name ``final`` once every process is done.
 
         All processes call. What is written in the block by each of them belongs to the folder.
+
+        Args:
+            final: the folder's name.
+            manifest: add sizes and checksums of all files, written last: for what a run is resumed from.
 
         Raises:
             CheckpointError: on every process, where one could not write. Nothing incomplete is left.
@@ -57,6 +62,8 @@ class CheckpointWriter:
             raise
         with self.same_error_everywhere(final):
             if self.args.should_save:
+                if manifest:
+                    write_manifest(unfinished)
                 publish(unfinished, final)
         self._wait()
 
@@ -98,7 +105,7 @@ class CheckpointWriter:
     def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):
             error = error.__cause__
-        earlier = find_checkpoint(self.args.output_dir, "auto")
+        earlier, _ = newest_complete(self.args.output_dir)
         return CheckpointError(
             f"{path} could not be written: {error or 'another process failed'}. "
             + (f"{earlier} is complete" if earlier else "No checkpoint was written before")

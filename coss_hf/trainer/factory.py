@@ -13,7 +13,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover
+from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover, remove_temporary_files
 from coss_hf.trainer.run import DistillationRun, build_evaluator
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
@@ -34,6 +34,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     checkpoint = check_output_dir(args)
     with Processes().first(args.local_process_index == 0):
         splits = data.load(hold_out_by_default=True)
+    set_seed(args.seed)  # weights that the teacher's checkpoint lacks are drawn, and may be copied into a student
     teacher = models.load_teacher()
     set_seed(args.seed)
     student = models.load_student(teacher)
@@ -134,6 +135,7 @@ def check_output_dir(args: DistillationArguments) -> str | None:
         with args.main_process_first(local=False, desc="checkpoints"):
             if args.process_index == 0:
                 lock_output_dir(output)
+                remove_temporary_files(output)
                 # Only if asked to go on: a refusal changes nothing.
                 if args.resume_from_checkpoint or args.overwrite_output_dir:
                     recover(output)

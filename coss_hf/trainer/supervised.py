@@ -20,7 +20,9 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.checkpoint_files import find_checkpoint
 from coss_hf.trainer.engine import check_graphs, check_processes
+from coss_hf.trainer.manifest import write_manifest
 from coss_hf.utils.distributed import leave
+from coss_hf.utils.randomness import StepSeed
 
 
 @dataclass
@@ -52,6 +54,35 @@ class TeacherArguments(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+
+
+class SupervisedTrainer(Trainer):
+    """``transformers.Trainer``, with dropout that depends on the seed and the step alone, and checked checkpoints."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._step_seed = StepSeed(self.args.seed, self.args.device)
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._step_seed.restart()
+        return super().get_train_dataloader()
+
+    def compute_loss(self, model, *args, **kwargs):
+        if model.training:
+            self._step_seed.apply(self.state.global_step)
+        return super().compute_loss(model, *args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Strictly: ``Trainer`` knows only the file's key layout, so that a ViT would silently start anew."""
+        network = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        saved = type(network).from_pretrained(resume_from_checkpoint, dtype=network.dtype)
+        network.load_state_dict(saved.state_dict())
+
+    def _save_checkpoint(self, model, trial) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
 
 
 @dataclass
@@ -165,7 +196,7 @@ def build_supervised_trainer(
         batch = collate_views(items)
         return {"pixel_values": backbone.normalize(batch["pixel_values"]), "labels": labels[batch["index"]]}
 
-    trainer = Trainer(
+    trainer = SupervisedTrainer(
         model,
         args,
         data_collator=collate,

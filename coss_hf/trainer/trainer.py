@@ -1,6 +1,7 @@
 """The trainer of every method."""
 
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -30,7 +31,9 @@ from coss_hf.trainer.checkpoint_files import (
     check_training_state,
     find_checkpoint,
     finished,
+    incomplete,
     read_state,
+    set_damaged_aside,
     shapes,
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
@@ -44,6 +47,10 @@ from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum
+from coss_hf.utils.process_group import Processes
+from coss_hf.utils.randomness import StepSeed
+
+logger = logging.getLogger(__name__)
 
 BEST = "best"
 
@@ -119,6 +126,7 @@ class DistillationTrainer(Trainer):
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbTracker(self))
         self.preemption = Preemption()
+        self._step_seed = StepSeed(args.seed, args.device)
         self.teacher.model.to(args.device)
         if args.torch_compile:
             self._compile_teacher()
@@ -194,6 +202,8 @@ class DistillationTrainer(Trainer):
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
             if self.args.process_index == 0:
+                if Path(checkpoint).parent == Path(self.args.output_dir):
+                    set_damaged_aside(checkpoint)
                 print(f"Resuming from {checkpoint}, step {state['global_step']}.", flush=True)
             if finished(state, self.args):
                 return self._load_finished_run(checkpoint)
@@ -218,10 +228,15 @@ class DistillationTrainer(Trainer):
     def _load_finished_run(self, checkpoint: str) -> TrainOutput:
         """``Trainer`` would do one more step where a finished run ended in mid-epoch."""
         self.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        self._load_from_checkpoint(best or checkpoint)
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
         self.collect()
         return TrainOutput(self.state.global_step, float("nan"), {})
+
+    def get_train_dataloader(self) -> DataLoader:
+        self._step_seed.restart()
+        return super().get_train_dataloader()
 
     # ---- a step ----
 
@@ -234,6 +249,8 @@ class DistillationTrainer(Trainer):
         self.monitor.start_clock(self.images_seen)
         if self.args.torch_compile:
             torch.compiler.cudagraph_mark_step_begin()  # else the student's graph takes the teacher's memory
+        if model.training:
+            self._step_seed.apply(self.state.global_step)
         exact = "other_totals" in inputs
         teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
         outputs = model(
@@ -335,7 +352,7 @@ class DistillationTrainer(Trainer):
 
     def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
         """The evaluation at the start is what training is compared with: a resumed run has it in its history."""
-        if skip_scheduler and self.args.evaluates_by_default and self.state.global_step > 0:
+        if skip_scheduler and self.state.global_step > 0:
             return {}
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
@@ -391,7 +408,7 @@ class DistillationTrainer(Trainer):
         self.store_flos()
         run_dir = Path(self._get_output_dir(trial=trial))
         final = run_dir / f"checkpoint-{self.state.global_step}"
-        with self.checkpoints.atomic(final) as folder:
+        with self.checkpoints.atomic(final, manifest=True) as folder:
             self._write_checkpoint(str(folder), final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
@@ -468,7 +485,14 @@ class DistillationTrainer(Trainer):
         load_student(model, type(self.student.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self.state.best_model_checkpoint
+        damage = Processes().gather(incomplete(best) if self.args.process_index == 0 else None)[0]
+        if damage is None:
+            self._load_from_checkpoint(best)
+        elif self.args.process_index == 0:  # the last student is better than none
+            logger.warning(
+                "%s cannot be loaded as the best student: %s. The student of the last step stays.", best, damage
+            )
 
     # ---- the Hub ----
 

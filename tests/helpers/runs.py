@@ -9,7 +9,15 @@ import datasets
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModel, TrainerCallback, ViTConfig, ViTForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoModel,
+    SwinConfig,
+    SwinModel,
+    TrainerCallback,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
 
 from coss_hf.data.loading import load_images
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
@@ -53,7 +61,7 @@ def save_resnet(folder, seed: int = 0, hidden_sizes=(4, 8, 16)):
     return str(folder)
 
 
-def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2):
+def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2, **options):
     """A classification checkpoint: it lacks the pooler that AutoModel then invents."""
     torch.manual_seed(seed)
     config = ViTConfig(
@@ -64,8 +72,17 @@ def save_vit(folder, seed: int = 0, hidden_size: int = 16, layers: int = 2):
         image_size=16,
         patch_size=8,
         num_labels=4,
+        **options,
     )
     ViTForImageClassification(config).save_pretrained(folder)
+    processor(mean=0.4).save_pretrained(folder)
+    return str(folder)
+
+
+def save_swin(folder, seed: int = 0, **options):
+    torch.manual_seed(seed)
+    sizes = {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "window_size": 2}
+    SwinModel(SwinConfig(image_size=16, patch_size=4, **sizes, **options)).save_pretrained(folder)
     processor(mean=0.4).save_pretrained(folder)
     return str(folder)
 
@@ -97,7 +114,7 @@ def start_distill(world: dict, output, *argv, processes: int, **options) -> subp
 
 
 def make_trainer(
-    tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, **args
+    tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, data=None, **args
 ):
     """A trainer on the tiny images; ``args`` override the defaults of a short, quiet run on the CPU."""
     options = {
@@ -117,7 +134,9 @@ def make_trainer(
     teacher = load_backbone(teacher, argument="teacher")
     student = load_backbone(student, argument="student")
     evaluator = evaluator(splits, teacher) if evaluator else None
-    return build_trainer(student, teacher, splits, args, neighbors=neighbors, evaluator=evaluator, criterion=criterion)
+    return build_trainer(
+        student, teacher, splits, args, data=data, neighbors=neighbors, evaluator=evaluator, criterion=criterion
+    )
 
 
 def state(trainer) -> dict[str, torch.Tensor]:
