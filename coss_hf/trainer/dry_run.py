@@ -74,7 +74,7 @@ def _evaluation(trainer: DistillationTrainer) -> str:
     if trainer.evaluator is None or args.eval_strategy == "no":
         return "no: without images held out of train (--validation_size) or with --eval_strategy no"
     often = f"every {args.eval_steps:g} steps" if args.eval_strategy == "steps" else "after each epoch"
-    return f"on {len(trainer.evaluator.test_images):,} images held out of train, {often}"
+    return f"on {len(trainer.evaluator.test_images):,} images held out of train, before the first step and {often}"
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:

@@ -88,7 +88,8 @@ class DistillationArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Anchors a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
     eval_strategy: str = field(
-        default="steps", metadata={"help": "steps: every eval_steps on held-out images; epoch, or no."}
+        default="steps",
+        metadata={"help": "steps: before training and every eval_steps on held-out images; epoch, or no."},
     )
     eval_steps: float | None = field(default=None, metadata={"help": "Default: one evaluation in 50,000 images seen."})
     eval_sample_size: int = field(
@@ -200,11 +201,10 @@ class DistillationArguments(TrainingArguments):
         args = copy.copy(self)
         if args.num_images is not None:
             args.max_steps = length.steps_for(args.num_images)
-        if args.evaluates_by_default:
-            if has_evaluator:
-                args.eval_on_start = True  # what training is compared with
-            else:
-                args.eval_strategy = IntervalStrategy.NO
+        if has_evaluator and args.eval_strategy != IntervalStrategy.NO:
+            args.eval_on_start = True  # what training is compared with
+        elif args.evaluates_by_default:
+            args.eval_strategy = IntervalStrategy.NO
         if has_unused_parameters:
             args.ddp_find_unused_parameters = True
         return args

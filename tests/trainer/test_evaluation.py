@@ -64,8 +64,8 @@ def test_evaluation_without_labels_and_best_model(tmp_path, image_parquet, netwo
     )
     trainer.train()
     lines = {line["step"]: line for line in trainer.state.log_history if "eval_overlap10" in line}
-    assert sorted(lines) == [2, 4, 6] and "eval_knn10" not in lines[2]
-    best = max(lines, key=lambda step: lines[step]["eval_overlap10"])
+    assert sorted(lines) == [0, 2, 4, 6] and "eval_knn10" not in lines[2]
+    best = max((2, 4, 6), key=lambda step: lines[step]["eval_overlap10"])
     assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     expected = AutoModel.from_pretrained(trainer.state.best_model_checkpoint).state_dict()
     h.assert_same(expected, trainer.student.model.state_dict())
@@ -88,6 +88,25 @@ def test_a_finished_run_gives_its_best_model_again(tmp_path, image_parquet, netw
     again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
     again.train(resume_from_checkpoint="auto")
     h.assert_same(h.state(first), h.state(again))
+
+
+@pytest.mark.parametrize("often", [{"eval_strategy": "steps", "eval_steps": 4}, {"eval_strategy": "epoch"}])
+def test_training_is_compared_with_an_evaluation_before_its_first_step(tmp_path, image_parquet, networks, often):
+    """However often one is asked for: alarms and verdict took the first that there was for the start, and missed a
+    collapse within it. A resumed run keeps that of its start."""
+    options = {"evaluator": make_evaluator, "save_strategy": "steps", "save_steps": 3, "max_steps": 8, **often}
+    options["save_total_limit"] = None
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    before = trainer.evaluate()
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "eval_overlap10" in line]
+    assert [line["step"] for line in lines] == [0, 4, 8] if "eval_steps" in often else [0, 6, 8]
+    assert lines[0]["eval_overlap10"] == before["eval_overlap10"] and lines[0]["eval_cosine"] == before["eval_cosine"]
+    again = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    resumed = [line for line in again.state.log_history if "eval_overlap10" in line]
+    assert [line["step"] for line in resumed] == [line["step"] for line in lines]
+    assert resumed[0] == lines[0]
 
 
 def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):
