@@ -15,6 +15,11 @@ show_help(__name__, "distill")
 
 import logging
 
+from coss_hf.utils.ending import ENDING
+
+if __name__ == "__main__":
+    ENDING.install()  # before the imports that take seconds
+
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.evaluation import table
 from coss_hf.trainer.arguments import DataArguments, ModelArguments

@@ -18,6 +18,11 @@ import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from coss_hf.utils.ending import ENDING
+
+if __name__ == "__main__":
+    ENDING.install()  # before the imports that take seconds
+
 from accelerate import PartialState
 
 from coss_hf.cli import bad_input_exits, parse

@@ -26,6 +26,11 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
+from coss_hf.utils.ending import ENDING
+
+if __name__ == "__main__":
+    ENDING.install()  # before the imports that take seconds
+
 import datasets
 import numpy as np
 from accelerate import PartialState

@@ -16,6 +16,11 @@ show_help(__name__, "train-teacher")
 
 import logging
 
+from coss_hf.utils.ending import ENDING
+
+if __name__ == "__main__":
+    ENDING.install()  # before the imports that take seconds
+
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run

@@ -19,6 +19,7 @@ from coss_hf.utils.messages import first_line
 
 logger = logging.getLogger(__name__)
 
+RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run continues its run on W&B
 PICTURES = ("loss.png", "panel.png", "neighbors.png", "projection.png")
 INIT_SECONDS = 10
 # For what is left to upload at a run's end; by default W&B waits for ever.
@@ -110,7 +111,7 @@ class WandbTracker(WandbCallback):
             self._initialized = True
             return
         if self._wandb.run is None:
-            self._start(args)
+            self._start(args, resumed=state.global_step > 0)
         super().setup(args, state, model, **kwargs)
         run, trainer = self._wandb.run, self.trainer
         run.define_metric("images_seen")
@@ -120,13 +121,16 @@ class WandbTracker(WandbCallback):
         settings = {"fingerprints": identity, "parameters": sizes, "arguments": trainer.arguments}
         run.config.update(settings, allow_val_change=True)
 
-    def _start(self, args) -> None:
+    def _start(self, args, resumed: bool) -> None:
         wandb, start, left = self._wandb, time.monotonic(), INIT_SECONDS
         known = wandb.setup().settings
         # W&B keeps the command line, which may hold a token.
         fixed = {"x_disable_meta": any("token" in word for word in sys.argv)}
         fixed["finish_timeout"] = known.finish_timeout or FINISH_SECONDS
         options = {"project": os.getenv("WANDB_PROJECT", "coss_hf"), "name": args.run_name}
+        kept = Path(args.output_dir, RUN_ID)
+        if resumed and kept.is_file() and "WANDB_RUN_ID" not in os.environ:
+            options |= {"id": kept.read_text().strip(), "resume": "allow"}
         try:
             if known.mode not in ("offline", "dryrun", "disabled"):
                 reach(known.base_url)
@@ -145,6 +149,8 @@ class WandbTracker(WandbCallback):
                 first_line(error),
                 os.path.dirname(run.dir),
             )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(wandb.run.id)
 
     def on_train_end(self, *args, **kwargs):
         """Stock training would keep the wrapper, and its arguments with their token; see ``report``."""

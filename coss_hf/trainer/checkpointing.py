@@ -105,12 +105,15 @@ class CheckpointWriter:
     def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
         if isinstance(error, CheckpointError):
             error = error.__cause__
+        reason = full_disk(error) or error or "another process failed"
         earlier, _ = newest_complete(self.args.output_dir)
-        return CheckpointError(
-            f"{path} could not be written: {error or 'another process failed'}. "
-            + (f"{earlier} is complete" if earlier else "No checkpoint was written before")
-            + "; put that right (make room on a full disk) and give the same command with --resume_from_checkpoint."
-        )
+        if earlier:
+            then = f"{earlier} is complete; put that right (make room on a full disk), and give the same command with "
+            then += "--resume_from_checkpoint"
+        else:
+            then = "No checkpoint was written before; put that right (make room on a full disk), and start afresh with "
+            then += "--overwrite_output_dir"
+        return CheckpointError(f"{path} could not be written: {reason}. {then}.")
 
 
 def save_student(

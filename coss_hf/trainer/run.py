@@ -15,6 +15,7 @@ from coss_hf.reporting.wandb_tracker import report_end_of_run
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.distributed import leave
+from coss_hf.utils.ending import ENDING
 
 
 class RunReport(NamedTuple):
@@ -61,6 +62,11 @@ class DistillationRun:
         with trainer.checkpoints.disk_full_as_checkpoint_error():
             trainer.save_state()
         leave()
+        ENDING.remedy = (
+            f"The student is saved in {args.output_dir}, but was not evaluated to the end: give the same command with "
+            f"--resume_from_checkpoint."
+        )
+        ENDING.heed()  # a signal of the last step
 
     def report(self) -> RunReport:
         """Compare the student with teacher and random weights, and write record, pictures, page and card next to it.

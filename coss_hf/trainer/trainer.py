@@ -1,9 +1,10 @@
 """The trainer of every method."""
 
+import contextlib
 import json
 import logging
+import math
 import os
-import signal
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from coss_hf.trainer.checkpoint_files import (
     find_checkpoint,
     finished,
     incomplete,
+    newest_complete,
     read_state,
     set_damaged_aside,
     shapes,
@@ -46,9 +48,11 @@ from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.distributed import all_reduce_sum
+from coss_hf.utils.distributed import all_reduce_sum, any_process
+from coss_hf.utils.errors import LostWorker, is_lost_worker
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
+from coss_hf.utils.shared_memory import check_shared_memory
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +64,8 @@ class DistillationTrainer(Trainer):
 
     What it does differently from ``transformers.Trainer``: a step embeds the views by the teacher, too; checkpoints
     hold the student apart from its head and the loss, are complete or not there, and are resumed bit for bit; on
-    SIGTERM all processes write one at the end of the step and the run ends with exit code 143; evaluation measures
-    embeddings.
+    SIGTERM or Ctrl-C all processes write one at the end of the step and the run ends with exit code 143 or 130;
+    evaluation measures embeddings.
 
     Args:
         student: the backbone to train.
@@ -103,6 +107,7 @@ class DistillationTrainer(Trainer):
             # What lies behind the last map compared gets no gradient.
             has_unused_parameters=student.maps > 0 or uses_maps(model.criterion),
         )
+        self._check_shared_memory(args, student, train_dataset, evaluator)
         self._prepare_networks(model, args)
         self.evaluator = evaluator
         self.monitor = LossMonitor(train_dataset.names)
@@ -135,6 +140,16 @@ class DistillationTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             name_blocks(model, model.network)
             self._unsharded = unsharded_copy(model).to(args.device)
+
+    def _check_shared_memory(
+        self, args: DistillationArguments, student: Backbone, train_dataset: ViewDataset, evaluator: Evaluator | None
+    ) -> None:
+        views = args.per_device_train_batch_size * (1 + args.neighbors_k) * 3 * train_dataset.size**2
+        batches = {"views": views}
+        if evaluator is not None or args.neighbors_k:
+            pixels = max(math.prod(backbone.size) for backbone in (self.teacher, student))
+            batches["images to embed"] = args.per_device_eval_batch_size * 3 * pixels * 4  # float32
+        check_shared_memory(args.dataloader_num_workers, batches, args.dataloader_prefetch_factor)
 
     def _prepare_networks(self, model: DistillationModel, args: DistillationArguments) -> None:
         """Memory format and batch norm that ``args`` ask for, in place."""
@@ -196,7 +211,8 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: not a complete checkpoint, or one of another run.
             CheckpointError: a checkpoint could not be written; earlier ones are complete.
-            SystemExit: code 143 after SIGTERM, once a checkpoint is written.
+            LostWorker: a process that loads images ended; the message says what was saved.
+            SystemExit: code 143 after SIGTERM or 130 after Ctrl-C, once a checkpoint is written.
         """
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         state = None if checkpoint is None else read_state(checkpoint)
@@ -213,15 +229,16 @@ class DistillationTrainer(Trainer):
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
             self.add_callback(self.preemption)
-        with self.preemption:
+        with self.preemption, self._lost_worker_as_error():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         if self.preemption.agreed:
             if self.args.process_index == 0:
                 print(
-                    f"SIGTERM: step {self.state.global_step} is saved; resume with --resume_from_checkpoint.",
+                    f"{self.preemption.reason}: step {self.state.global_step} is saved; resume with "
+                    f"--resume_from_checkpoint.",
                     flush=True,
                 )
-            raise SystemExit(128 + signal.SIGTERM)
+            raise SystemExit(self.preemption.exit_code)
         self.collect()
         return result
 
@@ -275,11 +292,39 @@ class DistillationTrainer(Trainer):
         return self.teacher.features(self.teacher.normalize(views).to(dtype))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, count = self._load_batches(epoch_iterator, num_batches, device)
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
                 attach_other_totals(self.model_wrapped, batches, self.embed_teacher, all_reduce_sum)
         return batches, count
+
+    def _load_batches(self, epoch_iterator, num_batches, device):
+        """As ``Trainer`` does. If a loader worker of any process ended, save the steps so far: none has begun."""
+        lost = None
+        try:
+            loaded = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except RuntimeError as error:
+            if not is_lost_worker(error):
+                raise
+            lost = error
+        if self.args.dataloader_num_workers == 0 or not any_process(lost is not None):
+            return loaded
+        step = self.state.global_step
+        if step > 0 and incomplete(Path(self.args.output_dir, f"checkpoint-{step}")) is not None:
+            self._save_checkpoint(self.model, trial=None)
+        saved = f"step {step} is saved; give the same command with --resume_from_checkpoint" if step else None
+        raise LostWorker(lost, saved) from lost
+
+    @contextlib.contextmanager
+    def _lost_worker_as_error(self):
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_worker(error):
+                raise
+            earlier, _ = newest_complete(self.args.output_dir)
+            saved = f"{earlier} is complete; give the same command with --resume_from_checkpoint" if earlier else None
+            raise LostWorker(error, saved) from error
 
     # ---- optimizer and schedule ----
 

@@ -2,10 +2,15 @@
 
 import contextlib
 import errno
+import os
+import re
 
 import datasets
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Libraries that are not written in Python only say so in their message, PyTorch hardly there.
+SAFETENSORS = re.compile(r"os error (\d+)")
+TORCH = ("unexpected pos ", "iostream error", "PytorchStreamWriter failed")
 
 
 def full_disk(error: BaseException | None) -> OSError | None:
@@ -16,7 +21,18 @@ def full_disk(error: BaseException | None) -> OSError | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return error
+        if (found := _in_words(str(error))) is not None:
+            return found
         error = error.__cause__ or error.__context__
+    return None
+
+
+def _in_words(message: str) -> OSError | None:
+    number = SAFETENSORS.search(message)
+    if number and int(number[1]) in FULL:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    if any(part in message for part in TORCH):
+        return OSError(errno.ENOSPC, "the disk is full, or a quota or a limit on the size of files is reached")
     return None
 
 

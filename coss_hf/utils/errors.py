@@ -25,11 +25,33 @@ class CheckpointError(RunStopped):
     """A checkpoint could not be written; earlier checkpoints are complete."""
 
 
+class LostWorker(RunStopped):
+    """A process that loads images ended before its time.
+
+    Args:
+        error: what PyTorch's loader says of it; None where it belonged to another process of the run.
+        saved: clause that tells what is on disk, and what to do; None for nothing.
+    """
+
+    def __init__(self, error: RuntimeError | None, saved: str | None = None):
+        said = "of another process" if error is None else f"({str(error).strip().splitlines()[0].rstrip('.')})"
+        super().__init__(
+            f"A process that loads images ended {said}: {saved or 'nothing was saved; give the same command again'}. "
+            f"If it was for want of memory or of shared memory (/dev/shm), lower --dataloader_num_workers."
+        )
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether an error is PyTorch's for a loader worker that was killed, or died."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+
+
 @contextlib.contextmanager
 def bad_input_exits():
-    """Turn a ``ValueError`` into one paragraph on stderr and exit code 2."""
+    """Turn a ``ValueError`` into one paragraph on stderr and exit code 2; as ``stopped_run_exits`` a ``RunStopped``."""
     try:
-        yield
+        with stopped_run_exits():
+            yield
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
@@ -38,9 +60,14 @@ def bad_input_exits():
 
 @contextlib.contextmanager
 def stopped_run_exits():
-    """Turn a ``RunStopped`` into one paragraph on stderr and exit code 1."""
+    """Turn a ``RunStopped``, or a loader worker that was killed, into one paragraph on stderr and exit code 1."""
     try:
-        yield
+        try:
+            yield
+        except RuntimeError as error:
+            if not is_lost_worker(error):
+                raise
+            raise LostWorker(error) from error
     except RunStopped as error:
         if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
             print("error: " + " ".join(str(error).split()), file=sys.stderr)

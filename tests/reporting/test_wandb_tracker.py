@@ -64,7 +64,7 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
     losses = [line for line in history if "train/loss" in line]
     assert [line["images_seen"] for line in losses] == [16, 32, 48] and "train/l_ss" in losses[0]
     panels = [line for line in history if "agreement/overlap10" in line]
-    assert [line["images_seen"] for line in panels] == [24, 48]
+    assert [line["images_seen"] for line in panels] == [0, 24, 48]
     for name in ("agreement/cka", "student/effective_rank", "teacher/effective_rank", "labels/knn10", "eval/loss"):
         assert all(name in line for line in panels), name
     assert config["per_device_train_batch_size"] == 8 and config["arguments"]["dataset"] == world.images
@@ -106,6 +106,21 @@ def test_a_finished_run_that_is_gone_on_from_still_has_its_report(world, wandb_f
     history, config, summary = read(wandb_folder)
     assert "final/student/overlap10" in summary and len(config["fingerprints"]["teacher"]) > 10
     assert history[-1]["images_seen"] == 48 and history[-1]["report/path"].endswith(".html")
+
+
+def test_a_resumed_run_continues_its_run(world, wandb_folder, monkeypatch):  # noqa: F811
+    """It was a second run on W&B, with the second half of the curves."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+
+    def ids(*argv, **options) -> list[str]:
+        world.run(*argv, report_to="wandb", save_strategy="epoch", **options)
+        wandb.teardown()
+        return [folder.name.split("-")[-1] for folder in wandb_folder.rglob("offline-run-*") if folder.is_dir()]
+
+    (first,) = ids()
+    resumed = ids("--resume_from_checkpoint", num_images=96)
+    assert len(resumed) in (1, 2) and set(resumed) == {first}  # one folder, where both began in the same second
+    assert len(set(ids("--overwrite_output_dir"))) == 2
 
 
 def test_the_model_that_is_kept_is_the_student_without_secrets(world, wandb_folder, monkeypatch):  # noqa: F811

@@ -1,6 +1,7 @@
 """A run that dies goes on from its last whole checkpoint, to the same student bit for bit: real processes, killed."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -28,6 +29,8 @@ def world(tmp_path_factory):
         "folder": folder,
         "teacher": h.save_resnet(folder / "teacher", seed=1),
         "student": h.save_resnet(folder / "student", seed=2),
+        "vit": h.save_vit(folder / "vit", seed=2, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2),
+        "swin": h.save_swin(folder / "swin", seed=2, drop_path_rate=0.5),
         "images": str(h.write_images(folder / "images")),
         "cache": folder / "cache",
         "finished": {},
@@ -100,6 +103,56 @@ def kill_and_resume(world, output, seed, *set_up):
 @pytest.mark.parametrize("set_up", EVERY_SET_UP)
 def test_sigkill_at_random_moments(world, tmp_path, set_up, seed):
     kill_and_resume(world, tmp_path / "run", seed, *set_up)
+
+
+CHAINS = {
+    "crd": ("student", {"method": "crd(negatives=5)"}),
+    "dropout": ("vit", {}),
+    "drop path": ("swin", {}),
+}
+KILLS = 4
+
+
+def sha256(output) -> list[str]:
+    return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.glob("*.safetensors"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("kind", CHAINS)
+def test_chains_of_kills_with_evaluations_leave_the_same_student(world, tmp_path, kind, processes):
+    """Students and losses that draw random numbers in a step. The run that is not killed finds its neighbours in the
+    cache, and is not evaluated."""
+    student, options = CHAINS[kind]
+    options = {"max_steps": 40, "save_steps": 2, "seed": 3, "validation_size": 8, **options}
+    options["student"] = world[student]
+
+    def begin(name, *argv, **more):
+        argv = ("--use_cpu", "--resume_from_checkpoint", *argv)
+        return h.start_distill(world, tmp_path / name, *argv, processes=processes, **options | more)
+
+    output = tmp_path / "killed"
+    own_cache = {"neighbors_cache": tmp_path / "cache", "eval_strategy": "steps", "eval_steps": 3}
+    moment = random.Random(f"{kind} {processes}")
+    steps = []
+    while len(steps) < KILLS:
+        before = newest(output)
+        process = begin("killed", **own_cache)
+        wait_for(process, lambda before=before: newest(output) > before)
+        time.sleep(moment.uniform(0, 0.4))
+        end(process, signal.SIGKILL)
+        process.communicate()
+        steps.append(newest(output))
+    assert not (output / "model.safetensors").exists(), "the last kill came too late"
+    process = begin("killed", **own_cache)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and f"step {steps[-1]}." in out, err
+    process = begin("whole", eval_strategy="no")
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert len(sha256(output)) == (2 if kind == "crd" else 1)
+    assert sha256(output) == sha256(tmp_path / "whole")
+    print(f"{kind}, {processes} processes: killed behind steps {steps}, sha256 {sha256(output)[-1][:16]}", flush=True)
 
 
 def kill_and_finish(world, output, process, *set_up, argv=()):

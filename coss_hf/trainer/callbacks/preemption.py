@@ -1,78 +1,104 @@
-"""What a run does on SIGTERM."""
+"""What a training does on SIGTERM and Ctrl-C."""
 
 import os
 import signal
-import threading
-from collections.abc import Callable
-from functools import lru_cache
+import time
 
 from transformers import TrainerCallback
 
 from coss_hf.utils.distributed import any_process
+from coss_hf.utils.ending import ENDING, NAMES
 
-
-@lru_cache
-def _block_in_children(preemption: type) -> None:
-    def mask(how: int) -> Callable:
-        return lambda: preemption._watching and signal.pthread_sigmask(how, {signal.SIGTERM})
-
-    def child() -> None:
-        if preemption._watching:
-            threading.Thread(target=_end_when_the_parent_asks, daemon=True).start()
-
-    os.register_at_fork(before=mask(signal.SIG_BLOCK), after_in_parent=mask(signal.SIG_UNBLOCK), after_in_child=child)
-
-
-def _end_when_the_parent_asks() -> None:
-    """SIGTERM from the process that made this one ends it, as ever; from anybody else it does nothing."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(128 + signal.SIGTERM)
+PATIENCE = 60  # seconds for a step to end, at least
+TIMES_A_STEP = 3  # a step that takes so many times as long as the longest before it hangs
 
 
 class Preemption(TrainerCallback):
-    """On SIGTERM, a checkpoint at the end of the step at which all processes know of it, and then the end.
+    """On SIGTERM or Ctrl-C, a checkpoint at the end of the step at which all processes know of it, and then the end.
 
-    A context manager: the signal is watched inside. The processes talk at each step, over gloo: a GPU need not wait.
-    Schedulers send the signal to a run's loader workers as well, which die of it in torch's own handler, and the step
-    with them: they are born with the signal blocked, and listen to their parent alone. A launcher that was killed is a
-    signal, too: it cannot stop the processes that it started, and nobody else would.
+    A context manager: signals are deferred to the end of the step inside. The processes talk at each step, over gloo: a
+    GPU need not wait. A step that hangs is not waited for: see ``Ending``. A launcher that was killed is a signal, too:
+    it cannot stop the processes that it started, and nobody else would.
 
     Attributes:
         agreed: whether training ended because of the signal.
     """
 
-    _watching = False
-
     def __init__(self):
-        self.received = False
         self.agreed = False
-        self._before = None
         self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
-        # Cannot be taken back, so that it is made once and looks whether anything is watched.
-        _block_in_children(Preemption)
+        self._before: dict = {}
+        self._installed_here = False
+        self._step_ended = 0.0
+        self._longest_step = 0.0
+        self._child_handler = None
 
     def __enter__(self):
-        self.received = self.agreed = False
-        Preemption._watching = True
-        if threading.current_thread() is threading.main_thread():  # Python handles signals in no other
-            self._before = signal.signal(signal.SIGTERM, self._receive)
+        self.agreed = False
+        self._step_ended = time.monotonic()
+        self._installed_here = not ENDING.installed
+        ENDING.install()
+        ENDING.reset()
+        self._before = {name: getattr(ENDING, name) for name in ("deferred", "grace", "remedy")}
+        ENDING.deferred = True
+        ENDING.grace = lambda: max(PATIENCE, TIMES_A_STEP * self._longest_step)
+        ENDING.remedy = "Resume from the last checkpoint with --resume_from_checkpoint."
         return self
 
     def __exit__(self, *error):
-        Preemption._watching = False
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        for name, value in self._before.items():
+            setattr(ENDING, name, value)
+        self._before = {}
+        self._let_torch_report_lost_workers()
+        if self._installed_here:
+            ENDING.uninstall()
 
-    def _receive(self, *_):
-        self.received = True
+    @property
+    def orphaned(self) -> bool:
+        """Whether the launcher of this process is gone."""
+        return self._launcher is not None and os.getppid() != self._launcher
+
+    @property
+    def reason(self) -> str:
+        """What ended the training, in words."""
+        if ENDING.received is None and self.orphaned:
+            return "The launcher was killed"
+        return NAMES[ENDING.received or signal.SIGTERM]
+
+    @property
+    def exit_code(self) -> int:
+        """As of a process that the signal killed."""
+        return 128 + (ENDING.received or signal.SIGTERM)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        # Torch's handler raises an error for a loader worker that was killed wherever the main thread is, in the middle
+        # of a step that could not be saved then. The loader finds out by itself, between steps.
+        if getattr(signal.getsignal(signal.SIGCHLD), "__module__", None) == "torch.utils.data._utils.signal_handling":
+            self._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def _let_torch_report_lost_workers(self) -> None:
+        if self._child_handler is not None:
+            signal.signal(signal.SIGCHLD, self._child_handler)
+            self._child_handler = None
 
     def on_step_end(self, args, state, control, **kwargs):
-        orphaned = self._launcher is not None and os.getppid() != self._launcher
-        self.agreed = any_process(self.received or orphaned)
+        now = time.monotonic()
+        self._longest_step = max(self._longest_step, now - self._step_ended)
+        self._step_ended = now
+        self._agree(control)
         if self.agreed:
-            control.should_save, control.should_evaluate = True, False
+            control.should_evaluate = False
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # The step before it is not saved yet. An evaluation may also be asked for outside of a training.
+        if self._before and state.global_step > 0 and not self.agreed:
+            self._agree(control)
+
+    def _agree(self, control) -> None:
+        self.agreed = any_process(ENDING.received is not None or self.orphaned)
+        if self.agreed:
+            ENDING.calm()
+            control.should_save = True
 
     def on_save(self, args, state, control, **kwargs):
         # Not earlier: what is saved would stop a run that restores its callbacks.

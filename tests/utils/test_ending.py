@@ -1,0 +1,94 @@
+"""The end of a process from outside: real processes, real signals."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import tests.helpers.runs as h
+
+START = """
+import ctypes, os, signal, sys, threading, time
+from coss_hf.utils.ending import ENDING
+ENDING.install()
+"""
+# Neither is a wait that a signal's handler could end: one ignores it, the other never gets back to Python.
+IGNORES = "while True: time.sleep(0.05)"
+DEAF = "lock = ctypes.create_string_buffer(64); [ctypes.CDLL(None).pthread_mutex_lock(lock) for _ in range(2)]"
+
+
+def start(script: str, setting: str = "", **environment) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{START}{setting}\nos.write(1, b'ready')\n{script}"],
+        cwd=h.ROOT,
+        env={name: value for name, value in os.environ.items() if name != "TORCHELASTIC_RUN_ID"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.read(5)
+    return process
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_command_ends_with_a_word_and_the_code_of_its_signal(number, name):
+    """It ended without a word by SIGTERM, and with a traceback by Ctrl-C."""
+    process = start("time.sleep(60)")
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert err == f"{name}: ended. Give the same command again.\n"
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("hang", [IGNORES, DEAF])
+def test_a_step_that_hangs_is_ended_after_a_time_of_grace(hang):
+    process = start(hang, "ENDING.deferred = True; ENDING.grace = lambda: 0.5")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143
+    first, second = err.splitlines()
+    assert first.startswith("SIGTERM: after this step") and second.startswith("SIGTERM: ended at once (no end after")
+
+
+@pytest.mark.parametrize("hang", [IGNORES, DEAF])
+def test_a_second_signal_ends_at_once(hang):
+    process = start(hang, "ENDING.deferred = True")
+    for _ in range(3):  # a scheduler's, and the launcher's that passes it on, are one
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.poll() is None
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "ended at once (a second signal)" in err
+
+
+def test_a_way_out_that_hangs_is_ended_as_well():
+    process = start(
+        "ENDING.grace = lambda: 0.5\ntry: time.sleep(60)\nfinally: " + DEAF.split(";")[0] + "; time.sleep(60)"
+    )
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "no end after" in err
+
+
+def test_a_signal_of_the_last_step_is_heeded_after_it():
+    process = start("time.sleep(1); ENDING.deferred = False; ENDING.heed(); time.sleep(60)", "ENDING.deferred = True")
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 143 and "SIGTERM: ended. Give" in err
+
+
+def test_other_processes_of_a_run_say_nothing():
+    process = start("time.sleep(60)", RANK="1")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == 143
+
+
+def test_handlers_of_others_come_back():
+    script = "before = signal.getsignal(signal.SIGINT); ENDING.uninstall()\n"
+    script += "print(before != signal.getsignal(signal.SIGINT) == signal.default_int_handler, file=sys.stderr)"
+    assert start(script).communicate(timeout=20)[1] == "True\n"
