@@ -21,7 +21,7 @@ from coss_hf.utils.ending import ENDING
 if __name__ == "__main__":
     ENDING.install()  # before the imports that take seconds
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 
@@ -34,7 +34,8 @@ def main() -> None:
         data, args = parse(ARGUMENTS)
         run = build_supervised_run(data, args)
     print(f"{run.backbone!r}, {len(run.splits.train):,} images", flush=True)
-    record = run.train()
+    with stopped_run_exits():
+        record = run.train()
     if record is not None:
         print(f"Teacher written to {args.output_dir}.")
 

@@ -106,7 +106,7 @@ class CheckpointWriter:
         if isinstance(error, CheckpointError):
             error = error.__cause__
         reason = full_disk(error) or error or "another process failed"
-        earlier, _ = newest_complete(self.args.output_dir)
+        earlier, _ = newest_complete(self.args.output_dir, files=("config.json",))
         if earlier:
             then = f"{earlier} is complete; put that right (make room on a full disk), and give the same command with "
             then += "--resume_from_checkpoint"

@@ -7,6 +7,7 @@ import torch
 from datasets import ClassLabel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.processed_images import ProcessedImages
@@ -18,7 +19,9 @@ from coss_hf.models.cifar.classifier import load_classifier
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.checkpointing import CheckpointWriter
 from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.manifest import write_manifest
 from coss_hf.utils.distributed import leave
@@ -57,11 +60,23 @@ class TeacherArguments(TrainingArguments):
 
 
 class SupervisedTrainer(Trainer):
-    """``transformers.Trainer``, with dropout that depends on the seed and the step alone, and checked checkpoints."""
+    """``transformers.Trainer``, with dropout that depends on the seed and the step alone, and checked checkpoints.
+
+    SIGTERM and Ctrl-C end it as they end a distillation: the step is saved.
+    """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._step_seed = StepSeed(self.args.seed, self.args.device)
+        self._checkpoints = CheckpointWriter(self.args, self.accelerator.wait_for_everyone)
+        self._preemption = Preemption()
+        self.add_callback(self._preemption)
+
+    def train(self, *args, **kwargs) -> TrainOutput:
+        with self._preemption:
+            result = super().train(*args, **kwargs)
+        self._preemption.leave(self.state.global_step, self.args.process_index)
+        return result
 
     def get_train_dataloader(self) -> DataLoader:
         self._step_seed.restart()
@@ -79,10 +94,16 @@ class SupervisedTrainer(Trainer):
         network.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            write_manifest(Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}"))
+        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        with self._checkpoints.same_error_everywhere(folder):
+            super()._save_checkpoint(model, trial)
+        with self._checkpoints.same_error_everywhere(folder):
+            if self.args.should_save:
+                write_manifest(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        with self._checkpoints.same_error_everywhere(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
 
 
 @dataclass

@@ -231,14 +231,7 @@ class DistillationTrainer(Trainer):
             self.add_callback(self.preemption)
         with self.preemption, self._lost_worker_as_error():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
-        if self.preemption.agreed:
-            if self.args.process_index == 0:
-                print(
-                    f"{self.preemption.reason}: step {self.state.global_step} is saved; resume with "
-                    f"--resume_from_checkpoint.",
-                    flush=True,
-                )
-            raise SystemExit(self.preemption.exit_code)
+        self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         return result
 

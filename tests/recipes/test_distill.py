@@ -172,7 +172,7 @@ def test_dry_run_resolves_everything_and_writes_nothing(world, capsys):
         assert word in out, word
     assert "watched     no: without images held out" in out
     world.run("--dry_run", validation_size=8)
-    assert "watched     on 8 images held out of train, every" in capsys.readouterr().out
+    assert "watched     on 8 images held out of train, before the first step and every" in capsys.readouterr().out
     assert not world.out.exists() or not any(world.out.iterdir())
 
 

@@ -139,7 +139,7 @@ def test_chains_of_kills_with_evaluations_leave_the_same_student(world, tmp_path
         before = newest(output)
         process = begin("killed", **own_cache)
         wait_for(process, lambda before=before: newest(output) > before)
-        time.sleep(moment.uniform(0, 0.4))
+        time.sleep(moment.uniform(0, 1))
         end(process, signal.SIGKILL)
         process.communicate()
         steps.append(newest(output))

@@ -1,10 +1,12 @@
 """The end of a process from outside: real processes, real signals."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,21 @@ def test_a_command_ends_with_a_word_and_the_code_of_its_signal(number, name):
     _, err = process.communicate(timeout=20)
     assert err == f"{name}: ended. Give the same command again.\n"
     assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("recipe", ["distill", "neighbors", "evaluate", "train_teacher"])
+def test_a_signal_during_the_imports_has_its_word(recipe):
+    """They take seconds, in which SIGTERM ended a run without a word."""
+    command = [sys.executable, str(h.ROOT / "recipes" / f"{recipe}.py")]
+    environment = os.environ | {"PYTHONPATH": str(h.ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    status = Path(f"/proc/{process.pid}/status")
+    caught = 1 << (signal.SIGTERM - 1)
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16) & caught:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.communicate(timeout=20)[1] == "SIGTERM: ended. Give the same command again.\n"
+    assert process.returncode == 143
 
 
 @pytest.mark.parametrize("hang", [IGNORES, DEAF])

@@ -26,7 +26,9 @@ class Preemption(TrainerCallback):
 
     def __init__(self):
         self.agreed = False
-        self._launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        # The latter of `accelerate launch` with one process, which it does not pass signals on to.
+        launched = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION"))
+        self._launcher = os.getppid() if launched else None
         self._before: dict = {}
         self._installed_here = False
         self._step_ended = 0.0
@@ -65,10 +67,21 @@ class Preemption(TrainerCallback):
             return "The launcher was killed"
         return NAMES[ENDING.received or signal.SIGTERM]
 
-    @property
-    def exit_code(self) -> int:
-        """As of a process that the signal killed."""
-        return 128 + (ENDING.received or signal.SIGTERM)
+    def leave(self, step: int, process_index: int) -> None:
+        """End the process where a signal has ended the training.
+
+        Args:
+            step: number of optimizer steps, which are saved.
+            process_index: rank of this process; the first one has a word.
+
+        Raises:
+            SystemExit: code 143 after SIGTERM, 130 after Ctrl-C.
+        """
+        if not self.agreed:
+            return
+        if process_index == 0:
+            print(f"{self.reason}: step {step} is saved; resume with --resume_from_checkpoint.", flush=True)
+        raise SystemExit(128 + (ENDING.received or signal.SIGTERM))
 
     def on_step_begin(self, args, state, control, **kwargs):
         # Torch's handler raises an error for a loader worker that was killed wherever the main thread is, in the middle
