@@ -49,7 +49,7 @@ from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
-from coss_hf.utils.errors import LostWorker, is_lost_worker
+from coss_hf.utils.errors import LostWorker, RunStopped, is_lost_worker
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
@@ -312,8 +312,8 @@ class DistillationTrainer(Trainer):
     def _lost_worker_as_error(self):
         try:
             yield
-        except RuntimeError as error:
-            if not is_lost_worker(error):
+        except (RuntimeError, OSError) as error:
+            if isinstance(error, RunStopped) or not is_lost_worker(error):
                 raise
             earlier, _ = newest_complete(self.args.output_dir)
             saved = f"{earlier} is complete; give the same command with --resume_from_checkpoint" if earlier else None

@@ -1,8 +1,10 @@
 """Errors that end a run, and what a command makes of them."""
 
 import contextlib
+import errno
 import os
 import sys
+import traceback
 
 
 class RunStopped(RuntimeError):
@@ -33,8 +35,8 @@ class LostWorker(RunStopped):
         saved: clause that tells what is on disk, and what to do; None for nothing.
     """
 
-    def __init__(self, error: RuntimeError | None, saved: str | None = None):
-        said = "of another process" if error is None else f"({str(error).strip().splitlines()[0].rstrip('.')})"
+    def __init__(self, error: Exception | None, saved: str | None = None):
+        said = "of another process" if error is None else f"({str(error).strip().splitlines()[-1].rstrip('.')})"
         super().__init__(
             f"A process that loads images ended {said}: {saved or 'nothing was saved; give the same command again'}. "
             f"If it was for want of memory or of shared memory (/dev/shm), lower --dataloader_num_workers."
@@ -42,8 +44,14 @@ class LostWorker(RunStopped):
 
 
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error is PyTorch's for a loader worker that was killed, or died."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
+    """Whether an error is PyTorch's for a loader worker that was killed or died, or that found no shared memory."""
+    if isinstance(error, OSError):  # the locks of a new worker lie in shared memory, too
+        frames = traceback.extract_tb(error.__traceback__)
+        return error.errno == errno.ENOSPC and bool(frames) and frames[-1].filename.endswith("synchronize.py")
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        text.startswith("DataLoader worker (pid") or "unable to allocate shared memory" in text
+    )
 
 
 @contextlib.contextmanager
@@ -64,7 +72,7 @@ def stopped_run_exits():
     try:
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             if not is_lost_worker(error):
                 raise
             raise LostWorker(error) from error

@@ -8,7 +8,7 @@ import pytest
 from transformers import TrainerCallback
 
 import tests.helpers.runs as h
-from coss_hf.utils.errors import LostWorker, bad_input_exits
+from coss_hf.utils.errors import LostWorker, bad_input_exits, is_lost_worker
 
 
 class KillAWorker(TrainerCallback):
@@ -38,9 +38,25 @@ def test_the_step_is_saved_where_a_loader_worker_was_killed(tmp_path, image_parq
     h.assert_same(h.state(again), h.state(whole))
 
 
-def test_a_worker_that_is_lost_before_training_is_one_paragraph(capsys):
+KILLED = "DataLoader worker (pid 7) is killed by signal: Killed. "
+NO_ROOM = "RuntimeError: unable to allocate shared memory(shm)"
+
+
+@pytest.mark.parametrize("text", [KILLED, f"Caught RuntimeError in DataLoader worker process 0.\n{NO_ROOM}"])
+def test_a_worker_that_is_lost_before_training_is_one_paragraph(capsys, text):
     with pytest.raises(SystemExit) as stop, bad_input_exits():
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ") from OSError(2)
+        raise RuntimeError(text)
     assert stop.value.code == 1
     err = capsys.readouterr().err
-    assert err.startswith("error: A process that loads images ended (DataLoader worker (pid 7)") and "/dev/shm" in err
+    assert err.startswith("error: A process that loads images ended (" + text.splitlines()[-1].strip().rstrip("."))
+    assert "/dev/shm" in err
+
+
+def test_workers_that_cannot_be_started_for_want_of_shared_memory():
+    def error_of(file: str) -> OSError:
+        with pytest.raises(OSError) as caught:
+            exec(compile("raise OSError(28, 'No space left on device')", file, "exec"))
+        return caught.value
+
+    assert is_lost_worker(error_of("/lib/multiprocessing/synchronize.py"))
+    assert not is_lost_worker(error_of("/lib/json/encoder.py")), "the disk is full"
