@@ -1,37 +1,21 @@
 """Datasets of images: loading, choice of splits, and images held out of train."""
 
-import glob
-import json
 import logging
-from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset
 
 from coss_hf.data.checking import check_images
 from coss_hf.data.columns import find_image_column, find_label_column, has_labels
+from coss_hf.data.sources import load_source
 from coss_hf.utils.disk import disk_full_as_value_error
-from coss_hf.utils.hub_lookup import find_dataset
 
 logger = logging.getLogger(__name__)
 
 MAX_DEFAULT_VALIDATION_SIZE = 2_000  # images held out of train where no number is given
 
 TEST_NAMES = ("test", "validation", "valid", "val")
-# Words in file names, as `datasets` reads them.
-SPLIT_WORDS = {
-    "train": "train",
-    "training": "train",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-}
 
 
 class ImageSplits(NamedTuple):
@@ -73,7 +57,8 @@ def load_images(
     """Load a dataset, cut its splits, then hash and decode each of their images once (cached).
 
     Args:
-        dataset: a Hub name, an image folder, a parquet file, glob or folder, or a `save_to_disk` folder.
+        dataset: a Hub name, a folder of images (see `load_image_folder`), a parquet file, glob or folder, or a
+            `save_to_disk` folder.
         name: the name of the dataset's configuration.
         revision: the revision on the Hub.
         train_split: the name of the training split; by default "train", or the only split.
@@ -98,7 +83,7 @@ def load_images(
         ValueError: an invalid argument; the message names the flag, its value and the remedy.
     """
     _check_arguments(validation_size, max_train_samples, on_bad_image)
-    splits = _load_splits(dataset, name, revision)
+    splits, folders = load_source(dataset, name, revision)
     train_split, test_split = _choose_splits(dataset, splits, train_split, test_split)
     train = splits[train_split]
     test = splits.get(test_split)
@@ -165,54 +150,6 @@ def _check_full_split(
 ) -> tuple[Dataset, list[str]]:
     (checked,), bad_images = check_images(images, split, column, [np.arange(len(images))], on_bad_image, num_proc)
     return checked, bad_images
-
-
-def _load_splits(dataset: str, name: str | None, revision: str | None) -> dict[str, Dataset]:
-    path = Path(dataset).expanduser()
-    on_disk = path.exists() or any(character in dataset for character in "*?[")
-    if not on_disk:
-        find_dataset(dataset, revision)
-    try:
-        if (path / "dataset_dict.json").is_file():
-            names = json.loads((path / "dataset_dict.json").read_text())["splits"]
-            return {split: _load_saved(path / split) for split in names}
-        if (path / "state.json").is_file():
-            return {"train": _load_saved(path)}
-        if path.is_dir() or not on_disk:
-            return dict(datasets.load_dataset(str(path) if on_disk else dataset, name=name, revision=revision))
-        return dict(datasets.load_dataset("parquet", data_files=_parquet_files(path)))
-    except Exception as error:  # `datasets` lets through the errors of every format and file system beneath it
-        reason = str(error.__cause__ or error)
-        if "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason:
-            reason = f"a split is empty ({reason})"
-        raise ValueError(
-            f"--dataset {dataset} cannot be loaded: {reason}. Give a Hub name (and its "
-            f"--dataset_name where it has several), a folder of images, parquet files, or a save_to_disk folder."
-        ) from error
-
-
-def _parquet_files(path: Path) -> dict[str, list[str]]:
-    """The parquet files of a path or glob by their split, which is read off the files' names."""
-    files = [str(path)] if path.is_file() else sorted(glob.glob(str(path), recursive=True))
-    if not files:
-        raise ValueError("no file matches")
-    if not all(file.endswith(".parquet") for file in files):
-        raise ValueError(f"{files[0]} is not a parquet file")
-    if len(files) == 1:
-        return {"train": files}
-    by_split = {}
-    for file in files:
-        words = "".join(c if c.isalpha() else " " for c in Path(file).stem.lower()).split()
-        split = next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), "train")
-        by_split.setdefault(split, []).append(file)
-    return by_split
-
-
-def _load_saved(folder: Path) -> Dataset:
-    if json.loads((folder / "state.json").read_text())["_data_files"]:
-        return datasets.load_from_disk(str(folder))
-    features = DatasetInfo.from_directory(str(folder)).features  # load_from_disk fails on a split without rows
-    return Dataset.from_dict({key: [] for key in features}, features=features)
 
 
 def _choose_splits(
