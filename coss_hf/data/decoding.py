@@ -1,10 +1,16 @@
 """Encoded images to upright RGB. No torch: the check of a dataset runs it in forked processes."""
 
+import contextlib
+import logging
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from coss_hf.data.damaged_metadata import without_metadata
+
+logger = logging.getLogger(__name__)
 
 # What turns an image upright, by its EXIF orientation.
 UPRIGHT = {
@@ -24,6 +30,8 @@ def encoded_bytes(record: dict | None) -> bytes:
         raise ValueError("neither bytes nor a path")
     if record["bytes"] is not None:
         return record["bytes"]
+    if "://" in record["path"]:
+        raise ValueError("a URL: images are not downloaded")
     return Path(record["path"]).read_bytes()
 
 
@@ -31,7 +39,8 @@ def decode(record: dict) -> Image.Image:
     """Decode one image, upright (EXIF) and in RGB.
 
     Transparency is dropped as by Pillow's `convert("RGB")`. Grey values of 16 bits are divided by 257 and rounded.
-    Floating-point grey is taken as 0..1 when all of it is, else as 0..255.
+    Floating-point grey is taken as 0..1 when all of it is, else as 0..255. Texts, tags and profiles that cannot be read
+    are left out.
 
     Args:
         record: a row's image `{"bytes", "path"}`, of a column `datasets.Image(decode=False)`.
@@ -40,14 +49,36 @@ def decode(record: dict) -> Image.Image:
         ValueError: the image cannot be decoded; the message names its path.
     """
     try:
-        image = Image.open(BytesIO(encoded_bytes(record)))
-        image.load()
-        orientation = image.getexif().get(0x0112)  # after load, since Pillow turns TIFF by itself
-        image = to_rgb(image)
-        return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+        return _decode(encoded_bytes(record))
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         path = (record or {}).get("path") or "without a path"
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
+
+
+def _decode(data: bytes) -> Image.Image:
+    try:
+        return _decode_upright(data)
+    except Exception:
+        for repaired in without_metadata(data):
+            with contextlib.suppress(Exception):
+                return _decode_upright(repaired)
+        raise
+
+
+def _decode_upright(data: bytes) -> Image.Image:
+    image = Image.open(BytesIO(data))
+    image.load()
+    orientation = _orientation(image)  # after load, since Pillow turns TIFF by itself
+    image = to_rgb(image)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(0x0112)
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
+        logger.debug("The EXIF tags of an image cannot be read: %s", error)
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

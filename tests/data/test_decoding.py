@@ -1,4 +1,6 @@
+import struct
 import warnings
+import zlib
 from io import BytesIO
 
 import numpy as np
@@ -182,3 +184,81 @@ def test_decompression_bomb_is_an_error(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match="bomb.png cannot be decoded .DecompressionBomb"):
         decode({**encoded(Image.new("RGB", (20, 20))), "path": "bomb.png"})
+
+
+# ---- metadata that cannot be read: the pixels are an image (python-pillow/Pillow#4007, #5863, #6614 and others) ----
+
+
+def chunk(kind: bytes, data: bytes, checksum: int | None = None) -> bytes:
+    crc = zlib.crc32(kind + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+LONG_TEXT = b"a\0\0" + zlib.compress(b"x" * 2**21)
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        chunk(b"eXIf", b"Exif\0\0notatiff"),
+        chunk(b"eXIf", b""),
+        chunk(b"eXIf", b"II*\0", checksum=1),
+        chunk(b"tEXt", b"key\0value", checksum=1),
+        chunk(b"zTXt", LONG_TEXT),
+        chunk(b"zTXt", b"key\0\7value"),
+        chunk(b"iCCP", b"name\0\5data"),
+        chunk(b"iCCP", b"name\0\0data", checksum=1),
+        chunk(b"pHYs", b"\0"),
+        chunk(b"tRNS", b""),
+    ],
+)
+@pytest.mark.parametrize("place", ["before the pixels", "after the pixels"])
+def test_png_with_damaged_metadata(damaged, place):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    data = encoded(image)["bytes"]
+    position = 33 if place == "before the pixels" else data.index(b"IEND") - 4
+    record = {"bytes": data[:position] + damaged + data[position:], "path": None}
+    np.testing.assert_array_equal(pixels(record), np.asarray(image))
+
+
+def test_a_damaged_text_does_not_cost_the_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    data = encoded(image, exif=exif)["bytes"]
+    record = {"bytes": data[:33] + chunk(b"tEXt", b"a", checksum=1) + data[33:], "path": None}
+    np.testing.assert_array_equal(pixels(record), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("fmt", ["JPEG", "WEBP", "AVIF"])
+def test_exif_that_is_none(fmt):
+    image = uniform("RGB", (200, 30, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x013B] = "artist"
+    data = encoded(image, fmt, exif=exif)["bytes"]
+    assert pixels({"bytes": data, "path": None}).shape == (4, 3, 3)  # turned
+    damaged = data.replace(b"MM\0*", b"none").replace(b"II*\0", b"none")
+    assert damaged != data
+    np.testing.assert_allclose(pixels({"bytes": damaged, "path": None})[0, 0], (200, 30, 60), atol=9)
+
+
+@pytest.mark.parametrize("tag", [270, 274, 305, 34675])
+def test_tiff_with_a_tag_behind_its_end(tag):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8))
+    tags = {270: "a description", 274: 1, 305: "a program"}
+    data = bytearray(encoded(image, "TIFF", tiffinfo=tags, icc_profile=b"x" * 50)["bytes"])
+    (start,) = struct.unpack("<I", data[4:8])
+    entries = range(start + 2, start + 2 + 12 * struct.unpack("<H", data[start : start + 2])[0], 12)
+    entry = next(at for at in entries if struct.unpack("<H", data[at : at + 2])[0] == tag)
+    data[entry + 4 : entry + 12] = struct.pack("<II", 9, 2**31)
+    np.testing.assert_array_equal(pixels({"bytes": bytes(data), "path": None}), np.asarray(image))
+
+
+@pytest.mark.parametrize("fmt", ["PNG", "TIFF", "JPEG", "WEBP"])
+def test_missing_pixels_are_no_image_whatever_the_metadata(fmt):
+    data = encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)), fmt)[
+        "bytes"
+    ]
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        decode({"bytes": data[: len(data) // 2], "path": None})
