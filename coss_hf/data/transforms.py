@@ -6,6 +6,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from coss_hf.data.decoding import crop_long_side
+
 AUGMENTATIONS = ("none", "cifar", "imagenet", "moco")
 
 
@@ -18,7 +20,7 @@ class Fit(torch.nn.Module):
         self.crop = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
 
     def forward(self, image: Image.Image) -> Image.Image:
-        return image if image.size == (self.size, self.size) else self.crop(image)
+        return image if image.size == (self.size, self.size) else self.crop(crop_long_side(image))
 
 
 class CropAndFlip(torch.nn.Module):

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from coss_hf.data.decoding import crop_long_side
 from coss_hf.utils.messages import first_line, flag
 
 # Two shapes that a processor must bring to one size: otherwise images cannot be stacked.
@@ -73,6 +74,7 @@ class Preprocessing:
 
     def full(self, images: list[Image.Image]) -> Tensor:
         """Process RGB images of any sizes to ``(b, 3, h, w)`` float32."""
+        images = [crop_long_side(image) for image in images]
         return self.processor(images, return_tensors="pt")["pixel_values"].float()
 
     def normalize(self, views: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from coss_hf.data.decoding import crop_long_side
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.data.transforms import AUGMENTATIONS, Fit, SeparableBlur, augmentation
 from coss_hf.data.views import ViewDataset, collate_views
@@ -59,6 +60,29 @@ def test_none_leaves_an_image_of_the_size_alone():
     assert torch.equal(augmentation("none", 32)(image), F.pil_to_tensor(image))
     wide = photo(0, 64, 32)
     assert torch.equal(augmentation("none", 32)(wide), F.pil_to_tensor(wide.crop((16, 0, 48, 32))))
+
+
+@pytest.mark.parametrize("shape", [(4000, 2), (3, 5001)])
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_long_image_is_cropped_before_it_is_enlarged(name, shape, monkeypatch):
+    """A PNG of 103 bytes, 4000 x 2 pixels, took 400 to 720 MB."""
+    sides = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, size, *a, **kw: sides.extend(size) or resize(self, size, *a, **kw)
+    )
+    image = photo(0, *shape)
+    sides.clear()
+    assert augmentation(name, 224)(image).shape == (3, 224, 224)
+    assert max(sides, default=0) <= 17 * 224
+    assert crop_long_side(photo(0, 640, 40)).size == (640, 40)
+
+
+def test_a_long_image_keeps_its_centre():
+    pixels = np.zeros((4, 1000, 3), np.uint8)
+    pixels[:, 500:] = 255
+    view = augmentation("none", 32)(Image.fromarray(pixels))
+    assert view[:, :, :12].max() == 0 and view[:, :, 20:].min() == 255
 
 
 def test_cifar_is_a_padded_crop_perhaps_mirrored():

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     BeitImageProcessor,
     BitImageProcessor,
@@ -167,3 +168,19 @@ def test_flags():
         "model",
         "size",
     ]
+
+
+def test_a_long_image_is_cropped_before_it_is_enlarged():
+    """4000 x 2 pixels, 103 bytes as a PNG, became 512,000 x 256 and took up to 900 MB."""
+    seen = []
+
+    class Recording(CLIPImageProcessor):
+        def resize(self, image, *args, **kwargs):
+            seen.append(tuple(super().resize(image, *args, **kwargs).shape[-2:]))
+            return super().resize(image, *args, **kwargs)
+
+    processor = Recording(size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224})
+    full = Preprocessing(processor).full
+    seen.clear()
+    assert full([Image.new("RGB", (4000, 2))]).shape == (1, 3, 224, 224)
+    assert seen == [(256, 4096)]
