@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.evaluation.knn import check_labels, check_pair
+from coss_hf.evaluation.linear_probe import standardise
 
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
@@ -22,10 +23,13 @@ def linear_evaluation(
     epochs: int = EPOCHS,
     seed: int = 0,
 ) -> float:
-    """Accuracy in [0, 1] of a linear layer trained on frozen, un-augmented embeddings, as they are.
+    """Accuracy in [0, 1] of a linear layer trained on frozen, un-augmented embeddings.
 
     SGD, rate 0.1, momentum 0.9, weight decay 5e-4, batches of 128, the rate divided by ten after 50, 70 and 90 % of the
     epochs. (The paper also crops its training images at random; ``linear_probe`` chooses a rate on held-out rows.)
+
+    The embeddings are standardised with the statistics of ``train_features``: at a fixed rate the result would
+    otherwise depend on their scale, which losses of angles leave open.
 
     Args:
         train_features: ``(n, d)`` embeddings of the train images.
@@ -44,24 +48,25 @@ def linear_evaluation(
     check_pair(train_features, test_features, "train_features and test_features")
     check_labels(train_labels, train_features, "train_labels")
     check_labels(test_labels, test_features, "test_labels")
+    x, x_test = standardise(train_features, test_features)
     generator = torch.Generator().manual_seed(seed)
     layer = nn.Linear(train_features.shape[1], int(train_labels.max()) + 1)
     for parameter in layer.parameters():
         bound = train_features.shape[1] ** -0.5
         nn.init.uniform_(parameter, -bound, bound, generator=generator)
-    layer.to(train_features.device)
-    train_labels = train_labels.to(train_features.device)
+    layer.to(x.device, x.dtype)
+    train_labels = train_labels.to(x.device).long()
     optimizer = torch.optim.SGD(layer.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     drops = [epochs * drop // EPOCHS for drop in DROPS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
     with torch.enable_grad():
         for _ in range(epochs):
-            order = torch.randperm(len(train_features), generator=generator).to(train_features.device)
+            order = torch.randperm(len(x), generator=generator).to(x.device)
             for rows in order.split(BATCH_SIZE):
-                loss = nn.functional.cross_entropy(layer(train_features[rows].float()), train_labels[rows])
+                loss = nn.functional.cross_entropy(layer(x[rows]), train_labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
             schedule.step()
     with torch.no_grad():
-        return (layer(test_features.float()).argmax(1).cpu() == test_labels.cpu()).double().mean().item()
+        return (layer(x_test).argmax(1).cpu() == test_labels.cpu()).double().mean().item()

@@ -13,10 +13,22 @@ MOMENTUM = 0.9
 BATCH_SIZE = 512
 
 
-def _standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets of embeddings with mean 0 and deviation 1 in each dimension of ``train``, in float32 or wider.
+
+    A dimension that is constant on ``train`` becomes 0.
+
+    Args:
+        train: ``(n, d)`` embeddings.
+        test: ``(m, d)`` embeddings.
+    """
     wide = torch.float64 if train.dtype == torch.float64 else torch.float32
     train = train.to(wide)
     test = test.to(wide)
+    # By powers of two, which round nothing: squares of very large or small values leave the range of the data type.
+    exponent = torch.frexp(train.abs().amax(0)).exponent
+    train = torch.ldexp(train, -exponent)
+    test = torch.ldexp(test, -exponent)
     mean = train.mean(0)
     scale = train.std(0, correction=0)
     # A column that is constant on train says nothing: dividing by its rounding noise would make it the loudest.
@@ -110,7 +122,7 @@ def linear_probe(
             f"a probe needs test_features (got {len(test_features)}), learning_rates (got {learning_rates}) and "
             f"epochs >= 1 (got {epochs})."
         )
-    x, x_test = _standardise(train_features, test_features)
+    x, x_test = standardise(train_features, test_features)
     train_labels = train_labels.long()
     num_classes = int(train_labels.max()) + 1
     generator = torch.Generator().manual_seed(seed)

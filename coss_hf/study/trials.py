@@ -23,6 +23,9 @@ from coss_hf.utils.errors import NonFiniteLoss
 
 # Arguments that say how a trial is run and do not change its result.
 OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers")
+# Of what is measured; raise it where a metric changes, so that one table never mixes two meanings of a column.
+# 2: linear evaluation of standardised embeddings.
+MEASURES = 2
 # Rows that no method trains, measured like the others.
 UNTRAINED = ("teacher", "random", "initial")
 
@@ -111,6 +114,7 @@ class StudyConfig:
             self.milestones,
             self.bank_size,
             self.identity.get(trial.pair),
+            MEASURES,
         ]
         method = trial.method if trial.method in UNTRAINED else None
         text = json.dumps([asdict(replace(trial, method=method)), shared], sort_keys=True, default=str)
