@@ -12,7 +12,7 @@ from transformers import set_seed
 
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.evaluation.agreement import duplicate_share, effective_rank
-from coss_hf.evaluation.embeddings import evaluate_embeddings
+from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
 
@@ -102,6 +102,19 @@ class Evaluator:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )
+
+    def metric_names(self) -> list[str]:
+        """Names of the metrics that are defined for these images, found on noise."""
+        noise = torch.randn(len(self.test_images), 4, generator=torch.Generator().manual_seed(0))
+        names = [
+            name
+            for name, value in evaluate_embeddings(noise, noise, diagnostics=self.diagnostics).items()
+            if value is not None
+        ]
+        if self.train_labels is not None:
+            names += [f"knn{k}" for k in KS if k <= len(self.train_labels)]
+            names.append("probe")
+        return names
 
     @property
     def teacher_test_features(self) -> Tensor:

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from coss_hf.reporting.run_record import write_json
-from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
+from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, rehearse_trial, run_trial
 
 logger = logging.getLogger(__name__)
 
@@ -58,11 +58,14 @@ class Sweep:
         show_gpu(self.gpus, 0)  # one process does not take several
 
     def check(self, trials: list[Trial], config: StudyConfig) -> None:
-        """Build the trainer of each method, without training it.
+        """Try the arguments of each pair, and build the trainer of each method, without training it.
 
         Raises:
-            ValueError: a method that cannot run with its networks.
+            ValueError: arguments that cannot work, or a method that cannot run with its networks.
         """
+        for trial in {trial.pair: trial for trial in trials}.values():
+            with tempfile.TemporaryDirectory() as folder:
+                rehearse_trial(trial, config, Path(folder))
         for trial in {(trial.pair, trial.method): trial for trial in trials}.values():
             with tempfile.TemporaryDirectory() as folder:
                 build_trial_trainer(trial, config, Path(folder))

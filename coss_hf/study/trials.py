@@ -17,6 +17,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.pretraining import pretraining_images
+from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.errors import NonFiniteLoss
@@ -155,6 +156,22 @@ def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> Dist
     trainer = build_trainer(student, teacher, splits, args, data=config.data)
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def rehearse_trial(trial: Trial, config: StudyConfig, folder: Path) -> None:
+    """Try the arguments that the trials of a pair share; see ``rehearse``.
+
+    Args:
+        trial: any of the pair's trials that are trained.
+        config: what the study's trials share.
+        folder: folder of its checkpoints, where nothing is written.
+
+    Raises:
+        ValueError: arguments that cannot work.
+    """
+    splits, teacher = load(config, trial.pair)
+    args = _training_arguments(trial, config, folder, len(splits.train))
+    rehearse(config.models[trial.pair].load_student(teacher), teacher, args)
 
 
 def _training_arguments(

@@ -15,13 +15,17 @@ def check_engine(args: TrainingArguments) -> None:
     """Refuses settings under which a run would silently be another one, or leave no student.
 
     Raises:
-        ValueError: several GPUs in one process, processes that do not know of each other, FSDP on a CPU (accelerate
-            would run DDP) or with settings that do not work here, batch norm that cannot be synchronised, CUDA graphs
-            with accumulated gradients.
+        ValueError: several GPUs in one process, processes that do not know of each other, half precision or FSDP on a
+            CPU (accelerate would compute in float32, or run DDP), FSDP with settings that do not work here, batch norm
+            that cannot be synchronised, CUDA graphs with accumulated gradients.
     """
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` to use them.")
     on_cpu = args.device.type == "cpu"
+    if on_cpu and args.mixed_precision == "fp16":
+        raise ValueError(
+            "--fp16: a CPU has no half precision, and would compute in float32; leave it out, or give --bf16."
+        )
     if args.sync_batch_norm and on_cpu:
         raise ValueError("--sync_batch_norm: PyTorch synchronises batch norm on GPUs only; leave it out on a CPU.")
     fsdp = bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

@@ -9,14 +9,16 @@ from transformers import TrainerCallback, set_seed
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover, remove_temporary_files
+from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun, build_evaluator
 from coss_hf.trainer.trainer import DistillationTrainer
-from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.process_group import Processes
 
 
@@ -32,12 +34,15 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
         ValueError: any input that the run cannot use.
     """
     checkpoint = check_output_dir(args)
-    with Processes().first(args.local_process_index == 0):
-        splits = data.load(hold_out_by_default=True)
+    if not data.dataset:
+        raise ValueError("--dataset is missing; see --help.")
     set_seed(args.seed)  # weights that the teacher's checkpoint lacks are drawn, and may be copied into a student
     teacher = models.load_teacher()
     set_seed(args.seed)
     student = models.load_student(teacher)
+    rehearse(student, teacher, args)
+    with Processes().first(args.local_process_index == 0):
+        splits = data.load(hold_out_by_default=True)
     if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
@@ -85,6 +90,8 @@ def build_trainer(
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
     trainer = DistillationTrainer(student, teacher, args, views, evaluator, criterion, callbacks)
+    check_metric(trainer)
+    trainer.args.check_evaluations(trainer.length)
     if args.neighbors_k:
         if neighbors is None:
             neighbors = find_neighbors(splits, teacher, data or DataArguments(), args)
@@ -121,6 +128,27 @@ def find_neighbors(
         num_workers=args.dataloader_num_workers,
     )
     return found
+
+
+def check_metric(trainer: DistillationTrainer) -> None:
+    """Refuse a ``metric_for_best_model`` that evaluations during training do not measure.
+
+    Raises:
+        ValueError: the metric, and those that are measured.
+    """
+    args = trainer.args
+    wanted = (args.metric_for_best_model or "").removeprefix("eval_")
+    if trainer.evaluator is None or args.eval_strategy == "no" or not wanted:
+        return
+    if wanted == "overlap10" and args.lr_scheduler_type not in BY_METRIC:
+        return  # the default, which few images do not have
+    names = trainer.evaluator.metric_names()
+    if all(LOSSES[method.name].is_function_of_embeddings() for method in args.methods):
+        names.append("loss")
+    if wanted not in names:
+        raise ValueError(
+            f"--metric_for_best_model={wanted} is not measured during this training; choose one of {', '.join(names)}."
+        )
 
 
 def check_output_dir(args: DistillationArguments) -> str | None:

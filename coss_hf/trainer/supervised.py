@@ -1,5 +1,6 @@
 """Supervised training of a teacher on labelled images."""
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import find_checkpoint
 from coss_hf.trainer.checkpointing import CheckpointWriter
 from coss_hf.trainer.engine import check_graphs, check_processes
+from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused
 from coss_hf.trainer.manifest import write_manifest
+from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.randomness import StepSeed
 
@@ -57,6 +60,14 @@ class TeacherArguments(TrainingArguments):
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+
+    def __post_init__(self):
+        self.given = given(self)
+        check_numbers(self)
+        try:
+            super().__post_init__()
+        except Exception as error:  # values of all kinds, packages that are not installed, files that cannot be read
+            raise refused(self.given, ENGINE, "Trainer does not take this", error) from error
 
 
 class SupervisedTrainer(Trainer):
@@ -181,6 +192,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     backbone = Backbone(model, processor, size=args.image_size, argument="image")  # refuses sizes it cannot take
     views = ViewDataset(splits.train, splits.image_column, args.augmentation, max(backbone.size), seed=args.seed)
     labels = torch.as_tensor(splits.train[splits.label_column][:])
+    rehearse_supervised(model, backbone, args)
     trainer = build_supervised_trainer(model, backbone, labels, args, views)
     return SupervisedRun(trainer, backbone, splits, checkpoint)
 
@@ -229,6 +241,24 @@ def build_supervised_trainer(
     # Networks that swallow keyword arguments are taken for ones that scale an accumulated loss by themselves.
     trainer.model_accepts_loss_kwargs = False
     return trainer
+
+
+def rehearse_supervised(model: PreTrainedModel, backbone: Backbone, args: TeacherArguments) -> None:
+    """Try the arguments on noise, as ``rehearse`` does those of a distillation.
+
+    Args:
+        model: the classifier; left as it is.
+        backbone: the one within ``model``.
+        args: of the training.
+
+    Raises:
+        ValueError: what could not be built or done, the arguments that were given for it, and why.
+    """
+    short = short_arguments(args)
+    short.lr_milestones = None
+    views = noise_views(short, args.augmentation, max(backbone.size))
+    labels = torch.zeros(len(views), dtype=torch.long)
+    try_trainer(short, lambda: build_supervised_trainer(copy.deepcopy(model), backbone, labels, short, views))
 
 
 def class_names(splits: ImageSplits) -> list[str]:

@@ -6,18 +6,24 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.heads import HEADS
 from coss_hf.trainer.engine import check_engine
+from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused
 from coss_hf.trainer.schedule import RunLength
 
 # Seen between two looks at held-out images.
 EVAL_IMAGES = 50_000
 
+
+# Metrics of which less is better; of all others, more.
+LESS_IS_BETTER = ("loss", "duplicates", "dead_dimensions")
+# Schedules that evaluations drive, and how many of these without progress they wait for.
+BY_METRIC = {SchedulerType.REDUCE_ON_PLATEAU: 10, SchedulerType.GREEDY: 10}
 
 # Not the others of transformers: they publish the state of the optimiser.
 HUB_STRATEGIES = ["end", "every_save"]
@@ -123,12 +129,24 @@ class DistillationArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
 
     def __post_init__(self):
+        self.given = given(self)
+        check_unused(self.given)
+        check_numbers(self)
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
         self.evaluates_by_default = strategy == "steps" and not self.eval_steps
         if self.accelerator_config is None and torch.cuda.is_available() and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # else each step waits for the one before
-        super().__post_init__()
+        self._resolve_metric()
+        try:
+            super().__post_init__()
+        except Exception as error:  # values of all kinds, packages that are not installed, files that cannot be read
+            raise refused(self.given, ENGINE, "Trainer does not take this", error) from error
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"--train_sampling_strategy={self.train_sampling_strategy}: views have no lengths; leave it out."
+            )
+        self._resolve_schedule()
         if self.evaluates_by_default:
             self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
         if self.resume_from_checkpoint in ("false", "False", "none", "None"):
@@ -139,6 +157,30 @@ class DistillationArguments(TrainingArguments):
         self._check_hub()
         check_engine(self)
         self._check_batch()
+
+    def _resolve_metric(self) -> None:
+        """Decide whether more of ``metric_for_best_model`` is better, unless it was given."""
+        if self.greater_is_better is None:
+            metric = (self.metric_for_best_model or "loss").removeprefix("eval_")
+            self.greater_is_better = metric not in LESS_IS_BETTER
+
+    def _resolve_schedule(self) -> None:
+        """Let a schedule that evaluations drive know the direction of its metric."""
+        if self.lr_milestones or self.lr_scheduler_type not in BY_METRIC:
+            return
+        options = self.lr_scheduler_kwargs or {}
+        mode = "max" if self.greater_is_better else "min"
+        if options.get("mode", mode) != mode:
+            raise ValueError(
+                f"--lr_scheduler_kwargs mode={options['mode']}: --metric_for_best_model={self.metric_for_best_model} "
+                f"needs mode={mode}; leave it out."
+            )
+        self.lr_scheduler_kwargs = {**options, "mode": mode}
+        if self.warmup_steps:
+            raise ValueError(
+                f"--warmup_steps={self.warmup_steps:g}: --lr_scheduler_type={self.lr_scheduler_type.value} has no "
+                f"warm-up; leave one of them out."
+            )
 
     def _check_methods(self) -> None:
         names = [method.name for method in self.methods]
@@ -166,9 +208,6 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
         if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
             raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
-        for name in ("eval_bank_size", "eval_sample_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}={getattr(self, name)} must be at least 1.")
 
     def _check_hub(self) -> None:
         if self.hub_strategy.value not in HUB_STRATEGIES:
@@ -208,6 +247,47 @@ class DistillationArguments(TrainingArguments):
         if has_unused_parameters:
             args.ddp_find_unused_parameters = True
         return args
+
+    def check_evaluations(self, length: RunLength) -> None:
+        """Refuse what waits for evaluations that this run does not have.
+
+        Args:
+            length: of an epoch.
+
+        Raises:
+            ValueError: no evaluation, or too few of them.
+        """
+        waiting = self._waiting_for_evaluations()
+        if waiting and self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                f"{waiting} needs evaluations during training, and there are none: hold images out with "
+                f"--validation_size, and leave --eval_strategy no out."
+            )
+        if self.lr_milestones or self.lr_scheduler_type not in BY_METRIC:
+            return
+        steps = self.max_steps if self.max_steps > 0 else round(self.num_train_epochs * length.steps_per_epoch)
+        if self.eval_strategy == IntervalStrategy.EPOCH:
+            interval = length.steps_per_epoch
+        else:
+            interval = self.eval_steps if self.eval_steps >= 1 else max(1, round(self.eval_steps * steps))
+        count = int(steps // interval)
+        patience = self.lr_scheduler_kwargs.get("patience", BY_METRIC[self.lr_scheduler_type])
+        if count <= patience:
+            raise ValueError(
+                f"--lr_scheduler_type={self.lr_scheduler_type.value} would never change the rate: it waits for "
+                f"{patience} evaluations without progress, and the run has {count}; evaluate more often "
+                f"(--eval_steps), or give a shorter --lr_scheduler_kwargs '{{\"patience\": 1}}'."
+            )
+
+    def _waiting_for_evaluations(self) -> str:
+        """The argument that has an effect through evaluations alone, if any."""
+        if not self.lr_milestones and self.lr_scheduler_type in BY_METRIC:
+            return f"--lr_scheduler_type={self.lr_scheduler_type.value}"
+        if self.load_best_model_at_end:
+            return "--load_best_model_at_end"
+        if self.save_strategy == SaveStrategy.BEST:
+            return "--save_strategy=best"
+        return ""
 
     @property
     def methods(self) -> list[Method]:

@@ -1,0 +1,172 @@
+"""Arguments tried on two images of noise, before images and neighbours are worked on for hours."""
+
+import contextlib
+import copy
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import DefaultFlowCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from coss_hf.data.views import ViewDataset
+from coss_hf.features import Features
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.loading import quiet_loading
+from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
+
+STEPS = 100  # of the schedule that is tried
+
+
+class _AnyLoss(nn.Module):
+    """A loss that takes any batch, in place of the run's own: the rest of the arguments is tried with it."""
+
+    def forward(self, student: Features, teacher: Features, index: Tensor) -> dict[str, Tensor]:
+        return {"loss": student.embedding.float().square().mean() + 0 * teacher.embedding.float().mean()}
+
+
+def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) -> None:
+    """Build loader, trackers, optimizer and schedule of a run, and make one step on noise, of a copy of the student.
+
+    Args:
+        student: to be trained; left as it is.
+        teacher: frozen; moved to the run's device.
+        args: of the training.
+
+    Raises:
+        ValueError: what could not be built or done, the arguments that were given for it, and why.
+    """
+    if args.gradient_checkpointing and not student.model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"--gradient_checkpointing: the student ({type(student.model).__name__}) does not support it; leave it out."
+        )
+    short = short_arguments(args)
+    # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.
+    short.channels_last = False
+    short.exact_accumulation = False
+    short.num_images = None
+    short.neighbors_k = 0
+    short.lr_milestones = None
+    copied = copy.copy(student)
+    copied.model = copy.deepcopy(student.model)
+    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
+    views = noise_views(short, args.augmentation, size)
+    try_trainer(short, lambda: DistillationTrainer(copied, copy.copy(teacher), short, views, criterion=_AnyLoss()))
+
+
+def short_arguments(args: TrainingArguments) -> TrainingArguments:
+    """Arguments of one small step, with nothing evaluated or saved; values that are too small stay as they are."""
+    args = copy.copy(args)
+    args.per_device_train_batch_size = min(args.per_device_train_batch_size, 2)
+    args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 1)
+    args.dataloader_num_workers = min(args.dataloader_num_workers, 1)
+    args.max_steps = 1
+    args.save_strategy = SaveStrategy.NO
+    args.eval_strategy = IntervalStrategy.NO
+    args.eval_on_start = False
+    args.load_best_model_at_end = False
+    return args
+
+
+def noise_views(args: TrainingArguments, augmentation: str, size: int) -> ViewDataset:
+    """Views ``size`` x ``size`` of as many images of noise as a step of ``args`` takes."""
+    count = args.world_size * max(args.per_device_train_batch_size, 1)
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
+    columns = {"image": [Image.fromarray(image) for image in pixels], "image_hash": [str(i) for i in range(count)]}
+    features = datasets.Features({"image": datasets.Image(), "image_hash": datasets.Value("string")})
+    return ViewDataset(datasets.Dataset.from_dict(columns, features=features), "image", augmentation, size)
+
+
+def try_trainer(args: TrainingArguments, build: Callable[[], Trainer]) -> None:
+    """Build a trainer of one step and let it make that step, part by part, so that an error names its part.
+
+    Args:
+        args: of ``short_arguments``.
+        build: makes the trainer, whose network is thrown away.
+
+    Raises:
+        ValueError: what could not be built or done, the arguments that were given for it, and why.
+    """
+    with _quiet(), _removing_empty(Path(args.output_dir)):
+        with _refusing(args, ENGINE, "Trainer cannot be set up"):
+            trainer = build()
+        kept = (DefaultFlowCallback, EpochCallback)  # none that would report the step
+        trainer.callback_handler.callbacks = [c for c in trainer.callback_handler.callbacks if isinstance(c, kept)]
+        if args.torch_compile:
+            with _refusing(args, COMPILATION, "networks cannot be compiled"):
+                _try_compilation(args)
+        with _refusing(args, LOADER, "the data loader cannot be used"):
+            next(iter(trainer.get_train_dataloader()))
+        with _refusing(args, OPTIMIZER, "the optimizer cannot be built"):
+            trainer.create_optimizer()
+        with _refusing(args, SCHEDULE, "the schedule of the learning rate cannot be built"):
+            _try_schedule(trainer.create_scheduler(STEPS))
+        trainer.optimizer = None
+        trainer.lr_scheduler = None
+        # Networks are sharded and compiled once, for the run itself.
+        if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.torch_compile):
+            with _refusing(args, STEP, "a first step on two images of noise fails"):
+                trainer.accelerator.free_memory = lambda: None  # collecting garbage takes longer than the step
+                Trainer.train(trainer)  # not the run's own, which watches for SIGTERM
+        if args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _try_compilation(args: TrainingArguments) -> None:
+    compiled = torch.compile(lambda x: x + 1, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    compiled(torch.ones(2, device=args.device))
+
+
+def _try_schedule(scheduler) -> None:
+    if not isinstance(scheduler, LambdaLR):
+        return
+    for step in (0, 1, STEPS // 2, STEPS - 1, STEPS):
+        for factor in scheduler.lr_lambdas:
+            if not math.isfinite(factor(step)):
+                raise ValueError(f"the rate is {factor(step)} at step {step} of {STEPS}")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of a step that is made twice, and of objects that could not be made."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        with quiet_loading(), warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _removing_empty(folder: Path) -> Iterator[None]:
+    """Remove ``folder`` afterwards, which Trainer makes, where it was not there before."""
+    existed = folder.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # not made, or not empty
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _refusing(args: TrainingArguments, names: tuple[str, ...], problem: str) -> Iterator[None]:
+    """Turn any error of the block into a ``ValueError`` that names arguments; one that names its own is passed on."""
+    try:
+        yield
+    except Exception as error:  # of Trainer, accelerate, and any package that they import
+        traceback.clear_frames(error.__traceback__)  # destructors of what is half made complain here, or never
+        raise refused(args.given, names, problem, error) from error
