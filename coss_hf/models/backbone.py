@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
 from coss_hf.features import Features
-from coss_hf.models.image_processor import Preprocessing
+from coss_hf.models.image_processor import Preprocessing, is_timm_processor, transformers_processor
 from coss_hf.models.pooling import POOLINGS, Layout, evenly_spaced, feature_maps, pool
 from coss_hf.utils.messages import first_line, flag
 
@@ -90,6 +90,8 @@ class Backbone:
         self.preprocessing = None
         self.processor = None
         self.size = size
+        if is_timm_processor(processor) and self.model.config.model_type != "timm_wrapper":
+            processor = transformers_processor(processor, argument)
         if processor is not None:
             self.preprocessing = Preprocessing(processor, size, argument)
             self.processor = self.preprocessing.processor

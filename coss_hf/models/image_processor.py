@@ -1,6 +1,7 @@
 """Two uses of one image processor: in full on single images, and on the device for training views."""
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -18,6 +19,50 @@ _PROBES = ((300, 200), (200, 300))
 def is_timm_processor(processor) -> bool:
     """Whether an image processor is timm's, by name: importing its class would import timm, which takes a second."""
     return type(processor).__name__ == "TimmWrapperImageProcessor"
+
+
+def transformers_processor(processor, argument: str = ""):
+    """An image processor of Transformers with the pixels of timm's, whose class writes nothing next to other networks.
+
+    Resampling rounds differently by one of 255 levels, and a crop that cannot be central by half a pixel lies half a
+    pixel to the other side.
+
+    Args:
+        processor: timm's image processor.
+        argument: the command-line flag that errors name.
+
+    Raises:
+        ValueError: no class of Transformers has these steps.
+    """
+    from transformers import BitImageProcessor  # imports torchvision's transforms
+
+    config = processor.data_config
+    _, height, width = config["input_size"]
+    size = {"height": height, "width": width}
+    if config["crop_mode"] == "center":
+        size = {"shortest_edge": math.floor(min(height, width) / config["crop_pct"])}
+    names = {mode.name.lower(): mode for mode in Image.Resampling}
+    written = BitImageProcessor(
+        size=size,
+        crop_size={"height": height, "width": width},
+        resample=names.get(config["interpolation"], Image.Resampling.BICUBIC),
+        image_mean=list(config["mean"]),
+        image_std=list(config["std"]),
+    )
+    # A square, of which a multiple of the input's size is left: no other side of a crop.
+    image = noise_image(40, 40).resize((4 * height, 4 * width), Image.Resampling.BICUBIC)
+    levels = 255 * min(config["std"])
+    theirs = processor([image], return_tensors="pt")["pixel_values"]
+    ours = written([image], return_tensors="pt")["pixel_values"]
+    shifted = [(theirs, ours), (theirs[..., :-1, :-1], ours[..., 1:, 1:])]
+    if not any(a.shape == b.shape and levels * (a - b).abs().max() < 2.5 for a, b in shifted):
+        raise ValueError(
+            f"{flag(argument)}: no image processor of Transformers does what timm's does "
+            f"(crop_mode={config['crop_mode']}, interpolation={config['interpolation']}, "
+            f"input_size={tuple(config['input_size'])}), and timm's is saved with networks of timm alone; give the "
+            f"network a preprocessor_config.json of its own."
+        )
+    return written
 
 
 class Preprocessing:
@@ -46,7 +91,7 @@ class Preprocessing:
         kind = type(processor).__name__
         try:
             self.processor = processor if size is None else _resized(processor, size)
-            shapes = {tuple(self.full([_noise(*shape)]).shape[1:]) for shape in _PROBES}
+            shapes = {tuple(self.full([noise_image(*shape)]).shape[1:]) for shape in _PROBES}
         except Exception as error:  # processors of any origin fail in any way
             at = f" at {size}x{size} pixels" if size else ""
             raise ValueError(
@@ -101,7 +146,7 @@ class Preprocessing:
             image = _plain((200, 100, 50), self.size)
             options = {}
         else:
-            image = _noise(self.size[1], self.size[0])
+            image = noise_image(self.size[1], self.size[0])
             options = {"do_resize": False, "do_center_crop": False}
         expected = self.processor([image], return_tensors="pt", **options)["pixel_values"].float()
         views = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
@@ -120,7 +165,8 @@ def _plain(color, size: tuple[int, int]) -> Image.Image:
     return Image.fromarray(np.full((*size, 3), color, dtype=np.uint8))
 
 
-def _noise(width: int, height: int) -> Image.Image:
+def noise_image(width: int, height: int) -> Image.Image:
+    """An RGB image of noise, always the same."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 

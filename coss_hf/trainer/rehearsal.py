@@ -24,6 +24,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
+from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 
@@ -46,12 +47,14 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
         args: of the training.
 
     Raises:
-        ValueError: what could not be built or done, the arguments that were given for it, and why.
+        ValueError: what could not be built or done, the arguments that were given for it, and why; an image processor
+            of the student that cannot be saved.
     """
     if args.gradient_checkpointing and not student.model.supports_gradient_checkpointing:
         raise ValueError(
             f"--gradient_checkpointing: the student ({type(student.model).__name__}) does not support it; leave it out."
         )
+    check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.
     short.channels_last = False

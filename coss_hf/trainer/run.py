@@ -12,6 +12,7 @@ from coss_hf.evaluation.evaluator import Evaluator, compare, sample
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
 from coss_hf.reporting.wandb_tracker import report_end_of_run
+from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.distributed import leave
@@ -47,10 +48,12 @@ class DistillationRun:
     checkpoint: str | None = None
 
     def train(self) -> None:
-        """Train, save the student, and leave the process group: nothing after this needs the other processes.
+        """Train, save the student, leave the process group, and load the student again as anybody would.
+
+        Nothing after this needs the other processes.
 
         Raises:
-            RunStopped: the loss became not finite, or something could not be written.
+            RunStopped: the loss became not finite, something could not be written, or what was saved does not load.
         """
         trainer = self.trainer
         args = trainer.args
@@ -67,6 +70,9 @@ class DistillationRun:
             f"--resume_from_checkpoint."
         )
         ENDING.heed()  # a signal of the last step
+        if args.process_index == 0:
+            head = trainer.full_model.head
+            check_reload(args.output_dir, trainer.student, head, self.splits.train, self.splits.image_column)
 
     def report(self) -> RunReport:
         """Compare the student with teacher and random weights, and write record, pictures, page and card next to it.

@@ -1,0 +1,158 @@
+"""Whether the folder of a student loads, with nothing but Transformers, as the student that was trained."""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from transformers import AutoImageProcessor, AutoModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+from coss_hf.data.decoding import decode
+from coss_hf.models.backbone import Backbone, evaluating
+from coss_hf.models.heads import load_head
+from coss_hf.models.image_processor import noise_image
+from coss_hf.models.loading import quiet_loading
+from coss_hf.models.pooling import pool
+from coss_hf.utils.errors import RunStopped
+from coss_hf.utils.messages import first_line
+
+IMAGES = 4
+# Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.
+TOLERANCE = 1e-2
+HALF_TOLERANCE = 5e-2
+
+
+class NotReloadable(RunStopped):
+    """What was saved does not load as what was trained; it is left as it is."""
+
+
+def check_processor(student: Backbone) -> None:
+    """Save a student's image processor to a temporary folder, and compare its pixels after it was loaded again.
+
+    Raises:
+        ValueError: it does not load, or gives other pixels.
+    """
+    images = [noise_image(60, 40), noise_image(40, 60)]
+    expected = student.preprocess(images)
+    kind = type(student.processor).__name__
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            with quiet_loading():
+                student.model.config.save_pretrained(folder)
+                student.processor.save_pretrained(folder)
+                found = _load_processor(folder)(images, return_tensors="pt")["pixel_values"].float()
+        except Exception as error:  # processors of any origin fail in any way
+            raise ValueError(
+                f"--student: its image processor ({kind}) cannot be loaded once it is saved ({first_line(error)}); "
+                f"give the student a preprocessor_config.json of a class of Transformers."
+            ) from error
+    if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-5):
+        raise ValueError(
+            f"--student: its image processor ({kind}) gives other pixels once it was saved and loaded; give the "
+            f"student a preprocessor_config.json of a class of Transformers."
+        )
+
+
+def check_reload(
+    folder: str | Path, student: Backbone, head: torch.nn.Module | None, train: Dataset, column: str
+) -> None:
+    """Load a student from its folder by Transformers alone, and compare its embeddings with those of the trained one.
+
+    Args:
+        folder: where it was saved.
+        student: the trained student.
+        head: its projection head.
+        train: training images, of which a few are embedded.
+        column: their column.
+
+    Raises:
+        NotReloadable: what does not load, or differs; nothing on the disk is changed.
+    """
+    images = _readable(train, column)
+    student_pixels = student.preprocess(images)
+    with _step(folder, "AutoImageProcessor.from_pretrained"):
+        processor = _load_processor(folder)
+        pixels = processor(images, return_tensors="pt")["pixel_values"].float()
+    _compare(folder, "pixels of its image processor", pixels, student_pixels, TOLERANCE)
+    with _step(folder, "AutoModel.from_pretrained"):
+        model = _load_model(folder, student)
+        embeddings = _embed(model, student, pixels)
+    tolerance = TOLERANCE if student.model.dtype == torch.float32 else HALF_TOLERANCE
+    trained = _embed(student.model, student, student_pixels)
+    _compare(folder, "embeddings", embeddings, trained, tolerance)
+    if head is not None:
+        with _step(folder, "its head"), torch.no_grad():
+            found = load_head(str(folder)).to(trained.device)(trained)
+            expected = head(trained.to(next(head.parameters()).dtype)).float()
+        _compare(folder, "outputs of its head", found, expected, tolerance)
+
+
+def _readable(train: Dataset, column: str) -> list[Image.Image]:
+    """The first images that can be read: some may have gone while the run trained. Without any, an image of noise."""
+    images = []
+    for row in range(min(len(train), 4 * IMAGES)):
+        try:
+            images.append(decode(train[row][column]))
+        except Exception:  # noqa: BLE001 - each format and disk fails in its own way, and others will do
+            continue
+        if len(images) == IMAGES:
+            break
+    return images or [noise_image(60, 40)]
+
+
+def _load_processor(folder: str | Path):
+    return AutoImageProcessor.from_pretrained(folder, trust_remote_code=_code(folder, "preprocessor_config.json"))
+
+
+def _load_model(folder: str | Path, student: Backbone) -> torch.nn.Module:
+    """By the code in the folder, where it has some: classes of this process would hide that it is missing."""
+    config = json.loads(Path(folder, "config.json").read_text())
+    loader = AutoModel
+    if "AutoModel" in config.get("auto_map", {}):
+        loader = get_class_from_dynamic_module(config["auto_map"]["AutoModel"], str(folder))
+    model = loader.from_pretrained(folder, dtype=student.model.dtype)
+    return model.to(student.model.device).eval()
+
+
+def _code(folder: str | Path, file: str) -> bool:
+    path = Path(folder, file)
+    return path.is_file() and "auto_map" in json.loads(path.read_text())
+
+
+@torch.no_grad()
+def _embed(model: torch.nn.Module, student: Backbone, pixels: Tensor) -> Tensor:
+    first = next(model.parameters())
+    with evaluating(model):
+        output = model(pixel_values=pixels.to(first.device, first.dtype), **student.options)
+    return pool(output, student.pooling, student.layout).float()
+
+
+@contextmanager
+def _step(folder: str | Path, what: str) -> Iterator[None]:
+    try:
+        with quiet_loading():
+            yield
+    except Exception as error:  # damaged files, code of any origin
+        raise _failed(folder, f"{what} fails ({first_line(error)})") from error
+
+
+def _compare(folder: str | Path, what: str, found: Tensor, expected: Tensor, tolerance: float) -> None:
+    if found.shape != expected.shape:
+        raise _failed(folder, f"the {what} have the shape {tuple(found.shape)}, not {tuple(expected.shape)}")
+    difference = ((found - expected).norm() / expected.norm().clamp_min(1e-12)).item()
+    if not difference <= tolerance:
+        raise _failed(folder, f"the {what} differ from those of the trained student by {100 * difference:.2g} %")
+
+
+def _failed(folder: str | Path, problem: str) -> NotReloadable:
+    return NotReloadable(
+        f"The student is trained, but its folder {folder} does not load as what was trained: {problem}. Everything is "
+        f"kept there, the weights in model.safetensors; correct or complete its files, then measure it with "
+        f"recipes/evaluate.py."
+    )

@@ -1,0 +1,205 @@
+"""A run is done when its folder loads.
+
+A random student of Transformers with a teacher of timm once ended with exit code 0 and no preprocessor_config.json, so
+that ``AutoImageProcessor``, ``coss_hf.embed``, ``Student.from_pretrained`` and the card's own snippet all failed.
+"""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoModel, TimmWrapperImageProcessor
+
+import coss_hf
+import tests.helpers.networks as n
+import tests.helpers.runs as h
+from coss_hf.models.image_processor import noise_image, transformers_processor
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.factory import build_run
+from coss_hf.trainer.rehearsal import rehearse
+from coss_hf.trainer.reloading import NotReloadable
+from coss_hf.trainer.training_args import DistillationArguments
+
+TIMM = {"input_size": (3, 32, 32), "crop_pct": 0.875, "interpolation": "bicubic", "mean": [0.4] * 3, "std": [0.2] * 3}
+VIT = [
+    "hidden_size=16",
+    "num_hidden_layers=1",
+    "num_attention_heads=2",
+    "intermediate_size=16",
+    "image_size=32",
+    "patch_size=8",
+]
+
+
+def timm_teacher(folder):
+    config = n.timm_config("test_resnet")
+    config.pretrained_cfg = {**TIMM, "num_classes": 5}
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    return str(folder)
+
+
+def build(tmp_path, images, teacher: str, student: str, **models):
+    models = ModelArguments(teacher=teacher, student=student, **models)
+    args = DistillationArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=8,
+        max_steps=1,
+        augmentation="cifar",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    return build_run(models, DataArguments(dataset=str(images), validation_size=0), args)
+
+
+def test_a_student_of_transformers_with_a_teacher_of_timm(tmp_path, image_parquet):
+    teacher = timm_teacher(tmp_path / "timm")
+    run = build(tmp_path, image_parquet, teacher, "vit", student_init="random", student_config_overrides=VIT)
+    run.train()
+    run.trainer.create_model_card()
+    folder = tmp_path / "out"
+    images = [noise_image(60, 40), noise_image(50, 50)]
+    processor = AutoImageProcessor.from_pretrained(folder)
+    timms = run.trainer.teacher.processor(images)["pixel_values"]
+    pixels = processor(images, return_tensors="pt")["pixel_values"]
+    assert (pixels - timms).abs().max() < 2.5 / 255 / 0.2
+    with torch.no_grad():
+        expected = run.trainer.student.features(pixels).embedding
+        stock = AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(stock, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(coss_hf.embed(str(folder), images), expected, rtol=1e-4, atol=1e-5)
+    assert coss_hf.Student.from_pretrained(folder).embed(images).shape == (2, run.trainer.teacher.dim)
+    snippet = re.search(r"```python\n(import torch.*?)```", (folder / "README.md").read_text(), re.DOTALL).group(1)
+    found = {}
+    exec(re.sub(r"(?m)^name = .*$", f"name = {str(folder)!r}", snippet), found)
+    assert found["embedding"].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"crop_pct": 0.95, "input_size": (3, 224, 224)},  # an odd number of pixels to cut off
+        {"crop_pct": 0.9, "interpolation": "bilinear"},
+        {"crop_pct": 1.0, "crop_mode": "squash"},
+    ],
+)
+def test_timms_pixels_from_a_class_that_can_be_saved(tmp_path, config):
+    processor = TimmWrapperImageProcessor({**TIMM, **config}, architecture="test_resnet")
+    transformers_processor(processor).save_pretrained(tmp_path)
+    written = AutoImageProcessor.from_pretrained(tmp_path)
+    side = 2 * TIMM["input_size"][1]
+    for image in (noise_image(side, side).resize((300, 300)), Image.new("RGB", (80, 60), (200, 100, 50))):
+        theirs = processor([image])["pixel_values"]
+        ours = written([image], return_tensors="pt")["pixel_values"]
+        # A crop that cannot be central lies half a pixel to the other side.
+        shifts = [(theirs - ours), (theirs[..., :-1, :-1] - ours[..., 1:, 1:])]
+        assert min(shift.abs().max() for shift in shifts) < 2.5 / 255 / 0.2
+
+
+def test_timms_pixels_that_no_class_of_transformers_has(tmp_path, networks):
+    processor = TimmWrapperImageProcessor({**TIMM, "crop_mode": "border", "crop_pct": 0.9}, architecture="test_resnet")
+    with pytest.raises(ValueError, match="^--student: no image processor of Transformers .*crop_mode=border.*give"):
+        transformers_processor(processor, "student")
+
+
+class Lost(type(h.processor())):
+    """An image processor whose class writes nothing, as timm's does."""
+
+    def save_pretrained(self, *args, **options):
+        pass
+
+
+class Changed(type(h.processor())):
+    """An image processor whose class forgets what it was set to."""
+
+    def to_dict(self):
+        return super().to_dict() | {"image_mean": [0.1] * 3, "image_processor_type": "ViTImageProcessor"}
+
+
+@pytest.mark.parametrize(("kind", "message"), [(Lost, "cannot be loaded once it is saved"), (Changed, "other pixels")])
+def test_a_processor_that_cannot_be_saved_is_found_before_training(tmp_path, networks, kind, message):
+    student = load_backbone(networks.small, argument="student")
+    student.preprocessing.processor = student.processor = kind(
+        **{key: getattr(student.processor, key) for key in ("size", "image_mean", "image_std")}
+    )
+    args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
+    with pytest.raises(ValueError, match=rf"^--student: its image processor \({kind.__name__}\) .*{message}"):
+        rehearse(student, load_backbone(networks.teacher).freeze(), args)
+
+
+# ---- the check after the last save ----
+
+
+def damage_processor(folder):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_mean": [0.9] * 3}))
+
+
+def damage_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if "conv" in name)
+    save_file(
+        weights | {name: torch.zeros_like(weights[name])}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
+
+
+def damage_head(folder):
+    weights = load_file(folder / "head.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "head.safetensors")
+
+
+DAMAGE = {
+    "no processor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "AutoImageProcessor"),
+    "another processor": (damage_processor, "pixels of its image processor differ"),
+    "other weights": (damage_weights, "embeddings differ from those of the trained student by"),
+    "no code": (lambda folder: (folder / "modeling_cifar_resnet.py").unlink(), "AutoModel.from_pretrained fails"),
+    "cut weights": (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "AutoModel.from_pretrained fails"),
+    "another head": (damage_head, "outputs of its head differ"),
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    images = h.write_images(folder / "images")
+    teacher = h.save_resnet(folder / "teacher", seed=1)
+    run = build(folder, images, teacher, h.save_resnet(folder / "student", seed=2, hidden_sizes=(4, 4, 8)))
+    run.train()
+    return run, folder
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_folder_that_does_not_load_ends_the_run(finished, tmp_path, case):
+    from coss_hf.trainer.reloading import check_reload
+
+    run, folder = finished
+    damage, message = DAMAGE[case]
+    copied = tmp_path / "student"
+    shutil.copytree(folder / "out", copied, ignore=shutil.ignore_patterns("_lock"))
+    rest = (run.trainer.student, run.trainer.full_model.head, run.splits.train, run.splits.image_column)
+    check_reload(copied, *rest)
+    damage(copied)
+    before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
+    with pytest.raises(NotReloadable, match=message) as raised:
+        check_reload(copied, *rest)
+    assert "Everything is kept" in str(raised.value)
+    assert {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()} == before
+
+
+def test_images_that_went_away_do_not_fail_the_check(finished, monkeypatch):
+    from coss_hf.trainer import reloading
+
+    def gone(record):
+        raise FileNotFoundError("image")
+
+    run, folder = finished
+    monkeypatch.setattr(reloading, "decode", gone)
+    rest = (run.trainer.student, run.trainer.full_model.head, run.splits.train, run.splits.image_column)
+    reloading.check_reload(folder / "out", *rest)
