@@ -53,7 +53,11 @@ def _find_damage(folder: Path, stamps: tuple) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-        if _checksum(path) != checksum:
+        try:
+            same = _checksum(path) == checksum
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if not same:
             return f"{name} does not hold what was written (its checksum differs)"
     return None
 

@@ -65,10 +65,9 @@ class DistillationRun:
         with trainer.checkpoints.disk_full_as_checkpoint_error():
             trainer.save_state()
         leave()
-        ENDING.remedy = (
-            f"The student is saved in {args.output_dir}, but was not evaluated to the end: give the same command with "
-            f"--resume_from_checkpoint."
-        )
+        resumable = any(Path(args.output_dir).glob("checkpoint-*"))
+        then = "give the same command with --resume_from_checkpoint" if resumable else "use recipes/evaluate.py"
+        ENDING.remedy = f"The student is saved in {args.output_dir}, but was not evaluated to the end: {then}."
         ENDING.heed()  # a signal of the last step
         if args.process_index == 0:
             head = trainer.full_model.head

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -228,22 +227,9 @@ def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, 
     kill_and_resume(world, output, sum(set_up), *set_up)
 
 
-@contextlib.contextmanager
-def no_file_larger_than(size: int):
-    """For processes started inside: writing more fails with an error, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_a_full_disk_ends_all_processes(world, tmp_path):
     uninterrupted(world, 1, 2)  # fills the cache
-    with no_file_larger_than((world["folder"] / "whole-(1, 2)" / "model.safetensors").stat().st_size // 2):
+    with h.no_file_larger_than((world["folder"] / "whole-(1, 2)" / "model.safetensors").stat().st_size // 2):
         process = start(world, tmp_path / "run", 2, 0)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 1 and "could not be written" in err, err
@@ -258,7 +244,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
     shutil.copytree(world["folder"] / "whole-(1, 2)" / earlier, output / earlier)
     size = (output / earlier / "model.safetensors").stat().st_size
 
-    with no_file_larger_than(size // 2):
+    with h.no_file_larger_than(size // 2):
         process = start(world, output, 1, 0)  # workers pass images through files, too
         final = start(world, tmp_path / "final", 1, 0, "--save_strategy=no")
     err = process.communicate(timeout=120)[1]

@@ -98,6 +98,14 @@ def test_a_manifest_that_cannot_be_read_is_damage(run):
         assert find_damage(run / "checkpoint-4") == f"{MANIFEST} cannot be read"
 
 
+def test_a_file_that_the_disk_no_longer_gives_is_damage(run, monkeypatch):
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr("coss_hf.trainer.manifest._checksum", broken)
+    assert find_damage(run / "checkpoint-4").endswith(" cannot be read (Input/output error)")
+
+
 @pytest.mark.parametrize(
     ("damage", "name"),
     [

@@ -1,13 +1,11 @@
 """The error of a full disk."""
 
-import resource
-import signal
-
 import datasets
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.utils.disk import FULL, full_disk
 
@@ -37,15 +35,8 @@ def test_a_full_disk_is_named(tmp_path, image_parquet, monkeypatch, stage):
 def test_the_full_disk_behind_an_error_of_another_library_is_found(tmp_path, write):
     """`torch.save` gave "[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534"."""
     tensors = {"a": torch.zeros(100_000)}
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
-    try:
-        with pytest.raises(Exception) as caught:
-            torch.save(tensors, tmp_path / "x") if write == "torch" else save_file(tensors, tmp_path / "x")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
+    with h.no_file_larger_than(5000), pytest.raises(Exception) as caught:
+        torch.save(tensors, tmp_path / "x") if write == "torch" else save_file(tensors, tmp_path / "x")
     found = full_disk(caught.value)
     assert found.errno in FULL and "inline_container" not in str(found)
 

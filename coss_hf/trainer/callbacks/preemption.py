@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 
 from transformers import TrainerCallback
@@ -9,6 +10,7 @@ from transformers import TrainerCallback
 from coss_hf.utils.distributed import any_process
 from coss_hf.utils.ending import ENDING, NAMES
 
+TORCH_HANDLER = "torch.utils.data._utils.signal_handling"
 PATIENCE = 60  # seconds for a step to end, at least
 TIMES_A_STEP = 3  # a step that takes so many times as long as the longest before it hangs
 
@@ -48,6 +50,7 @@ class Preemption(TrainerCallback):
         return self
 
     def __exit__(self, *error):
+        ENDING.calm()  # a signal that came behind the last step does not cost the student's last save
         for name, value in self._before.items():
             setattr(ENDING, name, value)
         self._before = {}
@@ -86,7 +89,8 @@ class Preemption(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         # Torch's handler raises an error for a loader worker that was killed wherever the main thread is, in the middle
         # of a step that could not be saved then. The loader finds out by itself, between steps.
-        if getattr(signal.getsignal(signal.SIGCHLD), "__module__", None) == "torch.utils.data._utils.signal_handling":
+        is_torch = getattr(signal.getsignal(signal.SIGCHLD), "__module__", None) == TORCH_HANDLER
+        if is_torch and threading.current_thread() is threading.main_thread():
             self._child_handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _let_torch_report_lost_workers(self) -> None:
