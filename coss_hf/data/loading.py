@@ -1,10 +1,11 @@
 """Datasets of images: loading, choice of splits, and images held out of train."""
 
 import logging
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from coss_hf.data.checking import check_images
 from coss_hf.data.columns import find_image_column, find_label_column, has_labels
@@ -40,7 +41,7 @@ class ImageSplits(NamedTuple):
 
 @disk_full_as_value_error()
 def load_images(
-    dataset: str,
+    dataset: str | Path | Dataset | DatasetDict,
     *,
     name: str | None = None,
     revision: str | None = None,
@@ -58,7 +59,7 @@ def load_images(
 
     Args:
         dataset: a Hub name, a folder of images (see `load_image_folder`), a parquet file, glob or folder, or a
-            `save_to_disk` folder.
+            `save_to_disk` folder; or a `Dataset` (the split train) or `DatasetDict` in memory.
         name: the name of the dataset's configuration.
         revision: the revision on the Hub.
         train_split: the name of the training split; by default "train", or the only split.
@@ -83,7 +84,11 @@ def load_images(
         ValueError: an invalid argument; the message names the flag, its value and the remedy.
     """
     _check_arguments(validation_size, max_train_samples, on_bad_image)
-    splits, folders = load_source(dataset, name, revision)
+    if isinstance(dataset, (Dataset, DatasetDict)):
+        splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
+        dataset = "in memory"
+    else:
+        splits, _ = load_source(str(dataset), name, revision)
     train_split, test_split = _choose_splits(dataset, splits, train_split, test_split)
     train = splits[train_split]
     test = splits.get(test_split)

@@ -1,7 +1,7 @@
 """Views of images for training: augmentation, each anchor's group with its neighbours, collation."""
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import blake2b
 
 import datasets
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coss_hf.data.decoding import decode
 from coss_hf.data.processed_images import image_rows
-from coss_hf.data.transforms import Fit, augmentation
+from coss_hf.data.transforms import AUGMENTATIONS, Fit, augmentation
 
 KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
 DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
@@ -27,7 +27,8 @@ class ViewDataset(torch.utils.data.Dataset):
     Args:
         dataset: n rows as `load_images` returns them.
         image_column: the name of their image column.
-        augmentation_name: the name of the augmentation, see `augmentation`.
+        augmentation_name: the name of the augmentation, see `augmentation`; or a callable from a PIL image to a uint8
+            tensor (3, size, size) that draws from torch's global generator alone.
         size: the side of a view in pixels.
         seed: the seed of all draws.
         neighbors: row numbers (n, K) of each image's neighbours; -1 is padding, never drawn.
@@ -42,15 +43,14 @@ class ViewDataset(torch.utils.data.Dataset):
         self,
         dataset: datasets.Dataset,
         image_column: str,
-        augmentation_name: str,
+        augmentation_name: str | Callable,
         size: int,
         *,
         seed: int = 0,
         neighbors: np.ndarray | None = None,
         k: int = 0,
     ):
-        self.augment = augmentation(augmentation_name, size)
-        self.augmentation_name = augmentation_name
+        self.augment, self.augmentation_name = _augmentation(augmentation_name, size)
         self.rows = image_rows(dataset.select_columns(image_column), image_column)
         self._hashes = dataset.select_columns("image_hash")
         self.image_column = image_column
@@ -79,8 +79,12 @@ class ViewDataset(torch.utils.data.Dataset):
         """
         if self._kept is not None:
             return True
-        fit, to_tensor, *_ = self.augment.transforms
-        if not isinstance(fit, Fit) or len(self) * 3 * self.size**2 > KEPT_BYTES:
+        fit, to_tensor, *_ = getattr(self.augment, "transforms", (None, None))
+        if (
+            self.augmentation_name not in AUGMENTATIONS
+            or not isinstance(fit, Fit)
+            or len(self) * 3 * self.size**2 > KEPT_BYTES
+        ):
             return False
         self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
@@ -198,6 +202,28 @@ class ViewDataset(torch.utils.data.Dataset):
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
         packed = struct.pack("<4q", self.seed, epoch, anchor, slot)
         return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
+
+
+def _augmentation(given: str | Callable, size: int) -> tuple[Callable, str]:
+    """The transform and its name; one that was given as a callable is tried on a grey image."""
+    if isinstance(given, str):
+        return augmentation(given, size), given
+    name = getattr(given, "__qualname__", None) or repr(given)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            view = given(Image.new("RGB", (size + 8, size + 16), (120, 130, 140)))
+        except Exception as error:  # code of any origin
+            raise ValueError(
+                f"--transform={name} fails on a PIL image ({type(error).__name__}: {error}); give a callable from a "
+                f"PIL image to a uint8 tensor (3, {size}, {size})."
+            ) from error
+    if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != (3, size, size):
+        found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
+        raise ValueError(
+            f"--transform={name} returns {found}; a view is a uint8 tensor (3, {size}, {size}), which each network "
+            f"normalises for itself: leave conversion to float and normalisation out, or set view_size."
+        )
+    return given, name
 
 
 def _digest(array: np.ndarray) -> str:

@@ -136,22 +136,25 @@ class DataArguments(SearchOptions):
                 *(self.validation_size, student, given.get("validation_size") or "the default"),
             )
 
-    def load(self, hold_out_by_default: bool = False) -> ImageSplits:
+    def load(self, images=None, *, hold_out_by_default: bool = False) -> ImageSplits:
         """Load and check the images.
 
         Args:
+            images: a ``Dataset``, ``DatasetDict`` or name to load instead of ``dataset``.
             hold_out_by_default: hold some out of train where ``validation_size`` is not given, as a training does.
 
         Raises:
             ValueError: see ``load_images``.
         """
-        if not self.dataset:
+        if images is None:
+            images = self.dataset
+        if images is None:
             raise ValueError("--dataset is missing; see --help.")
         validation_size = self.validation_size
         if validation_size is None and not (hold_out_by_default or self.holds_out_by_default):
             validation_size = 0
         return load_images(
-            self.dataset,
+            images,
             name=self.dataset_name,
             revision=self.dataset_revision,
             train_split=self.train_split,

@@ -7,18 +7,15 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
-from coss_hf.data.views import ViewDataset
-from coss_hf.evaluation.evaluator import Evaluator, sample
-from coss_hf.losses.registry import LOSSES
+from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
-from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover, remove_temporary_files
 from coss_hf.trainer.rehearsal import rehearse
-from coss_hf.trainer.run import DistillationRun, build_evaluator
+from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
-from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
+from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.process_group import Processes
 
 
@@ -48,10 +45,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"
         )
-    teacher.model.to(args.device)
-    held_out = sample(splits.validation, args.eval_sample_size)
-    evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
-    trainer = build_trainer(student, teacher, splits, args, data=data, evaluator=evaluator)
+    trainer = build_trainer(student, teacher, splits, args, data=data)
     trainer.arguments = to_dict(models, data, trainer.args)
     if checkpoint is not None and not args.dry_run:
         trainer.find_checkpoint(checkpoint)  # refuses that of another run
@@ -86,69 +80,17 @@ def build_trainer(
     Raises:
         ValueError: any input that the run cannot use.
     """
-    teacher.model.to(args.device)
-    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
-    views = ViewDataset(splits.train, splits.image_column, args.augmentation, size, seed=args.seed)
-    trainer = DistillationTrainer(student, teacher, args, views, evaluator, criterion, callbacks)
-    check_metric(trainer)
-    trainer.args.check_evaluations(trainer.length)
-    if args.neighbors_k:
-        if neighbors is None:
-            neighbors = find_neighbors(splits, teacher, data or DataArguments(), args)
-        views.use_neighbors(neighbors, args.neighbors_k)
-    return trainer
-
-
-def find_neighbors(
-    splits: ImageSplits, teacher: Backbone, data: DataArguments, args: DistillationArguments
-) -> np.ndarray:
-    """Return neighbour indices ``(n, K)`` of the training images: those that came with them, or the teacher's.
-
-    All processes of a run call together. A dry run makes some up.
-
-    Raises:
-        ValueError: neighbours of other images, or more of them than there are.
-    """
-    train = splits.train
-    if "neighbors" in train.column_names:
-        return check_neighbors(train, args.neighbors_pool)
-    if args.dry_run:
-        check_pool(args.neighbors_pool, len(train))
-        return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
-    from coss_hf.neighbors.mining import nearest_neighbors  # with it comes faiss, of no use otherwise
-
-    found, _ = nearest_neighbors(
-        train,
+    return DistillationTrainer(
         teacher,
-        splits.image_column,
-        k=args.neighbors_pool,
-        options=data,
-        cache_dir=data.neighbors_cache,
-        batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
+        student,
+        args,
+        splits,
+        evaluator=evaluator,
+        criterion=criterion,
+        data=data,
+        neighbors=neighbors,
+        callbacks=callbacks,
     )
-    return found
-
-
-def check_metric(trainer: DistillationTrainer) -> None:
-    """Refuse a ``metric_for_best_model`` that evaluations during training do not measure.
-
-    Raises:
-        ValueError: the metric, and those that are measured.
-    """
-    args = trainer.args
-    wanted = (args.metric_for_best_model or "").removeprefix("eval_")
-    if trainer.evaluator is None or args.eval_strategy == "no" or not wanted:
-        return
-    if wanted == "overlap10" and args.lr_scheduler_type not in BY_METRIC:
-        return  # the default, which few images do not have
-    names = trainer.evaluator.metric_names()
-    if all(LOSSES[method.name].is_function_of_embeddings() for method in args.methods):
-        names.append("loss")
-    if wanted not in names:
-        raise ValueError(
-            f"--metric_for_best_model={wanted} is not measured during this training; choose one of {', '.join(names)}."
-        )
 
 
 def check_output_dir(args: DistillationArguments) -> str | None:

@@ -66,7 +66,7 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
     copied.model = copy.deepcopy(student.model)
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = noise_views(short, args.augmentation, size)
-    try_trainer(short, lambda: DistillationTrainer(copied, copy.copy(teacher), short, views, criterion=_AnyLoss()))
+    try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))
 
 
 def short_arguments(args: TrainingArguments) -> TrainingArguments:

@@ -5,12 +5,14 @@ import json
 import logging
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.integrations import WandbCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
@@ -23,6 +25,7 @@ from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.wandb_tracker import WandbTracker
+from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
@@ -43,11 +46,13 @@ from coss_hf.trainer.distillation_model import DistillationModel, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
+from coss_hf.trainer.inputs import RunInputs, find_neighbors, parameter_names, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
 from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
+from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
-from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import LostWorker, RunStopped, is_lost_worker
 from coss_hf.utils.process_group import Processes
@@ -68,49 +73,110 @@ class DistillationTrainer(Trainer):
     evaluation measures embeddings.
 
     Args:
-        student: the backbone to train.
-        teacher: the backbone to learn from; frozen, never saved.
-        args: ``DistillationArguments``; the trainer works with a resolved copy.
-        train_dataset: groups of views.
-        evaluator: what ``evaluate`` measures; None for no evaluation.
-        criterion: the loss; by default ``args.method``.
+        teacher: the network to learn from, never saved: a Hub name or folder, a ``PreTrainedModel``, or a ``Backbone``.
+        student: the network to train: the same.
+        args: ``DistillationArguments``; the trainer works with a resolved copy. By default those of a run in the folder
+            ``student``.
+        train_dataset: images, which need no labels: a ``Dataset`` or ``DatasetDict`` with a column of images, a Hub
+            name, a folder or parquet file, or a ``ViewDataset``. With ``args.neighbors_k``, neighbours that came with
+            the dataset are used, else they are mined, in all processes together.
+        eval_dataset: images to evaluate on: the same. Default: those that the dataset brings, else some held out of
+            train, as ``recipes/distill.py`` does.
+        evaluator: what ``evaluate`` measures, instead of that of ``eval_dataset``.
+        criterion: the loss: a method's name or a sum of methods (see ``args.method``, its default), or a module called
+            as ``criterion(student, teacher, index)``.
+        transform: the augmentation: a name (see ``args.augmentation``, its default), or a callable from a PIL image to
+            a uint8 tensor ``(3, h, w)`` that draws from torch's global generator alone, which is seeded for each view.
+        data: columns and splits of the images, and how neighbours are searched; default: ``DataArguments()``.
+        neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
         callbacks: as in ``transformers.Trainer``.
         optimizers: as in ``transformers.Trainer``.
 
     Attributes:
+        splits: the images; None where a ``ViewDataset`` was given.
         arguments: what the run was given, for its record; a recipe adds what it was given besides ``args``.
         monitor: running means, throughput and the check for losses that are not finite.
         checkpoints: writes folders that are complete or not there.
         publisher: pushes the student to the Hub.
 
     Raises:
-        ValueError: fewer images than one batch, dimensions that no head joins, or a batch that the loss cannot use.
+        ValueError: input that the training cannot use; the message names the parameter, its value and the remedy.
+
+    Example::
+
+        trainer = DistillationTrainer(
+            teacher="facebook/dinov2-base",
+            student="timm/vit_small_patch16_224.augreg_in21k",
+            args=DistillationArguments("food-vits", num_train_epochs=30, neighbors_k=3),
+            train_dataset=load_dataset("ethz/food101", split="train"),
+        )
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model()
     """
 
     def __init__(
         self,
-        student: Backbone,
-        teacher: Backbone,
-        args: DistillationArguments,
-        train_dataset: ViewDataset,
+        teacher: str | PreTrainedModel | Backbone,
+        student: str | PreTrainedModel | Backbone,
+        args: DistillationArguments | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        *,
         evaluator: Evaluator | None = None,
-        criterion: nn.Module | None = None,
+        criterion: str | nn.Module | None = None,
+        transform: str | Callable | None = None,
+        data: DataArguments | None = None,
+        neighbors: np.ndarray | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
-        self.length = args.run_length(len(train_dataset))
-        self.teacher = teacher.freeze()
-        model = DistillationModel.from_args(student, self.teacher, args, len(train_dataset), criterion)
-        args = args.resolved(
+        data = data or DataArguments()
+        with parameter_names(train_dataset):
+            inputs = resolve_inputs(
+                teacher,
+                student,
+                args,
+                train_dataset,
+                eval_dataset,
+                evaluator=evaluator,
+                criterion=criterion,
+                transform=transform,
+                data=data,
+            )
+            self.splits = inputs.splits
+            self._build(inputs, callbacks, optimizers)
+            self.arguments: dict = to_dict(data, self.args) | inputs.given
+            if self.splits is not None:
+                self._check_evaluations()
+                self._use_neighbors(neighbors, data)
+
+    def _use_neighbors(self, neighbors: np.ndarray | None, data: DataArguments) -> None:
+        """Find them last, since that takes longest."""
+        if not self.args.neighbors_k:
+            return
+        if neighbors is None:
+            neighbors = find_neighbors(self.splits, self.teacher, data, self.args)
+        self.train_dataset.use_neighbors(neighbors, self.args.neighbors_k)
+
+    def _build(self, inputs: RunInputs, callbacks: list[TrainerCallback] | None, optimizers) -> None:
+        """Build model, callbacks and all that ``Trainer`` needs."""
+        student = inputs.student
+        views = inputs.views
+        evaluator = inputs.evaluator
+        self.length = inputs.args.run_length(len(views))
+        self.teacher = inputs.teacher
+        model = DistillationModel.from_args(student, self.teacher, inputs.args, len(views), inputs.criterion)
+        args = inputs.args.resolved(
             self.length,
             has_evaluator=evaluator is not None,
             # What lies behind the last map compared gets no gradient.
             has_unused_parameters=student.maps > 0 or uses_maps(model.criterion),
         )
-        self._check_shared_memory(args, student, train_dataset, evaluator)
+        self._check_shared_memory(args, student, views, evaluator)
         self._prepare_networks(model, args)
         self.evaluator = evaluator
-        self.monitor = LossMonitor(train_dataset.names)
+        self.monitor = LossMonitor(views.names)
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
         diagnostics = []
@@ -120,14 +186,13 @@ class DistillationTrainer(Trainer):
             model,
             args,
             data_collator=collate_views,
-            train_dataset=train_dataset,
+            train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[EpochCallback(train_dataset), *diagnostics, *(callbacks or [])],
+            callbacks=[EpochCallback(views), *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
         )
         self.checkpoints = CheckpointWriter(args, self.accelerator.wait_for_everyone)
-        self.arguments: dict = to_dict(args)
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbTracker(self))
         self.preemption = Preemption()
@@ -140,6 +205,24 @@ class DistillationTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             name_blocks(model, model.network)
             self._unsharded = unsharded_copy(model).to(args.device)
+
+    def _check_evaluations(self) -> None:
+        """Refuse a ``metric_for_best_model`` that evaluations during training do not measure, and a wrong interval."""
+        args = self.args
+        args.check_evaluations(self.length)
+        wanted = (args.metric_for_best_model or "").removeprefix("eval_")
+        if self.evaluator is None or args.eval_strategy == "no" or not wanted:
+            return
+        if wanted == "overlap10" and args.lr_scheduler_type not in BY_METRIC:
+            return  # the default, which few images do not have
+        names = self.evaluator.metric_names()
+        if all(LOSSES[method.name].is_function_of_embeddings() for method in args.methods):
+            names.append("loss")
+        if wanted not in names:
+            raise ValueError(
+                f"--metric_for_best_model={wanted} is not measured during this training; choose one of "
+                f"{', '.join(names)}."
+            )
 
     def _check_shared_memory(
         self, args: DistillationArguments, student: Backbone, train_dataset: ViewDataset, evaluator: Evaluator | None
@@ -410,6 +493,27 @@ class DistillationTrainer(Trainer):
         ]
         criterion.train(training)
         return torch.stack(losses).mean().item()
+
+    def compare(self) -> dict[str, dict]:
+        """Measure teacher, student and the same student at random weights on the images held out, each once.
+
+        Images of the test split where there are some, else the held-out images of the training.
+
+        Returns:
+            Metrics of ``teacher``, ``student`` and ``random``; empty without such images.
+        """
+        return compare(self)
+
+    def report(self) -> RunReport:
+        """Compare, and write record, pictures, page and model card to ``args.output_dir``.
+
+        On the first process alone, after ``train`` and ``save_model``. The record's ``results`` are empty without test
+        or validation images.
+
+        Raises:
+            CheckpointError: the disk is full.
+        """
+        return report(self)
 
     # ---- saving ----
 

@@ -23,7 +23,7 @@ from coss_hf.features import Features
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.factory import build_trainer
-from coss_hf.trainer.run import build_evaluator
+from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, set_seed
 from coss_hf.data.loading import ImageSplits, load_images
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.factory import build_trainer
-from coss_hf.trainer.run import build_evaluator
+from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.trainer.training_args import EVAL_IMAGES, DistillationArguments
 
 BATCH = 128

@@ -141,7 +141,7 @@ def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict
     bare = BareLoop(copy.copy(teacher).freeze(), other, batch_size, data.views)
     other.model.to(args.device).train()
     # Not through the factory, which makes its views from images: these are tensors in memory.
-    DistillationTrainer(student, teacher, args, data, callbacks=[bare]).train()
+    DistillationTrainer(teacher, student, args, data, callbacks=[bare]).train()
     pairs = bare.pairs[4:]
     ratios = sorted(trainer / loop for trainer, loop in pairs)
     return {

@@ -17,7 +17,7 @@ import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.models.loading import load_backbone
 from coss_hf.neighbors.mining import add_neighbors
-from coss_hf.trainer.run import build_evaluator
+from coss_hf.trainer.inputs import build_evaluator
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,8 +10,8 @@ import tests.helpers.runs as h
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
+from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.trainer.rehearsal import rehearse
-from coss_hf.trainer.run import build_evaluator
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.trainer.training_args import DistillationArguments
 

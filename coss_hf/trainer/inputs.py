@@ -1,0 +1,275 @@
+"""What `DistillationTrainer` is given, in any form: as the backbones, images and evaluator that it works with."""
+
+import contextlib
+import copy
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.transforms import AUGMENTATIONS
+from coss_hf.data.views import ViewDataset
+from coss_hf.evaluation.evaluator import Evaluator, sample
+from coss_hf.models.backbone import Backbone, vision_tower
+from coss_hf.models.loading import find_processor, load_backbone, missing_weights
+from coss_hf.neighbors.columns import check_neighbors, check_pool
+from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.training_args import DistillationArguments
+
+
+@dataclass
+class RunInputs:
+    """What a trainer works with.
+
+    Attributes:
+        teacher: frozen.
+        student: to be trained.
+        args: of the training, with ``criterion`` and ``transform`` where they are names.
+        views: groups of views of the training images.
+        splits: the images; None where only views were given.
+        evaluator: measures held-out images during training; None without any.
+        criterion: the loss; None for ``args.method``.
+        given: names of teacher, student and dataset, for the record.
+    """
+
+    teacher: Backbone
+    student: Backbone
+    args: DistillationArguments
+    views: ViewDataset
+    splits: ImageSplits | None
+    evaluator: Evaluator | None
+    criterion: nn.Module | None
+    given: dict[str, str]
+
+
+def resolve_inputs(
+    teacher,
+    student,
+    args: DistillationArguments | None,
+    train_dataset,
+    eval_dataset,
+    *,
+    evaluator: Evaluator | None,
+    criterion: str | nn.Module | None,
+    transform: str | Callable | None,
+    data: DataArguments,
+) -> RunInputs:
+    """Load and check what ``DistillationTrainer`` is given; see there for what each argument may be.
+
+    Raises:
+        ValueError: any input that the training cannot use.
+    """
+    for name, value in (("teacher", teacher), ("student", student), ("train_dataset", train_dataset)):
+        if value is None:
+            raise ValueError(f"--{name} is missing.")
+    args = with_names(args or DistillationArguments(), criterion, transform)
+    given = {"teacher": described(teacher), "student": described(student), "dataset": described(train_dataset)}
+    # Weights that a checkpoint lacks are drawn, and a teacher's may be copied into a student.
+    set_seed(args.seed)
+    teacher = as_backbone(teacher, "teacher").freeze()
+    set_seed(args.seed)
+    student = as_backbone(student, "student", teacher)
+    teacher.model.to(args.device)
+    views = train_dataset
+    splits = None
+    if not isinstance(train_dataset, ViewDataset):
+        splits = as_splits(train_dataset, eval_dataset, data)
+        views = make_views(splits, teacher, student, args, transform)
+        if evaluator is None:
+            held_out = sample(splits.validation, args.eval_sample_size)
+            evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
+    elif eval_dataset is not None:
+        raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
+    criterion = None if isinstance(criterion, str) else criterion
+    return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given)
+
+
+def with_names(
+    args: DistillationArguments, criterion: str | nn.Module | None, transform: str | Callable | None
+) -> DistillationArguments:
+    """A copy of ``args`` with the method and the augmentation that were given by name.
+
+    Raises:
+        ValueError: an unknown name, or something that is no loss and no transform.
+    """
+    args = copy.copy(args)
+    if isinstance(criterion, str):
+        args.method = criterion
+        args._check_methods()
+    elif not (criterion is None or isinstance(criterion, nn.Module)):
+        raise ValueError(f"--criterion is a {type(criterion).__name__}; give a method's name or an nn.Module.")
+    if isinstance(transform, str):
+        if transform not in AUGMENTATIONS:
+            raise ValueError(
+                f"--transform={transform!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}, or give a callable."
+            )
+        args.augmentation = transform
+    elif not (transform is None or callable(transform)):
+        raise ValueError(
+            f"--transform is a {type(transform).__name__}; give one of {', '.join(AUGMENTATIONS)}, or a callable from "
+            f"a PIL image to a uint8 tensor (3, h, w)."
+        )
+    return args
+
+
+def described(value) -> str:
+    """What a network or a dataset is called in the record of a run."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    return getattr(value, "name", None) or getattr(value, "name_or_path", None) or type(value).__name__
+
+
+def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Backbone:
+    """A backbone of a Hub name, a folder, a ``PreTrainedModel`` or a ``Backbone``.
+
+    Args:
+        network: the network.
+        argument: the parameter that errors name.
+        teacher: source of the image processor where the network has none.
+
+    Raises:
+        ValueError: anything else, or a network that gives no features of images.
+    """
+    if isinstance(network, Backbone):
+        return network
+    if isinstance(network, (str, Path)):
+        return load_backbone(str(network), argument=argument, teacher=teacher)
+    if isinstance(network, PreTrainedModel):
+        tower = vision_tower(network, argument)
+        processor = find_processor(network, teacher, argument)
+        return Backbone(network, processor, missing=missing_weights(tower, network.name_or_path), argument=argument)
+    raise ValueError(
+        f"--{argument} is a {type(network).__name__}; give a Hub name, a folder, a PreTrainedModel or a Backbone."
+    )
+
+
+def as_splits(train_dataset, eval_dataset, data: DataArguments) -> ImageSplits:
+    """Training images, and those to evaluate on.
+
+    Args:
+        train_dataset: a name, a folder, a ``Dataset`` or a ``DatasetDict``, or splits that are loaded already.
+        eval_dataset: the same; None to hold some out of train where the dataset brings none.
+        data: columns and sizes.
+
+    Raises:
+        ValueError: no such dataset, one without images, or a stream.
+    """
+    if isinstance(train_dataset, ImageSplits):
+        return train_dataset
+    for argument, images in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+        if images is None and argument == "eval_dataset":
+            continue
+        if isinstance(images, (IterableDataset, IterableDatasetDict)):
+            raise ValueError(
+                f"--{argument} is a stream, whose images have no index that views, neighbours and memories could use; "
+                f"load it without streaming=True."
+            )
+        if not isinstance(images, (str, Path, Dataset, DatasetDict)):
+            raise ValueError(
+                f"--{argument} is a {type(images).__name__}; give a datasets.Dataset or DatasetDict with a column of "
+                f"images, a Hub name, a folder or a parquet file."
+            )
+    if eval_dataset is None:
+        return data.load(train_dataset, hold_out_by_default=True)
+    splits = replace(data, validation_size=0).load(train_dataset)
+    own = replace(data, validation_size=0, train_split=None, max_train_samples=None).load(eval_dataset)
+    held_out = own.test or own.validation or own.train
+    labelled = splits.label_column if splits.label_column in held_out.column_names else None
+    bad_images = splits.bad_images + own.bad_images
+    if own.image_column != splits.image_column:
+        held_out = held_out.rename_column(own.image_column, splits.image_column)
+    return splits._replace(validation=held_out, label_column=labelled, bad_images=bad_images)
+
+
+def make_views(
+    splits: ImageSplits,
+    teacher: Backbone,
+    student: Backbone,
+    args: DistillationArguments,
+    transform: str | Callable | None = None,
+) -> ViewDataset:
+    """Views of the training images, of the size that the larger network takes unless ``args`` give one."""
+    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
+    augmentation = transform if callable(transform) else args.augmentation
+    return ViewDataset(splits.train, splits.image_column, augmentation, size, seed=args.seed)
+
+
+def build_evaluator(
+    splits: ImageSplits,
+    teacher: Backbone,
+    args: DistillationArguments,
+    test_images: Dataset | None,
+    *,
+    during_training: bool = False,
+) -> Evaluator | None:
+    """Build the evaluation on held-out images, against the training images; None without held-out images.
+
+    Args:
+        splits: the images.
+        teacher: compared with.
+        args: of the training.
+        test_images: held-out images.
+        during_training: with diagnostics, against a sample of the training images, instead of with retrieval.
+    """
+    if test_images is None:
+        return None
+    return Evaluator(
+        teacher,
+        test_images,
+        splits.image_column,
+        label_column=splits.label_column,
+        train_images=sample(splits.train, args.eval_bank_size if during_training else None),
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+        diagnostics=during_training,
+        retrieval=not during_training,
+    )
+
+
+def find_neighbors(
+    splits: ImageSplits, teacher: Backbone, data: DataArguments, args: DistillationArguments
+) -> np.ndarray:
+    """Return neighbour indices ``(n, K)`` of the training images: those that came with them, or the teacher's.
+
+    All processes of a run call together. A dry run makes some up.
+
+    Raises:
+        ValueError: neighbours of other images, or more of them than there are.
+    """
+    train = splits.train
+    if "neighbors" in train.column_names:
+        return check_neighbors(train, args.neighbors_pool)
+    if args.dry_run:
+        check_pool(args.neighbors_pool, len(train))
+        return (np.arange(len(train))[:, None] + np.arange(1, args.neighbors_pool + 1)) % len(train)
+    from coss_hf.neighbors.mining import nearest_neighbors  # with it comes faiss, of no use otherwise
+
+    found, _ = nearest_neighbors(
+        train,
+        teacher,
+        splits.image_column,
+        k=args.neighbors_pool,
+        options=data,
+        cache_dir=data.neighbors_cache,
+        batch_size=args.per_device_eval_batch_size,
+        num_workers=args.dataloader_num_workers,
+    )
+    return found
+
+
+@contextlib.contextmanager
+def parameter_names(train_dataset):
+    """Errors name parameters instead of options of a command line, which loads images before it builds a trainer."""
+    try:
+        yield
+    except ValueError as error:
+        if isinstance(train_dataset, (ImageSplits, ViewDataset)):
+            raise
+        message = re.sub(r"(?<![\w-])--([a-z]\w*)", r"\1", str(error))
+        raise ValueError(message) from error.__cause__

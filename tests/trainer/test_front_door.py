@@ -1,0 +1,166 @@
+"""Training from Python: `DistillationTrainer` takes what its users have, and gives what the recipe gives."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from torchvision.transforms import v2
+from transformers import AutoModel
+
+from coss_hf import DistillationArguments, DistillationTrainer, Student
+from coss_hf.losses import CoSSLoss
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.factory import build_run
+
+
+@pytest.fixture
+def images(image_parquet):
+    """As from the Hub: labelled PIL images, without any column of ours."""
+    return datasets.load_dataset("parquet", data_files=str(Path(image_parquet, "train.parquet")), split="train")
+
+
+def arguments(tmp_path, name: str = "out", **options) -> DistillationArguments:
+    options = {
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "augmentation": "cifar",
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+        "logging_steps": 2,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+    } | options
+    return DistillationArguments(str(tmp_path / name), **options)
+
+
+def weights(folder) -> str:
+    return hashlib.sha256(Path(folder, "model.safetensors").read_bytes()).hexdigest()
+
+
+def trained(trainer: DistillationTrainer) -> str:
+    trainer.train()
+    trainer.save_model()
+    return weights(trainer.args.output_dir)
+
+
+def data(tmp_path, **options) -> DataArguments:
+    return DataArguments(neighbors_cache=str(tmp_path / "cache"), **options)
+
+
+def test_ten_lines_give_the_student_of_the_recipe(tmp_path, image_parquet, networks):
+    """Names as in the recipe, a dataset with its own test split, neighbours mined, and the recipe's report."""
+    neighbors = {"neighbors_k": 1, "neighbors_pool": 4}
+    models = ModelArguments(networks.teacher, networks.resnet)
+    given = data(tmp_path, dataset=str(image_parquet), validation_size=8)
+    run = build_run(models, given, arguments(tmp_path, "recipe", **neighbors))
+    run.train()
+    recipe = run.report().record
+
+    trainer = DistillationTrainer(
+        teacher=networks.teacher,
+        student=networks.resnet,
+        args=arguments(tmp_path, "python", **neighbors),
+        train_dataset=str(image_parquet),
+        data=data(tmp_path, validation_size=8),
+    )
+    assert trainer.train_dataset.k == 1 and trainer.images_seen == 0
+    assert trained(trainer) == weights(tmp_path / "recipe")
+    assert trainer.images_seen == 4 * 8 * 2
+    measured = trainer.evaluate()
+    assert 0 <= measured["eval_knn10"] <= 1
+    record = trainer.report().record
+    assert record["results"] == recipe["results"] and record["arguments"]["teacher"] == networks.teacher
+    names = {path.name for path in (tmp_path / "python").iterdir()}
+    assert names == {path.name for path in (tmp_path / "recipe").iterdir()} - {"_lock", "trainer_state.json"}
+    assert json.loads((tmp_path / "python" / "run.json").read_text())["verdict"]
+
+
+@pytest.mark.parametrize("kind", ["name", "model", "backbone"])
+def test_networks_in_any_form(tmp_path, images, networks, kind):
+    forms = {
+        "name": lambda name: Path(name),
+        "model": lambda name: AutoModel.from_pretrained(name),
+        "backbone": lambda name: load_backbone(name),
+    }
+    teacher = forms[kind](networks.teacher)
+    student = forms[kind](networks.small)
+    trainer = DistillationTrainer(teacher, student, arguments(tmp_path), images, images.select(range(12)))
+    assert len(trained(trainer)) == 64
+    expected = DistillationTrainer(networks.teacher, networks.small, arguments(tmp_path, "named"), images)
+    assert trained(expected) == weights(tmp_path / "out")
+    student = Student.from_pretrained(tmp_path / "out")
+    assert student.encode(images["image"], batch_size=16).shape == (48, 16)
+
+
+def test_datasets_in_any_form(tmp_path, images, networks):
+    renamed = images.rename_column("image", "photo")
+    both = datasets.DatasetDict({"train": renamed, "test": images.select(range(9)).rename_column("image", "photo")})
+    trainer = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), both)
+    assert len(trainer.splits.train) == 48 and trainer.evaluator is None and len(trainer.splits.test) == 9
+    assert set(trainer.compare()) == {"teacher", "student", "random"}
+    given = DistillationTrainer(
+        networks.teacher, networks.resnet, arguments(tmp_path), renamed, images.select(range(12))
+    )
+    assert len(given.splits.train) == 48 and len(given.evaluator.test_images) == 12
+    assert given.splits.validation.column_names.count("photo") == 1
+
+
+def test_losses_in_any_form(tmp_path, images, networks):
+    students = {
+        name: trained(
+            DistillationTrainer(
+                networks.teacher, networks.resnet, arguments(tmp_path, name), images, criterion=criterion
+            )
+        )
+        for name, criterion in (("default", None), ("name", "coss"), ("module", CoSSLoss()), ("other", "coss + rkd"))
+    }
+    assert students["default"] == students["name"] == students["module"] != students["other"]
+
+
+def test_transforms_in_any_form(tmp_path, images, networks):
+    transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])
+    students = [
+        trained(
+            DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, name), images, transform=given)
+        )
+        for name, given in (("name", "imagenet"), ("callable", transform), ("again", transform))
+    ]
+    assert students[0] == students[1] == students[2], "the same operations, seeded for each view"
+
+
+def as_float(image):
+    return v2.functional.pil_to_tensor(image).float()[:, :16, :16]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher": None}, "^teacher is missing"),
+        ({"teacher": 3}, "^teacher is a int; give a Hub name"),
+        ({"student": torch.nn.Identity()}, "^student is a Identity; give a Hub name"),
+        ({"train_dataset": [1, 2]}, "^train_dataset is a list; give a datasets.Dataset"),
+        ({"eval_dataset": {}}, "^eval_dataset is a dict"),
+        ({"train_dataset": datasets.Dataset.from_dict({"text": ["a"] * 50})}, "image"),
+        ({"criterion": "cos"}, "^method='cos' is unknown"),
+        ({"criterion": 7}, "^criterion is a int"),
+        ({"transform": "cifar10"}, "^transform='cifar10' is unknown: choose one of none, cifar"),
+        ({"transform": 7}, "^transform is a int"),
+        ({"transform": as_float}, r"^transform=as_float returns torch.float32 \(3, 16, 16\); a view is a uint8"),
+        ({"transform": lambda image: image.nothing}, "fails on a PIL image"),
+    ],
+)
+def test_bad_input_is_named_by_parameter(tmp_path, images, networks, options, message):
+    given = {"teacher": networks.teacher, "student": networks.resnet, "train_dataset": images} | options
+    with pytest.raises(ValueError, match=message) as raised:
+        DistillationTrainer(args=arguments(tmp_path), **given)
+    assert "--" not in str(raised.value)
+
+
+def test_streams_are_refused_with_the_reason(tmp_path, images, networks):
+    with pytest.raises(ValueError, match="^train_dataset is a stream, whose images have no index"):
+        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images.to_iterable_dataset())
