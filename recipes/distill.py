@@ -21,7 +21,7 @@ if __name__ == "__main__":
     ENDING.install()  # before the imports that take seconds
 
 from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
-from coss_hf.evaluation import table
+from coss_hf.reporting.closing import closing_summary
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.factory import build_run
@@ -44,8 +44,8 @@ def main() -> None:
         run.train()
         if args.process_index == 0:
             report = run.report()
-            results = report.record["results"]
-            print(table(results) if results else "No test or validation images: nothing was evaluated.")
+            in_teacher_space = run.trainer.student.model.config.teacher_space is not None
+            print(closing_summary(args.output_dir, report.record, in_teacher_space), flush=True)
             run.publish(report)
 
 

@@ -101,6 +101,7 @@ class DistillationLoss(nn.Module):
             training of the student. If it is not 0, the class has the methods
             ``pretraining_module`` and ``pretraining_loss``.
         citation: The paper of the method, for the model card.
+        optimum: The smallest value that the loss can have, where it is known and not 0.
         uses_maps: Whether the loss reads maps; follows from ``reads``.
 
     Raises:
@@ -138,6 +139,7 @@ class DistillationLoss(nn.Module):
     classifier: Literal["unused", "optional", "required"] = "unused"
     pretraining_steps: int = 0
     citation: Citation | None = None
+    optimum: float | None = None
     uses_maps: bool = False
 
     def __init_subclass__(cls, **kwargs):

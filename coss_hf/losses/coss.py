@@ -122,6 +122,11 @@ class CoSSLoss(DistillationLoss):
         self.lambda_ss = lambda_ss
         self.lambda_co = lambda_co
 
+    @property
+    def optimum(self) -> float:
+        """The smallest value of the loss: all cosines are 1."""
+        return -self.beta * (self.lambda_co + self.lambda_ss)
+
     def extra_repr(self) -> str:
         return f"beta={self.beta}, lambda_ss={self.lambda_ss}, lambda_co={self.lambda_co}"
 

@@ -148,7 +148,7 @@ def embed_dataset(
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     rows = torch.empty(len(dataset), backbone.dim)
     start = 0
-    with tqdm(total=len(dataset), desc=description, unit="img", leave=False) as progress:
+    with tqdm(total=len(dataset), desc=description, unit="img", leave=False, delay=2) as progress:
         for embedding in embed_batches(backbone, loader):
             rows[start : start + len(embedding)] = embedding
             start += len(embedding)

@@ -29,7 +29,14 @@ GROUPS = {
     "student": ("effective_rank", "dead_dimensions", "duplicates"),
     "teacher": ("teacher_effective_rank", "teacher_duplicates"),
     "labels": ("knn10", "knn20", "probe"),
-    "speed": ("images_per_second", "runtime", "samples_per_second", "steps_per_second"),
+    "speed": (
+        "images_per_second",
+        "teacher_share",
+        "data_wait_share",
+        "runtime",
+        "samples_per_second",
+        "steps_per_second",
+    ),
 }
 GROUP = {name: group for group, names in GROUPS.items() for name in names}
 

@@ -48,16 +48,22 @@ class LossMonitor:
 
     # ---- throughput ----
 
-    def start_clock(self, images_seen: int) -> None:
-        """Start the clock of ``images_per_second``, where it does not run yet."""
-        if self._started_at is None:
-            self._started_at = time.perf_counter()
-            self._images_at_start = images_seen
+    def start_clock(self, images_seen: int) -> bool:
+        """Start the clock of ``images_per_second``, and return True, where it does not run yet."""
+        if self._started_at is not None:
+            return False
+        self._started_at = time.perf_counter()
+        self._images_at_start = images_seen
+        return True
 
     def stop_clock(self) -> None:
         """Stop the clock: what follows is not training time."""
         self._started_at: float | None = None
         self._images_at_start = 0
+
+    def seconds(self) -> float | None:
+        """Return the time since the clock was started; None where it does not run."""
+        return None if self._started_at is None else time.perf_counter() - self._started_at
 
     def images_per_second(self, images_seen: int) -> float | None:
         """Return the rate since the clock was started, and start it anew; None where it does not run."""

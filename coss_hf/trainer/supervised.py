@@ -19,6 +19,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.classifier import load_classifier
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import find_checkpoint
@@ -82,6 +83,7 @@ class SupervisedTrainer(Trainer):
         self._checkpoints = CheckpointWriter(self.args, self.accelerator.wait_for_everyone)
         self._preemption = Preemption()
         self.add_callback(self._preemption)
+        print_lines(self)
 
     def train(self, *args, **kwargs) -> TrainOutput:
         with self._preemption:

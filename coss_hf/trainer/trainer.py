@@ -26,6 +26,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.wandb_tracker import WandbTracker
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
@@ -52,6 +53,7 @@ from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
+from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import LostWorker, RunStopped, is_lost_worker
@@ -177,6 +179,7 @@ class DistillationTrainer(Trainer):
         self._prepare_networks(model, args)
         self.evaluator = evaluator
         self.monitor = LossMonitor(views.names)
+        self._times = StepTimes(args.device)
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
         diagnostics = []
@@ -192,6 +195,7 @@ class DistillationTrainer(Trainer):
             callbacks=[EpochCallback(views), *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
         )
+        print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
         self.checkpoints = CheckpointWriter(args, self.accelerator.wait_for_everyone)
         if self.pop_callback(WandbCallback) is not None:
             self.add_callback(WandbTracker(self))
@@ -339,13 +343,15 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         views = inputs["pixel_values"]
-        self.monitor.start_clock(self.images_seen)
+        if self.monitor.start_clock(self.images_seen):
+            self._times.reset()
         if self.args.torch_compile:
             torch.compiler.cudagraph_mark_step_begin()  # else the student's graph takes the teacher's memory
         if model.training:
             self._step_seed.apply(self.state.global_step)
         exact = "other_totals" in inputs
-        teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
+        with self._times.teacher():
+            teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
         outputs = model(
             pixel_values=views, teacher=teacher, index=inputs["index"], other_totals=inputs.get("other_totals")
         )
@@ -378,7 +384,8 @@ class DistillationTrainer(Trainer):
         """As ``Trainer`` does. If a loader worker of any process ended, save the steps so far: none has begun."""
         lost = None
         try:
-            loaded = super().get_batch_samples(epoch_iterator, num_batches, device)
+            with self._times.waiting():
+                loaded = super().get_batch_samples(epoch_iterator, num_batches, device)
         except RuntimeError as error:
             if not is_lost_worker(error):
                 raise
@@ -444,9 +451,11 @@ class DistillationTrainer(Trainer):
         self.monitor.check_finite()
         if "loss" in logs and self.monitor.has_means():
             logs |= self.monitor.means(lambda means: self.accelerator.reduce(means, reduction="mean"))
+            seconds = self.monitor.seconds()
             rate = self.monitor.images_per_second(self.images_seen)
             if rate is not None:
                 logs["images_per_second"] = rate
+                logs |= self._times.shares(seconds)
         logs["images_seen"] = self.images_seen
         super().log(logs, start_time)
 

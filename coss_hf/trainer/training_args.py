@@ -108,6 +108,10 @@ class DistillationArguments(TrainingArguments):
         default="overlap10", metadata={"help": "Of evaluations during training; the best student is kept in best/."}
     )
     logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    log_format: str = field(
+        default="text",
+        metadata={"help": "Lines for people, or one JSON object a log step.", "choices": ["text", "json"]},
+    )
     # Hides a loss that is not finite; here it stops the run.
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
     report_to: list[str] = field(

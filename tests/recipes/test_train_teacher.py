@@ -40,9 +40,7 @@ def train(tmp_path, image_parquet, monkeypatch):
 
 
 def losses(output: str) -> list[float]:
-    return [
-        float(line.split("'loss': ")[1].split(",")[0].strip("'")) for line in output.splitlines() if "'loss'" in line
-    ]
+    return [float(line.split(" loss ")[1].split()[0]) for line in output.splitlines() if " loss " in line]
 
 
 def test_a_checkpoint_that_is_not_there_is_refused(train, tmp_path, capsys):

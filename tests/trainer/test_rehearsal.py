@@ -158,7 +158,8 @@ def test_a_rate_that_falls_when_the_metric_does_not_rise(tmp_path, image_parquet
     """With mode "min", as Trainer builds it, the rate fell where the overlap rose and stayed where it fell."""
     options = {"eval_strategy": "steps", "eval_steps": 1, **PLATEAU}
     trainer = trainer_with_evaluations(tmp_path, image_parquet, networks, **options)
-    values = iter([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])  # six evaluations; of the last three none is better
+    # Six evaluations after that before the first step; of the last three none is better.
+    values = iter([0.0, 0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
     evaluate = trainer.evaluate
     monkeypatch.setattr(trainer, "evaluate", lambda **options: evaluate(**options) | {"eval_overlap10": next(values)})
     rates = []

@@ -1,0 +1,33 @@
+"""What a run prints last: what it came to, and what to do with the student."""
+
+import os
+import shlex
+from pathlib import Path
+
+from coss_hf.evaluation.tables import table
+
+
+def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> str:
+    """The table, the verdict, the page, how the student is used and how it is pushed.
+
+    Args:
+        output_dir: folder of the run.
+        record: of ``write_record``.
+        in_teacher_space: whether the student's embeddings can be compared with the teacher's.
+    """
+    results = record["results"]
+    blocks = [table(results) if results else "No test or validation images: nothing was evaluated."]
+    if record["verdict"]:
+        blocks.append("\n".join(record["verdict"]))
+    blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")
+    lines = ["import coss_hf"]
+    if in_teacher_space:
+        lines.append(f'student = coss_hf.Student.from_pretrained("{output_dir}")')
+        lines.append("embeddings = student.encode(images)  # PIL images or paths, in the teacher's space")
+    else:
+        lines.append(f'embeddings = coss_hf.embed("{output_dir}", images)')
+    blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
+    push = ["coss-hf", "push"] if os.environ.get("COSS_HF_COMMAND") else ["python", "recipes/push.py"]
+    name = Path(output_dir).absolute().name
+    blocks.append(f"Push it to the Hub:\n    {shlex.join([*push, str(output_dir), '--repo_id', f'USER/{name}'])}")
+    return "\n\n".join(blocks)

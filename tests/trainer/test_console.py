@@ -1,0 +1,79 @@
+"""What a training prints: lines that a person reads."""
+
+import json
+
+import pytest
+
+import tests.helpers.runs as h
+from coss_hf.losses import CoSSLoss
+from coss_hf.reporting.closing import closing_summary
+from coss_hf.trainer.callbacks.console import clock, evaluation_line
+
+
+@pytest.fixture
+def printed(tmp_path, image_parquet, networks, capsys):
+    def run(**options) -> list[str]:
+        h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options).train()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_one_line_a_log_step(printed):
+    *steps, last = printed(max_steps=4, logging_steps=2)
+    assert len(steps) == 2 and last.startswith("trained 4 steps in 0:0")
+    parts = steps[0].split(" · ")
+    assert parts[:2] == ["step 2/4", "16 images"]
+    assert (
+        parts[2].endswith(")") and " % from the optimum (co 0." in parts[2].replace("%", " %") and "ss 0." in parts[2]
+    )
+    assert parts[3].startswith("lr 0.") and "img/s (teacher " in parts[4] and "data wait" in parts[4]
+    assert parts[5].endswith(" left") and "{" not in steps[0]
+
+
+def test_other_losses_are_printed_with_their_parts(printed):
+    line = printed(max_steps=2, logging_steps=2, method="coss + rkd")[0]
+    assert " · loss " in line and "coss_l_co " in line and "rkd " in line and "optimum" not in line
+
+
+def test_json_for_machines(printed):
+    entries = [json.loads(line) for line in printed(max_steps=2, logging_steps=1, log_format="json")]
+    assert [entry["step"] for entry in entries] == [1, 2, 2] and entries[0]["l_co"] < 0 < entries[0]["images_seen"]
+    assert 0 <= entries[1]["teacher_share"] <= 1 and 0 <= entries[1]["data_wait_share"] <= 1
+
+
+def test_shares_of_the_time_are_those_of_the_steps(tmp_path, image_parquet, networks):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, max_steps=4, logging_steps=4)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "teacher_share" in entry)
+    assert 0 < entry["teacher_share"] < 1 and entry["teacher_share"] + entry["data_wait_share"] < 1.01
+
+
+def test_an_evaluation_is_one_line():
+    logs = {
+        "eval_overlap10": 0.365,
+        "eval_effective_rank": 2.669,
+        "eval_teacher_effective_rank": 2.2,
+        "eval_runtime": 1,
+    }
+    expected = (
+        "evaluation at step 7 · neighbours shared with the teacher 36.5 % · effective rank 2.7 · the teacher's 2.2"
+    )
+    assert evaluation_line(7, logs) == expected
+
+
+def test_optimum_of_coss():
+    assert CoSSLoss(beta=50, lambda_ss=0.5).optimum == -75
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (7390, "2:03:10")])
+def test_clock(seconds, text):
+    assert clock(seconds) == text
+
+
+def test_closing_summary_says_what_to_do_next(monkeypatch):
+    monkeypatch.setenv("COSS_HF_COMMAND", "coss-hf distill")
+    text = closing_summary("runs/my-student", {"results": {}, "verdict": ["It learnt."]}, in_teacher_space=True)
+    assert "It learnt." in text and "runs/my-student/report.html" in text
+    assert 'coss_hf.Student.from_pretrained("runs/my-student")' in text
+    assert "coss-hf push runs/my-student --repo_id USER/my-student" in text
