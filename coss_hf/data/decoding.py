@@ -1,6 +1,7 @@
 """Encoded images to upright RGB. No torch: the check of a dataset runs it in forked processes."""
 
 import contextlib
+import errno
 import logging
 from io import BytesIO
 from pathlib import Path
@@ -12,6 +13,7 @@ from coss_hf.data.damaged_metadata import without_metadata
 
 logger = logging.getLogger(__name__)
 
+NOT_OF_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_ASPECT = 16  # longer side over shorter side of an image that is resized by its shorter side
 
 # What turns an image upright, by its EXIF orientation.
@@ -53,6 +55,8 @@ def decode(record: dict) -> Image.Image:
     try:
         return _decode(encoded_bytes(record))
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_OF_THE_IMAGE:
+            raise
         path = (record or {}).get("path") or "without a path"
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
 
@@ -69,18 +73,19 @@ def _decode(data: bytes) -> Image.Image:
 
 def _decode_upright(data: bytes) -> Image.Image:
     image = Image.open(BytesIO(data))
-    image.load()
-    orientation = _orientation(image)  # after load, since Pillow turns TIFF by itself
-    image = to_rgb(image)
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    return upright_rgb(image)
 
 
-def _orientation(image: Image.Image) -> int | None:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn an image by its EXIF orientation, if it can be read, and convert it to RGB, as `decode` does."""
+    image.load()  # first, since Pillow turns TIFF by itself
     try:
-        return image.getexif().get(0x0112)
+        orientation = image.getexif().get(0x0112)
     except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
         logger.debug("The EXIF tags of an image cannot be read: %s", error)
-        return None
+        orientation = None
+    image = to_rgb(image)
+    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,7 +3,6 @@
 import logging
 import re
 from collections import Counter
-from hashlib import blake2b
 from pathlib import Path
 
 import pyarrow as pa
@@ -81,8 +80,7 @@ def load_image_folder(files: FolderFiles) -> dict[str, Dataset]:
     tables = _with_metadata(files, splits) if files.tables else _with_classes(files, splits)
     _check_repeated_rows(files, tables)
     _log_what_is_left_out(files, tables)
-    metadata = [blake2b(Path(file).read_bytes()).hexdigest() for file in files.tables]
-    return {split: _dataset(table, metadata) for split, table in tables.items()}
+    return {split: as_dataset(table) for split, table in tables.items()}
 
 
 def _find_splits(files: FolderFiles) -> dict[str, str]:
@@ -205,9 +203,17 @@ def _log_what_is_left_out(files: FolderFiles, tables: dict[str, pa.Table]) -> No
         logger.warning("--dataset %s: images loaded: %s. Left out: %s.", files.root, counts, "; ".join(reasons))
 
 
-def _dataset(table: pa.Table, metadata: list[str]) -> Dataset:
+def as_dataset(table: pa.Table) -> Dataset:
+    """A table of paths of images as a dataset with the fingerprint that it has in every run."""
     features = Features.from_arrow_schema(table.schema)
-    paths = [_paths(table, column) for column in _image_columns(table)]
-    # Equal in every run: what is computed from the images is kept under it.
-    fingerprint = Hasher.hash(("image folder, version 1", paths, metadata, features))
+    images = _image_columns(table)
+    paths = [_paths(table, column) for column in images]
+    # What is computed from the images is kept under it.
+    fingerprint = Hasher.hash(("image folder, version 1", paths, table.drop_columns(images).to_pydict(), features))
     return Dataset(InMemoryTable(table), info=DatasetInfo(features=features), fingerprint=fingerprint)
+
+
+def paths_of_images(rows: Dataset) -> list[str]:
+    """The paths of the images of rows that `as_dataset` returned."""
+    table = rows.data.table
+    return [path for column in _image_columns(table) for path in _paths(table, column) if path]

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from coss_hf.data.checking import check_images
+from coss_hf.data.checking import ImageCheck
 from coss_hf.data.columns import find_image_column, find_label_column, has_labels
-from coss_hf.data.sources import load_source
+from coss_hf.data.relative_paths import resolve_paths
+from coss_hf.data.run_images import RunImages
+from coss_hf.data.sources import Source, load_source
 from coss_hf.utils.disk import disk_full_as_value_error
 
 logger = logging.getLogger(__name__)
@@ -29,6 +31,8 @@ class ImageSplits(NamedTuple):
         image_column: name of the image column.
         label_column: name of the label column; None without labels.
         bad_images: names of the images left out: their path, else their split and row.
+        on_bad_image: "error" or "skip": what to do where an image can no longer be decoded later.
+        run_images: what a run needs to resume with these images, whatever becomes of their files.
     """
 
     train: Dataset
@@ -37,6 +41,8 @@ class ImageSplits(NamedTuple):
     image_column: str
     label_column: str | None
     bad_images: list[str]
+    on_bad_image: str = "error"
+    run_images: RunImages | None = None
 
 
 @disk_full_as_value_error()
@@ -54,6 +60,7 @@ def load_images(
     seed: int = 0,
     on_bad_image: str = "error",
     num_proc: int | None = None,
+    recorded: RunImages | None = None,
 ) -> ImageSplits:
     """Load a dataset, cut its splits, then hash and decode each of their images once (cached).
 
@@ -75,6 +82,8 @@ def load_images(
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
         num_proc: number of processes of the check; None once faiss or torch have computed in this process (they may
             hang).
+        recorded: the images of the run that is to be resumed. Images that can no longer be decoded then keep their
+            rows ("skip": others take their place), and images that came into a folder since are left out.
 
     Returns:
         Splits whose images are undecoded (`datasets.Image(decode=False)`, read them with `decode`), each with a column
@@ -85,15 +94,23 @@ def load_images(
     """
     _check_arguments(validation_size, max_train_samples, on_bad_image)
     if isinstance(dataset, (Dataset, DatasetDict)):
-        splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
+        source = Source(dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}, [])
         dataset = "in memory"
     else:
-        splits, _ = load_source(str(dataset), name, revision)
+        source = load_source(str(dataset), name, revision)
+    splits = source.splits
+    if recorded is not None and source.image_folder is not None and recorded.root == source.image_folder:
+        splits = recorded.splits_then(splits)
+    listed = splits if source.image_folder is not None else {}
     train_split, test_split = _choose_splits(dataset, splits, train_split, test_split)
+    image_column = find_image_column(dataset, splits[train_split], image_column)
+    label_column = find_label_column(dataset, splits[train_split], label_column)
+    splits = {
+        split: resolve_paths(dataset, rows, image_column, source.folders) if image_column in rows.column_names else rows
+        for split, rows in splits.items()
+    }
     train = splits[train_split]
     test = splits.get(test_split)
-    image_column = find_image_column(dataset, train, image_column)
-    label_column = find_label_column(dataset, train, label_column)
     if test is not None:
         find_image_column(f"{dataset} (split {test_split})", test, image_column)
         if label_column and not (label_column in test.column_names and has_labels(test, label_column)):
@@ -107,19 +124,18 @@ def load_images(
     held_out = _count_held_out(validation_size, len(train), train_split)
     order = np.random.default_rng(seed).permutation(len(train))
     parts = [order[held_out:][:max_train_samples], order[:held_out]]
-    (train, validation), bad_images = check_images(train, train_split, image_column, parts, on_bad_image, num_proc)
+    check = ImageCheck(image_column, on_bad_image, num_proc, None if recorded is None else recorded.checked)
+    columns = set(train.column_names)
+    train, validation = check.parts(train, train_split, parts)
     if not held_out:
         validation = None
     if test is not None:
-        test, bad = _check_full_split(test, test_split, image_column, on_bad_image, num_proc)
-        bad_images = bad_images + bad
+        test = check.all(test, test_split)
     # A set that brings its own validation images next to a test split need not give up training images.
-    if validation is None and validation_split is not None:
-        own = splits[validation_split]
-        if own.column_names == splits[train_split].column_names:
-            validation, bad = _check_full_split(own, validation_split, image_column, on_bad_image, num_proc)
-            bad_images = bad_images + bad
-    return ImageSplits(train, validation, test, image_column, label_column, bad_images)
+    if validation is None and validation_split is not None and set(splits[validation_split].column_names) == columns:
+        validation = check.all(splits[validation_split], validation_split)
+    run_images = recorded or RunImages(source.image_folder, listed, check.found)
+    return ImageSplits(train, validation, test, image_column, label_column, check.bad_images, on_bad_image, run_images)
 
 
 def _check_arguments(validation_size: float | None, max_train_samples: int | None, on_bad_image: str) -> None:
@@ -148,13 +164,6 @@ def _count_held_out(validation_size: float, n: int, train_split: str) -> int:
             f"at least 1 must be held out and at least 1 left (0: none held out)."
         )
     return held_out
-
-
-def _check_full_split(
-    images: Dataset, split: str, column: str, on_bad_image: str, num_proc: int | None
-) -> tuple[Dataset, list[str]]:
-    (checked,), bad_images = check_images(images, split, column, [np.arange(len(images))], on_bad_image, num_proc)
-    return checked, bad_images
 
 
 def _choose_splits(

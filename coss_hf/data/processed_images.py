@@ -1,16 +1,10 @@
-"""Un-augmented images, processed for a network, and rows of undecoded images."""
+"""Un-augmented images, processed for a network."""
 
 from collections.abc import Callable
 
-import datasets
 from datasets import Dataset
 
-from coss_hf.data.decoding import decode
-
-
-def image_rows(dataset: Dataset, column: str) -> Dataset:
-    """The dataset with plain rows and undecoded images."""
-    return dataset.with_format(None).cast_column(column, datasets.Image(decode=False))
+from coss_hf.data.reading import ImageReader
 
 
 class ProcessedImages:
@@ -20,19 +14,18 @@ class ProcessedImages:
         dataset: n rows as `load_images` returns them.
         image_column: the name of their image column.
         preprocess: a function from a list of n RGB images to a tensor (n, 3, h, w), such as `Backbone.preprocess`.
+        on_bad_image: what to do where an image can no longer be decoded, see `ImageReader`.
     """
 
-    def __init__(self, dataset: Dataset, image_column: str, preprocess: Callable):
-        self.rows = image_rows(dataset.select_columns(image_column), image_column)
-        self.image_column = image_column
+    def __init__(self, dataset: Dataset, image_column: str, preprocess: Callable, on_bad_image: str = "error"):
+        self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.preprocess = preprocess
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.reader)
 
     def __getitem__(self, index: int):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list:
-        records = self.rows[list(indices)][self.image_column]
-        return list(self.preprocess([decode(record) for record in records]))
+        return list(self.preprocess(list(self.reader.read(list(indices)))))

@@ -28,10 +28,12 @@ class Source(NamedTuple):
     Attributes:
         splits: the rows by split.
         folders: the folders of the tables that the rows come from; what the rows call by a relative path lies there.
+        image_folder: the path of the folder, where it is one of images.
     """
 
     splits: dict[str, Dataset]
     folders: list[str]
+    image_folder: str | None = None
 
 
 def load_source(dataset: str, name: str | None, revision: str | None) -> Source:
@@ -91,7 +93,7 @@ def _load_folder(path: Path, name: str | None) -> Source:
     files = FolderFiles(os.path.abspath(path))
     configured = bool(name) or _has_configurations(path)
     if holds_images(files) and not configured:
-        return Source(load_image_folder(files), [])
+        return Source(load_image_folder(files), [], files.root)
     return _load_tables(files, name, configured)
 
 

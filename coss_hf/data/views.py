@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from coss_hf.data.decoding import decode
-from coss_hf.data.processed_images import image_rows
+from coss_hf.data.reading import ImageReader
 from coss_hf.data.transforms import AUGMENTATIONS, Fit, augmentation
 
 KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
@@ -49,11 +48,11 @@ class ViewDataset(torch.utils.data.Dataset):
         seed: int = 0,
         neighbors: np.ndarray | None = None,
         k: int = 0,
+        on_bad_image: str = "error",
     ):
         self.augment, self.augmentation_name = _augmentation(augmentation_name, size)
-        self.rows = image_rows(dataset.select_columns(image_column), image_column)
+        self.reader = ImageReader(dataset, image_column, on_bad_image)
         self._hashes = dataset.select_columns("image_hash")
-        self.image_column = image_column
         self.size = size
         self.seed = seed
         self._kept: Tensor | None = None
@@ -87,13 +86,14 @@ class ViewDataset(torch.utils.data.Dataset):
         ):
             return False
         self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
-        records = (record for batch in self.rows.iter(1_000) for record in batch[self.image_column])
-        for kept, record in zip(self._kept, records):
-            kept.copy_(to_tensor(fit(decode(record))))
+        for start in range(0, len(self), 1_000):
+            rows = list(range(start, min(start + 1_000, len(self))))
+            for row, image in zip(rows, self.reader.read(rows), strict=True):
+                self._kept[row] = to_tensor(fit(image))
         return True
 
     def _check_neighbors(self):
-        n = len(self.rows)
+        n = len(self)
         shape = None if self.neighbors is None else self.neighbors.shape
         if shape is None or len(shape) != 2 or shape[0] != n:
             raise ValueError(f"--neighbors_k {self.k} needs the neighbours of each of {n} images, (n, K), not {shape}.")
@@ -134,7 +134,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.reader)
 
     def __getitem__(self, anchor: int) -> dict[str, Tensor]:
         return self.__getitems__([anchor])[0]
@@ -153,8 +153,7 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def names(self, indices: list[int]) -> list[str]:
         """Names of images for messages: their path, else their row."""
-        records = self.rows[indices][self.image_column]
-        return [record["path"] or f"row {index}" for index, record in zip(indices, records, strict=True)]
+        return self.reader.names(indices)
 
     def view(self, anchor: int, slot: int, epoch: int | None = None) -> tuple[Tensor, int]:
         """Compute one view again.
@@ -173,8 +172,8 @@ class ViewDataset(torch.utils.data.Dataset):
             return self._view(next(self._images([index])), epoch, anchor, slot), index
 
     def _group(self, anchor: int, epoch: int) -> list[int]:
-        if not 0 <= anchor < len(self.rows):
-            raise IndexError(f"anchor {anchor} of {len(self.rows)} images")
+        if not 0 <= anchor < len(self):
+            raise IndexError(f"anchor {anchor} of {len(self)} images")
         if not self.k:
             return [int(anchor)]
         pool = self.neighbors[anchor]
@@ -187,7 +186,7 @@ class ViewDataset(torch.utils.data.Dataset):
     def _images(self, indices: list[int]) -> Iterator[Image.Image | Tensor]:
         if self._kept is not None:
             return iter(self._kept[indices])
-        return map(decode, self.rows[indices][self.image_column])
+        return self.reader.read(indices)
 
     def _view(self, image: Image.Image | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
         # Not torch.manual_seed, which would reseed the accelerators' generators as well.

@@ -48,6 +48,7 @@ class Evaluator:
         diagnostics: Also measure what tells whether training works, see ``evaluate_embeddings``; and of the teacher
             its effective rank and duplicates.
         retrieval: With labels also measure retrieval, from the network's own gallery and from the teacher's.
+        on_bad_image: What to do where an image can no longer be decoded, see ``ImageReader``.
 
     Attributes:
         train_images: as given; None where any image lacks its label.
@@ -67,6 +68,7 @@ class Evaluator:
         linear: bool = False,
         diagnostics: bool = False,
         retrieval: bool = False,
+        on_bad_image: str = "error",
     ):
         self.teacher = teacher
         self.test_images = test_images
@@ -76,6 +78,7 @@ class Evaluator:
         self.linear = linear
         self.diagnostics = diagnostics
         self.retrieval = retrieval
+        self.on_bad_image = on_bad_image
         self.train_images: Dataset | None = None
         self.train_labels: Tensor | None = None
         self.test_labels: Tensor | None = None
@@ -94,7 +97,7 @@ class Evaluator:
 
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
         """Embeddings ``(n, d)`` of ``images``."""
-        rows = ProcessedImages(images, self.image_column, backbone.preprocess)
+        rows = ProcessedImages(images, self.image_column, backbone.preprocess, self.on_bad_image)
         return embed_dataset(
             backbone,
             rows,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from coss_hf.data.decoding import to_rgb
+from coss_hf.data.decoding import upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
@@ -103,8 +103,7 @@ def _as_images(images) -> list[Image.Image]:
 
 def _as_image(image) -> Image.Image:
     if isinstance(image, Image.Image):
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        return upright_rgb(image)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from coss_hf.data.decoding import decode
+from coss_hf.data.reading import ImageReader
 from coss_hf.evaluation.diagnostics import alarms, evaluations
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
@@ -44,6 +44,7 @@ def write_record(output_dir, trainer, results: dict, splits) -> dict:
         "alarms": [*raised.values()],
         "evaluated_on": "test" if splits.test is not None else "validation",
         "bad_images": splits.bad_images,
+        "replaced_images": trainer.train_dataset.reader.replaced_names(),
         "versions": versions(),
         "arguments": trainer.arguments,
     }
@@ -107,9 +108,9 @@ def _neighbor_examples(
     rows = np.linspace(0, len(teacher) - 1, queries).round().astype(int)
     of_student = _nearest_others(student, rows, neighbors)
     of_teacher = _nearest_others(teacher, rows, neighbors)
-    column = evaluator.test_images[evaluator.image_column]
+    reader = ImageReader(evaluator.test_images, evaluator.image_column, evaluator.on_bad_image)
     shown = {*rows.tolist(), *of_student.ravel().tolist(), *of_teacher.ravel().tolist()}
-    images = {row: decode(column[row]) for row in shown}
+    images = dict(zip(shown, reader.read(list(shown)), strict=True))
     return NeighborExamples(images, rows.tolist(), of_student, of_teacher)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from coss_hf.data.loading import ImageSplits, load_images
+from coss_hf.data.run_images import RunImages
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
@@ -136,12 +137,13 @@ class DataArguments(SearchOptions):
                 *(self.validation_size, student, given.get("validation_size") or "the default"),
             )
 
-    def load(self, images=None, *, hold_out_by_default: bool = False) -> ImageSplits:
+    def load(self, images=None, *, hold_out_by_default: bool = False, recorded: RunImages | None = None) -> ImageSplits:
         """Load and check the images.
 
         Args:
             images: a ``Dataset``, ``DatasetDict`` or name to load instead of ``dataset``.
             hold_out_by_default: hold some out of train where ``validation_size`` is not given, as a training does.
+            recorded: the images of the run that is to be resumed.
 
         Raises:
             ValueError: see ``load_images``.
@@ -165,4 +167,5 @@ class DataArguments(SearchOptions):
             max_train_samples=self.max_train_samples,
             on_bad_image=self.on_bad_image,
             num_proc=self.preprocessing_num_workers,
+            recorded=recorded,
         )

@@ -7,6 +7,7 @@ from torch import nn
 from transformers import TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.data.run_images import RunImages
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
@@ -38,8 +39,9 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     set_seed(args.seed)
     student = models.load_student(teacher)
     rehearse(student, teacher, args)
+    recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
     with Processes().first(args.local_process_index == 0):
-        splits = data.load(hold_out_by_default=True)
+        splits = data.load(hold_out_by_default=True, recorded=recorded)
     if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "

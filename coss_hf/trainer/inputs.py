@@ -197,7 +197,9 @@ def make_views(
     """Views of the training images, of the size that the larger network takes unless ``args`` give one."""
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     augmentation = transform if callable(transform) else args.augmentation
-    return ViewDataset(splits.train, splits.image_column, augmentation, size, seed=args.seed)
+    return ViewDataset(
+        splits.train, splits.image_column, augmentation, size, seed=args.seed, on_bad_image=splits.on_bad_image
+    )
 
 
 def build_evaluator(
@@ -229,6 +231,7 @@ def build_evaluator(
         num_workers=args.dataloader_num_workers,
         diagnostics=during_training,
         retrieval=not during_training,
+        on_bad_image=splits.on_bad_image,
     )
 
 

@@ -154,7 +154,9 @@ class SupervisedRun:
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
         queries = self.splits.test or self.splits.validation
         if queries is not None and labelled(queries[self.splits.label_column][:]):
-            images = ProcessedImages(queries, self.splits.image_column, self.backbone.preprocess)
+            images = ProcessedImages(
+                queries, self.splits.image_column, self.backbone.preprocess, self.splits.on_bad_image
+            )
             labels = torch.as_tensor(queries[self.splits.label_column][:])
             record["accuracy"] = accuracy(trainer.model, images, labels, args)
             name = "test" if self.splits.test else "validation"
@@ -192,7 +194,14 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         hidden_sizes=args.hidden_sizes,
     )
     backbone = Backbone(model, processor, size=args.image_size, argument="image")  # refuses sizes it cannot take
-    views = ViewDataset(splits.train, splits.image_column, args.augmentation, max(backbone.size), seed=args.seed)
+    views = ViewDataset(
+        splits.train,
+        splits.image_column,
+        args.augmentation,
+        max(backbone.size),
+        seed=args.seed,
+        on_bad_image=splits.on_bad_image,
+    )
     labels = torch.as_tensor(splits.train[splits.label_column][:])
     rehearse_supervised(model, backbone, args)
     trainer = build_supervised_trainer(model, backbone, labels, args, views)

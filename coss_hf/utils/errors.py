@@ -54,6 +54,20 @@ def is_lost_worker(error: BaseException) -> bool:
     )
 
 
+class UnreadableImage(RunStopped, ValueError):
+    """An image can no longer be decoded; the message names it. Bad input before the first step, the end of a run after.
+
+    Attributes:
+        found: always True, the process that reads an image tells of it.
+    """
+
+    found = True
+
+    def __init__(self, message: str):
+        # Out of a loader worker the message comes as the end of a printed traceback.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
 @contextlib.contextmanager
 def bad_input_exits():
     """Turn a ``ValueError`` into one paragraph on stderr and exit code 2; as ``stopped_run_exits`` a ``RunStopped``."""

@@ -1,13 +1,21 @@
 """What a dataset of views is told while a run trains."""
 
+import logging
+
 from transformers import TrainerCallback
+
+from coss_hf.utils.messages import first_names
+from coss_hf.utils.process_group import Processes
+
+logger = logging.getLogger(__name__)
 
 
 class EpochCallback(TrainerCallback):
     """What a dataset of views needs of a training.
 
     It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. It keeps its
-    images, if it can, where they are seen more than once. Persistent loader workers end where the training ends well:
+    images, if it can, where they are seen more than once. It is told at the end which images other processes had to
+    replace. Persistent loader workers end where the training ends well:
     the garbage collector may take their queues before they are told, and torch then waits 5 seconds for each.
     """
 
@@ -27,3 +35,9 @@ class EpochCallback(TrainerCallback):
         if iterator is not None:
             loader._iterator = None
             iterator._shutdown_workers()
+        reader = self.dataset.reader
+        for rows in Processes().gather(reader.replaced()):
+            reader.add_replaced(rows)
+        if reader.replaced() and args.process_index == 0:
+            names = reader.replaced_names()
+            logger.warning("--on_bad_image skip: %d images were replaced: %s.", len(names), first_names(names))

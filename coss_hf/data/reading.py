@@ -1,0 +1,96 @@
+"""Reading of images while a run is at work: what happens to one that can no longer be decoded."""
+
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from coss_hf.data.decoding import decode
+from coss_hf.data.rows import image_rows
+from coss_hf.utils.errors import UnreadableImage
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 100  # images that are tried in the place of another
+
+
+class ImageReader:
+    """Decoded images of a dataset.
+
+    An image that can no longer be decoded ("skip") is replaced by another one of the dataset, which depends on its row
+    alone: it is the same in every worker, process and resumed run.
+
+    Args:
+        dataset: n rows as `load_images` returns them.
+        column: the name of their image column.
+        on_bad_image: "error" or "skip".
+    """
+
+    def __init__(self, dataset: Dataset, column: str, on_bad_image: str = "error"):
+        self.rows = image_rows(dataset.select_columns(column), column)
+        self.column = column
+        self.on_bad_image = on_bad_image
+        # Shared, so that the main process knows what its loader workers replaced.
+        self._replaced = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, indices: list[int]) -> Iterator[Image.Image]:
+        """Decode the images of the given rows, one at a time.
+
+        Raises:
+            UnreadableImage: one cannot be decoded ("error"), or very many cannot ("skip").
+        """
+        records = self.rows[indices][self.column]
+        return map(self._decode, indices, records)
+
+    def names(self, indices: list[int]) -> list[str]:
+        """Names of images for messages: their path, else their row."""
+        records = self.rows[indices][self.column]
+        return [(record or {}).get("path") or f"row {index}" for index, record in zip(indices, records, strict=True)]
+
+    def replaced(self) -> list[int]:
+        """The rows that this process and its workers have replaced so far."""
+        return self._replaced.nonzero().flatten().tolist()
+
+    def replaced_names(self) -> list[str]:
+        """The names of the images that were replaced so far."""
+        return self.names(self.replaced())
+
+    def add_replaced(self, rows: list[int]) -> None:
+        """Note rows that other processes have replaced."""
+        self._replaced[rows] = True
+
+    def _decode(self, index: int, record: dict) -> Image.Image:
+        try:
+            return decode(record)
+        except ValueError as error:
+            if self.on_bad_image != "skip":
+                raise UnreadableImage(
+                    f"--on_bad_image error: {error}, although it could be when the run began. Restore the file and "
+                    f"give the same command with --resume_from_checkpoint, or also with --on_bad_image skip, which "
+                    f"takes other images in its place."
+                ) from error
+            return self._replace(index, error)
+
+    def _replace(self, index: int, error: ValueError) -> Image.Image:
+        candidates = np.random.default_rng(index).integers(0, len(self.rows), ATTEMPTS)
+        for candidate in candidates.tolist():
+            try:
+                image = decode(self.rows[candidate][self.column])
+            except ValueError:
+                continue
+            if not self._replaced[index]:
+                self._replaced[index] = True
+                count = int(self._replaced.sum())
+                name = self.names([candidate])[0]
+                logger.warning("--on_bad_image skip: %s; %s takes its place (%d so far).", error, name, count)
+            return image
+        raise UnreadableImage(
+            f"--on_bad_image skip: {error}, and {ATTEMPTS} other images neither. Make the images available and give "
+            f"the same command with --resume_from_checkpoint."
+        ) from error
