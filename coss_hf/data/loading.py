@@ -12,7 +12,7 @@ from coss_hf.data.columns import find_image_column, find_label_column, has_label
 from coss_hf.data.relative_paths import resolve_paths
 from coss_hf.data.run_images import RunImages
 from coss_hf.data.sources import Source, load_source
-from coss_hf.utils.disk import disk_full_as_value_error
+from coss_hf.utils.disk import cache_errors_as_value_error
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class ImageSplits(NamedTuple):
     run_images: RunImages | None = None
 
 
-@disk_full_as_value_error()
+@cache_errors_as_value_error()
 def load_images(
     dataset: str | Path | Dataset | DatasetDict,
     *,

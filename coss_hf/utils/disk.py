@@ -1,4 +1,4 @@
-"""Recognition of a full disk, whichever error a library raises for it."""
+"""Recognition of a full disk and of caches that cannot be written, whichever error a library raises for it."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import os
 import re
 
 import datasets
+import huggingface_hub
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Libraries that are not written in Python only say so in their message, PyTorch hardly there.
@@ -36,19 +37,54 @@ def _in_words(message: str) -> OSError | None:
     return None
 
 
+def caches() -> dict[str, str]:
+    """The folders that Hugging Face's libraries write what they load into, by the variable that sets them."""
+    return {
+        "HF_DATASETS_CACHE": str(datasets.config.HF_DATASETS_CACHE),
+        "HF_HUB_CACHE": str(huggingface_hub.constants.HF_HUB_CACHE),
+        "HF_MODULES_CACHE": str(datasets.config.HF_MODULES_CACHE),
+    }
+
+
+def unwritable_cache(error: BaseException | None) -> tuple[str, OSError] | None:
+    """The variable of the cache that could not be written and the error behind ``error``; None for another error.
+
+    Permissions, a read-only disk, a file in the folder's place: what the error says of a path within the cache, or of a
+    folder that the cache lies in. An error of a full disk may name no path.
+    """
+    if full := full_disk(error):
+        return "HF_DATASETS_CACHE", full
+    while error is not None:
+        if isinstance(error, OSError):
+            for variable, folder in caches().items():
+                if _concerns(error, folder):
+                    return variable, error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _concerns(error: OSError, folder: str) -> bool:
+    folder = os.path.abspath(folder)
+    paths = [os.path.abspath(os.fsdecode(path)) for path in (error.filename, error.filename2) if path]
+    within = [path for path in paths if f"{path}/".startswith(f"{folder}/")]
+    around = [path for path in paths if path != "/" and folder.startswith(f"{path}/")]
+    return bool(within or around) or (not paths and f"{folder}/" in str(error))
+
+
 @contextlib.contextmanager
-def disk_full_as_value_error():
-    """Name the full disk where `datasets` fails to write its cache.
+def cache_errors_as_value_error():
+    """Name the cache, not the dataset, where `datasets` fails to write its cache.
 
     Raises:
-        ValueError: the disk is full.
+        ValueError: the cache cannot be written.
     """
     try:
         yield
     except Exception as error:
-        if full := full_disk(error):
+        if found := unwritable_cache(error):
+            variable, reason = found
             raise ValueError(
-                f"HF_DATASETS_CACHE={datasets.config.HF_DATASETS_CACHE} cannot be written ({full}); make room, or set "
-                f"it to another folder."
+                f"{variable}={caches()[variable]} cannot be written ({reason}); make room or get the permission, or "
+                f"set {variable} to another folder."
             ) from error
         raise

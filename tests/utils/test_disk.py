@@ -1,5 +1,7 @@
 """The error of a full disk."""
 
+import errno
+
 import datasets
 import pytest
 import torch
@@ -7,7 +9,7 @@ from safetensors.torch import save_file
 
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
-from coss_hf.utils.disk import FULL, full_disk
+from coss_hf.utils.disk import FULL, full_disk, unwritable_cache
 
 
 @pytest.fixture(autouse=True)
@@ -43,3 +45,35 @@ def test_the_full_disk_behind_an_error_of_another_library_is_found(tmp_path, wri
 
 def test_other_errors_are_no_full_disk():
     assert full_disk(RuntimeError("CUDA out of memory")) is None and full_disk(OSError(13, "Permission denied")) is None
+
+
+@pytest.mark.parametrize("place", ["file", "below a file", "of the system"])
+def test_a_cache_that_cannot_be_written_is_named_instead_of_the_dataset(tmp_path, image_parquet, monkeypatch, place):
+    (tmp_path / "file").write_text("")
+    cache = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "of the system": "/proc/x/y"}[place]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    (tmp_path / "folder").mkdir()
+    h.colour_images(1, seed=0)[0][0].save(tmp_path / "folder" / "a.png")
+    for images in (image_parquet, tmp_path / "folder"):
+        with pytest.raises(ValueError, match=f"^HF_DATASETS_CACHE={cache} cannot be written") as caught:
+            load_images(str(images))
+        assert "set HF_DATASETS_CACHE to another folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST])
+def test_which_cache_an_error_speaks_of(number, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/hub/cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/datasets")
+    for path, expected in (
+        ("/hub/cache/datasets--a/x.lock", "HF_HUB_CACHE"),
+        ("/hub", "HF_HUB_CACHE"),
+        ("/datasets/parquet", "HF_DATASETS_CACHE"),
+        ("/datasets2/x", None),
+        ("/my/images", None),
+        (None, None),
+    ):
+        error = ValueError("outer")
+        error.__cause__ = OSError(number, "no", path) if path else OSError(number, "no")
+        found = unwritable_cache(error)
+        assert (found and found[0]) == expected
+    assert unwritable_cache(OSError("Failed to open local file '/datasets/x.arrow'"))[0] == "HF_DATASETS_CACHE"
