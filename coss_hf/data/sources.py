@@ -51,14 +51,13 @@ def load_source(dataset: str, name: str | None, revision: str | None) -> Source:
         raise ValueError(_url_message(dataset))
     path = Path(dataset).expanduser()
     on_disk = path.exists() or glob.has_magic(dataset)
-    if not on_disk:
-        find_dataset(dataset, revision)
+    files = [] if on_disk else find_dataset(dataset, revision)
     try:
         if path.is_dir():
             return _load_folder(path, name)
         if on_disk:
             return _load_matching(path)
-        return Source(dict(datasets.load_dataset(dataset, name=name, revision=revision)), [])
+        splits = dict(datasets.load_dataset(dataset, name=name, revision=revision))
     except Exception as error:  # `datasets` lets through the errors of every format and file system beneath it
         if isinstance(error, ValueError) and str(error).startswith("--dataset"):
             raise
@@ -66,6 +65,33 @@ def load_source(dataset: str, name: str | None, revision: str | None) -> Source:
             f"--dataset {dataset} cannot be loaded: {_reason(error)}. Give a Hub name (and its --dataset_name where "
             f"it has several), a folder of images, parquet files, or a save_to_disk folder."
         ) from error
+    _compare_with_hub(dataset, splits, files)
+    return Source(splits, [])
+
+
+def _compare_with_hub(dataset: str, splits: dict[str, Dataset], files: list[str]) -> None:
+    """Compare the images of a repository with those that `datasets` loaded: it guesses splits from names."""
+    if not files or any(file.endswith(ARCHIVES) for file in files):
+        return
+    if any(rows.info.builder_name != "imagefolder" for rows in splits.values()):
+        return
+    images = sum(os.path.splitext(file)[1].lower() in SUFFIXES for file in files)
+    loaded = sum(len(rows) for rows in splits.values())
+    counts = ", ".join(f"{split} {len(rows)}" for split, rows in splits.items())
+    remedy = (
+        f"hf download --repo-type dataset {dataset} --local-dir FOLDER, and give the folder, to load each of them once"
+    )
+    if loaded > images:
+        raise ValueError(
+            f"--dataset {dataset} has {images} images, and {loaded} were loaded ({counts}): some stand in two splits, "
+            f"which were guessed from names. Use {remedy}."
+        )
+    if loaded < images:
+        logger.warning(
+            "--dataset %s: %d of %d images were loaded (%s); splits were guessed from names, or a table names part of "
+            "the images. Use %s.",
+            *(dataset, loaded, images, counts, remedy),
+        )
 
 
 def _url_message(dataset: str) -> str:

@@ -11,12 +11,15 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 logger = logging.getLogger(__name__)
 
 
-def find_dataset(dataset: str, revision: str | None):
+def find_dataset(dataset: str, revision: str | None) -> list[str]:
     """Ask the Hub for a dataset once, where `load_dataset` retries for 20 seconds; without network the cache suffices.
 
     Args:
         dataset: the name of the dataset on the Hub.
         revision: the branch, tag or commit.
+
+    Returns:
+        The names of the dataset's files; empty where they are not known.
 
     Raises:
         ValueError: an unknown dataset (similar names from its folder, the cache and the Hub are given), or no network.
@@ -27,7 +30,7 @@ def find_dataset(dataset: str, revision: str | None):
     if parent.is_dir():
         names += [str(parent / file.name) for file in parent.iterdir()]
     try:
-        HfApi().dataset_info(dataset, revision=revision, timeout=10)
+        info = HfApi().dataset_info(dataset, revision=revision, timeout=10)
     except RevisionNotFoundError as error:
         raise ValueError(
             f"--dataset_revision {revision}: unknown to the Hub for --dataset {dataset}; leave it out for main."
@@ -44,6 +47,8 @@ def find_dataset(dataset: str, revision: str | None):
             reason = f"no such file or folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]})"
             raise _unknown(dataset, reason, names) from error
         logger.warning("The Hub is out of reach: loading %s from the cache (sooner with HF_HUB_OFFLINE=1).", dataset)
+        return []
+    return [file.rfilename for file in getattr(info, "siblings", None) or []]
 
 
 def _cached_datasets() -> list[str]:

@@ -3,8 +3,10 @@
 import json
 import logging
 import os
+from types import SimpleNamespace
 
 import datasets
+import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -382,3 +384,20 @@ def test_a_folder_with_a_script_of_its_name(tmp_path):
 def test_a_url(url, message):
     with pytest.raises(ValueError, match=message):
         load(url)
+
+
+@pytest.mark.parametrize("loaded", [3, 4, 5])
+def test_images_of_the_hub_are_counted(tmp_path, monkeypatch, caplog, loaded):
+    """`datasets` loads a repository of images by itself, and guesses the splits from names."""
+    folder = write(tmp_path / "d", *(f"{i}.jpg" for i in range(loaded)))
+    rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
+    siblings = [SimpleNamespace(rfilename=f"{i}.JPG") for i in range(4)] + [SimpleNamespace(rfilename="README.md")]
+    info = SimpleNamespace(siblings=siblings)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name, **_: info)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict(train=rows))
+    if loaded > 4:
+        with pytest.raises(ValueError, match="--dataset a/b has 4 images, and 5 were loaded .train 5.*hf download"):
+            load_images("a/b")
+        return
+    assert len(load_images("a/b").train) == loaded
+    assert ("3 of 4 images were loaded (train 3)" in caplog.text) == (loaded == 3)
