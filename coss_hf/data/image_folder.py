@@ -193,7 +193,7 @@ def _log_what_is_left_out(files: FolderFiles, tables: dict[str, pa.Table]) -> No
     unnamed = [path for path in files.images if path not in loaded]
     reasons = []
     if unnamed:
-        reasons.append(f"{len(unnamed)} images that {files.names(files.tables)} do not name ({files.names(unnamed)})")
+        reasons.append(f"{len(unnamed)} images that are not in {files.names(files.tables)} ({files.names(unnamed)})")
     if files.hidden:
         reasons.append(f"{len(files.hidden)} hidden images ({files.names(files.hidden)})")
     if files.others:

@@ -33,8 +33,7 @@ class ImageReader:
         self.rows = image_rows(dataset.select_columns(column), column)
         self.column = column
         self.on_bad_image = on_bad_image
-        # Shared, so that the main process knows what its loader workers replaced.
-        self._replaced = torch.zeros(len(self.rows), dtype=torch.bool).share_memory_()
+        self._replaced = torch.zeros(len(self.rows), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,6 +51,10 @@ class ImageReader:
         """Names of images for messages: their path, else their row."""
         records = self.rows[indices][self.column]
         return [(record or {}).get("path") or f"row {index}" for index, record in zip(indices, records, strict=True)]
+
+    def share_memory(self) -> None:
+        """Let this process know what loader workers will have replaced."""
+        self._replaced.share_memory_()
 
     def replaced(self) -> list[int]:
         """The rows that this process and its workers have replaced so far."""

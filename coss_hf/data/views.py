@@ -52,6 +52,7 @@ class ViewDataset(torch.utils.data.Dataset):
     ):
         self.augment, self.augmentation_name = _augmentation(augmentation_name, size)
         self.reader = ImageReader(dataset, image_column, on_bad_image)
+        self.reader.share_memory()
         self._hashes = dataset.select_columns("image_hash")
         self.size = size
         self.seed = seed

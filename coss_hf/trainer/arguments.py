@@ -110,7 +110,14 @@ class DataArguments(SearchOptions):
         },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
-    on_bad_image: str = field(default="error", metadata={"help": "Unreadable files.", "choices": ["error", "skip"]})
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with images that cannot be decoded. skip: they are left out at the start; other images "
+            "take the place of those that are deleted or damaged while the run is at work.",
+            "choices": ["error", "skip"],
+        },
+    )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
     neighbors_cache: str | None = field(
         default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}

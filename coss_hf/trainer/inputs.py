@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.data.run_images import RunImages
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
@@ -20,6 +21,7 @@ from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.checkpoint_files import find_checkpoint
 from coss_hf.trainer.training_args import DistillationArguments
 
 
@@ -79,7 +81,9 @@ def resolve_inputs(
     views = train_dataset
     splits = None
     if not isinstance(train_dataset, ViewDataset):
-        splits = as_splits(train_dataset, eval_dataset, data)
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
+        splits = as_splits(train_dataset, eval_dataset, data, recorded)
         views = make_views(splits, teacher, student, args, transform)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
@@ -149,13 +153,14 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
     )
 
 
-def as_splits(train_dataset, eval_dataset, data: DataArguments) -> ImageSplits:
+def as_splits(train_dataset, eval_dataset, data: DataArguments, recorded: RunImages | None = None) -> ImageSplits:
     """Training images, and those to evaluate on.
 
     Args:
         train_dataset: a name, a folder, a ``Dataset`` or a ``DatasetDict``, or splits that are loaded already.
         eval_dataset: the same; None to hold some out of train where the dataset brings none.
         data: columns and sizes.
+        recorded: the images of the run that is to be resumed.
 
     Raises:
         ValueError: no such dataset, one without images, or a stream.
@@ -176,8 +181,8 @@ def as_splits(train_dataset, eval_dataset, data: DataArguments) -> ImageSplits:
                 f"images, a Hub name, a folder or a parquet file."
             )
     if eval_dataset is None:
-        return data.load(train_dataset, hold_out_by_default=True)
-    splits = replace(data, validation_size=0).load(train_dataset)
+        return data.load(train_dataset, hold_out_by_default=True, recorded=recorded)
+    splits = replace(data, validation_size=0).load(train_dataset, recorded=recorded)
     own = replace(data, validation_size=0, train_split=None, max_train_samples=None).load(eval_dataset)
     held_out = own.test or own.validation or own.train
     labelled = splits.label_column if splits.label_column in held_out.column_names else None

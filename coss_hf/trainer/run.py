@@ -40,9 +40,6 @@ class DistillationRun:
         if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:
             for old in Path(args.output_dir).glob("checkpoint-*"):
                 shutil.rmtree(old)
-        if args.process_index == 0 and self.splits.run_images is not None:
-            with trainer.checkpoints.disk_full_as_checkpoint_error():
-                self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
         trainer.train(resume_from_checkpoint=self.checkpoint or args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
         with trainer.checkpoints.disk_full_as_checkpoint_error():

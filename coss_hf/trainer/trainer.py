@@ -314,6 +314,9 @@ class DistillationTrainer(Trainer):
             pretrain(self)
             if resume_from_checkpoint and self.args.process_index == 0:
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+        if self.splits is not None and self.splits.run_images is not None and self.args.process_index == 0:
+            with self.checkpoints.disk_full_as_checkpoint_error():
+                self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
             self.add_callback(self.preemption)
         with self.preemption, self._lost_worker_as_error():

@@ -281,7 +281,7 @@ def test_a_table_that_names_part_of_the_images(tmp_path, caplog):
     splits = load(folder)
     assert names(splits.train) == ["5.jpg", "3.jpg", "1.jpg"] and splits.train["text"][:] == ["t5", "t3", "t1"]
     assert splits.label_column == "label"
-    assert "5 images that metadata.csv do not name (0.jpg, 2.jpg, 4.jpg, 6.jpg, 7.jpg)" in caplog.text
+    assert "5 images that are not in metadata.csv (0.jpg, 2.jpg, 4.jpg, 6.jpg, 7.jpg)" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
