@@ -56,7 +56,7 @@ from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
-from coss_hf.utils.errors import LostWorker, RunStopped, is_lost_worker
+from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
@@ -389,7 +389,7 @@ class DistillationTrainer(Trainer):
         try:
             with self._times.waiting():
                 loaded = super().get_batch_samples(epoch_iterator, num_batches, device)
-        except RuntimeError as error:
+        except WORKER_ERRORS as error:
             if not is_lost_worker(error):
                 raise
             lost = error
@@ -405,7 +405,7 @@ class DistillationTrainer(Trainer):
     def _lost_worker_as_error(self):
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except WORKER_ERRORS as error:
             if isinstance(error, RunStopped) or not is_lost_worker(error):
                 raise
             earlier, _ = newest_complete(self.args.output_dir)

@@ -4,6 +4,7 @@ import multiprocessing.queues
 import os
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Ending:
         self.remedy = "Give the same command again."
         self._installed = False
         self._handlers: dict = {}
+        self._hook: Callable = sys.excepthook
         self._left = False
         self._came: float | None = None  # when the first signal did
         self._deadline: float | None = None
@@ -66,6 +68,8 @@ class Ending:
             threading.Thread(target=self._watch, name="signals", daemon=True).start()
         self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._handlers = {number: signal.signal(number, self._handle) for number in NAMES}
+        self._hook = sys.excepthook
+        sys.excepthook = self._report
 
     def uninstall(self) -> None:
         """Put back the handlers that were there before."""
@@ -73,6 +77,7 @@ class Ending:
             return
         self._installed = False
         self._deadline = None
+        sys.excepthook = self._hook
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -106,6 +111,16 @@ class Ending:
             self._left = True
             self._say(f"{NAMES[self.received]}: ended. {self.remedy}")
             raise SystemExit(128 + self.received)
+
+    def _report(self, kind, error, trace) -> None:
+        """Instead of a traceback the end: a process that left first breaks what the others wait for, and their main
+        thread may see that error before the signal."""
+        if self.received is None or self.deferred:
+            self._hook(kind, error, trace)
+            return
+        if not self._left:
+            self._say(f"{NAMES[self.received]}: ended. {self.remedy}")
+        os._exit(128 + self.received)
 
     def _watch(self) -> None:
         """In a thread of its own, which a main thread that hangs cannot stop."""

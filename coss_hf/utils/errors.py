@@ -1,10 +1,10 @@
 """Errors that end a run, and what a command makes of them."""
 
 import contextlib
-import errno
 import os
 import sys
 import traceback
+from pathlib import Path
 
 
 class RunStopped(RuntimeError):
@@ -33,24 +33,36 @@ class LostWorker(RunStopped):
     Args:
         error: what PyTorch's loader says of it; None where it belonged to another process of the run.
         saved: clause that tells what is on disk, and what to do; None for nothing.
+
+    Attributes:
+        elsewhere: whether another process of the run lost it, and says so.
     """
 
     def __init__(self, error: Exception | None, saved: str | None = None):
-        said = "of another process" if error is None else f"({str(error).strip().splitlines()[-1].rstrip('.')})"
+        self.elsewhere = error is None
+        text = str(error).strip() or type(error).__name__
+        said = "in another process" if error is None else f"({text.splitlines()[-1].rstrip('.')})"
         super().__init__(
             f"A process that loads images ended {said}: {saved or 'nothing was saved; give the same command again'}. "
             f"If it was for want of memory or of shared memory (/dev/shm), lower --dataloader_num_workers."
         )
 
 
+# Any of them may be what a lost worker looks like from its parent; see `is_lost_worker`.
+WORKER_ERRORS = (RuntimeError, OSError, EOFError)
+
+
 def is_lost_worker(error: BaseException) -> bool:
-    """Whether an error is PyTorch's for a loader worker that was killed or died, or that found no shared memory."""
-    if isinstance(error, OSError):  # the locks of a new worker lie in shared memory, too
-        frames = traceback.extract_tb(error.__traceback__)
-        return error.errno == errno.ENOSPC and bool(frames) and frames[-1].filename.endswith("synchronize.py")
+    """Whether an error is that of a loader worker that was killed or died, or that found no shared memory."""
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        text.startswith("DataLoader worker (pid") or "unable to allocate shared memory" in text
+    if isinstance(error, RuntimeError):
+        if text.startswith("DataLoader worker (pid") or "unable to allocate shared memory" in text:
+            return True
+    # A worker takes with it what it has not handed over yet, and the locks of a new one lie in shared memory.
+    files = {Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return isinstance(error, WORKER_ERRORS) and any(
+        file.parent.name == "multiprocessing" and file.stem in ("resource_sharer", "reduction", "synchronize")
+        for file in files
     )
 
 
@@ -86,11 +98,12 @@ def stopped_run_exits():
     try:
         try:
             yield
-        except (RuntimeError, OSError) as error:
+        except WORKER_ERRORS as error:
             if not is_lost_worker(error):
                 raise
             raise LostWorker(error) from error
     except RunStopped as error:
-        if os.environ.get("RANK", "0") == "0" or error.__cause__ or getattr(error, "found", False):
+        is_first = os.environ.get("RANK", "0") == "0" and not getattr(error, "elsewhere", False)
+        if is_first or error.__cause__ or getattr(error, "found", False):
             print("error: " + " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

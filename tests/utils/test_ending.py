@@ -92,6 +92,16 @@ def test_a_way_out_that_hangs_is_ended_as_well():
     assert process.returncode == 130 and "no end after" in err
 
 
+def test_an_error_that_a_signal_brought_about_is_no_traceback():
+    """As of a process whose peer left a moment before."""
+    error = "raise RuntimeError('closed by peer')"
+    assert "Traceback" in start(error).communicate(timeout=20)[1]
+    process = start(f"time.sleep(1); ENDING.deferred = False; {error}", "ENDING.deferred = True")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Ctrl-C: ended. Give" in err and "Traceback" not in err
+
+
 def test_a_signal_of_the_last_step_is_heeded_after_it():
     process = start("time.sleep(1); ENDING.deferred = False; ENDING.heed(); time.sleep(60)", "ENDING.deferred = True")
     process.send_signal(signal.SIGTERM)
