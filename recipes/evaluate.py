@@ -54,7 +54,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
             raise ValueError(f"--{name} is missing; see --help.")
     if Path(args.output).is_dir():
         raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
-    data.follow(models.student, models.student_revision)
+    data = data.follow(models.student, models.student_revision)
     splits = data.load()
     test_images = splits.test or splits.validation
     if test_images is None:

@@ -83,7 +83,7 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     if args.head and head is None:
         raise ValueError(f"--head: there is no {HEAD_FILE} in {args.model}; leave it out.")
     student = Student(backbone, head)
-    data.follow(args.model)
+    data = data.follow(args.model)
     splits = data.load()
     test = splits.test or splits.validation
     if test is None:

@@ -86,6 +86,8 @@ def _read_yaml(path: list[str]) -> dict:
         content = yaml.safe_load(file.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"--config {path[0]} is not valid YAML: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path[0]} cannot be read ({error}); give a readable file of text.") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path[0]} must contain `argument: value` lines.")
     return content

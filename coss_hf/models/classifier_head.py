@@ -5,7 +5,8 @@ from torch import nn
 from transformers import AutoModelForImageClassification
 
 from coss_hf.models.backbone import Backbone, evaluating
-from coss_hf.models.loading import quiet_loading
+from coss_hf.models.loading import is_checkpoint, quiet_loading
+from coss_hf.utils.messages import first_line
 
 
 @torch.no_grad()
@@ -21,8 +22,14 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
             network, info = AutoModelForImageClassification.from_pretrained(
                 backbone.name, revision=revision, trust_remote_code=False, output_loading_info=True
             )
-    except Exception:  # no such checkpoint, no such head, code of any origin: each means no classifier
-        return None
+    except Exception as error:  # damaged files of every format
+        no_such_head = isinstance(error, ValueError)  # of this kind of network, or by code of its own
+        if no_such_head or not is_checkpoint(backbone.name):
+            return None
+        raise ValueError(
+            f"--teacher={backbone.name}: whether its checkpoint has a classifier cannot be read ({first_line(error)}); "
+            f"give a complete checkpoint, or a method of embeddings (coss)."
+        ) from error
     if info["missing_keys"]:
         return None
     # In one place and precision, so that both round alike.

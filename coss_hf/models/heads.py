@@ -2,9 +2,12 @@
 
 from pathlib import Path
 
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
 from transformers.utils import cached_file
+
+from coss_hf.utils.messages import first_line
 
 HEADS = ("auto", "none", "linear", "mlp")
 HEAD_FILE = "head.safetensors"
@@ -43,15 +46,25 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
 
 
 def find_student_file(name: str | Path, file: str, revision: str | None = None) -> str | None:
-    """Path of a file in a student's folder or repository on the Hub; None where there is none."""
-    return cached_file(
-        str(name),
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        _raise_exceptions_for_gated_repo=False,
-    )
+    """Path of a file in a student's folder or repository on the Hub; None where there is none.
+
+    Raises:
+        ValueError: whether there is one cannot be found out: the Hub does not answer, or refuses.
+    """
+    try:
+        return cached_file(
+            str(name),
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            # Who works without network means the cache.
+            _raise_exceptions_for_connection_errors=not constants.HF_HUB_OFFLINE,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{file} of {name} cannot be looked up ({first_line(error)}); try again, or set HF_HUB_OFFLINE=1 to use "
+            f"what is in the cache."
+        ) from error
 
 
 def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:
@@ -67,7 +80,10 @@ def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None
     path = find_student_file(name, HEAD_FILE, revision)
     if path is None:
         return None
-    tensors = load_file(path)
+    try:
+        tensors = load_file(path)
+    except Exception as error:  # cut short, not readable: safetensors has an error of its own
+        raise ValueError(f"{path} cannot be read ({first_line(error)}); take the folder as the run left it.") from error
     matrices = [tensor for name, tensor in sorted(tensors.items()) if name.endswith("weight")]
     if set(tensors) == {"weight", "bias"}:
         kind = "linear"

@@ -6,10 +6,11 @@ import logging
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
 from coss_hf.models.backbone import Backbone, backbone_classes
@@ -21,6 +22,8 @@ from coss_hf.utils.messages import first_line, flag
 logger = logging.getLogger(__name__)
 
 INITS = ("pretrained", "random", "teacher_layers")
+# Where Transformers keeps an image processor: by itself, or in a processor of images and text.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -147,9 +150,20 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
                 local_files_only=True,
             )
         return _missing_names(info)
-    except Exception as error:  # gone, renamed, or never a checkpoint
-        logger.debug("no checkpoint of %s: %s", name, error)
+    except Exception as error:  # each format and network fails in its own way
+        if is_checkpoint(name):
+            logger.warning("Which weights the checkpoint %s lacks cannot be found out: %s", name, first_line(error))
         return set()
+
+
+def is_checkpoint(name: str) -> bool:
+    """Whether a folder, or a model of the Hub in the cache, has a configuration; whether it can be read or not."""
+    if Path(name).is_dir():
+        return Path(name, "config.json").exists()
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:  # a class, or whatever else a network in memory is called
+        return False
 
 
 @contextlib.contextmanager
@@ -208,7 +222,7 @@ def _load_config(name: str, argument: str, hub: dict):
             raise ValueError(
                 f"{given} brings code of its own; read it, then allow it with --trust_remote_code."
             ) from error
-        if "local_files_only" in hub:
+        if "local_files_only" in hub and not is_checkpoint(name):
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
         raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
@@ -288,16 +302,50 @@ def find_processor(
         from transformers import TimmWrapperImageProcessor  # imports timm
 
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
-    try:
-        if not name or _is_architecture(name):
-            raise ValueError("it is not from a checkpoint")
+    absent = "it is not from a checkpoint"
+    if name and not _is_architecture(name):
         hub = hub or _hub_arguments(name, argument, getattr(model.config, "_commit_hash", None), False)
+        file = _processor_file(name, argument, hub)
+        if file is not None:
+            return _load_processor(name, argument, hub, file)
+        absent = f"it has no {PROCESSOR_FILES[0]}"
+    if teacher is not None:
+        logger.info("%s has no image processor: the teacher's is used", name)
+        return teacher.processor
+    raise ValueError(
+        f"{flag(argument)}={name or type(model).__name__}: no image processor is next to its weights ({absent}); add "
+        f"a {PROCESSOR_FILES[0]}."
+    )
+
+
+def _processor_file(name: str, argument: str, hub: dict) -> str | None:
+    """Name of the file that describes a checkpoint's image processor; None where it has none."""
+    for file in PROCESSOR_FILES:
+        try:
+            found = cached_file(
+                name,
+                file,
+                revision=hub.get("revision"),
+                local_files_only=hub.get("local_files_only", False),
+                _raise_exceptions_for_missing_entries=False,
+                # Who works without network means the cache.
+                _raise_exceptions_for_connection_errors=not constants.HF_HUB_OFFLINE,
+            )
+        except OSError as error:
+            raise ValueError(
+                f"{flag(argument)}={name}: whether it has a {file} cannot be found out ({first_line(error)}); try "
+                f"again, or set HF_HUB_OFFLINE=1 to use what is in the cache."
+            ) from error
+        if found is not None:
+            return file
+    return None
+
+
+def _load_processor(name: str, argument: str, hub: dict, file: str):
+    try:
         return AutoImageProcessor.from_pretrained(name, **hub)
-    except Exception as error:  # also packages that are not installed
-        if teacher is not None:
-            logger.info("%s has no image processor: the teacher's is used", name)
-            return teacher.processor
+    except Exception as error:  # damaged files, code of any origin, packages that are not installed
         raise ValueError(
-            f"{flag(argument)}={name or type(model).__name__}: no image processor is next to its weights "
-            f"({first_line(error)}); add a preprocessor_config.json."
+            f"{flag(argument)}={name}: its image processor ({file}) cannot be loaded ({first_line(error)}); correct "
+            f"the file."
         ) from error

@@ -49,6 +49,21 @@ def hide_secrets(words: list[str]) -> list[str]:
     return shown
 
 
+def read_json(path: str | Path) -> dict:
+    """Read a JSON file of entries.
+
+    Raises:
+        ValueError: it cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); correct or remove it.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no entries, as {{...}} would; correct or remove it.")
+    return content
+
+
 def write_json(path: str | Path, content: dict) -> None:
     """Writes a file that is whole or not there, folders included."""
     path = Path(path)

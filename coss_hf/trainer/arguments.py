@@ -1,9 +1,8 @@
 """Arguments of a run, with the method's defaults, from YAML files and the command line."""
 
-import json
+import copy
 import logging
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import yaml
 
@@ -13,6 +12,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.neighbors.options import SearchOptions
+from coss_hf.reporting.run_record import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -126,23 +126,32 @@ class DataArguments(SearchOptions):
     # Whether images are held out where `validation_size` is not given, as a training does.
     holds_out_by_default = False
 
-    def follow(self, student: str, revision: str | None = None) -> None:
-        """Holds out of train what the run that left ``student`` (folder, or name on the Hub) held out of this dataset.
+    def follow(self, student: str, revision: str | None = None) -> "DataArguments":
+        """Return a copy that holds out of train what the run that left ``student`` held out of this dataset.
 
         So that it is not measured on what it was trained on; a ``validation_size`` that was given stands.
+
+        Args:
+            student: folder, or name on the Hub.
+            revision: branch, tag or commit on the Hub.
+
+        Raises:
+            ValueError: the run's record is there and cannot be read.
         """
         record = find_student_file(student, "run.json", revision)
-        given = json.loads(Path(record).read_text()).get("arguments", {}) if record else {}
+        given = read_json(record).get("arguments", {}) if record else {}
+        followed = copy.copy(self)
         if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
-            return
+            return followed
         if self.validation_size is None:
-            self.holds_out_by_default = True
-            self.validation_size = given.get("validation_size")
+            followed.holds_out_by_default = True
+            followed.validation_size = given.get("validation_size")
         elif self.validation_size != given.get("validation_size"):
             logger.warning(
                 "--validation_size %g: %s was trained with %s, perhaps on some of what is held out now.",
                 *(self.validation_size, student, given.get("validation_size") or "the default"),
             )
+        return followed
 
     def load(self, images=None, *, hold_out_by_default: bool = False, recorded: RunImages | None = None) -> ImageSplits:
         """Load and check the images.

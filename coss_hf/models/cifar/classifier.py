@@ -49,9 +49,15 @@ def load_classifier(
         raise ValueError(f"--mean, --std and --hidden_sizes are for {networks}; --model {name} has its own.")
     try:
         model = AutoModelForImageClassification.from_pretrained(name, ignore_mismatched_sizes=True, **labels)
-        return model, AutoImageProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # damaged files of every format
         raise ValueError(
             f"--model {name} is no network that can classify images ({first_line(error)}); give a complete checkpoint, "
             f"or one of {networks}."
+        ) from error
+    try:
+        return model, AutoImageProcessor.from_pretrained(name)
+    except Exception as error:  # damaged files, packages that are not installed
+        raise ValueError(
+            f"--model {name}: its image processor cannot be loaded ({first_line(error)}); give it a correct "
+            f"preprocessor_config.json."
         ) from error
