@@ -13,6 +13,7 @@ import argparse
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from coss_hf.cli.paths import path
 from coss_hf.models.cifar.convert import convert_akamaster
 from coss_hf.models.cifar.registry import cifar_image_processor
 
@@ -21,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coss-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="folder with model.safetensors")
-    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("folder", type=path, help="folder with model.safetensors")
+    parser.add_argument("--output", type=path, required=True, help="folder to write")
     return parser
 
 

@@ -11,9 +11,9 @@ from coss_hf.cli.help import show_help
 show_help(__name__, "push")
 
 import argparse
-from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, stopped_run_exits
+from coss_hf.cli.paths import path
 from coss_hf.hub.push import check_repo, push, push_dataset
 
 
@@ -21,7 +21,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coss-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="output of recipes/distill.py or recipes/neighbors.py")
+    parser.add_argument("folder", type=path, help="output of recipes/distill.py or recipes/neighbors.py")
     parser.add_argument("--repo_id", required=True, help="repository USER/NAME; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create a repository that its owner alone can see")
     parser.add_argument("--revision", help="branch to push a student to; default: main")

@@ -25,6 +25,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL.Image import fromarray
 
+from coss_hf.cli.paths import path
 from coss_hf.evaluation.knn import knn_accuracy
 from coss_hf.evaluation.linear_probe import linear_probe
 from coss_hf.evaluation.tables import table
@@ -108,7 +109,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="coss-hf quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one teacher and one student each")
-    parser.add_argument("--output", type=Path, default=Path("quickstart"), help="folder to write")
+    parser.add_argument("--output", type=path, default=Path("quickstart"), help="folder to write")
     return parser
 
 

@@ -9,6 +9,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from coss_hf.cli.help import launched_as, render
+from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
 
 
@@ -36,8 +37,9 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv:
         position = argv.index("--config")
-        path = argv[position + 1 : position + 2]
+        path = [expand_word(word, "--config") for word in argv[position + 1 : position + 2]]
         argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
+    argv = [expand_word(word) for word in argv]
     *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     for word in unknown:
         close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)

@@ -4,10 +4,13 @@ import contextlib
 import json
 import logging
 import shlex
+import socket
+import ssl
 from pathlib import Path
 
+import httpx
 from huggingface_hub import CommitInfo, HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.hub.model_card import renamed
@@ -22,6 +25,8 @@ WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.
 COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
 PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *COMPANIONS]
+# Transport errors of httpx, and what sockets raise below it.
+NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
 
@@ -112,7 +117,7 @@ def push(
         with _errors_as_problems(repo_id):
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            code = ["*.py"] if "auto_map" in json.loads((folder / "config.json").read_text()) else []
+            code = ["*.py"] if "auto_map" in _read(folder / "config.json") else []
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
@@ -175,26 +180,51 @@ def _open_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -
 @contextlib.contextmanager
 def _errors_as_problems(repo_id: str):
     """Turn errors of ``huggingface_hub`` and its HTTP library into a ``_Problem`` with reason and remedy."""
-    reasons = {
-        401: f"the token is wrong or out of date; {LOG_IN}",
-        403: f"the token may not write to {repo_id}; {LOG_IN} there, or give another name",
-        404: f"there is no {repo_id} that this token can see; {LOG_IN} there, or give another name",
-    }
     try:
         yield
     except _Problem:
         raise
     except LocalTokenNotFoundError as error:
         raise _Problem(f"there is no token; {LOG_IN}") from error
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        refused = status < 500 and status not in (408, 429)
-        raise _Problem(reasons.get(status, f"the Hub answers {first_line(error)}"), refused) from error
     except Exception as error:
-        if path := getattr(error, "filename", None):
-            raise _Problem(f"{path} cannot be read ({error.strerror})") from error
-        # No network, in the words of whichever HTTP library huggingface_hub uses.
-        raise _Problem(f"the Hub cannot be reached, or the connection broke ({first_line(error)})", False) from error
+        raise _described(error, repo_id) from error
+
+
+def _described(error: Exception, repo_id: str) -> _Problem:
+    """What an error is about: an answer of the Hub, the network, a file of the folder, or something else.
+
+    An upload's errors come wrapped in others, and only the innermost knows what the Hub answered.
+    """
+    errors = [error]
+    while (inner := errors[-1].__cause__ or errors[-1].__context__) is not None:
+        errors.append(inner)
+    for one in errors:
+        status = getattr(getattr(one, "response", None), "status_code", None)
+        if status is not None:
+            return _answered(status, one, repo_id)
+    for one in errors:
+        if isinstance(one, OfflineModeIsEnabled):
+            return _Problem("HF_HUB_OFFLINE=1 keeps the Hub out of reach; unset it to push", False)
+        if isinstance(one, NETWORK_ERRORS):
+            return _Problem(f"the Hub cannot be reached, or the connection broke ({first_line(one)})", False)
+    for one in errors:
+        if isinstance(one, OSError) and one.filename:
+            return _Problem(f"{one.filename} cannot be read ({one.strerror})")
+    # Uploads by Xet have no class of their own for an answer of the server.
+    return _Problem(f"the push fails ({first_line(errors[-1])}: {first_line(error)})", False)
+
+
+def _answered(status: int, error: Exception, repo_id: str) -> _Problem:
+    """What an answer of the Hub means; the Hub's own trouble passes, and asking again may help."""
+    reasons = {
+        401: f"the token is wrong or out of date; {LOG_IN}",
+        403: f"the token may not write to {repo_id}; {LOG_IN} there, or give another name",
+        404: f"there is no {repo_id} that this token can see; {LOG_IN} there, or give another name",
+    }
+    if status >= 500:
+        return _Problem(f"the Hub answers with an error of its own, {status} ({first_line(error)}); try again", False)
+    refused = status not in (408, 429)
+    return _Problem(reasons.get(status, f"the Hub answers {first_line(error)}"), refused)
 
 
 @contextlib.contextmanager
@@ -216,4 +246,11 @@ def _images_seen(folder: Path) -> str:
     record = folder / "run.json"
     if not record.is_file():
         return ""
-    return f", {json.loads(record.read_text())['images_seen']:,} images seen"
+    return f", {_read(record)['images_seen']:,} images seen"
+
+
+def _read(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise _Problem(f"{path} cannot be read ({first_line(error)}); correct it") from error

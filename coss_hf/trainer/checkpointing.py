@@ -89,8 +89,11 @@ class CheckpointWriter:
             raise self._not_written(path, error) from error
 
     @contextlib.contextmanager
-    def disk_full_as_checkpoint_error(self) -> Iterator[None]:
+    def disk_full_as_checkpoint_error(self, student_saved: bool = False) -> Iterator[None]:
         """For what one process writes next to the student.
+
+        Args:
+            student_saved: whether the trained student is complete next to it.
 
         Raises:
             CheckpointError: the disk is full.
@@ -99,10 +102,10 @@ class CheckpointWriter:
             yield
         except Exception as error:
             if full := full_disk(error):
-                raise self._not_written(full.filename or self.args.output_dir, full) from error
+                raise self._not_written(full.filename or self.args.output_dir, full, student_saved) from error
             raise
 
-    def _not_written(self, path: str | Path, error: Exception | None) -> CheckpointError:
+    def _not_written(self, path: str | Path, error: Exception | None, student_saved: bool = False) -> CheckpointError:
         if isinstance(error, CheckpointError):
             error = error.__cause__
         reason = full_disk(error) or error or "another process failed"
@@ -110,6 +113,9 @@ class CheckpointWriter:
         if earlier:
             then = f"{earlier} is complete; put that right (make room on a full disk), and give the same command with "
             then += "--resume_from_checkpoint"
+        elif student_saved:
+            then = f"The trained student is saved in {self.args.output_dir}; make room, and measure it with "
+            then += "recipes/evaluate.py"
         else:
             then = "No checkpoint was written before; put that right (make room on a full disk), and start afresh with "
             then += "--overwrite_output_dir"

@@ -42,7 +42,7 @@ class DistillationRun:
                 shutil.rmtree(old)
         trainer.train(resume_from_checkpoint=self.checkpoint or args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
-        with trainer.checkpoints.disk_full_as_checkpoint_error():
+        with trainer.checkpoints.disk_full_as_checkpoint_error(student_saved=True):
             trainer.save_state()
         leave()
         resumable = any(Path(args.output_dir).glob("checkpoint-*"))

@@ -32,7 +32,7 @@ def report(trainer) -> RunReport:
     args = trainer.args
     final = _final_evaluator(trainer)
     results = _compared(trainer, final)
-    with trainer.checkpoints.disk_full_as_checkpoint_error():
+    with trainer.checkpoints.disk_full_as_checkpoint_error(student_saved=True):
         record = write_record(args.output_dir, trainer, results, trainer.splits)
         neighbors, projection = write_pictures(args.output_dir, trainer, final)
         write_page(args.output_dir, trainer, record)

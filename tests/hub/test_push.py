@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import tests.helpers.runs as h
-from coss_hf.hub.push import _errors_as_problems, _Problem
+from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
 
@@ -213,3 +215,44 @@ def test_an_organisations_default_is_left_to_it(tmp_path, monkeypatch, words, pr
     monkeypatch.setattr(recipe, "push", lambda *args, **options: given.update(options))
     recipe.main([h.save_resnet(tmp_path / "s"), "--repo_id=me/x", *words])
     assert given["private"] is private
+
+
+def answer(status: int) -> HfHubHTTPError:
+    response = httpx.Response(status, request=httpx.Request("PUT", "https://huggingface.co/upload"))
+    return HfHubHTTPError(f"{status} of the server", response=response)
+
+
+def wrapped(inner: Exception) -> Exception:
+    """As an upload wraps what went wrong in one of its threads."""
+    try:
+        raise RuntimeError("Error while uploading 'model.safetensors' to the Hub.") from inner
+    except RuntimeError as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "words", "refused"),
+    [
+        (wrapped(answer(500)), "the Hub answers with an error of its own, 500", False),
+        (answer(503), "the Hub answers with an error of its own, 503", False),
+        (wrapped(answer(403)), "the token may not write to me/x", True),
+        (wrapped(answer(429)), "the Hub answers 429", False),
+        (wrapped(httpx.ConnectError("no route")), "cannot be reached, or the connection broke (no route)", False),
+        (wrapped(ConnectionResetError("reset by peer")), "the connection broke (reset by peer)", False),
+        (OfflineModeIsEnabled("offline"), "HF_HUB_OFFLINE=1 keeps the Hub out of reach", False),
+        (PermissionError(13, "Permission denied", "student/config.json"), "student/config.json cannot be read", True),
+        (RuntimeError("Data processing error: status 502"), "the push fails (Data processing error: status 502", False),
+    ],
+)
+def test_what_went_wrong_in_an_upload_is_called_by_its_name(raised, words, refused):
+    """An answer 500 at an upload was called "cannot be reached"."""
+    with pytest.raises(_Problem) as problem, _errors_as_problems("me/x"):
+        raise raised
+    assert words in str(problem.value) and problem.value.refused == refused
+    assert ("cannot be reached" in str(problem.value)) == ("cannot be reached" in words or "connection broke" in words)
+
+
+def test_a_broken_file_of_the_folder_is_named(tmp_path):
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(_Problem, match=r"run\.json cannot be read .*correct it"):
+        _images_seen(tmp_path)

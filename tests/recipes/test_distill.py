@@ -143,6 +143,20 @@ def test_a_disk_that_is_full_when_the_report_is_written(world, capsys, monkeypat
     assert (world.out / "report.html").is_file() and "step 6." in capsys.readouterr().out
 
 
+def test_a_full_disk_without_checkpoints_does_not_advise_to_resume(world, capsys, monkeypatch):
+    """There is nothing to resume from, and the student is whole: starting afresh would throw it away."""
+
+    def full(folder, *_):
+        raise OSError(28, "No space left on device", f"{folder}/run.json")
+
+    monkeypatch.setattr("coss_hf.trainer.run_results.write_record", full)
+    with pytest.raises(SystemExit) as stop:
+        world.run(save_strategy="no", validation_size=0)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"The trained student is saved in {world.out}; make room" in error
+    assert "--resume" not in error and "--overwrite" not in error
+
+
 def test_resuming_nothing_does_not_replace_a_student(world, capsys):
     world.run(save_strategy="no")
     before = (world.out / "model.safetensors").read_bytes()
