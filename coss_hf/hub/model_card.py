@@ -111,11 +111,14 @@ embedding = {expression}  # (1, {student.dim})'''
 def _pooling_expression(student: Backbone) -> str:
     layout = student.layout
     if student.pooling == "pooler":
-        return "output.pooler_output.flatten(1)"
+        return f"output.{layout.pooled}.flatten(1)"
+    if student.pooling == "cls" and layout.class_output:
+        token = f"output.{layout.class_output}[:, 0]"
+        return f"torch.nn.functional.layer_norm({token}, ({student.dim},))"
     if student.pooling == "cls":
         return "output.last_hidden_state[:, 0]"
     if layout.tokens:
-        return f"output.last_hidden_state[:, {layout.prefix}:].mean(1)"
+        return f"output.last_hidden_state[:, {layout.prefix}:{-layout.suffix or ''}].mean(1)"
     axes = (1, 2) if layout.channels_last else (2, 3)
     return f"output.last_hidden_state.mean({axes})"
 

@@ -10,17 +10,31 @@ import logging
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from coss_hf.features import Features
 from coss_hf.models.image_processor import Preprocessing, is_timm_processor, transformers_processor
-from coss_hf.models.pooling import POOLINGS, Layout, evenly_spaced, feature_maps, pool
+from coss_hf.models.pooling import (
+    POOLINGS,
+    Layout,
+    evenly_spaced,
+    feature_maps,
+    is_channels_last,
+    pool,
+    token_layout,
+)
 from coss_hf.utils.messages import first_line, flag
 
 logger = logging.getLogger(__name__)
 
 # Classification checkpoints of these do not train the dense pooler, and their classifier reads the class token.
 _CLASS_TOKEN_TYPES = {"vit", "deit", "vit_msn", "vit_mae"}
+# Outputs that hold a network's own embedding of an image: RADIO's summary is two of its class tokens.
+_POOLED_OUTPUTS = ("pooler_output", "summary")
+# CvT gives its class token apart from its map of patches.
+_CLASS_OUTPUT = "cls_token_value"
+# The entry of a configuration that counts the tokens after those of patches: YOLOS detects objects with them.
+_SUFFIX_ENTRY = "num_detection_tokens"
 # Entries of a configuration that an embedding does not depend on, or that its fingerprint contains in another form.
 _NOT_IN_FINGERPRINT = {
     "_name_or_path",
@@ -119,9 +133,12 @@ class Backbone:
             raise ValueError(
                 f"{flag(argument, 'pooling')}={pooling!r} is unknown: choose one of auto, {', '.join(POOLINGS)}."
             )
-        with torch.inference_mode(False), torch.enable_grad(), _shape_twin(self.model) as twin:
-            output = self._example_output(twin, argument)
-            self.layout = _layout(self.model, output.last_hidden_state, self.size)
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            _shapes(self.model, lambda network: self._example_output(network, argument)) as (twin, output),
+        ):
+            self.layout = _layout(self.model, output, self.size, argument)
             parameters = {parameter: name for name, parameter in twin.named_parameters()}
             pooling = self._choose_pooling(pooling, output, parameters, argument)
             embedding = pool(output, pooling, self.layout)
@@ -134,7 +151,7 @@ class Backbone:
 
     def _choose_pooling(self, pooling: str, output, parameters: dict[Tensor, str], argument: str) -> str:
         """``pooling``, chosen by the architecture where it is ``auto``, if the network supports it."""
-        pooler = getattr(output, "pooler_output", None)
+        pooler = getattr(output, self.layout.pooled) if self.layout.pooled else None
         pooler_usable = pooler is not None and not _reached(pooler, parameters) & self.missing
         if pooling == "auto":
             pooling = self._auto(pooler_usable)
@@ -142,7 +159,7 @@ class Backbone:
         if pooling == "pooler" and not pooler_usable:
             why = "has no pooler" if pooler is None else "has a pooler whose weights are not in the checkpoint"
             raise ValueError(f"{given} {why}; use auto, cls, mean or gap.")
-        if pooling == "cls" and not (self.layout.tokens and self.layout.prefix):
+        if pooling == "cls" and not self.layout.has_class_token:
             raise ValueError(f"{given} has no class token; use auto, mean or gap.")
         return pooling
 
@@ -157,24 +174,15 @@ class Backbone:
                 f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
             )
 
-    def _example_output(self, twin: PreTrainedModel, argument: str):
+    def _example_output(self, network: PreTrainedModel, argument: str):
         """Output of two images of the network's input size; errors where it does not support them."""
-        first = next(twin.parameters())
-        images = torch.zeros(2, 3, *self.size, device=first.device, dtype=first.dtype)
         try:
-            output = twin(pixel_values=images, **self.options)
+            output = _output_of_images(network, self.size, self.options)
             hidden = getattr(output, "last_hidden_state", None)
             if hidden is not None and not hidden.numel():
                 raise ValueError("nothing is left of them in its last map")
         except Exception as error:  # each network refuses images in its own way
-            own = getattr(self.model.config, "image_size", None)
-            trained = f" ({own})" if own else ""
-            stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
-            raise ValueError(
-                f"{flag(argument, 'size')}={self.size[0]}x{self.size[1]}: {type(self.model).__name__} ({self.name}) "
-                f"cannot take images of this size ({first_line(error)}); give "
-                f"{flag(argument, 'size')} as it was trained{trained}{stretch}."
-            ) from error
+            raise ValueError(self._misfit(network, error, argument)) from error
         if hidden is None:
             raise ValueError(
                 f"{flag(argument)}={self.name}: {type(self.model).__name__} gives no last_hidden_state; give the "
@@ -182,17 +190,49 @@ class Backbone:
             )
         return output
 
+    def _misfit(self, network: PreTrainedModel, error: Exception, argument: str) -> str:
+        """What does not fit where the network refuses RGB images: its inputs, its channels or the size."""
+        given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
+        needed = _inputs_besides_images(network)
+        if needed:
+            return (
+                f"{given} reads {', '.join(needed)} besides images; give a network that embeds images alone, such as "
+                f"a ViT, DINOv2, ResNet or ConvNeXt."
+            )
+        channels = _input_channels(network)
+        if channels not in (None, 3):
+            return (
+                f"{given} reads images of {channels} channel{'s' if channels > 1 else ''}, and images are RGB here, "
+                f"of 3 channels; give a network of RGB images (num_channels 3)."
+            )
+        if _reads_videos(network):
+            return f"{given} reads videos (b, frames, 3, h, w), not images (b, 3, h, w); give a network of images."
+        own = _trained_size(network)
+        if own is not None and own != self.size and not _takes_images(network, own, self.options):
+            return (
+                f"{given} cannot embed RGB images (b, 3, h, w), whatever their size ({first_line(error)}); give a "
+                f"network of images, such as a ViT, DINOv2, ResNet or ConvNeXt."
+            )
+        size = f"{self.size[0]}x{self.size[1]}"
+        patch = _sides(getattr(network.config, "patch_size", None))
+        whole = patch is None or not (self.size[0] % patch[0] or self.size[1] % patch[1])
+        trained = f" ({getattr(network.config, 'image_size', None)})" if own else ""
+        stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
+        return (
+            f"{flag(argument, 'size')}={size}: {type(self.model).__name__} ({self.name}) cannot take images of this "
+            f"size ({first_line(error)}){'' if whole else f', of which its patches are {patch[0]}x{patch[1]} pixels'}"
+            f"; give {flag(argument, 'size')} as it was trained{trained}{stretch}."
+        )
+
     def _auto(self, pooler_usable: bool) -> str:
         config = self.model.config
         if config.model_type in _CLASS_TOKEN_TYPES and self.layout.prefix:
             return "cls"
         if pooler_usable:
             return "pooler"
-        if not self.layout.tokens:
-            return "gap"
-        if self.layout.prefix and not getattr(config, "use_mean_pooling", False):
+        if self.layout.has_class_token and not getattr(config, "use_mean_pooling", False):
             return "cls"
-        return "mean"
+        return "mean" if self.layout.tokens else "gap"
 
     def __repr__(self) -> str:
         return (
@@ -266,11 +306,26 @@ def backbone_classes(config) -> tuple[type, ...]:
     return (found,)
 
 
+def vision_config_of(config) -> PreTrainedConfig | None:
+    """The configuration of the tower that reads images, of a network of several towers; None for any other."""
+    found = getattr(config, "vision_config", None)
+    return found if isinstance(found, PreTrainedConfig) else None
+
+
+def find_tower(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The tower that reads images within a network of several towers; None where there is none."""
+    wanted = vision_config_of(model.config)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted.model_type:
+            return module
+    return None
+
+
 def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
     """The part of a network that embeds images, without its classifier or text tower."""
     tower = model
-    if getattr(model.config, "vision_config", None) is not None:
-        tower = getattr(model, "vision_model", model)
+    if vision_config_of(model.config) is not None:
+        tower = find_tower(model) or model
     elif not isinstance(model, backbone_classes(model.config)):
         tower = model.base_model
     if not isinstance(tower, PreTrainedModel):
@@ -278,7 +333,8 @@ def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
             f"{flag(argument)}: the backbone cannot be taken out of a {type(model).__name__}; give it alone, as "
             f"AutoModel loads it."
         )
-    if tower.main_input_name != "pixel_values":
+    # A tower can take the other tower's main input for its own.
+    if tower.main_input_name != "pixel_values" and "pixel_values" not in inspect.signature(tower.forward).parameters:
         raise ValueError(f"{flag(argument)}: {type(tower).__name__} reads {tower.main_input_name}, not images.")
     if tower.config.model_type == "vit_mae" and tower.config.mask_ratio:
         raise ValueError(
@@ -288,22 +344,78 @@ def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _shape_twin(model: PreTrainedModel):
-    """The same network without storage where its code allows that, else the network itself, left as it was."""
+def _shapes(model: PreTrainedModel, run):
+    """A network and ``run`` of it: without storage where its code allows that, else itself, left as it was."""
     config = copy.deepcopy(model.config)
-    twin = None
     if config._attn_implementation not in (None, "sdpa"):
         config._attn_implementation = "eager"  # other kernels need a device
+    output = None
     try:
         with torch.device("meta"):
             twin = type(model)._from_config(config)
+        if _parameter_shapes(twin) == _parameter_shapes(model):
+            output = run(twin.eval().requires_grad_(True))
     except Exception as error:  # code of any origin may refuse the meta device in any way
         logger.debug("no meta twin of %s: %s", type(model).__name__, error)
-    if twin is not None and _parameter_shapes(twin) == _parameter_shapes(model):
-        yield twin.eval().requires_grad_(True)
+    if output is not None:
+        yield twin, output
         return
     with evaluating(model):
-        yield model.requires_grad_(True)
+        model.requires_grad_(True)
+        yield model, run(model)
+
+
+def _output_of_images(network: PreTrainedModel, size: tuple[int, int], options: dict):
+    first = next(network.parameters())
+    images = torch.zeros(2, 3, *size, device=first.device, dtype=first.dtype)
+    return network(pixel_values=images, **options)
+
+
+def _takes_images(network: PreTrainedModel, size: tuple[int, int], options: dict) -> bool:
+    try:
+        _output_of_images(network, size, options)
+    except Exception as error:  # each network refuses images in its own way
+        logger.debug("%s refuses images of %s: %s", type(network).__name__, size, error)
+        return False
+    return True
+
+
+def _inputs_besides_images(network: PreTrainedModel) -> list[str]:
+    """Names of the arguments without which the network cannot run, apart from the images."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [
+        name
+        for name, parameter in inspect.signature(network.forward).parameters.items()
+        if name != "pixel_values" and parameter.default is inspect.Parameter.empty and parameter.kind in named
+    ]
+
+
+def _input_channels(network: PreTrainedModel) -> int | None:
+    """Number of channels of the images that the network reads; None where it cannot be found."""
+    given = getattr(network.config, "num_channels", None)
+    if isinstance(given, int):
+        return given
+    stems = (module.in_channels for module in network.modules() if isinstance(module, torch.nn.Conv2d))
+    return next(stems, None)
+
+
+def _reads_videos(network: PreTrainedModel) -> bool:
+    config = network.config
+    frames = getattr(config, "num_frames", None) or getattr(config, "tubelet_size", None)
+    return bool(frames) or any(isinstance(module, torch.nn.Conv3d) for module in network.modules())
+
+
+def _sides(value) -> tuple[int, int] | None:
+    """``(h, w)`` of an entry of a configuration that is a number or a pair; None for anything else."""
+    if isinstance(value, int) and value > 0:
+        return (value, value)
+    if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(side, int) for side in value):
+        return tuple(value)
+    return None
+
+
+def _trained_size(network: PreTrainedModel) -> tuple[int, int] | None:
+    return _sides(getattr(network.config, "image_size", None))
 
 
 def _parameter_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
@@ -338,19 +450,38 @@ def _reached(output: Tensor, names: dict[Tensor, str]) -> set[str]:
     return found - {None}
 
 
-def _layout(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:
+def _layout(model: PreTrainedModel, output, size: tuple[int, int], argument: str) -> Layout:
+    hidden = output.last_hidden_state
+    name = type(model).__name__
+    if hidden.dim() not in (3, 4):
+        raise ValueError(f"{flag(argument)}: {name} gives features of shape {tuple(hidden.shape)}, not of images.")
+    if len(hidden) != 2:
+        raise ValueError(f"{flag(argument)}: {name} packs images into one row of features; give a network of images.")
+    queries = getattr(model.config, "num_queries", None)
+    if getattr(output, "encoder_last_hidden_state", None) is not None or (queries and hidden.shape[1] == queries):
+        raise ValueError(
+            f"{flag(argument)}: {name} gives what its decoder asks of an image, not features of the image; give its "
+            f"backbone alone."
+        )
+    layout = _positions(model, hidden, size)
+    if getattr(output, _CLASS_OUTPUT, None) is not None:
+        layout = layout._replace(class_output=_CLASS_OUTPUT)
+    for field in _POOLED_OUTPUTS:
+        pooled = getattr(output, field, None)
+        # TextNet's pooler leaves a map, of which its classifier takes the mean.
+        if pooled is not None and (pooled.dim() == 2 or pooled.shape[2:].numel() == 1):
+            return layout._replace(pooled=field)
+    return layout
+
+
+def _positions(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:
+    """The layout of ``last_hidden_state`` alone."""
     timm_model = getattr(model, "timm_model", None)
     if hidden.dim() == 4:
-        return Layout(tokens=False, channels_last=getattr(timm_model, "output_fmt", "NCHW") == "NHWC")
-    if hidden.dim() != 3:
-        raise ValueError(f"model: {type(model).__name__} gives features of shape {tuple(hidden.shape)}, not of images.")
+        if timm_model is not None:
+            return Layout(tokens=False, channels_last=getattr(timm_model, "output_fmt", "NCHW") == "NHWC")
+        return Layout(tokens=False, channels_last=is_channels_last(tuple(hidden.shape), size))
     if timm_model is not None:
         return Layout(tokens=True, prefix=getattr(timm_model, "num_prefix_tokens", 0))
-    patch = getattr(model.config, "patch_size", None)
-    if not patch:
-        return Layout(tokens=True)
-    if isinstance(patch, int):
-        patch = (patch, patch)
-    height, width = patch
-    patches = (size[0] // height) * (size[1] // width)
-    return Layout(tokens=True, prefix=max(hidden.shape[1] - patches, 0))
+    suffix = getattr(model.config, _SUFFIX_ENTRY, None) or 0
+    return token_layout(hidden.shape[1], size, _sides(getattr(model.config, "patch_size", None)), suffix)

@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from coss_hf.models.backbone import Backbone, backbone_classes
+from coss_hf.models.backbone import Backbone, backbone_classes, find_tower, vision_config_of
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 INITS = ("pretrained", "random", "teacher_layers")
 # Where Transformers keeps an image processor: by itself, or in a processor of images and text.
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# Towers that AutoModel does not know alone, and the same network under a name that it does know.
+SAME_TOWER = {"altclip_vision_model": "clip_vision_model", "metaclip_2_vision_model": "clip_vision_model"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -91,6 +93,11 @@ def load_backbone(
         processor = teacher.processor
     else:
         processor = find_processor(model, teacher, argument, hub)
+    if argument == "student" and not backbone_classes(model.config) and not getattr(model.config, "auto_map", None):
+        raise ValueError(
+            f"{flag(argument)}={name}: AutoModel does not load a {type(model).__name__} alone, so a student of this "
+            f"kind could not be loaded again; give another student (it can be a teacher)."
+        )
     backbone = Backbone(
         model,
         processor,
@@ -113,17 +120,45 @@ def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
 
 
 def _load_pretrained(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
-    config = _vision_config(_load_config(name, argument, hub), argument)
+    given = _load_config(name, argument, hub)
+    config = _vision_config(given, argument)
+    tower = vision_config_of(given)
     try:
         # `Backbone` checks the weights that the embedding needs, and reports those itself.
         with quiet_loading():
-            model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
+            if tower is None or _loads_alone(tower):
+                model, info = AutoModel.from_pretrained(name, config=config, output_loading_info=True, **hub, **options)
+                missing = _missing_names(info)
+            # Not every class finds its own weights among those of several towers.
+            if tower is not None and (not _loads_alone(tower) or missing.issuperset(model.state_dict())):
+                model, missing = _load_tower(name, config, hub, options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
         raise ValueError(
             f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
             f"give a complete checkpoint of this architecture."
         ) from error
-    return model, _missing_names(info)
+    return model, missing
+
+
+def _loads_alone(tower_config) -> bool:
+    """Whether ``AutoModel`` loads a tower that reads images without the others."""
+    return bool(backbone_classes(tower_config)) and tower_config.model_type not in SAME_TOWER
+
+
+def _load_tower(name: str, config, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    """The tower that reads images, out of the full network, and the names of weights that the checkpoint lacks."""
+    full, info = AutoModel.from_pretrained(name, output_loading_info=True, **hub, **options)
+    tower = find_tower(full)
+    if tower is None:
+        raise ValueError(f"{type(full).__name__} has no network of its own that reads images")
+    prefix = next(path for path, module in full.named_modules() if module is tower) + "."
+    missing = {path.removeprefix(prefix) for path in _missing_names(info) if path.startswith(prefix)}
+    if config.model_type != tower.config.model_type:
+        state = tower.state_dict()
+        tower = AutoModel.from_config(config, **{**options, "dtype": tower.dtype})
+        tower.load_state_dict(state)
+    tower.name_or_path = name
+    return tower, missing
 
 
 def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
@@ -268,7 +303,11 @@ def _architecture_config(name: str):
 
 def _vision_config(config, argument: str):
     """The configuration, or its vision tower where it has two towers; errors for networks of text or sound."""
-    config = getattr(config, "vision_config", None) or config
+    config = vision_config_of(config) or config
+    if config.model_type in SAME_TOWER:
+        entries = config.to_dict()
+        del entries["model_type"]
+        config = CONFIG_MAPPING[SAME_TOWER[config.model_type]](**entries)
     for model_class in backbone_classes(config)[:1]:
         if model_class.main_input_name != "pixel_values":
             raise ValueError(

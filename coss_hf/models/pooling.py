@@ -1,8 +1,10 @@
 """Pooling: one embedding per image from the output of a network, and its feature maps."""
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 POOLINGS = ("cls", "mean", "pooler", "gap")
 
@@ -14,11 +16,60 @@ class Layout(NamedTuple):
         tokens: True for ``(b, n, d)``, False for a map.
         prefix: number of class, register or distillation tokens before the patch tokens.
         channels_last: True for a map ``(b, h, w, d)``, False for ``(b, d, h, w)``.
+        suffix: number of tokens after the patch tokens, such as those that YOLOS detects objects with.
+        pooled: name of the output that holds the network's own embedding of an image; empty where it has none.
+        class_output: name of the output ``(b, 1, d)`` that holds the class token where ``last_hidden_state`` does not.
     """
 
     tokens: bool
     prefix: int = 0
     channels_last: bool = False
+    suffix: int = 0
+    pooled: str = ""
+    class_output: str = ""
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether there is a token of the image as a whole."""
+        return bool(self.class_output or (self.tokens and self.prefix))
+
+    @property
+    def patches(self) -> slice:
+        """The patch tokens of ``last_hidden_state``."""
+        return slice(self.prefix, -self.suffix or None)
+
+
+def token_layout(count: int, size: tuple[int, int], patch: tuple[int, int] | None, suffix: int = 0) -> Layout:
+    """Layout of ``count`` tokens of an image: those that its grid of patches does not account for are not patches.
+
+    Args:
+        count: number of tokens.
+        size: ``(h, w)`` of the image in pixels.
+        patch: ``(h, w)`` of a patch in pixels; None where it is not known.
+        suffix: number of tokens after the patch tokens.
+    """
+    count -= suffix
+    grids = []
+    if patch:
+        grids = [(size[0] // patch[0]) * (size[1] // patch[1])]
+    if not grids or grids[0] > count:
+        # Networks of stages give fewer tokens than patches: the largest grid of the image's proportions that fits.
+        for stride in range(1, max(size) + 1):
+            grids.append((size[0] // stride) * (size[1] // stride))
+            grids.append(math.ceil(size[0] / stride) * math.ceil(size[1] / stride))
+    patches = max(grid for grid in grids if grid <= count)
+    return Layout(tokens=True, prefix=count - patches, suffix=suffix)
+
+
+def is_channels_last(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Whether a map of this shape is ``(b, h, w, d)``, by the proportions of the image; ``(b, d, h, w)`` in doubt."""
+    return not _is_grid(shape[2:], size) and _is_grid(shape[1:3], size)
+
+
+def _is_grid(sides: tuple[int, ...], size: tuple[int, int]) -> bool:
+    strides = range(1, max(size) + 1)
+    floors = any((size[0] // stride, size[1] // stride) == tuple(sides) for stride in strides)
+    return floors or any((-(-size[0] // stride), -(-size[1] // stride)) == tuple(sides) for stride in strides)
 
 
 def pool(output, pooling: str, layout: Layout) -> Tensor:
@@ -27,7 +78,7 @@ def pool(output, pooling: str, layout: Layout) -> Tensor:
     Args:
         output: the output of a Transformers backbone, with ``last_hidden_state`` and maybe ``pooler_output``.
         pooling: ``cls`` (first token), ``mean`` or ``gap`` (mean over positions, class and register tokens left out)
-            or ``pooler`` (the network's own ``pooler_output``).
+            or ``pooler`` (the network's own embedding of an image, such as ``pooler_output``).
         layout: the layout of ``last_hidden_state``.
 
     Returns:
@@ -36,11 +87,15 @@ def pool(output, pooling: str, layout: Layout) -> Tensor:
     hidden = output.last_hidden_state
     if pooling == "pooler":
         # (b, d) for ViT, (b, d, 1, 1) for ResNet.
-        return output.pooler_output.flatten(1)
+        return getattr(output, layout.pooled).flatten(1)
+    if pooling == "cls" and layout.class_output:
+        # CvT's classifier normalises it. The scale and shift of that belong to the classifier, which AutoModel drops.
+        token = getattr(output, layout.class_output)[:, 0]
+        return layer_norm(token, token.shape[1:])
     if pooling == "cls":
         return hidden[:, 0]
     if layout.tokens:
-        return hidden[:, layout.prefix :].mean(1)
+        return hidden[:, layout.patches].mean(1)
     return hidden.mean((1, 2) if layout.channels_last else (2, 3))
 
 
@@ -68,7 +123,7 @@ def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor,
 def _to_map(hidden: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
     if hidden.dim() == 4:
         return hidden
-    tokens = hidden[:, layout.prefix :]
+    tokens = hidden[:, layout.patches]
     height = round((tokens.shape[1] * size[0] / size[1]) ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (height, -1))
 
