@@ -1,4 +1,5 @@
 import os
+import shutil
 from pathlib import Path
 
 # Before any Hugging Face import: no test may reach for the network.
@@ -33,27 +34,33 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory) -> Path:
+    """What many tests start from, made once; each test gets a copy, which it may change."""
+    import tests.helpers.runs as h
+
+    folder = tmp_path_factory.mktemp("saved")
+    h.write_images(folder / "images")
+    h.save_resnet(folder / "teacher", seed=1)
+    h.save_resnet(folder / "resnet", seed=2)
+    h.save_resnet(folder / "small", seed=2, hidden_sizes=(4, 4, 8))
+    h.save_vit(folder / "vit", seed=2)
+    return folder
+
+
 @pytest.fixture
-def image_parquet(tmp_path):
+def image_parquet(saved, tmp_path):
     """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
-    from tests.helpers.runs import write_images
-
-    return write_images(tmp_path / "images")
+    return shutil.copytree(saved / "images", tmp_path / "images")
 
 
 @pytest.fixture
-def networks(tmp_path):
+def networks(saved, tmp_path):
     """Folders of tiny networks: a teacher and students of several kinds."""
     from types import SimpleNamespace
 
-    import tests.helpers.runs as h
-
-    return SimpleNamespace(
-        teacher=h.save_resnet(tmp_path / "teacher", seed=1),
-        resnet=h.save_resnet(tmp_path / "resnet", seed=2),
-        small=h.save_resnet(tmp_path / "small", seed=2, hidden_sizes=(4, 4, 8)),
-        vit=h.save_vit(tmp_path / "vit", seed=2),
-    )
+    names = ("teacher", "resnet", "small", "vit")
+    return SimpleNamespace(**{name: str(shutil.copytree(saved / name, tmp_path / name)) for name in names})
 
 
 @pytest.fixture
