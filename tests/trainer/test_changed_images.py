@@ -30,6 +30,7 @@ class DeleteAfter(TrainerCallback):
 
 @pytest.fixture
 def world(tmp_path, monkeypatch):
+    monkeypatch.setattr("coss_hf.trainer.factory.rehearse", lambda *_: None)  # takes longer than these runs
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     images, _ = h.colour_images(16, seed=0)
     for i, image in enumerate(images):
