@@ -11,7 +11,7 @@ from coss_hf.utils.distributed import any_process
 from coss_hf.utils.ending import ENDING, NAMES
 
 TORCH_HANDLER = "torch.utils.data._utils.signal_handling"
-PATIENCE = 60  # seconds for a step to end, at least
+PATIENCE = 30  # seconds for a step to end, at least
 TIMES_A_STEP = 3  # a step that takes so many times as long as the longest before it hangs
 
 
