@@ -21,8 +21,8 @@ from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from coss_hf.cli import bad_input_exits, parse
+from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
-from coss_hf.evaluation.evaluator import labelled
 from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import HEAD_FILE, load_head
@@ -98,8 +98,9 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     test = draw(test, args.num_images)
     labels = None
     column = splits.label_column
-    if column and labelled(splits.train[column][:]) and labelled(test[column][:]):
-        labels = (torch.tensor(splits.train[column][:]), torch.tensor(test[column][:]))
+    found = class_numbers(column, splits.train, test) if column else None
+    if found is not None:
+        labels = tuple(found[0])
     results = export(
         student,
         Path(args.output),

@@ -3,6 +3,8 @@
 import datasets
 from datasets import ClassLabel, Dataset, Value
 
+from coss_hf.data.labels import is_unlabelled
+
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "png")
 LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
 
@@ -61,14 +63,14 @@ def find_label_column(dataset: str, rows: Dataset, column: str | None) -> str | 
             if column in numbered:
                 what = "contains only None or -1"
             elif column in rows.features:
-                what = "is not a ClassLabel or integer column"
+                what = "is not a ClassLabel, nor a column of whole numbers or of several names"
             else:
                 what = "does not exist"
             columns = ", ".join(labelled) or "none"
             raise ValueError(f"--label_column {column} {what}; columns of --dataset {dataset} that can be: {columns}.")
         return column
     classes = [key for key in labelled if isinstance(rows.features[key], ClassLabel)]
-    named = [key for key in LABEL_NAMES if key in (classes or labelled)]
+    named = [key for key in LABEL_NAMES if key in (classes or labelled) and _repeats(rows, key)]
     if named:
         return named[0]
     return classes[0] if len(classes) == 1 else None
@@ -77,10 +79,24 @@ def find_label_column(dataset: str, rows: Dataset, column: str | None) -> str | 
 def _may_contain_labels(feature) -> bool:
     if isinstance(feature, ClassLabel):
         return True
-    return isinstance(feature, Value) and feature.dtype.lstrip("u").startswith("int")
+    kinds = ("int", "uint", "float", "bool", "string", "large_string")
+    return isinstance(feature, Value) and feature.dtype.startswith(kinds)
 
 
 def has_labels(rows: Dataset, column: str) -> bool:
     """Whether any row has a label: sets without labels have a column of None or -1."""
-    values = rows.select_columns(column).with_format("arrow")[:].column(0)
-    return bool(len(set(values.unique().to_pylist()) - {None, -1}))
+    values = [value for value in _distinct(rows, column) if not is_unlabelled(value)]
+    if values and isinstance(values[0], str):
+        return len(values) > 1
+    return bool(values) and all(value.is_integer() for value in values if isinstance(value, float))
+
+
+def _repeats(rows: Dataset, column: str) -> bool:
+    """Whether text names classes: captions and file names hardly ever come twice."""
+    if not getattr(rows.features[column], "dtype", "").endswith("string"):
+        return True
+    return 2 * len(_distinct(rows, column)) <= max(len(rows), 2)
+
+
+def _distinct(rows: Dataset, column: str) -> list:
+    return rows.select_columns(column).with_format("arrow")[:].column(0).unique().to_pylist()

@@ -1,7 +1,6 @@
 """Students against one teacher on one set of images."""
 
 import copy
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -10,18 +9,12 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 
+from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.evaluation.agreement import duplicate_share, effective_rank
 from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
-
-logger = logging.getLogger(__name__)
-
-
-def labelled(numbers: list[int | None]) -> bool:
-    """Whether every image has its class. The Hub keeps test labels back as -1; a folder without classes gives None."""
-    return all(number is not None and number >= 0 for number in numbers)
 
 
 def sample(rows: Dataset | None, size: int | None) -> Dataset | None:
@@ -40,7 +33,7 @@ class Evaluator:
         teacher: The network that students are compared with.
         test_images: Images of test or validation, as from ``load_images``.
         image_column: Column of the images in ``test_images`` and ``train_images``.
-        label_column: Column of the class numbers; without it, or without ``train_images``, only agreement is measured.
+        label_column: Column of the labels, of any kind; without it or ``train_images``, only agreement is measured.
         train_images: Training images: neighbours of the k-NN classifier, training set of the probe, and gallery.
         batch_size: Images per forward pass.
         num_workers: Number of processes that decode images.
@@ -51,8 +44,8 @@ class Evaluator:
         on_bad_image: What to do where an image can no longer be decoded, see ``ImageReader``.
 
     Attributes:
-        train_images: as given; None where any image lacks its label.
-        train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``; None where any image lacks its label.
+        train_images: as given; None where labels are missing, see ``class_numbers``.
+        train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``; None where labels are missing.
     """
 
     def __init__(
@@ -83,14 +76,10 @@ class Evaluator:
         self.train_labels: Tensor | None = None
         self.test_labels: Tensor | None = None
         if label_column and train_images is not None:
-            train_labels = train_images[label_column][:]
-            test_labels = test_images[label_column][:]
-            if labelled(train_labels) and labelled(test_labels):
+            found = class_numbers(label_column, train_images, test_images)
+            if found is not None:
                 self.train_images = train_images
-                self.train_labels = torch.as_tensor(train_labels)
-                self.test_labels = torch.as_tensor(test_labels)
-            else:
-                logger.warning("Column %s lacks labels: only agreement is measured.", label_column)
+                (self.train_labels, self.test_labels), _ = found
         self._teacher_test_features: Tensor | None = None
         self._teacher_train_features: Tensor | None = None
         self._teacher_diagnostics: dict[str, float] = {}

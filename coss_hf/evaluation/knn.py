@@ -6,6 +6,7 @@ from torch import Tensor
 
 from coss_hf.utils.topk import blocked_topk
 
+MAX_CLASSES = 1_000_000  # of a table with a column for each
 GALLERY_CHUNK = 65_536  # gallery rows compared at once: bounds memory for galleries of millions
 
 
@@ -100,7 +101,8 @@ def knn_predict(
         test_features: ``(m, d)`` embeddings of the test images, normalised here.
         k: Number of train images that vote.
         temperature: Above 0; the smaller, the more the nearest images decide.
-        num_classes: Width of the result; the largest train label plus one by default.
+        num_classes: Width of the result; the largest train label plus one by default, which then must not exceed
+            1,000,000: number classes from 0 on.
         chunk: Test images compared at once.
 
     Returns:
@@ -116,6 +118,8 @@ def knn_predict(
     _check(train_features, train_labels, temperature)
     similarity, index = nearest(test_features, train_features, k, chunk=chunk)
     num_classes = num_classes or int(train_labels.max()) + 1
+    if num_classes > MAX_CLASSES:
+        raise ValueError(f"train_labels reach {num_classes - 1:,}: number the classes from 0 on.")
     shares = _vote(similarity, train_labels[index].long(), temperature, num_classes)
     return shares.argmax(1), shares
 
@@ -140,10 +144,11 @@ def knn_accuracy(
             f"an accuracy needs test_features (got {len(test_features)}) and at least one k (got ks={ks})."
         )
     similarity, index = nearest(test_features, train_features, max(ks), chunk=chunk)
-    neighbor_labels = train_labels[index].long()
-    num_classes = int(train_labels.max()) + 1
+    # Classes that occur, so that tables are as wide as there are classes, however large their numbers.
+    classes, numbers = train_labels.unique(return_inverse=True)
+    neighbor_labels = numbers[index]
     accuracy = {}
     for k in ks:
-        shares = _vote(similarity[:, :k], neighbor_labels[:, :k], temperature, num_classes)
-        accuracy[f"knn{k}"] = int((shares.argmax(1) == test_labels).sum()) / len(test_labels)
+        shares = _vote(similarity[:, :k], neighbor_labels[:, :k], temperature, len(classes))
+        accuracy[f"knn{k}"] = int((classes[shares.argmax(1)] == test_labels).sum()) / len(test_labels)
     return accuracy

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.evaluation.knn import check_labels, check_pair
-from coss_hf.evaluation.linear_probe import standardise
+from coss_hf.evaluation.linear_probe import numbered, standardise
 
 LEARNING_RATE = 0.1
 MOMENTUM = 0.9
@@ -48,9 +48,11 @@ def linear_evaluation(
     check_pair(train_features, test_features, "train_features and test_features")
     check_labels(train_labels, train_features, "train_labels")
     check_labels(test_labels, test_features, "test_labels")
+    classes, train_labels = train_labels.unique(return_inverse=True)
+    test_labels = numbered(test_labels, classes)
     x, x_test = standardise(train_features, test_features)
     generator = torch.Generator().manual_seed(seed)
-    layer = nn.Linear(train_features.shape[1], int(train_labels.max()) + 1)
+    layer = nn.Linear(train_features.shape[1], len(classes))
     for parameter in layer.parameters():
         bound = train_features.shape[1] ** -0.5
         nn.init.uniform_(parameter, -bound, bound, generator=generator)

@@ -13,6 +13,13 @@ MOMENTUM = 0.9
 BATCH_SIZE = 512
 
 
+def numbered(labels: Tensor, classes: Tensor) -> Tensor:
+    """Positions of ``labels`` among the sorted ``classes``; ``len(classes)`` for a label that is none of them."""
+    labels = labels.to(classes.device)
+    position = torch.searchsorted(classes, labels.to(classes.dtype)).clamp(max=len(classes) - 1)
+    return torch.where(classes[position] == labels, position, len(classes))
+
+
 def standardise(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     """Both sets of embeddings with mean 0 and deviation 1 in each dimension of ``train``, in float32 or wider.
 
@@ -123,8 +130,10 @@ def linear_probe(
             f"epochs >= 1 (got {epochs})."
         )
     x, x_test = standardise(train_features, test_features)
-    train_labels = train_labels.long()
-    num_classes = int(train_labels.max()) + 1
+    # Classes that occur, so that classifiers are as wide as there are classes, however large their numbers.
+    classes, train_labels = train_labels.unique(return_inverse=True)
+    test_labels = numbered(test_labels, classes)
+    num_classes = len(classes)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(x), generator=generator).to(x.device)
     chosen_on = order[:held_out]

@@ -5,16 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import ClassLabel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import TrainOutput
 
+from coss_hf.data.labels import class_numbers
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset, collate_views
-from coss_hf.evaluation.evaluator import labelled
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.classifier import load_classifier
 from coss_hf.reporting.run_record import command, versions, write_json
@@ -153,12 +152,14 @@ class SupervisedRun:
             return None
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
         queries = self.splits.test or self.splits.validation
-        if queries is not None and labelled(queries[self.splits.label_column][:]):
+        found = None
+        if queries is not None:
+            found = class_numbers(self.splits.label_column, self.splits.train, queries)
+        if found is not None:
             images = ProcessedImages(
                 queries, self.splits.image_column, self.backbone.preprocess, self.splits.on_bad_image
             )
-            labels = torch.as_tensor(queries[self.splits.label_column][:])
-            record["accuracy"] = accuracy(trainer.model, images, labels, args)
+            record["accuracy"] = accuracy(trainer.model, images, found[0][1], args)
             name = "test" if self.splits.test else "validation"
             print(f"accuracy on {len(queries):,} {name} images: {100 * record['accuracy']:.1f} %")
         write_json(Path(args.output_dir, "run.json"), record)
@@ -202,7 +203,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         seed=args.seed,
         on_bad_image=splits.on_bad_image,
     )
-    labels = torch.as_tensor(splits.train[splits.label_column][:])
+    (labels,), _ = class_numbers(splits.label_column, splits.train)
     rehearse_supervised(model, backbone, args)
     trainer = build_supervised_trainer(model, backbone, labels, args, views)
     return SupervisedRun(trainer, backbone, splits, checkpoint)
@@ -281,13 +282,10 @@ def class_names(splits: ImageSplits) -> list[str]:
     column = splits.label_column
     if column is None:
         raise ValueError("--label_column: no labels found, and a supervised teacher needs them; name their column.")
-    numbers = splits.train[column][:]
-    if not labelled(numbers):
+    found = class_numbers(column, splits.train)
+    if found is None:
         raise ValueError(f"--label_column {column}: some images have no label; leave them out of the training split.")
-    feature = splits.train.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names
-    return [str(i) for i in range(max(numbers) + 1)]
+    return found[1]
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ from safetensors import safe_open
 
 from coss_hf.evaluation import knn
 from coss_hf.evaluation.knn import knn_accuracy, knn_predict, nearest
+from coss_hf.evaluation.linear_evaluation import linear_evaluation
+from coss_hf.evaluation.linear_probe import linear_probe
 
 
 def clusters(n: int, d: int = 8, classes: int = 4, seed: int = 0, noise: float = 1.0):
@@ -115,3 +117,27 @@ def test_accuracy_of_nothing_is_refused():
         knn_accuracy(train, labels, train[:0], labels[:0])
     with pytest.raises(ValueError, match="test_labels must hold"):
         knn_accuracy(train, labels, train[:3], labels[:2])
+
+
+@pytest.mark.parametrize("offset", [0, 5_000_000_000])
+def test_tables_are_as_wide_as_there_are_classes(offset):
+    """Labels of 5,000,000,011 asked for 640 GB."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(40) % 4
+    train = torch.eye(4).repeat(10, 1) + 0.1 * torch.randn(40, 4, generator=generator)
+    test = torch.eye(4).repeat(5, 1) + 0.5 * torch.randn(20, 4, generator=generator)
+    numbers = torch.tensor([0, 3, 70, 11]) + offset
+    for measure in (
+        lambda a, b: knn_accuracy(train, a, test, b)["knn10"],
+        lambda a, b: linear_probe(train, a, test, b, epochs=5)["accuracy"],
+        lambda a, b: linear_evaluation(train, a, test, b, epochs=5),
+    ):
+        found = measure(numbers.sort().values[labels], numbers.sort().values[labels[:20]])
+        assert 0.5 < found == measure(labels, labels[:20])
+    unknown = labels[:20].clone()
+    unknown[:10] = 9  # of no training image: wrong, whatever is answered
+    assert knn_accuracy(train, labels, test, unknown)["knn10"] <= 0.5
+    assert linear_probe(train, labels, test, unknown, epochs=5)["accuracy"] <= 0.5
+    assert linear_evaluation(train, labels, test, unknown, epochs=5) <= 0.5
+    with pytest.raises(ValueError, match="reach 5,000,000,003: number the classes from 0"):
+        knn_predict(train, labels + 5_000_000_000, test)
