@@ -107,7 +107,14 @@ class Backbone:
         if is_timm_processor(processor) and self.model.config.model_type != "timm_wrapper":
             processor = transformers_processor(processor, argument)
         if processor is not None:
-            self.preprocessing = Preprocessing(processor, size, argument)
+            try:
+                self.preprocessing = Preprocessing(processor, size, argument)
+            except ValueError as error:
+                # The processor of a network of other inputs is not to blame.
+                other = self._other_inputs(self.model, argument)
+                if other:
+                    raise ValueError(other) from error
+                raise
             self.processor = self.preprocessing.processor
             self.size = self.preprocessing.size
         self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
@@ -154,7 +161,8 @@ class Backbone:
         pooler = getattr(output, self.layout.pooled) if self.layout.pooled else None
         pooler_usable = pooler is not None and not _reached(pooler, parameters) & self.missing
         if pooling == "auto":
-            pooling = self._auto(pooler_usable)
+            # TextNet's pooler leaves a map, of which its classifier takes the mean.
+            pooling = self._auto(pooler_usable and pooler.shape[2:].numel() == 1)
         given = f"{flag(argument, 'pooling')}={pooling}: {self.name}"
         if pooling == "pooler" and not pooler_usable:
             why = "has no pooler" if pooler is None else "has a pooler whose weights are not in the checkpoint"
@@ -190,8 +198,8 @@ class Backbone:
             )
         return output
 
-    def _misfit(self, network: PreTrainedModel, error: Exception, argument: str) -> str:
-        """What does not fit where the network refuses RGB images: its inputs, its channels or the size."""
+    def _other_inputs(self, network: PreTrainedModel, argument: str) -> str:
+        """What the network reads instead of RGB images; empty where it reads those."""
         given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
         needed = _inputs_besides_images(network)
         if needed:
@@ -207,8 +215,16 @@ class Backbone:
             )
         if _reads_videos(network):
             return f"{given} reads videos (b, frames, 3, h, w), not images (b, 3, h, w); give a network of images."
+        return ""
+
+    def _misfit(self, network: PreTrainedModel, error: Exception, argument: str) -> str:
+        """What does not fit where the network refuses RGB images: its inputs, its channels or the size."""
+        other = self._other_inputs(network, argument)
+        if other:
+            return other
+        given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
         own = _trained_size(network)
-        if own is not None and own != self.size and not _takes_images(network, own, self.options):
+        if own is not None and (own == self.size or not _takes_images(network, own, self.options)):
             return (
                 f"{given} cannot embed RGB images (b, 3, h, w), whatever their size ({first_line(error)}); give a "
                 f"network of images, such as a ViT, DINOv2, ResNet or ConvNeXt."
@@ -467,11 +483,9 @@ def _layout(model: PreTrainedModel, output, size: tuple[int, int], argument: str
     if getattr(output, _CLASS_OUTPUT, None) is not None:
         layout = layout._replace(class_output=_CLASS_OUTPUT)
     for field in _POOLED_OUTPUTS:
-        pooled = getattr(output, field, None)
-        # TextNet's pooler leaves a map, of which its classifier takes the mean.
-        if pooled is not None and (pooled.dim() == 2 or pooled.shape[2:].numel() == 1):
+        if getattr(output, field, None) is not None:
             return layout._replace(pooled=field)
-    return layout
+    return layout._replace(pooled="")
 
 
 def _positions(model: PreTrainedModel, hidden: Tensor, size: tuple[int, int]) -> Layout:

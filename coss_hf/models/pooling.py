@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     prefix: int = 0
     channels_last: bool = False
     suffix: int = 0
-    pooled: str = ""
+    pooled: str = "pooler_output"
     class_output: str = ""
 
     @property

@@ -43,7 +43,7 @@ ENTRIES = {
     "bit": {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 32], "depths": [1, 1, 1, 1], "num_groups": 4},
     "convnext": STAGES,
     "convnextv2": STAGES,
-    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 2], "patch_sizes": [7, 3, 3]},
+    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3], "patch_sizes": [7, 3, 3]},
     "dinov3_convnext": STAGES,
     "donut-swin": WINDOWS,
     "dpt": {"is_hybrid": False, "neck_hidden_sizes": [8, 8, 8, 8], "backbone_out_indices": [0, 1, 1, 1]},
@@ -201,6 +201,7 @@ def _same_after_a_norm(embedding: Tensor, read: Tensor) -> bool:
 # Families whose classifier reads something else than the embedding, and how that is related.
 RELATED: dict[str, Callable[[Tensor, Tensor], bool]] = {
     "cvt": _same_after_a_norm,
+    "data2vec-vision": _same_after_a_norm,
     "dinov2": _twice_as_wide,
     "dinov2_with_registers": _twice_as_wide,
     "levit": _same_after_a_norm,
@@ -268,8 +269,8 @@ REFUSED = {
     "lightglue": "images of 1 channel",
     "mask2former": "no last_hidden_state",
     "maskformer": "no last_hidden_state",
-    "minicpm_ocr_vision": "",
-    "minicpmv4_7_vision": "",
+    "minicpm_ocr_vision": "cannot embed RGB images",
+    "minicpmv4_7_vision": "cannot embed RGB images",
     "mm-grounding-dino": "input_ids besides images",
     "muse_glimmer_vision": "grid_thw besides images",
     "muse_spark_vision": "grid_thw besides images",

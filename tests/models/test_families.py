@@ -7,7 +7,13 @@ AltCLIP and MetaCLIP-2 with both towers were refused for a false reason.
 import pytest
 import torch
 from torch.nn.functional import layer_norm
-from transformers import AutoModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
+from transformers import (
+    AutoModel,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperModel,
+    ViTImageProcessor,
+)
 
 import tests.helpers.families as f
 from coss_hf.models.backbone import Backbone, find_tower
@@ -38,8 +44,10 @@ def reloaded(network, folder, images):
     half(f.SIZE).save_pretrained(folder / "saved")
     student = load_backbone(str(folder / "saved"), argument="student").freeze()
     embedding = teacher.features(images).embedding
-    assert torch.equal(student.features(images).embedding, embedding)
-    assert torch.equal(embed(AutoModel.from_pretrained(folder / "saved"), images), embedding)
+    for again in (student.model, AutoModel.from_pretrained(folder / "saved")):
+        weights = again.state_dict()
+        assert all(torch.equal(value, weights[name]) for name, value in teacher.model.state_dict().items())
+        assert same(embed(again, images, student.pooling), embedding)
     assert embedding.shape == (2, teacher.dim) and embedding.std(0).max() > 1e-4
     return teacher, embedding
 
@@ -77,7 +85,8 @@ def test_every_family_of_transformers(tmp_path):
             check(family, tmp_path / family)
         except (Exception, pytest.fail.Exception) as error:  # all families are reported at once
             wrong[family] = f"{type(error).__name__}: {str(error)[:300]}"
-    assert not wrong
+    if wrong:
+        pytest.fail("\n".join(f"{family}: {error}" for family, error in wrong.items()))
     assert {*f.BY_PAPER, *f.REFUSED, *f.RELATED} <= {*f.families()}
 
 
@@ -116,7 +125,9 @@ def test_a_network_of_timm(name, tmp_path):
     again = load_backbone(str(tmp_path / "saved"), argument="student").freeze()
     with torch.no_grad():
         embedding = backbone.features(images).embedding
-        assert torch.equal(again.features(images).embedding, embedding)
+        weights = again.model.state_dict()
+        assert all(torch.equal(value, weights[key]) for key, value in backbone.model.state_dict().items())
+        assert same(again.features(images).embedding, embedding)
         expected = network.timm_model.forward_head(network.timm_model.forward_features(images), pre_logits=True)
     assert isinstance(backbone.model, TimmWrapperModel) and same(embedding, expected.flatten(1))
 
@@ -228,6 +239,14 @@ def test_a_convolutional_network_of_one_channel():
     config = TimmWrapperConfig(architecture="resnet18", model_args={"in_chans": 1})
     with pytest.raises(ValueError, match="images of 1 channel,"):
         Backbone(TimmWrapperModel(config), None, size=(f.SIZE, f.SIZE))
+
+
+def test_a_processor_is_not_blamed_for_a_network_of_other_inputs():
+    grey = AutoModel.from_config(type(f.config_of("vit"))(**f.TRANSFORMER, num_channels=1))
+    with pytest.raises(ValueError, match="--teacher=.* reads images of 1 channel"):
+        Backbone(grey, ViTImageProcessor(image_mean=[0.5], image_std=[0.5]), argument="teacher")
+    with pytest.raises(ValueError, match="reads videos"):
+        Backbone(f.build("videomae"), ViTImageProcessor(image_mean=[0.5], image_std=[0.5]))
 
 
 @pytest.mark.parametrize("family", ["detr", "glm_image_vision", "videomae"])
