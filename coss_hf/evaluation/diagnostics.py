@@ -6,6 +6,14 @@ OVERLAP = "overlap10"
 RANK = "effective_rank"
 TEACHER_RANK = "teacher_effective_rank"
 TEACHER_DUPLICATES = "teacher_duplicates"
+DUPLICATES = "duplicates"
+NEIGHBORS = 10  # of the overlap
+# Images below which neither ranks nor neighbours tell one network from another.
+MIN_IMAGES = 50
+# Images below which a verdict says on how few it rests.
+FEW_IMAGES = 500
+# Images seen below which missing progress says little.
+SHORT_RUN = 50_000
 
 
 def has_diagnostics(entry: dict) -> bool:
@@ -28,9 +36,11 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
     * ``teacher``: its effective rank is below 2, or every tenth image has another's embedding.
     * ``collapse``: in two evaluations in a row after the start, or in the last one, the student's effective rank is
       below 2, or below a tenth of the teacher's and half of what it was at the start; or most of its dimensions are
-      dead, or most images are embedded as another one.
+      dead, or it embeds half of the images as another one that the teacher tells apart.
     * ``no_progress``: three evaluations after the start, or at the end, the overlap of neighbours is not above its
       start by three standard errors.
+
+    None on fewer than 50 images: an effective rank cannot exceed their number, and neighbours are there by chance.
 
     Args:
         history: ``trainer.state.log_history``.
@@ -38,7 +48,7 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         finished: Whether training is over.
     """
     seen = evaluations(history)
-    if not seen:
+    if not seen or images < MIN_IMAGES:
         return {}
     found = {}
     start = seen[0]
@@ -62,8 +72,8 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
     if (len(seen) > 3 or finished) and _stagnated(seen, images):
         found["no_progress"] = (
             f"The student does not come closer to its teacher: {100 * last[OVERLAP]:.1f} % of the 10 nearest "
-            f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training. Check that teacher and "
-            f"student see the images as they should (--dry_run)"
+            f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training ({on_images(images)})."
+            f"{_so_short(last)} Check that teacher and student see the images as they should (--dry_run)"
             + ("." if "collapse" in found else ", or raise --learning_rate.")
         )
     return found
@@ -71,11 +81,41 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
 
 def _collapsed(evaluation: dict, start: dict) -> bool:
     """Whether an evaluation after the start shows a collapse."""
-    if evaluation[RANK] < 2:
+    # A teacher below 2 sees few different images, if it is not at fault itself: then only a constant is a collapse.
+    if evaluation[RANK] < (2 if evaluation[TEACHER_RANK] >= 2 else 1):
         return True
     if evaluation[RANK] < min(0.1 * evaluation[TEACHER_RANK], 0.5 * start[RANK]):
         return True
-    return evaluation["dead_dimensions"] > 0.5 or evaluation["duplicates"] > 0.5
+    # Images that the teacher embeds as one are duplicates in the data, of which the student cannot make two.
+    merged = evaluation[DUPLICATES] - evaluation.get(TEACHER_DUPLICATES, 0.0)
+    return evaluation["dead_dimensions"] > 0.5 or merged > 0.5 * (1 - evaluation.get(TEACHER_DUPLICATES, 0.0))
+
+
+def chance(images: int) -> float:
+    """The overlap of the 10 nearest neighbours of two networks that have nothing to do with each other."""
+    return min(1.0, NEIGHBORS / max(images - 1, 1))
+
+
+def on_images(images: int) -> str:
+    """On how many images an overlap was measured, and what it would be by chance: both decide how large it is."""
+    return f"on {images:,} images, where {100 * chance(images):.1f} % would be chance"
+
+
+def few_images(images: int) -> str:
+    """A sentence on how little a verdict of so few images says; empty where there are enough."""
+    if images >= FEW_IMAGES:
+        return ""
+    return (
+        f"This rests on {images:,} images alone, of which one is {100 / max(images, 1):.1f} points of an accuracy: "
+        f"hold out more with --validation_size."
+    )
+
+
+def _so_short(last: dict) -> str:
+    seen = last.get("images_seen")
+    if seen is None or seen >= SHORT_RUN:
+        return ""
+    return f" The run is short: {seen:,} images seen so far, where students mostly need {SHORT_RUN:,} to show progress."
 
 
 def _stagnated(seen: list[dict], images: int) -> bool:

@@ -4,12 +4,12 @@ import logging
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, HfApi, ModelCardData, metadata_load, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
+from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
+from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
 
@@ -17,7 +17,6 @@ logger = logging.getLogger(__name__)
 
 HUB = "https://huggingface.co"
 TASK = "image-feature-extraction"
-PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0")
 METRICS = {
     "knn10": ("accuracy", "k-NN accuracy, k = 10"),
     "knn20": ("accuracy", "k-NN accuracy, k = 20"),
@@ -33,49 +32,6 @@ METRICS = {
 def renamed(card: str, name: str) -> str:
     """The card with a snippet that loads ``name``."""
     return re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
-
-
-def on_hub(name: str | None) -> bool:
-    """Whether a model or dataset given by ``name`` came from the Hub, and not from a disk."""
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
-def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]:
-    """A network's licence, by its own card, and a sentence on it.
-
-    Args:
-        name: Hub name or folder.
-        revision: on the Hub.
-    """
-    gated = False
-    try:
-        if on_hub(name):
-            info = HfApi().model_info(name, revision=revision, timeout=10)
-            card, gated = (info.card_data.to_dict() if info.card_data else {}), bool(info.gated)
-        else:
-            path = Path(name, "README.md")
-            card = (metadata_load(path) if path.is_file() else None) or {}
-    except Exception as error:  # no network, or a card that is no YAML: no reason to lose a student
-        logger.debug("no card of %s: %s", name, error)
-        return None, "**could not be read**: look it up before you publish or use this student."
-    given = card.get("license")
-    licence = ", ".join(given) if isinstance(given, list) else given
-    if not licence:
-        return (
-            None,
-            "**not stated**: without a licence its author keeps all rights; ask before you publish or use this.",
-        )
-    named = f"`{card['license_name']}`" if licence == "other" and card.get("license_name") else f"`{licence}`"
-    if gated:
-        return licence, f"{named}, and **access to it is gated**: its terms may reach this student."
-    if licence in PERMISSIVE:
-        return licence, f"{named}."
-    limit = "no commercial use" if "-nc" in licence else "terms of its own"
-    return licence, f"{named}: **{limit}**; read it before you publish or use this student."
 
 
 def revision_of(network: Backbone, given: str | None = None) -> str | None:
@@ -234,6 +190,11 @@ def _training(trainer, arguments: dict, revision: str | None, licence: str) -> s
     return f"| | |\n|---|---|\n{rows}"
 
 
+def _sample(record: dict) -> str:
+    images = record.get("evaluated_images")
+    return f" Overlap {on_images(images)}." if images else ""
+
+
 def _evaluation(record: dict, folder: Path) -> list[str]:
     results = record.get("results")
     if not results:
@@ -242,7 +203,7 @@ def _evaluation(record: dict, folder: Path) -> list[str]:
     parts = [
         f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
         f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
-        f"{MAX_QUERIES:,} of the images at most. More figures in `run.json`.\n\n{table(results)}"
+        f"{MAX_QUERIES:,} of the images at most.{_sample(record)} More figures in `run.json`.\n\n{table(results)}"
     ]
     if (folder / "neighbors.png").is_file():
         parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")

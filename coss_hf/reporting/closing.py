@@ -4,6 +4,7 @@ import os
 import shlex
 from pathlib import Path
 
+from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.tables import table
 
 
@@ -16,7 +17,11 @@ def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> st
         in_teacher_space: whether the student's embeddings can be compared with the teacher's.
     """
     results = record["results"]
-    blocks = [table(results) if results else "No test or validation images: nothing was evaluated."]
+    blocks = ["No test or validation images: nothing was evaluated."]
+    if results:
+        blocks = [f"{table(results)}\n\nOverlap {on_images(record['evaluated_images'])}."]
+    elif record.get("problems"):
+        blocks = []  # the verdict begins with them
     if record["verdict"]:
         blocks.append("\n".join(record["verdict"]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")

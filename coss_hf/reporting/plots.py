@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from coss_hf.evaluation.diagnostics import chance
+
 SHARED, OTHER = "#12805c", "#d0d4d9"
 TEXT, MUTED, WRONG = "#22272e", "#68707a", "#c0392b"
 
@@ -137,15 +139,17 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     figure.savefig(path, format="png")
 
 
-def panel_curves(path: str | Path, evaluations: Sequence[dict]) -> None:
+def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | None = None) -> None:
     """Write a PNG of a run's evaluations over the images seen: overlap, cosines, effective rank, accuracies.
 
     Args:
         path: of the PNG.
         evaluations: of ``coss_hf.evaluation.diagnostics.evaluations``, one or more.
+        images: number of images that were evaluated, which decides what an overlap would be by chance.
     """
+    sample = f"; {images:,} images, {100 * chance(images):.1f} by chance" if images else ""
     groups = [
-        ("overlap of the 10 nearest (%)", {"overlap": "overlap10"}, 100),
+        (f"overlap of the 10 nearest (%{sample})", {"overlap": "overlap10"}, 100),
         ("cosine, CKA", {"per image": "cosine", "per dimension": "dimension_cosine", "CKA": "cka"}, 1),
         ("effective rank", {"student": "effective_rank", "teacher": "teacher_effective_rank"}, 1),
         ("with labels (%)", {"k-NN 20": "knn20", "probe": "probe"}, 100),

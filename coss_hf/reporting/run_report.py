@@ -1,5 +1,6 @@
 """What a run leaves on disk next to the student: its record, its pictures and its page."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from coss_hf.data.reading import ImageReader
-from coss_hf.evaluation.diagnostics import alarms, evaluations
+from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_images, on_images
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
 from coss_hf.evaluation.retrieval import MAX_QUERIES
@@ -30,19 +31,28 @@ PICTURES = (
 )
 
 
-def write_record(output_dir, trainer, results: dict, splits) -> dict:
-    """Write ``run.json``, and return it: command, arguments, what was resolved, images seen, results, verdict."""
+def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[str] = ()) -> dict:
+    """Write ``run.json``, and return it: command, arguments, what was resolved, images seen, results, verdict.
+
+    ``problems`` are sentences on what went wrong after the training; the verdict begins with them.
+    """
     history = trainer.state.log_history
-    raised = alarms(history, len(trainer.evaluator.test_images), finished=True) if trainer.evaluator else {}
+    watched = len(trainer.evaluator.test_images) if trainer.evaluator else None
+    held_out = splits.test or splits.validation
+    evaluated = len(held_out) if held_out is not None else None
+    raised = alarms(history, watched, finished=True) if watched else {}
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "verdict": summary(results, history, [*raised.values()]),
+        "verdict": [*problems, *summary(results, history, [*raised.values()], evaluated, watched)],
+        "problems": [*problems],
         "alarms": [*raised.values()],
         "evaluated_on": "test" if splits.test is not None else "validation",
+        "evaluated_images": evaluated,
+        "watched_images": watched,
         "bad_images": splits.bad_images,
         "replaced_images": trainer.train_dataset.reader.replaced_names(),
         "versions": versions(),
@@ -90,7 +100,7 @@ def write_pictures(
     if any("loss" in line for line in history):
         loss_curve(folder / "loss.png", history)
     if evaluations(history):
-        panel_curves(folder / "panel.png", evaluations(history))
+        panel_curves(folder / "panel.png", evaluations(history), len(trainer.evaluator.test_images))
     if evaluator is None or len(evaluator.test_images) <= neighbors + 1:
         return None, None
     teacher = evaluator.teacher_test_features
@@ -135,13 +145,21 @@ def _projection(evaluator, student: torch.Tensor, teacher: torch.Tensor, points:
     }
 
 
-def summary(results: dict[str, dict], history: list[dict], found: list[str]) -> list[str]:
+def summary(
+    results: dict[str, dict],
+    history: list[dict],
+    found: list[str],
+    evaluated: int | None = None,
+    watched: int | None = None,
+) -> list[str]:
     """Say in sentences what a run came to.
 
     Args:
         results: of ``compare``.
         history: ``trainer.state.log_history``.
         found: alarms, which come last.
+        evaluated: number of images of ``results``; None where it is not known.
+        watched: number of images of the evaluations during training; None where it is not known.
     """
     if not results:
         return found
@@ -154,9 +172,12 @@ def summary(results: dict[str, dict], history: list[dict], found: list[str]) -> 
         return found
     # A student that came with weights of its own is better than at random ones before any training.
     seen = [entry[key] for entry in evaluations(history) if entry.get(key) is not None]
-    if student <= random:
+    too_few = evaluated is not None and evaluated < MIN_IMAGES
+    if too_few:
+        first = f"Whether it helped cannot be said on {evaluated:,} images"
+    elif student <= random:
         first = f"{FAILED}: the student is no better than at random weights"
-    elif len(seen) > 1 and seen[-1] <= seen[0]:
+    elif len(seen) > 1 and seen[-1] <= seen[0] and (watched is None or watched >= MIN_IMAGES):
         first = (
             f"{FAILED}: on the images watched during training the student is no better than before it "
             f"({100 * seen[-1]:.1f} %, before {100 * seen[0]:.1f} %)"
@@ -167,9 +188,18 @@ def summary(results: dict[str, dict], history: list[dict], found: list[str]) -> 
         first = "The student has learnt from its teacher"
     values = f"{100 * student:.1f} %, at random weights {100 * random:.1f} %"
     measured = f"share of the 10 nearest neighbours that it has in common with its teacher {values}"
+    if evaluated is not None:
+        measured += f" ({on_images(evaluated)})"
     if labelled:
         measured = f"k-NN 20 accuracy {values}, its teacher {100 * teacher:.1f} %"
-    return [f"{first}: {measured}.", *found]
+    few = few_images(evaluated) if evaluated is not None else ""
+    return [f"{first}: {measured}.", *([few] if few else []), *found]
+
+
+def _sample(record: dict) -> str:
+    """On how many images the overlap of a table was measured: panel and table differ in that, and so in value."""
+    images = record.get("evaluated_images")
+    return f" Overlap {on_images(images)}." if images else ""
 
 
 def write_page(output_dir, trainer, record: dict) -> None:
@@ -181,8 +211,9 @@ def write_page(output_dir, trainer, record: dict) -> None:
         record: of ``write_record``.
     """
     folder = Path(output_dir)
+    warnings = [*record["alarms"], *record.get("problems", [])]
     parts = [
-        paragraph(text, "alarm" if text in record["alarms"] or text.startswith(FAILED) else "lead")
+        paragraph(text, "alarm" if text in warnings or text.startswith(FAILED) else "lead")
         for text in record["verdict"]
     ]
     if record["results"]:
@@ -190,11 +221,13 @@ def write_page(output_dir, trainer, record: dict) -> None:
         parts.append(
             paragraph(
                 f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: "
-                f"of {MAX_QUERIES:,} of them at most; random: the student at random weights."
+                f"of {MAX_QUERIES:,} of them at most; random: the student at random weights.{_sample(record)}"
             )
         )
     for name, title, caption in PICTURES:
         if (folder / name).is_file():
+            if name == "panel.png" and record.get("watched_images"):
+                caption += f" Overlap {on_images(record['watched_images'])}."
             parts += [heading(title), image(folder / name, caption)]
     parts += [heading("How it was made"), code(record["command"])]
     facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}

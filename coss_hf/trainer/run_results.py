@@ -1,11 +1,18 @@
 """What a training came to: teacher, student and random weights compared, and the record, pictures, page and card."""
 
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 from coss_hf.evaluation import evaluator as evaluation
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
 from coss_hf.trainer.inputs import build_evaluator
+from coss_hf.utils.disk import full_disk
+from coss_hf.utils.messages import first_line
+
+logger = logging.getLogger(__name__)
+UNFINISHED = "The final evaluation did not come to an end: measure the student with recipes/evaluate.py."
 
 
 class RunReport(NamedTuple):
@@ -29,22 +36,59 @@ def compare(trainer) -> dict[str, dict]:
 
 def report(trainer) -> RunReport:
     """See ``DistillationTrainer.report``."""
-    args = trainer.args
-    final = _final_evaluator(trainer)
-    results = _compared(trainer, final)
+    folder = trainer.args.output_dir
+    splits = _splits(trainer)
+
+    def measured() -> tuple[Evaluator | None, dict[str, dict]]:
+        final = _final_evaluator(trainer)
+        return final, _compared(trainer, final)
+
     with trainer.checkpoints.disk_full_as_checkpoint_error(student_saved=True):
-        record = write_record(args.output_dir, trainer, results, trainer.splits)
-        neighbors, projection = write_pictures(args.output_dir, trainer, final)
-        write_page(args.output_dir, trainer, record)
+        # First without results: a process that is killed while it measures leaves these at least.
+        write_page(folder, trainer, write_record(folder, trainer, {}, splits, problems=[UNFINISHED]))
+        (final, results), problem = _unless_it_fails("evaluation", measured, (None, {}))
+        problems = [problem] if problem else []
+        pictures = (None, None)
+        if not problem:
+            pictures, problem = _unless_it_fails(
+                "pictures", lambda: write_pictures(folder, trainer, final), (None, None)
+            )
+            problems += [problem] if problem else []
+        record = write_record(folder, trainer, results, splits, problems=problems)
+        write_page(folder, trainer, record)
         trainer.create_model_card(record=record)
-    return RunReport(record, neighbors, projection)
+    return RunReport(record, *pictures)
+
+
+def _unless_it_fails(what: str, work: Callable, otherwise: tuple) -> tuple[tuple, str]:
+    """What ``work`` returns, and no problem; else ``otherwise``, and the problem, of which there is a warning.
+
+    A student that was trained for days must not lose its record and card to a label or an image at the end. A full
+    disk is another matter: nothing could be written after it.
+    """
+    try:
+        return work(), ""
+    except Exception as error:  # of any metric, file or device
+        if full_disk(error):
+            raise
+        logger.debug("final %s", what, exc_info=True)
+        problem = (
+            f"The final {what} failed ({type(error).__name__}: {first_line(error)}). The student is complete: measure "
+            f"it with recipes/evaluate.py once the reason is gone."
+        )
+        logger.warning(problem)
+        return otherwise, problem
+
+
+def _splits(trainer):
+    if trainer.splits is None:
+        raise ValueError("compare and report need the images themselves: give train_dataset a dataset, not views.")
+    return trainer.splits
 
 
 def _final_evaluator(trainer) -> Evaluator | None:
     """Of test images, which are read once, else of the images held out of train."""
-    splits = trainer.splits
-    if splits is None:
-        raise ValueError("compare and report need the images themselves: give train_dataset a dataset, not views.")
+    splits = _splits(trainer)
     return build_evaluator(splits, trainer.teacher, trainer.args, splits.test or splits.validation)
 
 

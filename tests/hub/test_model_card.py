@@ -98,6 +98,34 @@ def test_licences(tmp_path, card, licence, words):
     assert found == licence and re.search(words, sentence)
 
 
+MIT = (
+    "MIT License\n\nPermission is hereby granted, free of charge, to any person ... \nwithout   restriction, including"
+)
+BSD = "Redistribution and use in source and binary\nforms, with or without modification, are permitted"
+
+
+@pytest.mark.parametrize(
+    "files, licence, words",
+    [
+        ({"config.json": '{"license": "apache-2.0"}'}, "apache-2.0", "`apache-2.0`.$"),
+        ({"config.json": '{"pretrained_cfg": {"license": "cc-by-nc-4.0"}}'}, "cc-by-nc-4.0", "no commercial use"),
+        ({"config.json": "{}", "LICENSE": MIT}, "mit", "`mit`.$"),
+        ({"LICENSE": BSD}, "bsd-2-clause", "`bsd-2-clause`.$"),
+        ({"LICENCE.txt": f"{BSD} Neither the name of"}, "bsd-3-clause", "`bsd-3-clause`.$"),
+        ({"LICENSE": "You may look at it."}, "other", "terms of its own.*`LICENSE` beside its weights"),
+        ({"config.json": "{", "LICENSE.md": MIT}, "mit", "`mit`"),
+        ({"README.md": "---\nlicense: mit\n---\n", "LICENSE": BSD}, "mit", "`mit`.$"),
+        ({"README.md": "---\ntags: [a]\n---\n", "LICENSE": BSD}, "bsd-2-clause", "`bsd-2-clause`.$"),
+    ],
+)
+def test_licences_beside_the_weights(tmp_path, files, licence, words):
+    """A teacher with its licence in config.json or in a LICENSE next to its weights was called one without."""
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    found, sentence = model_card.licence_of(str(tmp_path))
+    assert found == licence and re.search(words, sentence)
+
+
 def test_a_licence_out_of_reach(trainer, caplog):
     assert model_card.licence_of("somebody/teacher")[0] is None
     assert "could not be read" in model_card.licence_of("somebody/teacher")[1]

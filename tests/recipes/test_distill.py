@@ -134,7 +134,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(world, capsys, monkeypat
         raise OSError(28, "No space left on device", f"{folder}/report.html")
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr("coss_hf.trainer.run.write_page", full)
+        patch.setattr("coss_hf.trainer.run_results.write_page", full)
         world.run("--save_strategy=steps", "--save_steps=6")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "report.html could not be written: [Errno 28]" in error

@@ -96,6 +96,15 @@ def test_the_command_says_how_it_was_launched(monkeypatch, environment, launcher
     assert command() == f"{launcher} recipes/distill.py --hub_token '***' --seed=1"
 
 
+def test_a_verdict_says_on_how_many_images_it_rests():
+    first, few = report.summary(results(0.8), [], [], evaluated=60)
+    assert first.startswith("The student has learnt") and few.startswith("This rests on 60 images alone")
+    (sentence,) = report.summary(results(0.8, "overlap10"), [], [], evaluated=2000)
+    assert sentence.endswith("(on 2,000 images, where 0.5 % would be chance).")
+    unsaid, _ = report.summary(results(0.5), [], [], evaluated=20)
+    assert unsaid.startswith("Whether it helped cannot be said on 20 images:")
+
+
 def test_only_good_news_looks_like_it(tmp_path):
     trainer = SimpleNamespace(identity=lambda: {})
     record = {"results": {}, "images_seen": 8, "teacher": "t", "student": "s", "versions": {}, "arguments": {}}

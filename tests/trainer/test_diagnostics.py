@@ -8,7 +8,7 @@ from transformers import AutoModel, TrainerCallback
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.evaluation.agreement import duplicate_share
-from coss_hf.evaluation.diagnostics import alarms, evaluations
+from coss_hf.evaluation.diagnostics import alarms, chance, evaluations, few_images
 from coss_hf.evaluation.embeddings import evaluate_embeddings
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
@@ -73,6 +73,40 @@ def test_names_in_the_history_are_read_without_their_prefix():
 def test_alarms_are_raised(history, name):
     found = alarms(history, 2000)
     assert list(found) == [name] and "--" in found[name]
+
+
+def test_duplicates_that_the_teacher_sees_too_are_no_collapse():
+    """Four frames of a film each come as one image to any network."""
+    film = [evaluation(duplicates=0.75, same=0.75), evaluation(0.1, 25, duplicates=0.75, same=0.8)]
+    assert "collapse" not in alarms([*film, film[-1]], 2000, finished=True)
+    # Of what the teacher tells apart, more than half merged.
+    merged = [film[0], evaluation(0.1, 25, duplicates=0.75, same=0.95), evaluation(0.1, 25, duplicates=0.75, same=0.95)]
+    assert "collapse" in alarms(merged, 2000)
+    # Few different images: the teacher's rank is low, and so is the student's; a constant is another matter.
+    few = evaluation(0.1, rank=1.5, teacher=1.6)
+    assert "collapse" not in alarms([few, few, few], 2000, finished=True)
+    assert "collapse" in alarms([few, evaluation(0.1, 0.0, 1.6), evaluation(0.1, 0.0, 1.6)], 2000, finished=True)
+
+
+def test_a_handful_of_images_raises_no_alarm():
+    """Ranks cannot exceed the number of images, and neighbours of 20 images are mostly there by chance."""
+    bad = [evaluation(0.5, 1.2), evaluation(0.4, 1.1), evaluation(0.4, 1.1), evaluation(0.4, 1.1)]
+    assert alarms(bad, 49, finished=True) == {} and {*alarms(bad, 50, finished=True)} == {"collapse", "no_progress"}
+
+
+def test_missing_progress_says_how_short_the_run_is_and_what_chance_is():
+    def at(images):
+        return alarms([evaluation(), evaluation() | {"images_seen": images}], 2000, finished=True)["no_progress"]
+
+    assert "2.0 % before training (on 2,000 images, where 0.5 % would be chance)" in at(640)
+    assert "The run is short: 640 images seen so far" in at(640) and "is short" not in at(500_000)
+
+
+def test_chance_and_few_images():
+    assert chance(60) == pytest.approx(10 / 59) and chance(5) == 1
+    assert few_images(60).startswith("This rests on 60 images alone, of which one is 1.7 points") and not few_images(
+        500
+    )
 
 
 def test_missing_progress_is_reported_after_three_evaluations_or_at_the_end():
