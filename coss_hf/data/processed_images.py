@@ -24,6 +24,10 @@ class ProcessedImages:
     def __len__(self) -> int:
         return len(self.reader)
 
+    def names(self, indices: list[int]) -> list[str]:
+        """Names of images for messages: their path, else their row."""
+        return self.reader.names(indices)
+
     def __getitem__(self, index: int):
         return self.__getitems__([index])[0]
 

@@ -16,6 +16,9 @@ from coss_hf.data.decoding import upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
+from coss_hf.utils.errors import NonFiniteEmbedding
+
+NAMES_SHOWN = 5  # of images, in a message
 
 
 @torch.no_grad()
@@ -141,6 +144,9 @@ def embed_dataset(
 
     Returns:
         The embeddings ``(n, d)``, float32 on the CPU.
+
+    Raises:
+        NonFiniteEmbedding: the network gave NaN or infinity; the message names the images.
     """
     device = torch.device(device or next(backbone.model.parameters()).device)
     backbone.model.to(device)
@@ -149,10 +155,35 @@ def embed_dataset(
     start = 0
     with tqdm(total=len(dataset), desc=description, unit="img", leave=False, delay=2) as progress:
         for embedding in embed_batches(backbone, loader):
-            rows[start : start + len(embedding)] = embedding
+            rows[start : start + len(embedding)] = check_finite(embedding, dataset, start, description)
             start += len(embedding)
             progress.update(len(embedding))
     return rows
+
+
+def check_finite(embeddings: Tensor, images, first: int = 0, whose: str = "Embedding") -> Tensor:
+    """Return embeddings ``(b, d)`` as they are.
+
+    Args:
+        embeddings: of the images from number ``first`` on.
+        images: dataset with ``names``; any other's images are named by their row.
+        first: number of the first image.
+        whose: what was embedded, for the message.
+
+    Raises:
+        NonFiniteEmbedding: some hold NaN or infinity; the message names their images.
+    """
+    finite = embeddings.isfinite().all(dim=1)
+    if finite.all():
+        return embeddings
+    bad = [first + row for row in (~finite).nonzero().flatten().tolist()]
+    shown = bad[:NAMES_SHOWN]
+    named = images.names(shown) if hasattr(images, "names") else [f"row {row}" for row in shown]
+    more = ", ..." if len(bad) > NAMES_SHOWN else ""
+    raise NonFiniteEmbedding(
+        f"{whose}: the network gives NaN or infinity for {len(bad)} of {len(embeddings)} images: "
+        f"{', '.join(named)}{more}. Use float32 (--teacher_dtype), and look at these images if that does not help."
+    )
 
 
 @torch.no_grad()

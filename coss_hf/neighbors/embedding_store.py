@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.embedding import check_finite as refuse_not_finite
 from coss_hf.models.embedding import embed_batches
 from coss_hf.neighbors.columns import some
 from coss_hf.utils.process_group import Processes
@@ -205,7 +206,8 @@ def _embed(backbone: Backbone, images, shards: list[Shard], batch_size: int, num
             array = np.empty(shard.shape, shard.dtype)
             filled = 0
             while filled < len(array):
-                embedding = check_finite(next(embedded), shard.first + filled)
+                embedding = next(embedded)
+                refuse_not_finite(embedding, images, shard.first + filled, "Embedding for neighbours")
                 array[filled : filled + len(embedding)] = unit_rows(embedding).numpy()
                 filled += len(embedding)
                 progress.update(len(embedding))

@@ -23,6 +23,10 @@ class NonFiniteLoss(RunStopped):
         self.found = found
 
 
+class NonFiniteEmbedding(RunStopped, ValueError):
+    """A network gave NaN or infinity for some images; the message names them."""
+
+
 class CheckpointError(RunStopped):
     """A checkpoint could not be written; earlier checkpoints are complete."""
 

@@ -21,6 +21,8 @@ from transformers import (
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed, embed_dataset
 from coss_hf.models.loading import load_backbone
+from coss_hf.neighbors.embedding_store import embed_shards
+from coss_hf.utils.errors import NonFiniteEmbedding
 from tests.helpers.networks import NETWORKS, SMALL, build, half, images, save
 
 
@@ -343,3 +345,23 @@ def test_embed_dataset(dtype, checkpoint, capfd):
     one_by_one = torch.cat([embed(loaded, image[None]) for image in pixels]).float()
     torch.testing.assert_close(rows, one_by_one, rtol=1e-5, atol=1e-5 if dtype == "float32" else 1e-2)
     assert "Teacher" in capfd.readouterr().err
+
+
+class Named(list):
+    """Processed images with names."""
+
+    def names(self, indices):
+        return [f"photo{index}.jpg" for index in indices]
+
+
+def test_images_without_finite_embeddings_are_named(checkpoint, tmp_path):
+    """NaN from a teacher for one image made every figure of the panel NaN, and its neighbours rows without a name."""
+    loaded = load_backbone(checkpoint("resnet"))
+    pixels = torch.randn(7, 3, 32, 32)
+    pixels[[2, 5]] = float("nan")
+    with pytest.raises(NonFiniteEmbedding, match=r"^Teacher: .* for 1 of 3 images: photo2.jpg\. Use float32"):
+        embed_dataset(loaded, Named(pixels), batch_size=3, description="Teacher")
+    with pytest.raises(ValueError, match="for 2 of 7 images: row 2, row 5"):
+        embed_dataset(loaded, [*pixels], batch_size=7)
+    with pytest.raises(ValueError, match="^Embedding for neighbours: .*photo2.jpg, photo5.jpg"):
+        embed_shards(loaded, Named(pixels), tmp_path, batch_size=7)
