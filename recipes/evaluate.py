@@ -5,9 +5,10 @@
 
 Test features come from the test split (without one, from images held out of train), train features from the train
 split without augmentation. Unless --validation_size is given, the images that the student's own run held out of this
-dataset are held out again. Without labels only the agreement with the teacher is measured. A head that
-recipes/distill.py left in the student's folder maps its embeddings to the teacher's space, for the cosine.
-recipes/distill.py does the same at its end.
+dataset are held out again; sizes, poolings and the seed of the random row are those of that run, too, unless they are
+given. Without labels only the agreement with the teacher is measured. A head that recipes/distill.py left in the
+student's folder maps its embeddings to the teacher's space, for the cosine. recipes/distill.py does the same at its
+end.
 """
 
 from coss_hf.cli.help import show_help
@@ -15,7 +16,7 @@ from coss_hf.cli.help import show_help
 show_help(__name__, "evaluate")
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coss_hf.utils.ending import ENDING
@@ -26,6 +27,7 @@ if __name__ == "__main__":
 from accelerate import PartialState
 
 from coss_hf.cli import bad_input_exits, parse
+from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head
@@ -38,13 +40,15 @@ class EvaluationArguments:
     """Where the result goes, and how it is computed."""
 
     output: str | None = field(default=None, metadata={"help": "JSON file to write."})
-    seed: int = field(default=0, metadata={"help": "Seed of the random weights."})
+    seed: int | None = field(
+        default=None, metadata={"help": "Seed of the random weights; default: that of the student's run, else 0."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Worker processes that decode images."})
 
 
-def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> dict[str, dict]:
-    """Return name, parameters and metrics of ``teacher``, ``student`` and ``random``.
+def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> tuple[dict[str, dict], int]:
+    """Return name, parameters and metrics of ``teacher``, ``student`` and ``random``, and the number of images.
 
     Raises:
         ValueError: any input that cannot be used.
@@ -82,7 +86,15 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         num_workers=args.num_workers,
         retrieval=True,
     )
-    return compare(evaluator, student, head, seed=args.seed)
+    return compare(evaluator, student, head, seed=args.seed or 0), len(test_images)
+
+
+def as_in_its_run(models: ModelArguments, args: EvaluationArguments) -> tuple[ModelArguments, EvaluationArguments]:
+    """Return both with what the student's run used where nothing else is given, so that both tables agree."""
+    if not models.student:
+        return models, args
+    models, run = models.follow()
+    return models, replace(args, seed=run.get("seed", 0) if args.seed is None else args.seed)
 
 
 ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments)
@@ -92,9 +104,12 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with bad_input_exits():
         models, data, args = parse(ARGUMENTS)
-        results = evaluate(models, data, args)
-    write_json(args.output, {**results, "command": command(), "seed": args.seed, "versions": versions()})
+        models, args = as_in_its_run(models, args)
+        results, images = evaluate(models, data, args)
+    facts = {"images": images, "command": command(), "seed": args.seed, "versions": versions()}
+    write_json(args.output, {**results, **facts})
     print(table(results))
+    print(f"Overlap {on_images(images)}.")
     print(f"Written to {args.output}.")
 
 

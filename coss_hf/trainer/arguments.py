@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import yaml
 
@@ -63,6 +63,27 @@ class ModelArguments:
             if not equals:
                 raise ValueError(f"--student_config_overrides={key!r} must be of the form key=value.")
         return {key: yaml.safe_load(value) for key, _, value in pairs}
+
+    def follow(self) -> tuple["ModelArguments", dict]:
+        """Return a copy that loads both networks as the run that left the student did, and that run's arguments.
+
+        What was given stands, and of the teacher nothing is taken over where it is another one.
+        """
+        record = find_student_file(self.student, "run.json", self.student_revision)
+        run = read_json(record).get("arguments", {}) if record else {}
+        names = ["student_size", "student_pooling", "student_dtype", "interpolate_pos_encoding"]
+        if run.get("teacher") == self.teacher:
+            names += ["teacher_size", "teacher_pooling", "teacher_dtype", "teacher_revision"]
+        defaults = ModelArguments()
+        changes = {}
+        for name in names:
+            default = getattr(defaults, name)
+            if getattr(self, name) == default != run.get(name, default):
+                changes[name] = run[name]
+        if changes:
+            said = ", ".join(f"--{name} {value}" for name, value in changes.items())
+            logger.info("As in the run that left %s: %s.", self.student, said)
+        return replace(self, **changes), run
 
     def load_teacher(self) -> Backbone:
         """The frozen network."""

@@ -10,6 +10,9 @@ from safetensors.torch import save_file
 
 import tests.helpers.runs as h
 from coss_hf.models.heads import load_head, projection_head
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.factory import build_run
+from coss_hf.trainer.training_args import DistillationArguments
 from tests.recipes.test_distill import ROOT, load_recipe
 
 evaluate = load_recipe("evaluate")
@@ -160,3 +163,33 @@ def test_as_a_command(tmp_path):
     )
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: --student is missing") and len(run.stderr.strip().splitlines()) == 1
+
+
+def test_the_figures_are_those_of_the_run(tmp_path, image_parquet, networks, monkeypatch, capsys):
+    """Other sizes, pooling and seed of the random row than the run's gave a table that contradicted its record."""
+    models = ModelArguments(networks.teacher, networks.resnet, teacher_size=24, teacher_pooling="gap", student_size=20)
+    data = DataArguments(dataset=str(image_parquet), neighbors_cache=str(tmp_path / "cache"))
+    args = DistillationArguments(
+        str(tmp_path / "out"),
+        per_device_train_batch_size=8,
+        max_steps=2,
+        eval_strategy="no",
+        save_strategy="no",
+        use_cpu=True,
+        seed=3,
+    )
+    run = build_run(models, data, args)
+    run.train()
+    record = run.report().record
+    options = {"teacher": networks.teacher, "student": tmp_path / "out", "dataset": image_parquet}
+    found = call(monkeypatch, **options, output=tmp_path / "f.json")
+    for name, row in record["results"].items():
+        assert {key: value for key, value in found[name].items() if key != "name"} == pytest.approx(
+            {key: value for key, value in row.items() if key != "name"}, abs=1e-6
+        )
+    assert found["seed"] == 3 and found["images"] == record["evaluated_images"] == 24
+    out = capsys.readouterr().out
+    assert "Overlap on 24 images, where 43.5 % would be chance." in out
+    # What is given stands.
+    other = call(monkeypatch, **options, output=tmp_path / "g.json", seed=5, teacher_pooling="pooler")
+    assert other["seed"] == 5 and other["random"] != found["random"]
