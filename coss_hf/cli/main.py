@@ -1,9 +1,11 @@
 """The command `coss-hf`: each of its commands is a recipe, started in this process or by accelerate in several."""
 
+import contextlib
 import difflib
 import os
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,7 +119,28 @@ def launch(command: str, argv: list[str], processes: int | None, config: str | N
         os.environ["ACCELERATE_USE_CPU"] = "true"
     from accelerate.commands.launch import launch_command, launch_command_parser
 
-    launch_command(launch_command_parser().parse_args([*words, str(recipe_path(command)), *argv]))
+    arguments = launch_command_parser().parse_args([*words, str(recipe_path(command)), *argv])
+    with _exit_code_of_processes():
+        launch_command(arguments)
+
+
+@contextlib.contextmanager
+def _exit_code_of_processes():
+    """End with the code of the processes, which have told why, instead of the launcher's traceback."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    try:
+        yield
+    except SignalException as error:
+        code = 128 + error.sigval
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    except subprocess.CalledProcessError as error:  # of one process
+        code = error.returncode
+    else:
+        return
+    raise SystemExit(128 - code if code < 0 else code)
 
 
 def _launch_options(argv: list[str]) -> tuple[int | None, str | None, list[str]]:

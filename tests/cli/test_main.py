@@ -1,11 +1,14 @@
 """The command `coss-hf`."""
 
 import os
+import signal
 import subprocess
 import sys
 import zipfile
 
 import pytest
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from coss_hf import __version__
 from coss_hf.cli import main as module
@@ -59,6 +62,27 @@ def test_every_command_but_env_is_a_recipe():
 )
 def test_bad_input(capsys, words, message):
     assert error(capsys, *words).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (SignalException("Process 7 got signal: 2", sigval=signal.SIGINT), 130),
+        (ChildFailedError("distill.py", {1: ProcessFailure(1, 7, 2, "no file")}), 2),
+        (ChildFailedError("distill.py", {1: ProcessFailure(1, 7, -signal.SIGKILL, "no file")}), 137),
+        (subprocess.CalledProcessError(143, "distill.py"), 143),
+    ],
+)
+def test_the_launcher_adds_no_traceback_to_what_its_processes_said(monkeypatch, error, code):
+    """Ctrl-C on several processes ended with accelerate's."""
+
+    def launch(args):
+        raise error
+
+    monkeypatch.setattr("accelerate.commands.launch.launch_command", launch)
+    with pytest.raises(SystemExit) as stop:
+        main(["distill", "--num_processes", "2"])
+    assert stop.value.code == code
 
 
 @pytest.mark.parametrize(
