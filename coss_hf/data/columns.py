@@ -60,7 +60,7 @@ def find_label_column(dataset: str, rows: Dataset, column: str | None) -> str | 
     labelled = [key for key in numbered if has_labels(rows, key)]
     if column is not None:
         if column not in labelled:
-            if column in numbered:
+            if column in numbered and not _is_text(rows.features[column]):
                 what = "contains only None or -1"
             elif column in rows.features:
                 what = "is not a ClassLabel, nor a column of whole numbers or of several names"
@@ -93,9 +93,13 @@ def has_labels(rows: Dataset, column: str) -> bool:
 
 def _repeats(rows: Dataset, column: str) -> bool:
     """Whether text names classes: captions and file names hardly ever come twice."""
-    if not getattr(rows.features[column], "dtype", "").endswith("string"):
+    if not _is_text(rows.features[column]):
         return True
     return 2 * len(_distinct(rows, column)) <= max(len(rows), 2)
+
+
+def _is_text(feature) -> bool:
+    return isinstance(feature, Value) and feature.dtype.endswith("string")
 
 
 def _distinct(rows: Dataset, column: str) -> list:
