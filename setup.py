@@ -53,6 +53,7 @@ setup(
         "matplotlib",
         "pillow",
         "pyyaml",
+        "psutil",
         "safetensors",
         "tqdm",
         "wandb>=0.30",  # login without a prompt

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from coss_hf.cli import bad_input_exits, parse
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
-from coss_hf.hub.export import QUANTIZATIONS, export, onnx_packages
+from coss_hf.hub.export import QUANTIZATIONS, export, int8_advice, onnx_packages
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
@@ -145,8 +145,11 @@ def main() -> None:
     record["command"] = command()
     record["quantize"] = args.quantize
     record["threads"] = torch.get_num_threads()
+    record["advice"] = int8_advice(record["results"])
     write_json(Path(args.output, "export.json"), record)
     print(table(record["results"]))
+    if record["advice"]:
+        print(record["advice"])
     print(f"{record['images']} test images, {record['threads']} threads. Written to {args.output}.")
 
 

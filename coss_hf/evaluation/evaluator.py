@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import ClassLabel, Dataset
 from torch import Tensor
 from transformers import set_seed
 
@@ -66,6 +66,7 @@ class Evaluator:
         self.teacher = teacher
         self.test_images = test_images
         self.image_column = image_column
+        self.label_column = label_column
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.linear = linear
@@ -94,6 +95,11 @@ class Evaluator:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )
+
+    def class_names(self) -> list[str]:
+        """Names of the classes by number; empty where the labels have none."""
+        feature = self.test_images.features.get(self.label_column)
+        return feature.names if isinstance(feature, ClassLabel) else []
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that are defined for these images, found on noise."""

@@ -25,6 +25,7 @@ INT8_FILE = "model_int8.onnx"
 INPUT = "pixel_values"
 OUTPUT = "embedding"
 MIN_COSINE = 0.9999
+SLOWER = 1.05  # times the float file's milliseconds; less is noise of the clock
 MAX_FILE_BYTES = 2**31  # of one protobuf file
 
 
@@ -180,6 +181,31 @@ def latency(runners: dict[str, Callable], images: Tensor, batch_size: int, round
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {name: {"ms": 1000 * s, "images_per_second": batch_size / s} for name, s in medians.items()}
+
+
+def int8_advice(results: dict[str, dict]) -> str:
+    """Say whether the int8 file is worth shipping on this machine; empty where there is none.
+
+    Args:
+        results: of ``export``.
+    """
+    if "int8" not in results:
+        return ""
+    times = {}
+    for batch, what in (("batch_1", "one image"), ("batch_64", "64 images")):
+        times[what] = results["int8"][batch]["ms"] / results["onnx"][batch]["ms"]
+    slower = [f"{ratio:.1f} times slower for {what}" for what, ratio in times.items() if ratio > SLOWER]
+    faster = [f"{1 / ratio:.1f} times faster for {what}" for what, ratio in times.items() if ratio < 1]
+    if not slower:
+        return f"On this machine int8 is {' and '.join(faster)}." if faster else "On this machine int8 is as fast."
+    smaller = results["onnx"]["bytes"] / results["int8"]["bytes"]
+    text = f"On this machine int8 is {' and '.join(slower)} than float32"
+    if faster:
+        return f"{text}, and {faster[0]}: ship {INT8_FILE} only for the batches that it is faster with."
+    return (
+        f"{text}: do not ship {INT8_FILE}, though it is {smaller:.1f} times smaller; ship {FLOAT_FILE}, or try the "
+        f"other --quantize."
+    )
 
 
 def export(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import difflib
 import logging
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def load_backbone(
     elif init == "random":
         config = _load_config(name, argument, hub) if is_checkpoint else _architecture_config(name)
         config = rebuild_config(_vision_config(config, argument), overrides, argument)
-        model = AutoModel.from_config(config, trust_remote_code=trust_remote_code, **options)
+        model = _build(name, config, overrides, argument, {"trust_remote_code": trust_remote_code, **options})
         model.name_or_path = name
     else:
         model = build_from_layers(teacher, overrides, options, argument)
@@ -112,6 +113,24 @@ def load_backbone(
         own = getattr(model.config, "pretrained_cfg", None) or {}
         model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
     return backbone
+
+
+def _build(name: str, config, overrides: dict, argument: str, options: dict) -> PreTrainedModel:
+    """A network at random weights; values that its code refuses are those of ``overrides``, if there are any."""
+    try:
+        return AutoModel.from_config(config, **options)
+    except Exception as error:  # each architecture checks its values in its own way
+        given = flag(argument, "config_overrides") + f"={overrides}" if overrides else f"{flag(argument)}={name}"
+        hint = ""
+        if config.model_type == "timm_wrapper":
+            import timm
+
+            close = difflib.get_close_matches(str(config.architecture), timm.list_models(), n=3)
+            if config.architecture not in close:
+                hint = f" Did you mean architecture={' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"{given}: {type(config).__name__} cannot be built so ({first_line(error)}); correct the values.{hint}"
+        ) from error
 
 
 def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:

@@ -8,6 +8,8 @@ import numpy as np
 from coss_hf.evaluation.diagnostics import chance
 
 SHARED, OTHER = "#12805c", "#d0d4d9"
+# One of each student in a plot, told apart by the colour-blind, too (Okabe and Ito).
+STUDENTS = ("#009e73", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 TEXT, MUTED, WRONG = "#22272e", "#68707a", "#c0392b"
 
 
@@ -179,27 +181,47 @@ def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | No
     figure.savefig(path, format="png")
 
 
-def projection_picture(path: str | Path, student: np.ndarray, teacher: np.ndarray, labels: Sequence | None) -> None:
+def projection_picture(
+    path: str | Path,
+    student: np.ndarray,
+    teacher: np.ndarray,
+    labels: Sequence | None,
+    names: dict[int, str] | None = None,
+) -> None:
     """Write a PNG of both spaces in the plane, side by side, an image in the same colour in both.
 
     Args:
         path: of the PNG.
         student, teacher: ``(n, 2)`` coordinates of the same images.
-        labels: class numbers, which colour the images where there are at most 20; else the direction in the teacher's
-            plane does.
+        labels: class numbers or names, which colour the images where there are at most 20; else the direction in the
+            teacher's plane does. The legend says which.
+        names: names of the class numbers, for the legend.
     """
-    if labels is not None and len(set(labels)) <= 20:
-        colors = {"c": labels, "cmap": "tab10" if len(set(labels)) <= 10 else "tab20"}
+    classes = sorted(set(labels)) if labels is not None else []
+    by_class = 0 < len(classes) <= 20
+    if by_class:
+        shades = [classes.index(label) for label in labels]
+        colors = {"c": shades, "cmap": "tab10" if len(classes) <= 10 else "tab20", "vmin": 0}
+        colors["vmax"] = 9 if len(classes) <= 10 else 19
     else:
         colors = {"c": np.arctan2(teacher[:, 1], teacher[:, 0]), "cmap": "hsv"}
-    figure = _figure(9, 4.5)
+    figure = _figure(9, 4.9)
     for axes, name, points in zip(figure.subplots(1, 2), ("Teacher", "Student"), (teacher, student)):
-        axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.6, linewidths=0, **colors)
+        dots = axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.6, linewidths=0, **colors)
         axes.set_title(name, loc="left", fontsize=10, color=TEXT, weight="bold")
         axes.set(xticks=[], yticks=[], aspect="equal")
         for spine in axes.spines.values():
             spine.set_color(OTHER)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.12, 1, 1))
+    if by_class:
+        handles = [
+            axes.scatter([], [], s=20, color=dots.cmap(dots.norm(shade)), label=str((names or {}).get(one, one)))
+            for shade, one in enumerate(classes)
+        ]
+        figure.legend(handles=handles, loc="lower center", ncols=10, fontsize=7.5, frameon=False, handletextpad=0.1)
+    else:
+        text = "Colour: the direction of the image from the centre of the teacher's plane, the same in both."
+        figure.text(0.5, 0.05, text, fontsize=8, color=MUTED, ha="center")
     figure.savefig(path, format="png")
 
 
@@ -248,8 +270,10 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
     gap, last, places = 0.055 * (max(seen) - min(seen) or 1), {}, {}
     for (name, (ms, _)), height in sorted(zip(points.items(), heights, strict=True), key=lambda item: item[1]):
         places[name] = last[ms] = max(height, last.get(ms, -1e9) + gap)
+    colors = iter(STUDENTS * len(points))
     for name, (ms, values) in points.items():
-        color, mean = (TEXT if name == "teacher" else SHARED), 100 * sum(values) / len(values)
+        color = TEXT if name == "teacher" else next(colors)
+        mean = 100 * sum(values) / len(values)
         axes.plot(
             [ms] * len(values), [100 * value for value in values], "o", color=color, alpha=0.55, markeredgewidth=0
         )

@@ -177,14 +177,23 @@ class _Standing:
     def sentence(self) -> str:
         """Say whether the differences mean anything."""
         if self.better:
-            return f"No method is better than {' or '.join(self.better)}: nothing was learnt here."
+            return f"No method is better than {_listed(self.better, 'or')}: nothing was learnt here."
         if self.close:
-            rivals = "; ".join(self.close)
-            return f"{self.first} leads, but what separates it from {rivals} lies inside the noise of these seeds."
+            return (
+                f"{self.first} has the highest mean, but its difference to {_listed(self.close)} lies inside the noise "
+                f"of these seeds."
+            )
         if self.unknown:
-            rivals = "; ".join(self.unknown)
-            return f"{self.first} leads; too few runs ended to say whether by more than noise over {rivals}."
-        return f"{self.first} is ahead of every other row by more than the noise of these seeds."
+            return (
+                f"{self.first} has the highest mean; whether it is better than {_listed(self.unknown)} cannot be said, "
+                f"since too few runs came to an end."
+            )
+        return f"{self.first} is better than every other row by more than the noise of these seeds."
+
+
+def _listed(names: list[str], last: str = "and") -> str:
+    """Names as a sentence lists them; methods may be sums, which a comma keeps apart."""
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def comparison(rows: list[dict], metric: str) -> str:

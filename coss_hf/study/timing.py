@@ -8,20 +8,33 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
+from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, embedding_seconds, run_trial
+from coss_hf.utils.units import duration
 
-STEPS = 12  # steps that are timed
+STEPS = 12  # steps that are timed, at most
 FIRST = 4  # steps before them, which are slower
+SHARE = 0.1  # of the time for everything, that finding the length of the runs may take
+SAMPLE = 64  # images whose embedding is timed
 
 
 class _Clock(TrainerCallback):
-    def __init__(self):
+    """Notes the time of each step, and ends the training at ``deadline``."""
+
+    def __init__(self, deadline: float):
+        self.deadline = deadline
         self.times = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if args.device.type == "cuda":
             torch.cuda.synchronize()  # steps are begun before earlier ones are done
         self.times.append(time.perf_counter())
+        control.should_training_stop |= self.times[-1] > self.deadline
+
+    def per_step(self, start: float) -> float:
+        """Seconds of a later step: without the first ones, where there are enough others."""
+        times = [start, *self.times]
+        first = min(FIRST, (len(times) - 1) // 2)
+        return (times[-1] - times[first]) / (len(times) - 1 - first)
 
 
 @dataclass
@@ -39,28 +52,40 @@ class _Speed:
     images_per_step: int
 
 
-def _time_steps(trial: Trial, config: StudyConfig, folder: Path) -> _Speed:
-    """Time a few steps of a trial, without checkpoints; a schedule changes no time."""
+def _time_steps(trial: Trial, config: StudyConfig, folder: Path, seconds: float) -> _Speed:
+    """Time a few steps of a trial, for about ``seconds``, without checkpoints; a schedule changes no time."""
+    deadline = time.perf_counter() + seconds
     training = config.training | {"max_steps": STEPS + FIRST, "save_strategy": "no"}
     timed = replace(config, training=training, milestones=())
     trainer = build_trial_trainer(replace(trial, num_images=None), timed, folder)
-    clock = _Clock()
+    clock = _Clock(deadline)
     trainer.add_callback(clock)
     start = time.perf_counter()  # after the search for neighbours, which all trials share
     trainer.train()
     return _Speed(
         before=clock.times[0] - start,
-        per_step=(clock.times[-1] - clock.times[FIRST - 1]) / STEPS,
+        per_step=clock.per_step(start),
         images_per_step=trainer.args.images_per_step,
     )
+
+
+def _time_measurement(trial: Trial, config: StudyConfig, folder: Path, seconds: float) -> float:
+    """Return the seconds in which a network is measured: timed, or estimated where that would take over ``seconds``."""
+    estimate = embedding_seconds(trial, config, SAMPLE)
+    if estimate > seconds:
+        return estimate
+    begin = time.perf_counter()
+    run_trial(trial, config, folder)
+    return time.perf_counter() - begin
 
 
 def images_within(seconds: float, trained: list[Trial], others: list[Trial], config: StudyConfig) -> int:
     """Return the number of images that each of the ``trained`` trials may see.
 
     Each method is timed over a few steps, with what it takes before its first; the measurement is timed once, on an
-    untrained trial. How much slower a step is while others run on the same machine is not measured: trials in parallel
-    are taken to share the speed of one alone.
+    untrained trial, or estimated by a few images. That takes about a tenth of ``seconds`` at most. How much slower a
+    step is while others run on the same machine is not measured: trials in parallel are taken to share the speed of one
+    alone.
 
     Args:
         seconds: time for everything.
@@ -74,20 +99,28 @@ def images_within(seconds: float, trained: list[Trial], others: list[Trial], con
     begin = time.perf_counter()
     per_image = 0.0
     least = 0
+    groups: dict[tuple[str, int], list[Trial]] = {}
+    for trial in trained:
+        groups.setdefault((trial.expression, trial.neighbors_k), []).append(trial)
     with tempfile.TemporaryDirectory() as folder:
-        run_trial(others[0], config, Path(folder))
-        fixed = (time.perf_counter() - begin) * (len(trained) + len(others))
-        groups: dict[tuple[str, int], list[Trial]] = {}
-        for trial in trained:
-            groups.setdefault((trial.expression, trial.neighbors_k), []).append(trial)
-        for group in groups.values():
-            speed = _time_steps(group[-1], config, Path(folder))
+        measurement = _time_measurement(others[0], config, Path(folder), SHARE * seconds / 2)
+        fixed = measurement * (len(trained) + len(others))
+        _check_time(seconds, fixed)
+        for number, group in enumerate(groups.values()):
+            left = begin + SHARE * seconds - time.perf_counter()
+            speed = _time_steps(group[-1], config, Path(folder), left / (len(groups) - number))
             fixed += len(group) * speed.before
             per_image += len(group) * speed.per_step / speed.images_per_step
             least = max(least, 10 * speed.images_per_step)
+            _check_time(seconds, fixed + least * per_image)
     fixed += time.perf_counter() - begin
-    images = int((seconds - fixed) / per_image)
-    if images < least:
-        needed = (fixed + least * per_image) / 3600
-        raise ValueError(f"--hours={seconds / 3600:g} is too short for these runs: give {needed:.2g} at least.")
-    return images
+    _check_time(seconds, fixed + least * per_image)
+    return int((seconds - fixed) / per_image)
+
+
+def _check_time(seconds: float, needed: float) -> None:
+    if needed > seconds:
+        raise ValueError(
+            f"--hours={seconds / 3600:g} ({duration(seconds)}) is too short for these runs, which need "
+            f"{duration(needed)} or more: give {1.05 * needed / 3600:.2g} at least."
+        )

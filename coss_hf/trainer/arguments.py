@@ -13,6 +13,7 @@ from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.reporting.run_record import read_json
+from coss_hf.utils.messages import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,17 @@ class ModelArguments:
         for key, equals, _ in pairs:
             if not equals:
                 raise ValueError(f"--student_config_overrides={key!r} must be of the form key=value.")
-        return {key: yaml.safe_load(value) for key, _, value in pairs}
+        return {key.strip(): self._override(key, value) for key, _, value in pairs}
+
+    @staticmethod
+    def _override(key: str, value: str):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"--student_config_overrides {key}={value}: the value cannot be read ({first_line(error)}); write a "
+                f"number, a word, or a list such as [1, 2]."
+            ) from error
 
     def follow(self) -> tuple["ModelArguments", dict]:
         """Return a copy that loads both networks as the run that left the student did, and that run's arguments.

@@ -5,7 +5,10 @@ import time
 import torch
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.models.backbone import evaluating
 from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.utils.memory import peak_resident_bytes
+from coss_hf.utils.units import duration
 
 PROBE_IMAGES = 16
 
@@ -40,8 +43,9 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
     }
     if measure:
         seconds, memory = _measure(trainer, size)
-        minutes = images / args.world_size * seconds / 60
-        facts["estimate"] = f"{minutes:.1f} minutes without data loading, {memory / 2**30:.2f} GiB a device"
+        where = "of the device" if args.device.type == "cuda" else "a process, its loader workers not counted"
+        time_needed = duration(images / args.world_size * seconds)
+        facts["estimate"] = f"{time_needed} without data loading, {memory / 2**30:.2f} GiB of memory {where}"
     return "\n".join(f"{name:<12}{value}" for name, value in facts.items() if value)
 
 
@@ -78,39 +82,76 @@ def _evaluation(trainer: DistillationTrainer) -> str:
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
-    """Seconds an image and bytes a device. On a CPU a few images are timed; a GPU is only busy with a whole batch."""
+    """Seconds an image, and bytes at the peak: on a GPU of a full batch, on a CPU extrapolated from small ones."""
     args = trainer.args
-    model = trainer.model
     batch = args.per_device_train_batch_size * (1 + args.neighbors_k)
-    probe = batch if args.device.type == "cuda" else min(batch, PROBE_IMAGES)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    if args.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(args.device)
+        seconds = _time_step(trainer, size, batch) / batch
+        memory = torch.cuda.max_memory_allocated(args.device)
+    else:
+        seconds, memory = _extrapolate(trainer, size, batch)
+    trainer.model.zero_grad(set_to_none=True)
+    for buffer, value in buffers:
+        buffer.copy_(value)
+    trainer.monitor.reset()
+    return seconds, memory + _optimizer_bytes(trainer)
+
+
+def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
+    """Seconds an image and bytes at the peak of this process, of training steps and of evaluation."""
+    probes = sorted({min(batch, PROBE_IMAGES), min(batch, 2 * PROBE_IMAGES)})
+    seconds = _time_step(trainer, size, probes[0])  # the first takes memory that is kept, whatever the batch
+    peaks = [peak_resident_bytes(lambda count=count: _time_step(trainer, size, count)) for count in probes]
+    seconds = _time_step(trainer, size, probes[-1]) / probes[-1]
+    peak = _line(probes, peaks, batch)
+    if trainer.evaluator is not None and trainer.args.eval_strategy != "no":
+        count = min(trainer.args.per_device_eval_batch_size, len(trainer.evaluator.test_images))
+        probes = sorted({min(count, PROBE_IMAGES), min(count, 2 * PROBE_IMAGES)})
+        peaks = [peak_resident_bytes(lambda count=count: _embed(trainer, count)) for count in probes]
+        peak = max(peak, _line(probes, peaks, count))
+    return seconds, peak
+
+
+def _line(counts: list[int], values: list[int], at: int) -> float:
+    """The value at ``at`` of the line through two measurements, or the one there is."""
+    slope = max(0.0, (values[-1] - values[0]) / (counts[-1] - counts[0])) if len(counts) > 1 else 0.0
+    return values[-1] + slope * (at - counts[-1])
+
+
+def _time_step(trainer: DistillationTrainer, size: int, count: int) -> float:
+    """Seconds of a step on ``count`` views of noise, without the optimizer's part; the faster of two."""
+    device = trainer.args.device
     inputs = {
-        "pixel_values": torch.randint(0, 256, (probe, 3, size, size), dtype=torch.uint8, device=args.device),
-        "index": torch.arange(probe, device=args.device),
+        "pixel_values": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device),
+        "index": torch.arange(count, device=device),
     }
-    model.train()
-    # Weights, and of what is trained also gradients and momentum.
-    held = {p.untyped_storage().data_ptr(): 3 * p.nbytes for p in model.parameters() if p.requires_grad}
-    held |= {p.untyped_storage().data_ptr(): p.nbytes for p in trainer.teacher.model.parameters()}
-    kept: dict[int, int] = {}
-
-    def count(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in held:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    trainer.model.train()
     elapsed = []
-    for _ in range(3):
-        kept.clear()
+    for _ in range(2):
         start = time.perf_counter()
-        with trainer.compute_loss_context_manager(), torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
-            loss = trainer.compute_loss(model, inputs)
+        with trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         loss.item()  # waits for the device
         elapsed.append(time.perf_counter() - start)
-        activations = sum(kept.values())
-    model.zero_grad(set_to_none=True)
-    model.load_state_dict(state)
-    trainer.monitor.reset()
-    return min(elapsed) / probe, sum(held.values()) + activations * batch / probe
+    return min(elapsed)
+
+
+@torch.no_grad()
+def _embed(trainer: DistillationTrainer, count: int) -> None:
+    """Both networks in turn on ``count`` processed images of noise, as in evaluation."""
+    for backbone in (trainer.teacher, trainer.student):
+        first = next(backbone.model.parameters())
+        with evaluating(backbone.model):
+            backbone.features(torch.rand(count, 3, *backbone.size, device=first.device, dtype=first.dtype))
+
+
+def _optimizer_bytes(trainer: DistillationTrainer) -> int:
+    """What the optimizer keeps for each weight: one number in SGD with momentum, two in Adam and most others."""
+    args = trainer.args
+    trained = sum(parameter.nbytes for parameter in trainer.model.parameters() if parameter.requires_grad)
+    if args.optim == "sgd":
+        return trained if args.momentum else 0
+    return 0 if args.optim == "adafactor" else 2 * trained

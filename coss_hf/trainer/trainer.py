@@ -147,6 +147,8 @@ class DistillationTrainer(Trainer):
                 data=data,
             )
             self.splits = inputs.splits
+            if self.splits is None:  # views draw what they were made with
+                inputs.args = inputs.args.drawing(inputs.views.k)
             self._build(inputs, callbacks, optimizers)
             self.arguments: dict = to_dict(data, self.args) | inputs.given
             if self.splits is not None:

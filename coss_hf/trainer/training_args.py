@@ -252,6 +252,14 @@ class DistillationArguments(TrainingArguments):
             args.ddp_find_unused_parameters = True
         return args
 
+    def drawing(self, neighbors_k: int) -> "DistillationArguments":
+        """Return a copy that counts as many neighbours as a dataset of views draws."""
+        args = copy.copy(self)
+        args.neighbors_k = neighbors_k
+        if args.evaluates_by_default:
+            args.eval_steps = max(1, round(EVAL_IMAGES / args.images_per_step))
+        return args
+
     def check_evaluations(self, length: RunLength) -> None:
         """Refuse what waits for evaluations that this run does not have.
 

@@ -4,7 +4,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from coss_hf.hub import export as module
-from coss_hf.hub.export import agreement, export, open_file, write_graph
+from coss_hf.hub.export import agreement, export, int8_advice, open_file, write_graph
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
@@ -88,3 +88,28 @@ def test_a_head_of_another_dimension_and_missing_packages(tmp_path, monkeypatch)
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"onnxruntime.*pip install coss-hf\[export\]"):
         module.onnx_packages()
+
+
+def measured(one: float, many: float) -> dict:
+    float32 = {"bytes": 400, "batch_1": {"ms": 10.0}, "batch_64": {"ms": 100.0}}
+    return {"onnx": float32, "int8": {"bytes": 100, "batch_1": {"ms": one}, "batch_64": {"ms": many}}}
+
+
+@pytest.mark.parametrize(
+    ("one", "many", "words"),
+    [
+        (93, 930, ["9.3 times slower for one image and 9.3 times slower for 64 images", "do not ship model_int8.onnx"]),
+        (5, 200, ["2.0 times slower for 64 images", "2.0 times faster for one image: ship model_int8.onnx only for"]),
+        (5, 25, ["int8 is 2.0 times faster for one image and 4.0 times faster for 64 images."]),
+    ],
+)
+def test_int8_that_slows_down_is_said_in_words(one, many, words):
+    """Static int8 of a MobileNetV3 was 9.3 times slower than float32, and only a number in a table said so."""
+    advice = int8_advice(measured(one, many))
+    for part in words:
+        assert part in advice, advice
+    assert ("do not ship" in advice) == (one > 10 and many > 100)
+
+
+def test_without_int8_there_is_no_advice():
+    assert int8_advice({"onnx": {}}) == ""

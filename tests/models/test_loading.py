@@ -24,6 +24,7 @@ from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
 from coss_hf.models.embedding import embed, embed_dataset
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.arguments import ModelArguments
 from tests.helpers.networks import SMALL, half, images, save
 
 
@@ -328,3 +329,26 @@ def test_misshapen_weights_are_refused(world, tmp_path):
     config = json.loads((tmp_path / "vit" / "config.json").read_text())
     (tmp_path / "vit" / "config.json").write_text(json.dumps(config | {"hidden_size": 64}))
     refused("^--student=.*cannot be loaded", tmp_path / "vit")
+
+
+# ---- typos in --student_config_overrides ----
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("vit", {"hiden_size": 16}, "has no entry 'hiden_size'; did you mean hidden_size"),
+        ("vit", {"hidden_size": "large"}, "^--student_config_overrides={'hidden_size': 'large'}"),
+        ("vit", {"hidden_size": 17, "num_attention_heads": 2}, "^--student_config_overrides={'hidden_size': 17"),
+        ("timm_wrapper", {"architecture": "mobilenetv3_smal_050"}, "Did you mean architecture=.*mobilenetv3_small_050"),
+        ("timm_wrapper", {"architecture": "resnet18", "model_args": {"dept": 3}}, "^--student_config_overrides=.*dept"),
+    ],
+)
+def test_overrides_that_cannot_be_built(teacher, name, overrides, message):
+    refused(message, name, init="random", config_overrides=overrides, teacher=teacher)
+
+
+def test_an_override_that_cannot_be_read():
+    models = ModelArguments(student_config_overrides=["hidden_sizes=[4, 8"])
+    with pytest.raises(ValueError, match=r"^--student_config_overrides hidden_sizes=\[4, 8: the value cannot be read"):
+        models.overrides()

@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coss_hf.reporting.plots import SHARED, loss_curve, neighbor_picture, panel_curves, projection_picture
+from coss_hf.reporting.plots import (
+    SHARED,
+    STUDENTS,
+    loss_curve,
+    neighbor_picture,
+    panel_curves,
+    projection_picture,
+    quality_plot,
+)
 
 GREEN = tuple(int(SHARED[i : i + 2], 16) for i in (1, 3, 5))
 
@@ -91,3 +99,25 @@ def test_projection_picture(tmp_path, labels):
     points = np.random.default_rng(0).normal(size=(40, 2))
     projection_picture(tmp_path / "a.png", points, points[::-1], labels)
     assert len(np.unique(read(tmp_path / "a.png").reshape(-1, 3), axis=0)) > 10
+
+
+def test_the_projection_has_a_legend(tmp_path):
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    classes = [0, 1, 2, 3] * 10
+    projection_picture(tmp_path / "names.png", points, points, classes, {0: "red", 1: "a long name", 2: "b", 3: "c"})
+    projection_picture(tmp_path / "none.png", points, points, None)
+    for name in ("names", "none"):
+        below = read(tmp_path / f"{name}.png")
+        below = below[int(0.9 * below.shape[0]) :]
+        assert (below < 200).any(), name
+
+
+def test_each_student_has_its_own_colour(tmp_path):
+    """All students were green."""
+    points = {name: (5.0, [0.1 * i, 0.1 * i + 0.02]) for i, name in enumerate(("coss", "random", "plain"), 1)}
+    quality_plot(tmp_path / "a.png", points | {"teacher": (9.0, [0.9])}, "probe", "title")
+    picture = read(tmp_path / "a.png").reshape(-1, 3).astype(int)
+    for color in STUDENTS[:3]:
+        wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
+        assert (np.abs(picture - wanted).max(1) < 6).sum() > 20, color
+    assert len(set(STUDENTS)) == 8

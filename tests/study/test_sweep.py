@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from coss_hf.study import timing
 from coss_hf.study import trials as trials_module
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
@@ -150,3 +151,24 @@ def test_run_length_fits_the_hours(config):
     assert images > 1000
     with pytest.raises(ValueError, match="--hours=.* too short .* give .* at least"):
         images_within(0.01, [TRIAL], others, config)
+
+
+def test_hours_that_are_too_few_are_found_out_in_a_tenth_of_them(config, monkeypatch):
+    """It once took 183 seconds to refuse 0.03 hours: the measurement was timed in full, whatever it took."""
+
+    def measured(*args):
+        raise AssertionError("a measurement of an hour was timed in full")
+
+    monkeypatch.setattr(timing, "run_trial", measured)
+    monkeypatch.setattr(timing, "embedding_seconds", lambda *args: 3600.0)
+    others = [replace(TRIAL, method="random", num_images=0)]
+    message = r"^--hours=0.03 \(1 min 48 s\) is too short for these runs, which need 2 h or more: give 2.1 at least"
+    with pytest.raises(ValueError, match=message):
+        images_within(108, [TRIAL], others, config)
+
+
+@pytest.mark.parametrize(("times", "expected"), [([9], 9.0), ([9, 10], 1.0), ([9, 10, 11, 12], 1.0)])
+def test_time_of_a_step_from_the_steps_there_are(times, expected):
+    clock = timing._Clock(deadline=0)
+    clock.times = times
+    assert clock.per_step(0) == expected

@@ -4,7 +4,7 @@ import pytest
 
 from coss_hf.reporting.plots import method_plot
 from coss_hf.study.paper_tables import ROWS, choice_trials, published, report_trials, scaled
-from coss_hf.study.tables import best, comparison, difference, half_interval, markdown, ranked
+from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, markdown, ranked
 
 
 def rows(method: str, *values: float | None, **more) -> list[dict]:
@@ -42,21 +42,25 @@ def test_a_table_is_ranked_and_says_what_failed():
 def test_a_comparison_says_what_lies_inside_the_noise():
     found = [*rows("a", 0.80, 0.81, 0.82), *rows("b", 0.79, 0.82, 0.80), *rows("c", 0.5, 0.51, 0.52)]
     text = comparison([*found, *rows("random", 0.2, 0.2)], "linear")
-    assert "a leads, but what separates it from b lies inside the noise" in text
+    assert "a has the highest mean, but its difference to b lies inside the noise of these seeds." in text
     assert "-30.0 ± 0.0 |" in text and "inside the noise |" in text
-    assert "a is ahead of every other row" in comparison(found[:3] + found[6:], "linear")
-    assert "too few runs ended" in comparison([found[0], found[6]], "linear")
+    assert "a is better than every other row by more than the noise of these seeds." in comparison(
+        found[:3] + found[6:], "linear"
+    )
+    few = "a has the highest mean; whether it is better than c cannot be said, since too few runs came to an end."
+    assert few in comparison([found[0], found[6]], "linear")
+    assert _listed(["b"]) == "b" and _listed(["b", "c"], "or") == "b or c" and _listed(["b", "c", "d"]) == "b, c and d"
 
 
 def test_a_comparison_claims_no_more_than_it_has():
     low = rows("a", 0.30, 0.31, 0.32)
-    ahead = "is ahead of every other row"
+    ahead = "is better than every other row"
     assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "linear")
     beaten = comparison([*low, *rows("initial", 0.1)], "linear")
     assert "-21.0 ± 2.5" in beaten and f"a {ahead}" in beaten
     assert "Every run failed" in comparison([*rows("a", None, None), *rows("random", 0.3, 0.3)], "linear")
     one_left = comparison([*low, *rows("b", 0.2, None, None)], "linear")
-    assert "too few runs ended to say whether by more than noise over b" in one_left
+    assert "whether it is better than b cannot be said" in one_left
     mixed = comparison([*rows("a", 0.5, 0.5, 0.9), *rows("b", 0.52, 0.521, None)], "linear")
     assert "inside the noise" in mixed and ahead not in mixed
 
@@ -68,7 +72,7 @@ def test_teacher_passes_beside_the_steps_are_said():
 
 def test_a_comparison_says_when_nothing_was_learnt():
     found = [*rows("a", 0.30, 0.31, 0.32), *rows("b", 0.2, 0.2, 0.2)]
-    assert "separates it from random weights lies" in comparison([*found, *rows("random", 0.3, 0.3, 0.33)], "linear")
+    assert "its difference to random weights lies" in comparison([*found, *rows("random", 0.3, 0.3, 0.33)], "linear")
     better = comparison([*found, *rows("random", 0.4, 0.41, 0.42), *rows("teacher", 0.9)], "linear")
     assert "No method is better than random weights" in better
 

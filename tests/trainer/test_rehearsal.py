@@ -11,8 +11,9 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.inputs import build_evaluator
-from coss_hf.trainer.rehearsal import rehearse
+from coss_hf.trainer.rehearsal import noise_views, rehearse
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
+from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 
 PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 1, "factor": 0.5}}
@@ -199,3 +200,13 @@ def test_metrics_that_are_named_are_measured(tmp_path, image_parquet, networks):
         measured, _ = trainer.evaluator(trainer.student, trainer.project)
     defined = {name for name, value in measured.items() if value is not None}
     assert set(trainer.evaluator.metric_names()) == defined - {"teacher_effective_rank", "teacher_duplicates"}
+
+
+def test_neighbours_that_views_do_not_draw_are_not_counted(tmp_path, networks):
+    """A dataset of views draws what it was made with, whatever the arguments say."""
+    args = arguments(tmp_path, neighbors_k=3, per_device_train_batch_size=8, max_steps=1)
+    views = noise_views(arguments(tmp_path, per_device_train_batch_size=16), "cifar", 16)
+    teacher, student = load_backbone(networks.teacher).freeze(), load_backbone(networks.small)
+    trainer = DistillationTrainer(teacher, student, args, views)
+    assert trainer.args.images_per_step == 8 and trainer.args.neighbors_k == 0 and args.neighbors_k == 3
+    assert trainer.args.eval_steps == 50_000 // 8 and trainer.length.images_after(2) == 16
