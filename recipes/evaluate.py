@@ -85,6 +85,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         retrieval=True,
+        on_bad_image=splits.on_bad_image,
     )
     return compare(evaluator, student, head, seed=args.seed or 0), len(test_images)
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from torch import Tensor
 from transformers import set_seed
 
@@ -46,6 +46,7 @@ class Evaluator:
     Attributes:
         train_images: as given; None where labels are missing, see ``class_numbers``.
         train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``; None where labels are missing.
+        class_names: names of the classes, by number; empty where labels are missing.
     """
 
     def __init__(
@@ -66,7 +67,6 @@ class Evaluator:
         self.teacher = teacher
         self.test_images = test_images
         self.image_column = image_column
-        self.label_column = label_column
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.linear = linear
@@ -76,11 +76,12 @@ class Evaluator:
         self.train_images: Dataset | None = None
         self.train_labels: Tensor | None = None
         self.test_labels: Tensor | None = None
+        self.class_names: list[str] = []
         if label_column and train_images is not None:
             found = class_numbers(label_column, train_images, test_images)
             if found is not None:
                 self.train_images = train_images
-                (self.train_labels, self.test_labels), _ = found
+                (self.train_labels, self.test_labels), self.class_names = found
         self._teacher_test_features: Tensor | None = None
         self._teacher_train_features: Tensor | None = None
         self._teacher_diagnostics: dict[str, float] = {}
@@ -95,11 +96,6 @@ class Evaluator:
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )
-
-    def class_names(self) -> list[str]:
-        """Names of the classes by number; empty where the labels have none."""
-        feature = self.test_images.features.get(self.label_column)
-        return feature.names if isinstance(feature, ClassLabel) else []
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that are defined for these images, found on noise."""

@@ -108,7 +108,7 @@ def write_pictures(
     examples = _neighbor_examples(evaluator, student, teacher, queries, neighbors)
     neighbor_picture(folder / "neighbors.png", examples.images, examples.queries, examples.student, examples.teacher)
     projection = _projection(evaluator, student, teacher, points)
-    names = dict(enumerate(evaluator.class_names()))
+    names = dict(enumerate(evaluator.class_names))
     points = (projection["student"], projection["teacher"])
     projection_picture(folder / "projection.png", *points, projection["labels"], names)
     return examples, projection

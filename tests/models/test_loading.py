@@ -339,7 +339,7 @@ def test_misshapen_weights_are_refused(world, tmp_path):
     [
         ("vit", {"hiden_size": 16}, "has no entry 'hiden_size'; did you mean hidden_size"),
         ("vit", {"hidden_size": "large"}, "^--student_config_overrides={'hidden_size': 'large'}"),
-        ("vit", {"hidden_size": 17, "num_attention_heads": 2}, "^--student_config_overrides={'hidden_size': 17"),
+        ("vit", {"patch_size": 0}, "^--student_config_overrides={'patch_size': 0}: ViTConfig cannot be built"),
         ("timm_wrapper", {"architecture": "mobilenetv3_smal_050"}, "Did you mean architecture=.*mobilenetv3_small_050"),
         ("timm_wrapper", {"architecture": "resnet18", "model_args": {"dept": 3}}, "^--student_config_overrides=.*dept"),
     ],
