@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_when_the_report_is_written(world, capsys, monkeypat
 def test_a_full_disk_without_checkpoints_does_not_advise_to_resume(world, capsys, monkeypatch):
     """There is nothing to resume from, and the student is whole: starting afresh would throw it away."""
 
-    def full(folder, *_):
+    def full(folder, *_, **options):
         raise OSError(28, "No space left on device", f"{folder}/run.json")
 
     monkeypatch.setattr("coss_hf.trainer.run_results.write_record", full)
