@@ -20,6 +20,8 @@ from coss_hf.utils.errors import NonFiniteEmbedding
 
 NAMES_SHOWN = 5  # of images, in a message
 
+BAR_DELAY = 2  # seconds, below which no progress bar appears
+
 
 @torch.no_grad()
 def embed(
@@ -153,7 +155,7 @@ def embed_dataset(
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda")
     rows = torch.empty(len(dataset), backbone.dim)
     start = 0
-    with tqdm(total=len(dataset), desc=description, unit="img", leave=False, delay=2) as progress:
+    with tqdm(total=len(dataset), desc=description, unit="img", leave=False, delay=BAR_DELAY) as progress:
         for embedding in embed_batches(backbone, loader):
             rows[start : start + len(embedding)] = check_finite(embedding, dataset, start, description)
             start += len(embedding)

@@ -333,7 +333,8 @@ def test_the_fingerprint_outlives_saving(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_embed_dataset(dtype, checkpoint, capfd):
+def test_embed_dataset(dtype, checkpoint, capfd, monkeypatch):
+    monkeypatch.setattr("coss_hf.models.embedding.BAR_DELAY", 0)
     loaded = load_backbone(checkpoint("resnet"), dtype=dtype)
     loaded.model.train()
     pixels = torch.cat([loaded.preprocess(images()), torch.randn(4, 3, 32, 32)])
