@@ -162,9 +162,13 @@ def build(family: str) -> PreTrainedModel:
     if isinstance(classifiers, (list, tuple)):
         classifiers = classifiers[0]
     network = (classifiers or backbone_classes(config)[0])(config)
-    with torch.no_grad():  # an initial norm is an identity, an initial class token zero
+    with torch.no_grad():  # an initial norm is an identity, an initial class token zero, and images fade in deep ones
         for parameter in network.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            noise = torch.randn_like(parameter)
+            if parameter.dim() > 1:
+                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
         for name, buffer in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 buffer.add_(0.1 * torch.rand_like(buffer))
