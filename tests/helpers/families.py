@@ -90,6 +90,8 @@ ENTRIES = {
     "vit_mae": {"mask_ratio": 0.0},
     "yolos": {"num_detection_tokens": 4, "image_size": [SIZE, SIZE]},
 }
+# Deep networks in which two images fade at random weights: their embeddings are compared, but hardly differ.
+FADING = ("EfficientNetModel", "MobileViTModel", "MobileViTV2Model")
 # Families that are tried elsewhere, or that give no embedding of an image.
 NOT_TRIED = {
     "depth_pro": "several encoders of many sizes of an image",
@@ -166,7 +168,7 @@ def build(family: str) -> PreTrainedModel:
         for parameter in network.parameters():
             noise = torch.randn_like(parameter)
             if parameter.dim() > 1:
-                parameter.copy_(noise * (2 / parameter[0].numel()) ** 0.5)
+                parameter.copy_(noise * (2 / max(parameter[0].numel(), 1)) ** 0.5)
             else:
                 parameter.add_(0.1 * noise)
         for name, buffer in network.named_buffers():

@@ -48,7 +48,8 @@ def reloaded(network, folder, images):
         weights = again.state_dict()
         assert all(torch.equal(value, weights[name]) for name, value in teacher.model.state_dict().items())
         assert same(embed(again, images, student.pooling), embedding)
-    assert embedding.shape == (2, teacher.dim) and embedding.std(0).max() > 1e-4
+    assert embedding.shape == (2, teacher.dim)
+    assert embedding.std(0).max() > 1e-4 or type(teacher.model).__name__ in f.FADING
     return teacher, embedding
 
 
