@@ -158,7 +158,7 @@ def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str
         options: of ``read_state``.
 
     Raises:
-        ValueError: a folder that is not a complete checkpoint, or a run of which no checkpoint is complete.
+        ValueError: a folder that is not a complete checkpoint, or a run of which no checkpoint is complete any more.
     """
     if not asked or str(asked).lower() in ("false", "none"):
         return None
@@ -174,14 +174,18 @@ def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str
 def _choose(output_dir: str, **options) -> str | None:
     found, passed_over = newest_complete(output_dir, **options)
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in passed_over.items())
-    if found is None and passed_over:
+    # What was never complete, since a run was killed while it wrote its first checkpoint, is no reason to stop.
+    once_complete = [
+        folder for folder in passed_over if Path(folder, MANIFEST).exists() or read_state(folder, **options)
+    ]
+    if found is None and once_complete:
         raise ValueError(
             f"--resume_from_checkpoint: no checkpoint in {output_dir} is complete ({reasons}). Put back what is "
             f"missing or damaged, or start afresh: in another --output_dir, or with --overwrite_output_dir instead of "
             f"--resume_from_checkpoint."
         )
     if passed_over:
-        print(f"Damaged, and passed over for {found}: {reasons}.", flush=True)
+        print(f"Damaged, and passed over for {found or 'a fresh start'}: {reasons}.", flush=True)
     if found is not None:
         _say_if_unchecked(found)
     return found

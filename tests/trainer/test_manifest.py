@@ -75,6 +75,15 @@ def test_the_newest_complete_checkpoint_is_found(run, capsys, damage, name):
         find_checkpoint(str(run), True)
 
 
+def test_what_was_never_complete_is_no_reason_to_stop(tmp_path, capsys):
+    """A supervised run that is killed while it writes its first checkpoint in place."""
+    half = tmp_path / "checkpoint-1"
+    half.mkdir()
+    (half / "config.json").write_text("{}")
+    assert find_checkpoint(str(tmp_path), "auto") is None
+    assert f"passed over for a fresh start: {half}: it is not complete" in capsys.readouterr().out
+
+
 def test_a_run_resumes_before_the_damage_to_the_same_student(world, run, capsys):
     flip(run / "checkpoint-4" / "optimizer.pt")
     trainer = world["make"](run)
