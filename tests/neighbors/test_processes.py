@@ -58,7 +58,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     assert (meta["fewer"] > 0) and (neighbors < 0).any(), "the last job leaves images out"
     # One process found the bad row, in the second shard; both say so. What finished stays.
     broken = [json.loads((tmp_path / f"{len(JOBS)}-{rank}.json").read_text())["error"] for rank in range(2)]
-    assert broken[0] == broken[1] and "rows 6)" in broken[0]
+    assert broken[0] == broken[1] and ": row 6." in broken[0]
     late = [json.loads((tmp_path / f"{len(JOBS) + 1}-{rank}.json").read_text())["error"] for rank in range(2)]
     assert late[0] == late[1] and f"--neighbors_pool {COUNT}" in late[0]
     left = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith("embeddings-"))
