@@ -30,31 +30,58 @@ class ModelArguments:
             "(resnet20, vgg8, wrn_16_2, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
         },
     )
-    teacher_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
-    student_pooling: str = field(default="auto", metadata={"help": "auto, cls, mean, pooler or gap."})
-    teacher_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
-    student_size: int | None = field(default=None, metadata={"help": "Input side in pixels; default: its processor's."})
+    teacher_pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "How the teacher's features become one embedding: cls, mean, pooler, gap, or auto (by its "
+            "architecture)."
+        },
+    )
+    student_pooling: str = field(
+        default="auto",
+        metadata={
+            "help": "How the student's features become one embedding: cls, mean, pooler, gap, or auto (by its "
+            "architecture)."
+        },
+    )
+    teacher_size: int | None = field(
+        default=None, metadata={"help": "Side of the teacher's input in pixels. Default: that of its image processor."}
+    )
+    student_size: int | None = field(
+        default=None, metadata={"help": "Side of the student's input in pixels. Default: that of its image processor."}
+    )
     interpolate_pos_encoding: bool = field(
         default=False, metadata={"help": "Stretch position embeddings of transformers whose input size was changed."}
     )
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
+    teacher_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the teacher on the Hub."}
+    )
+    student_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the student on the Hub."}
+    )
     teacher_dtype: str = field(
         default="float32", metadata={"help": "Data type of the teacher's weights.", "choices": list(DTYPES)}
     )
     student_dtype: str = field(
         default="float32", metadata={"help": "Data type of the student's weights.", "choices": list(DTYPES)}
     )
-    trust_remote_code: bool = field(default=False, metadata={"help": "Let checkpoints run their own code."})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "Let checkpoints of teacher and student run code of their own."}
+    )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2, for teacher and student."}
+        default=None,
+        metadata={"help": "Implementation of attention in both networks: eager, sdpa or flash_attention_2."},
     )
     student_init: str = field(
         default="pretrained",
-        metadata={"help": "teacher_layers: every n-th layer of a transformer teacher.", "choices": list(INITS)},
+        metadata={
+            "help": "Initial weights of the student: those of its checkpoint, random ones, or every n-th "
+            "layer of a transformer teacher.",
+            "choices": list(INITS),
+        },
     )
     student_config_overrides: list[str] = field(
-        default_factory=list, metadata={"help": "Entries key=value of the student's configuration."}
+        default_factory=list, metadata={"help": "Entries of the student's configuration to change, as key=value."}
     )
 
     def overrides(self) -> dict:
@@ -126,22 +153,46 @@ class DataArguments(SearchOptions):
     """Images, which need no labels, and the search for neighbours among them."""
 
     dataset: str | None = field(
-        default=None, metadata={"help": "Hub name, image folder, parquet file(s) or save_to_disk folder."}
+        default=None,
+        metadata={
+            "help": "Images to train on: a Hub name, a folder of images, parquet files or a save_to_disk folder."
+        },
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit on the Hub."})
-    train_split: str | None = field(default=None, metadata={"help": "Default: train."})
-    test_split: str | None = field(default=None, metadata={"help": "Default: test, else validation, if any."})
-    image_column: str | None = field(default=None, metadata={"help": "Default: the column that holds images."})
-    label_column: str | None = field(default=None, metadata={"help": "For evaluation only; never used in training."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Name of the configuration of a Hub dataset that has several."}
+    )
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Branch, tag or commit of the dataset on the Hub."}
+    )
+    train_split: str | None = field(
+        default=None, metadata={"help": "Split to train on. Default: train, or the only split."}
+    )
+    test_split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split of test images, which are read once, at the end. Default: test, else validation, "
+            "where there is one."
+        },
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images. Default: the one that holds images."}
+    )
+    label_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of the labels, which only evaluation reads. Default: the one that holds labels, if any."
+        },
+    )
     validation_size: float | None = field(
         default=None,
         metadata={
-            "help": "Images (a count, or a share below 1) held out of train before anything else. Default: where the "
-            "dataset brings no validation images, 2,000 (a tenth of train at most) to watch the training with."
+            "help": "Number of images held out of train before anything else, or their share, below 1. Default: where "
+            "the dataset brings no validation images, 2,000 (a tenth of train at most), which evaluate the training."
         },
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many images at most."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Largest number of images to train on. Default: all."}
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -150,9 +201,14 @@ class DataArguments(SearchOptions):
             "choices": ["error", "skip"],
         },
     )
-    preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes that check images."})
+    preprocessing_num_workers: int | None = field(
+        default=None, metadata={"help": "Number of processes that read and check images before the training."}
+    )
     neighbors_cache: str | None = field(
-        default=None, metadata={"help": "Folder of embeddings and neighbours; default: in the datasets cache."}
+        default=None,
+        metadata={
+            "help": "Folder in which embeddings and neighbours are kept. Default: a folder in the cache of datasets."
+        },
     )
 
     # Whether images are held out where `validation_size` is not given, as a training does.

@@ -33,27 +33,51 @@ HUB_STRATEGIES = ["end", "every_save"]
 class DistillationArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with the method's own defaults, and what distillation adds."""
 
-    output_dir: str = field(default="student", metadata={"help": "Where the student and its checkpoints go."})
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Start afresh where a run already is."})
-    dry_run: bool = field(default=False, metadata={"help": "Resolve and print everything, then stop."})
+    output_dir: str = field(
+        default="student", metadata={"help": "Folder of the student, its checkpoints and its report."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew where --output_dir already holds a run, and replace it."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print what the run would do, with an estimate of time and memory, and stop."}
+    )
 
     method: str = field(
         default="coss",
-        metadata={"help": f"{', '.join(LOSSES)}; several summed, with options: 'coss(lambda_ss=0.5, beta=50) + rkd'."},
+        metadata={
+            "help": f"Method: {', '.join(LOSSES)}; or a sum of several, with options: "
+            "'coss(lambda_ss=0.5, beta=50) + rkd'."
+        },
     )
-    beta: float | None = field(default=None, metadata={"help": "Scale of the loss; default: the method's."})
-    lambda_ss: float = field(default=1.0, metadata={"help": "Weight of space similarity (coss)."})
-    head: str = field(default="auto", metadata={"help": "auto: mlp where dimensions differ.", "choices": list(HEADS)})
-    head_hidden_size: int = field(default=2048, metadata={"help": "Width of an mlp head."})
+    beta: float | None = field(default=None, metadata={"help": "Scale of the loss. Default: the method's own."})
+    lambda_ss: float = field(default=1.0, metadata={"help": "Weight of the space similarity of CoSS."})
+    head: str = field(
+        default="auto",
+        metadata={
+            "help": "Projection from the student's to the teacher's dimension. auto: an mlp where they "
+            "differ, else none.",
+            "choices": list(HEADS),
+        },
+    )
+    head_hidden_size: int = field(default=2048, metadata={"help": "Width of the hidden layer of an mlp head."})
 
     augmentation: str = field(
-        default="imagenet", metadata={"help": "none, cifar, imagenet or moco.", "choices": list(AUGMENTATIONS)}
+        default="imagenet",
+        metadata={"help": "Random augmentation of the training images.", "choices": list(AUGMENTATIONS)},
     )
-    view_size: int | None = field(default=None, metadata={"help": "Pixels of a view; default: the larger input."})
-    neighbors_k: int = field(default=0, metadata={"help": "Neighbours drawn beside each anchor; 0: none."})
-    neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image, to draw from."})
+    view_size: int | None = field(
+        default=None, metadata={"help": "Side of a view in pixels. Default: the larger of both networks' inputs."}
+    )
+    neighbors_k: int = field(
+        default=0,
+        metadata={"help": "Number of nearest neighbours that are drawn into the batch with each image. 0: none."},
+    )
+    neighbors_pool: int = field(
+        default=31, metadata={"help": "Number of nearest neighbours of each image to draw from."}
+    )
     num_images: int | None = field(
-        default=None, metadata={"help": "Length of the run in images seen, anchors and neighbours alike."}
+        default=None, metadata={"help": "Length of the run in images seen, neighbours included, instead of epochs."}
     )
 
     exact_accumulation: bool = field(
@@ -65,72 +89,120 @@ class DistillationArguments(TrainingArguments):
     )
 
     channels_last: bool = field(
-        default=False, metadata={"help": "Images and convolutions of both networks in channels-last memory."}
+        default=False,
+        metadata={
+            "help": "Keep images and convolutions of both networks in channels-last memory, which is often faster."
+        },
     )
     sync_batch_norm: bool = field(
-        default=False, metadata={"help": "The student's batch statistics over all processes; on GPUs."}
+        default=False, metadata={"help": "Compute the student's batch statistics over all processes. Needs GPUs."}
     )
 
     # The paper trains with SGD, and clips nothing: Trainer's clipping at 1.0 would act at every step.
-    optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
+    optim: str = field(
+        default="sgd", metadata={"help": "Optimizer: sgd, or any other of transformers.TrainingArguments."}
+    )
     learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
     momentum: float = field(
         default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
     )
-    weight_decay: float = field(default=5e-4, metadata={"help": "See weight_decay_on."})
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "Weight decay of the parameters that --weight_decay_on names."}
+    )
     weight_decay_on: str = field(
         default="all",
         metadata={
-            "help": "all parameters (the paper), or Trainer's choice: no norms, no biases.",
+            "help": "Parameters with weight decay: all, as in the paper, or matrices, without biases and norms.",
             "choices": ["all", "matrices"],
         },
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
-    lr_milestones: list[float] | None = field(
-        default=None, metadata={"help": "Epochs at which the rate is multiplied by lr_gamma, instead of a schedule."}
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={
+            "help": "Schedule of the learning rate, as of transformers.TrainingArguments. See also --lr_milestones."
+        },
     )
-    lr_gamma: float = field(default=0.1, metadata={"help": "Factor at each milestone."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Anchors a device and step."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
+    lr_milestones: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Epochs after which the learning rate is multiplied by --lr_gamma, instead of --lr_scheduler_type."
+        },
+    )
+    lr_gamma: float = field(default=0.1, metadata={"help": "Factor of the learning rate at each of --lr_milestones."})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={"help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping."},
+    )
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Number of images per device and batch, their neighbours not counted."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Number of images per device and forward pass in evaluation."}
+    )
     eval_strategy: str = field(
         default="steps",
-        metadata={"help": "steps: before training and every eval_steps on held-out images; epoch, or no."},
+        metadata={
+            "help": "When held-out images are evaluated: before training and then every --eval_steps steps "
+            "(steps), after each epoch (epoch), or never (no)."
+        },
     )
-    eval_steps: float | None = field(default=None, metadata={"help": "Default: one evaluation in 50,000 images seen."})
+    eval_steps: float | None = field(
+        default=None, metadata={"help": "Number of steps between evaluations. Default: as many as see 50,000 images."}
+    )
     eval_sample_size: int = field(
-        default=2_000, metadata={"help": "Held-out images of evaluations during training, at most."}
+        default=2_000, metadata={"help": "Largest number of held-out images of an evaluation during training."}
     )
     eval_bank_size: int = field(
-        default=2_000, metadata={"help": "Train images that serve as k-NN bank in evaluations during training."}
+        default=2_000,
+        metadata={"help": "Number of training images whose labels k-NN votes with in evaluations during training."},
     )
     metric_for_best_model: str | None = field(
-        default="overlap10", metadata={"help": "Of evaluations during training; the best student is kept in best/."}
+        default="overlap10",
+        metadata={"help": "Metric of evaluations during training by which the best student is kept in best/."},
     )
-    logging_steps: float = field(default=50, metadata={"help": "Steps between log lines."})
+    logging_steps: float = field(default=50, metadata={"help": "Number of steps between log lines."})
     log_format: str = field(
         default="text",
-        metadata={"help": "Lines for people, or one JSON object a log step.", "choices": ["text", "json"]},
+        metadata={
+            "help": "Log lines for people (text), or one JSON object per log step (json).",
+            "choices": ["text", "json"],
+        },
     )
     # Hides a loss that is not finite; here it stops the run.
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Must stay off: NaN stops the run."})
-    report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "wandb, tensorboard, several, all or none."}
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide losses that are not finite. Must be False: they stop the run."}
     )
-    save_strategy: str = field(default="epoch", metadata={"help": "When checkpoints are written."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Newest checkpoints kept."})
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "Trackers: wandb, tensorboard, several of them, all or none."},
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When checkpoints are written: steps, epoch, best or no."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints that are kept."})
     hub_strategy: str = field(
         default="end",
-        metadata={"help": "end: one push; every_save: the student of each checkpoint, too.", "choices": HUB_STRATEGIES},
+        metadata={
+            "help": "When the student is pushed to the Hub: once at the end, or with every checkpoint, too "
+            "(every_save).",
+            "choices": HUB_STRATEGIES,
+        },
     )
     dataloader_drop_last: bool = field(
         default=True,
         metadata={"help": "Drop the last incomplete batch. Must be True: the loss is a statistic of the full batch."},
     )
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Must stay off: rows hold images and indices."}
+        default=False,
+        metadata={"help": "Drop columns that the model does not read. Must be False: rows hold views and row numbers."},
     )
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Unused parameters are frozen."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "Search for parameters without gradient at each step, with several processes. Set where "
+            "the method needs it."
+        },
+    )
 
     def __post_init__(self):
         self.given = given(self)
