@@ -17,7 +17,7 @@ import tests.helpers.runs as h
 
 STEPS = 30
 # All four in `-m slow`, at several moments each.
-SET_UPS = [(1, 2), (2, 0)]
+SET_UPS = [(1, 2), pytest.param((2, 0), marks=pytest.mark.slow)]
 EVERY_SET_UP = [(1, 0), (1, 2), (2, 0), (2, 2)]
 
 
