@@ -53,8 +53,8 @@ def class_numbers(column: str, train: Dataset, *others: Dataset) -> tuple[list[T
             return None
         if unknown:
             logger.warning(
-                "Column %s: %d of %d images to measure on are of classes that no training image has (%s): they count "
-                "as wrong.",
+                "Column %s: %d of %d images to measure on are of classes that none of the images to compare with has "
+                "(%s): they count as wrong.",
                 column,
                 sum(label in {*unknown} for label in split),
                 len(split),

@@ -109,6 +109,6 @@ def _by_text(name: str, revision: str | None) -> tuple[str | None, str | None]:
 def _file(name: str, file: str, revision: str | None) -> str | None:
     try:
         return find_student_file(name, file, revision)
-    except OSError as error:  # no folder, no repository, no network
+    except (OSError, ValueError) as error:  # no folder, no repository, no network
         logger.debug("%s of %s: %s", file, name, error)
         return None

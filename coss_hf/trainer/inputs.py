@@ -4,7 +4,7 @@ import contextlib
 import copy
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +20,14 @@ from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.neighbors.columns import check_neighbors, check_pool
-from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.errors import RunStopped
+
+# Of the trainer, which no command line has.
+PARAMETERS = {"train_dataset", "eval_dataset", "criterion", "transform"}
 
 
 @dataclass
@@ -81,9 +86,12 @@ def resolve_inputs(
     views = train_dataset
     splits = None
     if not isinstance(train_dataset, ViewDataset):
-        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-        recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
-        splits = as_splits(train_dataset, eval_dataset, data, recorded)
+        splits = train_dataset
+        if not isinstance(train_dataset, ImageSplits):
+            check_processor(student)
+            checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+            recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
+            splits = as_splits(train_dataset, eval_dataset, data, recorded)
         views = make_views(splits, teacher, student, args, transform)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
@@ -277,7 +285,15 @@ def parameter_names(train_dataset):
     try:
         yield
     except ValueError as error:
-        if isinstance(train_dataset, (ImageSplits, ViewDataset)):
+        # What is more than bad input, such as an image that cannot be read, keeps its kind.
+        if isinstance(train_dataset, (ImageSplits, ViewDataset)) or isinstance(error, RunStopped):
             raise
-        message = re.sub(r"(?<![\w-])--([a-z]\w*)", r"\1", str(error))
+        message = re.sub(r"(?<![\w-])--([a-z]\w*)(?![\w-])", _as_parameter, str(error))
         raise ValueError(message) from error.__cause__
+
+
+def _as_parameter(option: re.Match) -> str:
+    """The name without dashes, if it is one of ours: messages also hold commands of other programs."""
+    kinds = (ModelArguments, DataArguments, DistillationArguments)
+    ours = {field.name for kind in kinds for field in fields(kind)} | PARAMETERS
+    return option[1] if option[1] in ours else option[0]

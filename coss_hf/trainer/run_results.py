@@ -34,8 +34,10 @@ def compare(trainer) -> dict[str, dict]:
     return _compared(trainer, _final_evaluator(trainer))
 
 
-def report(trainer) -> RunReport:
+def report(trainer) -> RunReport | None:
     """See ``DistillationTrainer.report``."""
+    if not trainer.is_world_process_zero():
+        return None
     folder = trainer.args.output_dir
     splits = _splits(trainer)
 
@@ -56,7 +58,8 @@ def report(trainer) -> RunReport:
             problems += [problem] if problem else []
         record = write_record(folder, trainer, results, splits, problems=problems)
         write_page(folder, trainer, record)
-        trainer.create_model_card(record=record)
+        trainer.record = record
+        _unless_it_fails("model card", trainer.create_model_card, ())
     return RunReport(record, *pictures)
 
 

@@ -182,6 +182,7 @@ class DistillationTrainer(Trainer):
         self.evaluator = evaluator
         self.monitor = LossMonitor(views.names)
         self._times = StepTimes(args.device)
+        self.record: dict = {}
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
         diagnostics = []
@@ -294,7 +295,7 @@ class DistillationTrainer(Trainer):
         """Train the student, from the start or on from a checkpoint.
 
         Args:
-            resume_from_checkpoint: see ``checkpoint_files.find_checkpoint``.
+            resume_from_checkpoint: see ``checkpoint_files.find_checkpoint``; default: that of ``args``.
             kwargs: as in ``transformers.Trainer``.
 
         Raises:
@@ -303,6 +304,8 @@ class DistillationTrainer(Trainer):
             LostWorker: a process that loads images ended; the message says what was saved.
             SystemExit: code 143 after SIGTERM or 130 after Ctrl-C, once a checkpoint is written.
         """
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
@@ -316,9 +319,10 @@ class DistillationTrainer(Trainer):
             pretrain(self)
             if resume_from_checkpoint and self.args.process_index == 0:
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
-        if self.splits is not None and self.splits.run_images is not None and self.args.process_index == 0:
-            with self.checkpoints.disk_full_as_checkpoint_error():
-                self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
+        if self.splits is not None and self.splits.run_images is not None:
+            with self.checkpoints.same_error_everywhere(self.args.output_dir):
+                if self.args.process_index == 0:
+                    self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
             self.add_callback(self.preemption)
         with self.preemption, self._lost_worker_as_error():
@@ -392,7 +396,7 @@ class DistillationTrainer(Trainer):
             with self._times.waiting():
                 loaded = super().get_batch_samples(epoch_iterator, num_batches, device)
         except WORKER_ERRORS as error:
-            if not is_lost_worker(error):
+            if self.args.dataloader_num_workers == 0 or not is_lost_worker(error):
                 raise
             lost = error
         if self.args.dataloader_num_workers == 0 or not any_process(lost is not None):
@@ -518,11 +522,11 @@ class DistillationTrainer(Trainer):
         """
         return compare(self)
 
-    def report(self) -> RunReport:
+    def report(self) -> RunReport | None:
         """Compare, and write record, pictures, page and model card to ``args.output_dir``.
 
-        On the first process alone, after ``train`` and ``save_model``. The record's ``results`` are empty without test
-        or validation images.
+        After ``train`` and ``save_model``. The first process works; the others return None at once. The record's
+        ``results`` are empty without test or validation images.
 
         Raises:
             CheckpointError: the disk is full.
@@ -710,8 +714,8 @@ class DistillationTrainer(Trainer):
 
         Args:
             model_name: title; default: the repository's or the folder's name.
-            record: what ``run.json`` holds.
+            record: what ``run.json`` holds; default: that of the last ``report``.
             metadata: ``license``, ``language`` and ``tags`` of the student.
         """
         if self.is_world_process_zero():
-            write_card(self, model_name, record or {}, metadata)
+            write_card(self, model_name, self.record if record is None else record, metadata)

@@ -65,7 +65,9 @@ def test_the_numbers_of_class_labels_stay():
 def test_a_class_that_no_training_image_has_is_named(caplog):
     (train, test), names = class_numbers("label", rows(10, 20), rows(20, 30, 30, 7))
     assert names == ["10", "20"] and test.tolist() == [1, 3, 3, 2]
-    assert "3 of 4 images to measure on are of classes that no training image has (7, 30)" in caplog.text
+    assert (
+        "3 of 4 images to measure on are of classes that none of the images to compare with has (7, 30)" in caplog.text
+    )
 
 
 def test_no_class_in_common(caplog):

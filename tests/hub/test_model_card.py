@@ -126,6 +126,16 @@ def test_licences_beside_the_weights(tmp_path, files, licence, words):
     assert found == licence and re.search(words, sentence)
 
 
+def test_a_licence_that_the_hub_does_not_give_is_not_stated(tmp_path, monkeypatch):
+    """A Hub that was lost between two questions ended a finished run."""
+
+    def lost(*arguments):
+        raise ValueError("LICENSE cannot be read: the Hub does not answer")
+
+    monkeypatch.setattr("coss_hf.hub.licences.find_student_file", lost)
+    assert model_card.licence_of(str(tmp_path))[0] is None
+
+
 def test_a_licence_out_of_reach(trainer, caplog):
     assert model_card.licence_of("somebody/teacher")[0] is None
     assert "could not be read" in model_card.licence_of("somebody/teacher")[1]

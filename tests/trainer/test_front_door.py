@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
+from coss_hf.trainer.inputs import parameter_names
 
 
 @pytest.fixture
@@ -164,3 +166,37 @@ def test_bad_input_is_named_by_parameter(tmp_path, images, networks, options, me
 def test_streams_are_refused_with_the_reason(tmp_path, images, networks):
     with pytest.raises(ValueError, match="^train_dataset is a stream, whose images have no index"):
         DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images.to_iterable_dataset())
+
+
+def test_a_card_that_is_written_again_keeps_its_results(tmp_path, images, networks):
+    """`push_to_hub` after `report` published a card without verdict and table."""
+    given = {"train_dataset": images, "eval_dataset": images.select(range(12))}
+    trainer = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, max_steps=1), **given)
+    trainer.train()
+    trainer.save_model()
+    trainer.report()
+    card = tmp_path / "out" / "README.md"
+    before = card.read_text()
+    trainer.create_model_card()
+    assert card.read_text() == before and "k-NN" in before
+
+
+def test_arguments_may_ask_to_resume(tmp_path, images, networks):
+    """`train()` read its own parameter alone, and started anew over the checkpoints."""
+    options = {"save_strategy": "steps", "save_steps": 2}
+    whole = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, "whole", **options), images)
+    expected = trained(whole)
+    first = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, **options), images)
+    first.train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    options["resume_from_checkpoint"] = True
+    again = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, **options), images)
+    assert trained(again) == expected
+    assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [2, 4]
+    assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_commands_of_other_programs_keep_their_dashes():
+    with pytest.raises(ValueError) as raised, parameter_names(None):
+        raise ValueError("--neighbors_k=3: run docker with --shm-size=1g, or hf download --repo-type dataset.")
+    assert str(raised.value) == "neighbors_k=3: run docker with --shm-size=1g, or hf download --repo-type dataset."

@@ -4,11 +4,12 @@ import os
 import signal
 
 import pytest
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
 
 import tests.helpers.runs as h
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.callbacks.preemption import PATIENCE, PATIENCE_TO_SAVE, TIMES_A_STEP, Preemption
 from coss_hf.trainer.checkpoint_files import incomplete
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.utils.ending import ENDING
@@ -83,3 +84,21 @@ def test_a_supervised_training_saves_its_step(tmp_path, image_parquet, networks)
         run.train()
     assert stop.value.code == 143
     assert incomplete(tmp_path / "out" / "checkpoint-2", files=("config.json",)) is None
+
+
+def test_a_checkpoint_is_waited_for_longer_than_a_step():
+    """A signal during a save of minutes ended the process after half a minute, and the steps before it were lost."""
+    preemption = Preemption()
+    control = TrainerControl()
+    with preemption:
+        assert ENDING.grace() == PATIENCE_TO_SAVE, "the evaluation before the first step"
+        preemption.on_step_begin(None, None, control)
+        assert ENDING.grace() == PATIENCE
+        preemption.on_step_end(None, None, control)
+        assert ENDING.grace() == PATIENCE
+        control.should_save = True
+        preemption.on_step_end(None, None, control)
+        assert ENDING.grace() == PATIENCE_TO_SAVE
+        preemption.on_step_begin(None, None, control)
+        preemption._longest_step = PATIENCE
+        assert ENDING.grace() == TIMES_A_STEP * PATIENCE

@@ -12,6 +12,7 @@ from coss_hf.utils.ending import ENDING, NAMES
 
 TORCH_HANDLER = "torch.utils.data._utils.signal_handling"
 PATIENCE = 30  # seconds for a step to end, at least
+PATIENCE_TO_SAVE = 600  # seconds for an evaluation or a checkpoint between two steps to end
 TIMES_A_STEP = 3  # a step that takes so many times as long as the longest before it hangs
 
 
@@ -36,16 +37,18 @@ class Preemption(TrainerCallback):
         self._step_ended = 0.0
         self._longest_step = 0.0
         self._child_handler = None
+        self._between_steps = False
 
     def __enter__(self):
         self.agreed = False
+        self._between_steps = True  # an evaluation may come before the first step
         self._step_ended = time.monotonic()
         self._installed_here = not ENDING.installed
         ENDING.install()
         ENDING.reset()
         self._before = {name: getattr(ENDING, name) for name in ("deferred", "grace", "remedy")}
         ENDING.deferred = True
-        ENDING.grace = lambda: max(PATIENCE, TIMES_A_STEP * self._longest_step)
+        ENDING.grace = self._grace
         ENDING.remedy = "Resume from the last checkpoint with --resume_from_checkpoint."
         return self
 
@@ -57,6 +60,10 @@ class Preemption(TrainerCallback):
         self._let_torch_report_lost_workers()
         if self._installed_here:
             ENDING.uninstall()
+
+    def _grace(self) -> float:
+        """Seconds from a signal to the end: a step is short, a checkpoint or an evaluation may take minutes."""
+        return PATIENCE_TO_SAVE if self._between_steps else max(PATIENCE, TIMES_A_STEP * self._longest_step)
 
     @property
     def orphaned(self) -> bool:
@@ -87,6 +94,7 @@ class Preemption(TrainerCallback):
         raise SystemExit(128 + (ENDING.received or signal.SIGTERM))
 
     def on_step_begin(self, args, state, control, **kwargs):
+        self._between_steps = False
         # Torch's handler raises an error for a loader worker that was killed wherever the main thread is, in the middle
         # of a step that could not be saved then. The loader finds out by itself, between steps.
         is_torch = getattr(signal.getsignal(signal.SIGCHLD), "__module__", None) == TORCH_HANDLER
@@ -105,6 +113,7 @@ class Preemption(TrainerCallback):
         self._agree(control)
         if self.agreed:
             control.should_evaluate = False
+        self._between_steps = control.should_save or control.should_evaluate
 
     def on_evaluate(self, args, state, control, **kwargs):
         # The step before it is not saved yet. An evaluation may also be asked for outside of a training.
@@ -122,5 +131,6 @@ class Preemption(TrainerCallback):
         control.should_training_stop |= self.agreed
 
     def on_epoch_end(self, args, state, control, **kwargs):
+        self._between_steps = control.should_save or control.should_evaluate
         if self.agreed:  # Trainer ends the epoch on its way out
             control.should_save = control.should_evaluate = False
