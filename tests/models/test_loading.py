@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 import time
 
 import pytest
@@ -97,7 +98,21 @@ def test_revision_and_trust_remote_code_are_forwarded(world, monkeypatch):
     assert seen == [("v2", True)] * 3
 
 
-def test_code_in_a_checkpoint_runs_only_if_allowed(tmp_path, monkeypatch):
+@pytest.fixture
+def no_remote_modules():
+    """Whatever a test imports from checkpoints is forgotten after it: a later one keeps its code in another folder."""
+
+    def take() -> dict:
+        names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    before = take()
+    yield
+    take()
+    sys.modules.update(before)
+
+
+def test_code_in_a_checkpoint_runs_only_if_allowed(tmp_path, monkeypatch, no_remote_modules):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.syspath_prepend(tmp_path)  # and with it, what Transformers will add is taken away
     folder = tmp_path / "checkpoint"
