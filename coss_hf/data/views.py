@@ -50,7 +50,9 @@ class ViewDataset(torch.utils.data.Dataset):
         k: int = 0,
         on_bad_image: str = "error",
     ):
-        self.augment, self.augmentation_name = _augmentation(augmentation_name, size)
+        transform, name = _augmentation(augmentation_name, size)
+        self.augment = transform
+        self.augmentation_name = name
         self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.reader.share_memory()
         self._hashes = dataset.select_columns("image_hash")
