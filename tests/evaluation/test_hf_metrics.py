@@ -2,8 +2,6 @@
 
 import os
 import socket
-import subprocess
-import sys
 
 import evaluate
 import pytest
@@ -12,6 +10,8 @@ import torch
 import coss_hf.evaluation as library
 from coss_hf.evaluation import hf_metrics
 from coss_hf.evaluation.hf_metrics import KNNAccuracy, LinearProbe, MeanCosine, NeighborOverlap, Retrieval
+from tests.helpers.processes import NO_HUB
+from tests.helpers.processes import run as run_program
 from tests.helpers.runs import ROOT
 
 FOLDER = ROOT / "coss_hf" / "evaluation" / "metrics"
@@ -177,8 +177,8 @@ print("loaded")
 def test_metrics_are_loaded_by_path_without_the_network(tmp_path):
     """In a process and with caches of its own, from another folder, as somebody else would."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", PROGRAM, str(FOLDER), str(tmp_path / "cache")]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    command = ["-c", PROGRAM, FOLDER, tmp_path / "cache"]
+    result = run_program(command, cwd=tmp_path, environment=environment, modules=NO_HUB)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "loaded"
 
@@ -218,5 +218,5 @@ def test_the_evaluation_imports_the_library_only_where_labels_exist():
         "y = torch.zeros(30, dtype=torch.long); "
         "evaluate_embeddings(x, x, train_features=x, train_labels=y, test_labels=y); print('evaluate' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    result = run_program(["-c", program], modules=NO_HUB)
     assert result.stdout.split() == ["False", "True"]

@@ -27,6 +27,7 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.processes import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 210), (120, 120, 120)])
@@ -90,8 +91,9 @@ def save_swin(folder, seed: int = 0, **options):
     return str(folder)
 
 
-def start_distill(world: dict, output, *argv, processes: int, **options) -> subprocess.Popen:
-    """Starts recipes/distill.py on 48 images: 16 anchors and their neighbours a step, 3 steps an epoch."""
+def start_distill(world: dict, output, *argv, processes: int, launcher: bool = False, **options):
+    """Starts recipes/distill.py on 48 images: 16 anchors and their neighbours a step, 3 steps an epoch. With
+    ``launcher`` as a user starts it, by ``accelerate launch``."""
     options = {
         "teacher": world["teacher"],
         "student": world["student"],
@@ -107,13 +109,13 @@ def start_distill(world: dict, output, *argv, processes: int, **options) -> subp
         "save_steps": 4,
         "disable_tqdm": True,
     } | options
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml"]
-    command += [f"{ROOT}/recipes/distill.py", *(f"--{key}={value}" for key, value in options.items()), *argv]
+    words = [f"{ROOT}/recipes/distill.py", *(f"--{key}={value}" for key, value in options.items()), *argv]
+    if not launcher:
+        return Program(words, processes=processes)
+    launch = ("-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    return subprocess.Popen([sys.executable, *launch, *words], env=environment, start_new_session=True, **pipes)
 
 
 @contextlib.contextmanager

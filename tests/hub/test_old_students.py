@@ -6,8 +6,6 @@ pictures, card and trainer state;
 """
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,8 @@ from safetensors.torch import load_file
 
 import coss_hf
 from coss_hf.models.loading import load_backbone
+from tests.helpers.processes import NO_HUB
+from tests.helpers.processes import run as run_program
 
 OLD_STUDENTS = Path(__file__).parent / "old_students"
 
@@ -76,6 +76,5 @@ def test_transformers_alone(old_student, tmp_path):
     folder, _, _ = old_student
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
-    command = [sys.executable, "-c", LOAD_WITH_TRANSFORMERS, folder]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = run_program(["-c", LOAD_WITH_TRANSFORMERS, folder], cwd=tmp_path, environment=environment, modules=NO_HUB)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import httpx
@@ -15,6 +14,8 @@ import tests.helpers.runs as h
 from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
+from tests.helpers.processes import NO_HUB
+from tests.helpers.processes import run as run_program
 
 DISTILL = ["recipes/distill.py", "--use_cpu", "--per_device_train_batch_size=8", "--num_images=16", "--seed=1"]
 DISTILL += ["--disable_tqdm=true", "--augmentation=cifar", "--save_strategy=no", "--logging_steps=1"]
@@ -75,7 +76,7 @@ def run(hub: Hub | str, tmp_path, words: list, token: str | None = TOKEN, **opti
     environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
     environment |= {"HF_TOKEN": token} if token else {}
     words = [*map(str, words), *(f"--{key}={value}" for key, value in options.items())]
-    done = subprocess.run([sys.executable, *words], cwd=h.ROOT, env=environment, capture_output=True, text=True)
+    done = run_program(words, environment=environment, modules=NO_HUB)
     assert not re.search(f"{TOKEN}|{READ_TOKEN}", done.stdout + done.stderr), "a token was printed"
     assert "Traceback" not in done.stderr, done.stderr
     return done

@@ -1,10 +1,7 @@
 """The neighbour stage on real processes: the same result on any number, errors on all, and SIGKILL costs a shard."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ from coss_hf.neighbors import embedding_store as store
 from coss_hf.neighbors import exact_search as searching
 from coss_hf.neighbors import recall
 from tests.helpers.neighbor_job import CHUNK, COUNT, SHARD, UNIT, add
+from tests.helpers.processes import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = [
@@ -34,12 +32,8 @@ def _small(monkeypatch):
 
 
 def start(folder, jobs, world=2):
-    command = [sys.executable, "-m", "tests.helpers.neighbor_job", str(world)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return [
-        subprocess.Popen([*command, str(rank), str(folder), json.dumps(jobs)], cwd=ROOT, env=environment)
-        for rank in range(world)
-    ]
+    program = ROOT / "tests" / "helpers" / "neighbor_job.py"
+    return [Program([program, world, rank, folder, json.dumps(jobs)]) for rank in range(world)]
 
 
 def test_two_processes_find_what_one_finds(tmp_path):

@@ -1,8 +1,6 @@
 """Architectures of one kind taught by another: distilled by the recipe, reloaded in a fresh process, compared."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from transformers import (
 
 import tests.helpers.runs as h
 from coss_hf.models.loading import load_backbone
+from tests.helpers.processes import run as run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
@@ -108,9 +107,7 @@ def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
     backbone.model.eval()
     with torch.no_grad():
         expected = backbone.features(backbone.preprocess(images)).embedding
-    command = [sys.executable, "-c", FRESH, str(tmp_path / "out"), *map(str, paths)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # sums in the order of this process
-    done = subprocess.run(command, capture_output=True, text=True, env=one_thread, cwd=tmp_path)
+    done = run_program(["-c", FRESH, tmp_path / "out", *paths], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     pooling, found = json.loads(done.stdout)
     assert pooling == backbone.pooling

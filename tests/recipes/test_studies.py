@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -17,6 +16,7 @@ from coss_hf.study.comparison import held_out_size
 from coss_hf.study.reproduction import ReproduceArguments
 from coss_hf.study.trials import UNTRAINED
 from coss_hf.trainer.arguments import DataArguments
+from tests.helpers.processes import Program
 from tests.recipes.test_distill import load_recipe
 
 reproduce, compare, report = load_recipe("reproduce"), load_recipe("compare"), load_recipe("report")
@@ -132,14 +132,11 @@ def test_methods_are_compared_on_held_out_images_by_default(image_parquet, tmp_p
     assert own.validation_size == 0 and len(own.load().validation) == 9
 
 
-def start(recipe: str, **options) -> subprocess.Popen:
-    environment = os.environ | {"PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, f"{h.ROOT}/recipes/{recipe}.py", *words(**options)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+def start(recipe: str, **options) -> Program:
+    return Program([f"{h.ROOT}/recipes/{recipe}.py", *words(**options)])
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Program) -> str:
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out

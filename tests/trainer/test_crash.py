@@ -36,11 +36,11 @@ def world(tmp_path_factory):
     }
 
 
-def start(world, output, processes: int, workers: int, *argv):
+def start(world, output, processes: int, workers: int, *argv, launcher: bool = False):
     """The same command every time: what a user repeats after a crash."""
     options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "seed": 3}
     flags = ("--use_cpu", "--resume_from_checkpoint", *argv)
-    return h.start_distill(world, output, *flags, processes=processes, max_steps=STEPS, **options)
+    return h.start_distill(world, output, *flags, processes=processes, launcher=launcher, max_steps=STEPS, **options)
 
 
 def end(process, number: int) -> None:
@@ -212,7 +212,7 @@ def test_what_a_killed_launcher_leaves_ends_before_the_next_run_begins(world, tm
 @pytest.mark.parametrize("set_up", SET_UPS)
 def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, set_up):
     output = tmp_path / "run"
-    process = start(world, output, *set_up)
+    process = start(world, output, *set_up, launcher=set_up[0] > 1)
     wait_for_checkpoint(process, output)
     end(process, signal.SIGTERM)
     out, err = process.communicate(timeout=120)

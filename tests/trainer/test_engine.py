@@ -1,8 +1,6 @@
 """Launch configurations, mixed precision, memory format, batch norm over processes, compilation."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +17,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.engine import synchronise_batch_norm
 from coss_hf.trainer.fsdp import name_blocks
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.processes import run as run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -139,10 +138,9 @@ def test_processes_that_are_refused(monkeypatch, change, message):
 
 def test_the_recipe_refuses_fsdp_on_the_cpu(tmp_path):
     """accelerate would silently run DDP."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_FSDP": "true"}
+    environment = os.environ | {"ACCELERATE_USE_FSDP": "true"}
     arguments = ["--teacher=x", "--student=y", "--dataset=z", "--use_cpu", f"--output_dir={tmp_path / 'out'}"]
-    command = [sys.executable, str(ROOT / "recipes" / "distill.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    done = run_program([ROOT / "recipes" / "distill.py", *arguments], environment=environment)
     assert done.returncode == 2, done.stderr
     assert "FSDP was asked for, but --use_cpu is set" in done.stderr and "cpu.yaml" in done.stderr
 

@@ -1,8 +1,5 @@
 """FSDP2 on two real processes. accelerate enables it on GPUs only, so the script forces its state on the CPU."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +12,7 @@ from coss_hf.data.loading import load_images
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.loading import load_backbone
 from tests.helpers.fsdp_script import OPTIONS
+from tests.helpers.processes import run as run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,10 +25,7 @@ def world(tmp_path_factory):
     h.save_resnet(folder / "teacher", seed=1)
     h.save_vit(folder / "vit", seed=2, hidden_size=8)
     h.save_resnet(folder / "resnet", seed=3)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command += [str(ROOT / "tests" / "helpers" / "fsdp_script.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    done = run_program([ROOT / "tests" / "helpers" / "fsdp_script.py", folder], processes=2)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder, [torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in (0, 1)]
 

@@ -1,0 +1,108 @@
+"""Programs in processes of their own, without the seconds that importing torch and Transformers takes each time.
+
+Each is forked from a server that has only imported third-party packages: the project's own modules, the program and
+its options run as in a process started from nothing. Tests of the launcher, of the import phase or of the environment
+that packages read at import start ``subprocess`` themselves.
+"""
+
+import atexit
+import functools
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+NO_HUB = ("torch", "torchvision", "numpy", "scipy.stats", "pandas", "pyarrow.parquet", "sklearn", "PIL.Image", "faiss")
+HUB = ("transformers.trainer", "datasets", "accelerate", "transformers.models.vit.modeling_vit", "torch.distributed")
+
+
+@functools.cache
+def server(modules: tuple[str, ...]) -> socket.socket:
+    """The connection to a server that has imported ``modules``, one for each process that runs tests."""
+    ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, f"{ROOT}/tests/helpers/fork_server.py", str(its.fileno()), *modules]
+    process = subprocess.Popen(command, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
+    its.close()
+    atexit.register(lambda: (ours.close(), process.wait()))
+    return ours
+
+
+class Program:
+    """As ``subprocess.Popen`` with pipes and text, for ``argv`` of a Python script; ``processes`` of them in a group
+    of torch.distributed share the pipes."""
+
+    def __init__(self, argv, *, environment=None, cwd=ROOT, processes: int = 1, modules=NO_HUB + HUB):
+        self.args = [str(word) for word in argv]
+        self.returncode = None
+        request = {
+            "argv": self.args,
+            "cwd": str(cwd),
+            "environment": dict(environment if environment is not None else os.environ),
+            "processes": processes,
+            "largest_file": resource.getrlimit(resource.RLIMIT_FSIZE)[0],
+        }
+        pipes = [os.pipe() for _ in range(4)]  # stdin, stdout, stderr, answers
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1]]
+        socket.send_fds(server(modules), [json.dumps(request).encode()], theirs)
+        for descriptor in theirs:
+            os.close(descriptor)
+        self.stdin, self.stdout, self.stderr = open(pipes[0][1], "w"), open(pipes[1][0]), open(pipes[2][0])
+        self.answers = open(pipes[3][0])
+        self.pid = int(self.answers.readline())
+        os.set_blocking(self.answers.fileno(), False)
+
+    def poll(self) -> int | None:
+        if self.returncode is None and (answer := self.answers.readline()):
+            self.returncode = int(answer)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        end = time.monotonic() + timeout if timeout is not None else float("inf")
+        while self.poll() is None:
+            if time.monotonic() > end:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(0.01)
+        return self.returncode
+
+    def communicate(self, input: str = "", timeout: float | None = None) -> tuple[str, str]:
+        text = {}
+        readers = [
+            threading.Thread(target=lambda name=name: text.update({name: getattr(self, name).read()}), daemon=True)
+            for name in ("stdout", "stderr")
+        ]
+        for reader in readers:
+            reader.start()
+        with self.stdin:
+            self.stdin.write(input)
+        self.wait(timeout)
+        for reader in readers:
+            reader.join()
+        return text["stdout"], text["stderr"]
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(15)
+
+    def kill(self) -> None:
+        self.send_signal(9)
+
+
+def run(argv, timeout: float = 300, **options) -> subprocess.CompletedProcess:
+    """As ``subprocess.run(..., capture_output=True, text=True)``."""
+    program = Program(argv, **options)
+    try:
+        out, err = program.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        program.kill()
+        raise
+    return subprocess.CompletedProcess(program.args, program.returncode, out, err)
