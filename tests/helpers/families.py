@@ -184,7 +184,7 @@ def pixels(size: tuple[int, int] = (SIZE, SIZE)) -> Tensor:
 @torch.no_grad()
 def read_by_classifier(network: PreTrainedModel, images: Tensor) -> Tensor | None:
     """What a network's last linear layer of classes reads ``(b, d)``; None where it has no such layer."""
-    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == CLASSES]
+    layers = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == network.config.num_labels]
     if not layers:
         return None
     read = []

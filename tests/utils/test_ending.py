@@ -15,6 +15,7 @@ import tests.helpers.runs as h
 START = """
 import ctypes, os, signal, sys, threading, time
 from coss_hf.utils.ending import ENDING
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 ENDING.install()
 """
 # Neither is a wait that a signal's handler could end: one ignores it, the other never gets back to Python.
