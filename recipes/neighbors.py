@@ -92,6 +92,7 @@ def find_neighbors(
         cache_dir=data.neighbors_cache,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        on_bad_image=data.on_bad_image,
     )
     return splits, neighbors, meta
 

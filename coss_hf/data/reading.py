@@ -78,9 +78,25 @@ class ImageReader:
                     f"give the same command with --resume_from_checkpoint, or also with --on_bad_image skip, which "
                     f"takes other images in its place."
                 ) from error
-            return self._replace(index, error)
+            return self._replace(index, error)[1]
 
-    def _replace(self, index: int, error: ValueError) -> Image.Image:
+    def rows_to_read(self) -> list[int]:
+        """Decode all ``n`` images, and give for each its row, or the row of the one that "skip" puts in its place.
+
+        Raises:
+            UnreadableImage: very many cannot be decoded.
+        """
+        rows = []
+        for row in range(len(self)):
+            try:
+                decode(self.rows[row][self.column])
+            except ValueError as error:
+                rows.append(self._replace(row, error)[0])
+            else:
+                rows.append(row)
+        return rows
+
+    def _replace(self, index: int, error: ValueError) -> tuple[int, Image.Image]:
         candidates = np.random.default_rng(index).integers(0, len(self.rows), ATTEMPTS)
         for candidate in candidates.tolist():
             try:
@@ -92,7 +108,7 @@ class ImageReader:
                 count = int(self._replaced.sum())
                 name = self.names([candidate])[0]
                 logger.warning("--on_bad_image skip: %s; %s takes its place (%d so far).", error, name, count)
-            return image
+            return candidate, image
         raise UnreadableImage(
             f"--on_bad_image skip: {error}, and {ATTEMPTS} other images neither. Make the images available and give "
             f"the same command with --resume_from_checkpoint."

@@ -1,6 +1,7 @@
 """Students against one teacher on one set of images."""
 
 import copy
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -11,10 +12,14 @@ from transformers import set_seed
 
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.data.reading import ImageReader
 from coss_hf.evaluation.agreement import duplicate_share, effective_rank
 from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
+from coss_hf.utils.messages import first_names
+
+logger = logging.getLogger(__name__)
 
 
 def sample(rows: Dataset | None, size: int | None) -> Dataset | None:
@@ -47,6 +52,7 @@ class Evaluator:
         train_images: as given; None where labels are missing, see ``class_numbers``.
         train_labels, test_labels: class numbers ``(n,)`` and ``(m,)``; None where labels are missing.
         class_names: names of the classes, by number; empty where labels are missing.
+        test_readable, train_readable: ``(m,)`` and ``(n,)`` which images could be decoded so far; others are left out.
     """
 
     def __init__(
@@ -82,6 +88,8 @@ class Evaluator:
             if found is not None:
                 self.train_images = train_images
                 (self.train_labels, self.test_labels), self.class_names = found
+        self.test_readable = torch.ones(len(test_images), dtype=torch.bool)
+        self.train_readable = torch.ones(len(train_images) if train_images is not None else 0, dtype=torch.bool)
         self._teacher_test_features: Tensor | None = None
         self._teacher_train_features: Tensor | None = None
         self._teacher_diagnostics: dict[str, float] = {}
@@ -89,13 +97,30 @@ class Evaluator:
     def embed(self, backbone: Backbone, images: Dataset, description: str) -> Tensor:
         """Embeddings ``(n, d)`` of ``images``."""
         rows = ProcessedImages(images, self.image_column, backbone.preprocess, self.on_bad_image)
-        return embed_dataset(
+        if self.num_workers:
+            rows.reader.share_memory()
+        embeddings = embed_dataset(
             backbone,
             rows,
             description=description,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
         )
+        self._note_lost(images, rows.reader)
+        return embeddings
+
+    def _note_lost(self, images: Dataset, reader: ImageReader) -> None:
+        """Images that were replaced are not measured: what stands in their place has another label."""
+        if images is not self.test_images and images is not self.train_images:
+            return
+        readable = self.test_readable if images is self.test_images else self.train_readable
+        new = [row for row in reader.replaced() if readable[row]]
+        readable[new] = False
+        if new:
+            logger.warning(
+                "Evaluation: %d of %d images can no longer be decoded and are left out: %s.",
+                *(int((~readable).sum()), len(readable), first_names(reader.names(new))),
+            )
 
     def metric_names(self) -> list[str]:
         """Names of the metrics that are defined for these images, found on noise."""
@@ -128,9 +153,10 @@ class Evaluator:
     def teacher_diagnostics(self) -> dict[str, float]:
         """Diagnostics of the teacher's own embeddings; empty where none are measured."""
         if self.diagnostics and not self._teacher_diagnostics:
+            features = _rows_of(self.test_readable)(self.teacher_test_features)
             self._teacher_diagnostics = {
-                "teacher_effective_rank": effective_rank(self.teacher_test_features),
-                "teacher_duplicates": duplicate_share(self.teacher_test_features),
+                "teacher_effective_rank": effective_rank(features),
+                "teacher_duplicates": duplicate_share(features),
             }
         return self._teacher_diagnostics
 
@@ -153,19 +179,28 @@ class Evaluator:
                 train_features = self.embed(student, self.train_images, "Student, train images")
         with torch.no_grad():
             projected = project(test_features) if project else None
+        of_teacher = self.teacher_test_features, self.teacher_train_features  # before it is known what is readable
+        test, train = _rows_of(self.test_readable), _rows_of(self.train_readable)
         metrics = evaluate_embeddings(
-            test_features,
-            self.teacher_test_features,
-            train_features=train_features,
-            train_labels=self.train_labels,
-            test_labels=self.test_labels,
-            projected=projected,
-            teacher_gallery=self.teacher_train_features if self.retrieval else None,
+            test(test_features),
+            test(of_teacher[0]),
+            train_features=train(train_features),
+            train_labels=train(self.train_labels),
+            test_labels=test(self.test_labels),
+            projected=test(projected),
+            teacher_gallery=train(of_teacher[1]) if self.retrieval else None,
             linear=self.linear,
             diagnostics=self.diagnostics,
         )
         metrics |= self.teacher_diagnostics
         return metrics, test_features if projected is None else projected
+
+
+def _rows_of(readable: Tensor) -> Callable[[Tensor | None], Tensor | None]:
+    """What takes these rows of a tensor; the tensor itself where they are all."""
+    if readable.all():
+        return lambda rows: rows
+    return lambda rows: None if rows is None else rows[readable]
 
 
 def random_weights(backbone: Backbone, seed: int = 0) -> Backbone:

@@ -74,10 +74,8 @@ def check_repo(
             f"{argument}={repo_id!r} is an invalid name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
             f"digits, '-', '_' and '.'."
         ) from error
-    if not create:
-        return repo_id
     try:
-        return _open_repo(HfApi(token=token), repo_id, repo_type, private)
+        return _open_repo(HfApi(token=token), repo_id, repo_type, private, create)
     except _Problem as problem:
         if problem.refused:
             raise ValueError(f"{argument}={repo_id}: {problem}.") from problem
@@ -157,8 +155,8 @@ def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = Non
     return commit
 
 
-def _open_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -> str:
-    """The full name of a repository that the token may write to, created if it does not exist."""
+def _open_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None, create: bool = True) -> str:
+    """The full name of a repository that the token may write to; with ``create`` it then exists."""
     with _errors_as_problems(repo_id):
         me = api.whoami()
         given, _, name = repo_id.rpartition("/")
@@ -171,7 +169,11 @@ def _open_repo(api: HfApi, repo_id: str, repo_type: str, private: bool | None) -
             )
         if me.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise _Problem(f"the token may only read; {LOG_IN}")
-        repo_id = api.create_repo(f"{owner}/{name}", repo_type=repo_type, private=private, exist_ok=True).repo_id
+        repo_id = f"{owner}/{name}"
+        if create:
+            repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        elif not api.repo_exists(repo_id, repo_type=repo_type):
+            return repo_id
         if private and api.repo_info(repo_id, repo_type=repo_type).private is False:
             raise _Problem(f"{repo_id} exists and is public; make it private in its settings, or give another name")
     return repo_id

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.data.reading import ImageReader
 from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.cache import read_neighbors, write_neighbors
 from coss_hf.neighbors.columns import check_pool, image_hashes, summary, with_columns
@@ -71,11 +72,16 @@ def nearest_neighbors(
     cache_dir: str | Path | None = None,
     batch_size: int = 256,
     num_workers: int = 0,
+    on_bad_image: str = "error",
 ) -> tuple[np.ndarray, dict]:
     """Every image's k nearest others, as the backbone embeds them un-augmented. All processes of a run call together:
     each embeds and searches its share.
 
-    Arguments as of `add_neighbors`.
+    Arguments as of `add_neighbors`, and:
+
+    Args:
+        on_bad_image: what to do where an image can no longer be decoded. "error"; or "skip": another one is embedded in
+            its place, the one that takes its place in training, see `ImageReader`.
 
     Returns:
         (n, k) int32 row numbers, the nearest first, -1 where `--neighbors_max_similarity` leaves fewer; and how they
@@ -84,10 +90,47 @@ def nearest_neighbors(
     Raises:
         ValueError: k out of range, `image_hash` missing, embeddings that are not finite, a cache that cannot be
             written, or no neighbour left for any image.
+        UnreadableImage: an image can no longer be decoded.
     """
     options = options or SearchOptions()
     processes = Processes()
     check_pool(k, len(dataset))
+    search = (backbone, image_column, k, options, cache_dir, batch_size, num_workers, processes)
+    try:
+        return _cached_or_mined(dataset, *search)
+    except ValueError:  # on all processes, whichever met the image
+        rows = None
+        if on_bad_image == "skip":
+            rows = _rows_to_read(dataset, image_column, processes)
+        if rows is None:
+            raise
+    # With the hashes of what is embedded, so that the cache never takes one image for another.
+    return _cached_or_mined(dataset.select(rows), *search)
+
+
+def _rows_to_read(dataset: datasets.Dataset, image_column: str, processes: Processes) -> list[int] | None:
+    """The row of each image, or of the one in its place; None where all can be decoded. The same on all processes."""
+    rows = None
+    with processes.together():
+        if processes.rank == 0:
+            reader = ImageReader(dataset, image_column, "skip")
+            rows = reader.rows_to_read()
+            if not reader.replaced():
+                rows = None
+    return processes.gather(rows)[0]
+
+
+def _cached_or_mined(
+    dataset: datasets.Dataset,
+    backbone: Backbone,
+    image_column: str,
+    k: int,
+    options: SearchOptions,
+    cache_dir: str | Path | None,
+    batch_size: int,
+    num_workers: int,
+    processes: Processes,
+) -> tuple[np.ndarray, dict]:
     entry = _cache_entry(dataset, backbone, k, options, cache_folder(cache_dir))
     with contextlib.ExitStack() as stack:
         with processes.together():

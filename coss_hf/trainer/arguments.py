@@ -14,6 +14,7 @@ from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.reporting.run_record import read_json
 from coss_hf.utils.messages import first_line
+from coss_hf.utils.paths import same_place
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class ModelArguments:
         record = find_student_file(self.student, "run.json", self.student_revision)
         run = read_json(record).get("arguments", {}) if record else {}
         names = ["student_size", "student_pooling", "student_dtype", "interpolate_pos_encoding"]
-        if run.get("teacher") == self.teacher:
+        if same_place(run.get("teacher"), self.teacher):
             names += ["teacher_size", "teacher_pooling", "teacher_dtype", "teacher_revision"]
         defaults = ModelArguments()
         changes = {}
@@ -229,8 +230,13 @@ class DataArguments(SearchOptions):
         record = find_student_file(student, "run.json", revision)
         given = read_json(record).get("arguments", {}) if record else {}
         followed = copy.copy(self)
-        if any(given.get(key) != getattr(self, key) for key in ("dataset", "dataset_name", "train_split")):
+        other = any(given.get(key) != getattr(self, key) for key in ("dataset_name", "train_split"))
+        if other or not same_place(given.get("dataset"), self.dataset):
             return followed
+        for key in ("test_split", "image_column", "label_column", "max_train_samples"):
+            if getattr(self, key) is None and given.get(key) is not None:
+                setattr(followed, key, given[key])
+                logger.info("As in the run that left %s: --%s %s.", student, key, given[key])
         if self.validation_size is None:
             followed.holds_out_by_default = True
             followed.validation_size = given.get("validation_size")

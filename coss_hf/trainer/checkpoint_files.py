@@ -1,5 +1,6 @@
 """The files of a run's folder: atomic checkpoints, the lock of the folder, and which checkpoint to resume from."""
 
+import functools
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from torch import nn
+from transformers import TrainingArguments
 
 from coss_hf.trainer.manifest import MANIFEST, find_damage
 from coss_hf.utils.process_group import Processes
@@ -84,6 +86,21 @@ def remove_temporary_files(output_dir: str | Path) -> None:
     for path in Path(output_dir).glob(".tmp*"):
         if TEMPORARY.fullmatch(path.name) and path.is_file():
             path.unlink()
+
+
+def enter_output_dir(args: TrainingArguments) -> None:
+    """Lock a run's folder and put it in order. All processes of a run call together.
+
+    Raises:
+        ValueError: another run is at work there, or it cannot be made.
+    """
+    with args.main_process_first(local=False, desc="checkpoints"):
+        if args.process_index == 0:
+            lock_output_dir(args.output_dir)
+            remove_temporary_files(args.output_dir)
+            # Only if asked to go on: a refusal changes nothing.
+            if args.resume_from_checkpoint or args.overwrite_output_dir:
+                recover(args.output_dir)
 
 
 def shapes(module: nn.Module) -> str:
@@ -185,7 +202,7 @@ def _choose(output_dir: str, **options) -> str | None:
             f"--resume_from_checkpoint."
         )
     if passed_over:
-        print(f"Damaged, and passed over for {found or 'a fresh start'}: {reasons}.", flush=True)
+        _say_once(f"Damaged, and passed over for {found or 'a fresh start'}: {reasons}.")
     if found is not None:
         _say_if_unchecked(found)
     return found
@@ -206,11 +223,16 @@ def _check(asked: str, **options) -> str:
 
 def _say_if_unchecked(checkpoint: str) -> None:
     if not Path(checkpoint, MANIFEST).is_file():
-        print(
+        _say_once(
             f"{checkpoint} was written without {MANIFEST}, as by earlier versions: only some damage to its files would "
-            f"be noticed.",
-            flush=True,
+            f"be noticed."
         )
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    """A run looks for its checkpoint more than once: before it loads images, and with what they are."""
+    print(text, flush=True)
 
 
 def set_damaged_aside(checkpoint: str) -> None:

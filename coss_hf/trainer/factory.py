@@ -12,7 +12,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.trainer.checkpoint_files import find_checkpoint, lock_output_dir, recover, remove_temporary_files
+from coss_hf.trainer.checkpoint_files import enter_output_dir, find_checkpoint
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -104,13 +104,7 @@ def check_output_dir(args: DistillationArguments) -> str | None:
     """
     output = Path(args.output_dir)
     if not args.dry_run:
-        with args.main_process_first(local=False, desc="checkpoints"):
-            if args.process_index == 0:
-                lock_output_dir(output)
-                remove_temporary_files(output)
-                # Only if asked to go on: a refusal changes nothing.
-                if args.resume_from_checkpoint or args.overwrite_output_dir:
-                    recover(output)
+        enter_output_dir(args)
     checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
     used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
     if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):

@@ -275,6 +275,7 @@ def find_neighbors(
         cache_dir=data.neighbors_cache,
         batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers,
+        on_bad_image=splits.on_bad_image,
     )
     return found
 

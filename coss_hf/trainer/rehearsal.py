@@ -57,6 +57,7 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
     check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.
+    short.dry_run = True  # looks for the Hub's repository without creating it: the images may yet be refused
     short.channels_last = False
     short.exact_accumulation = False
     short.num_images = None

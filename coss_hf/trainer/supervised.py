@@ -1,17 +1,19 @@
 """Supervised training of a teacher on labelled images."""
 
 import copy
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.processed_images import ProcessedImages
+from coss_hf.data.run_images import RunImages
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.models.backbone import Backbone
@@ -21,11 +23,10 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
-from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.checkpoint_files import RECORD, check_identity, enter_output_dir, find_checkpoint, shapes
 from coss_hf.trainer.checkpointing import CheckpointWriter
 from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused
-from coss_hf.trainer.manifest import write_manifest
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.randomness import StepSeed
@@ -71,13 +72,18 @@ class TeacherArguments(TrainingArguments):
 
 
 class SupervisedTrainer(Trainer):
-    """``transformers.Trainer``, with dropout that depends on the seed and the step alone, and checked checkpoints.
+    """``transformers.Trainer``, with dropout that depends on the seed and the step alone, and checkpoints that are
+    complete or not there.
 
     SIGTERM and Ctrl-C end it as they end a distillation: the step is saved.
+
+    Args:
+        identity: what must be the same for a run to be resumed, by argument; kept in its checkpoints.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, identity: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._identity = identity or {}
         self._step_seed = StepSeed(self.args.seed, self.args.device)
         self._checkpoints = CheckpointWriter(self.args, self.accelerator.wait_for_everyone)
         self._preemption = Preemption()
@@ -106,12 +112,19 @@ class SupervisedTrainer(Trainer):
         network.load_state_dict(saved.state_dict())
 
     def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
-        with self._checkpoints.same_error_everywhere(folder):
-            super()._save_checkpoint(model, trial)
-        with self._checkpoints.same_error_everywhere(folder):
+        self.store_flos()
+        run_dir = self._get_output_dir(trial=trial)
+        with self._checkpoints.atomic(Path(run_dir, f"checkpoint-{self.state.global_step}"), manifest=True) as folder:
+            self.save_model(str(folder), _internal_call=True)
+            if not self.args.save_only_model:
+                self._save_optimizer_and_scheduler(str(folder))
+                self._save_scaler(str(folder))
+                self._save_rng_state(str(folder))
             if self.args.should_save:
-                write_manifest(folder)
+                Path(folder, RECORD).write_text(json.dumps(self._identity, indent=2))
+                self.state.save_to_json(str(folder / "trainer_state.json"))
+        if self.args.should_save:
+            rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._checkpoints.same_error_everywhere(output_dir or self.args.output_dir):
@@ -145,6 +158,9 @@ class SupervisedRun:
         """
         trainer = self.trainer
         args = trainer.args
+        enter_output_dir(args)
+        if self.splits.run_images is not None and trainer.is_world_process_zero():
+            self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
         trainer.train(resume_from_checkpoint=self.checkpoint)
         trainer.save_model()
         leave()
@@ -176,6 +192,8 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     Raises:
         ValueError: any input that the run cannot use.
     """
+    if Path(args.output_dir).exists():  # bad input makes no folder
+        enter_output_dir(args)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, files=("config.json",))
     check_processes(args)
     check_graphs(args)
@@ -184,7 +202,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir={args.output_dir} holds a network: replace it with --overwrite_output_dir.")
     with args.main_process_first(desc="images"):
-        splits = data.load()
+        splits = data.load(recorded=RunImages.load(Path(checkpoint).parent) if checkpoint else None)
     set_seed(args.seed)
     model, processor = load_classifier(
         args.model,
@@ -204,13 +222,32 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         on_bad_image=splits.on_bad_image,
     )
     (labels,), _ = class_numbers(splits.label_column, splits.train)
+    identity = supervised_identity(model, views, args)
+    if checkpoint is not None and Path(checkpoint, RECORD).exists():  # earlier versions kept none
+        check_identity(checkpoint, identity)
     rehearse_supervised(model, backbone, args)
-    trainer = build_supervised_trainer(model, backbone, labels, args, views)
+    trainer = build_supervised_trainer(model, backbone, labels, args, views, identity)
     return SupervisedRun(trainer, backbone, splits, checkpoint)
 
 
+def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: TeacherArguments) -> dict[str, str]:
+    """What must be the same for a run to be resumed; each entry under the argument that decides it."""
+    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    of_views = {name: value for name, value in views.identity().items() if not name.startswith("--neighbors")}
+    return {
+        "--model": f"{type(model).__name__} {shapes(model)}",
+        "--seed": str(args.seed),
+        "--per_device_train_batch_size": f"{step} images a step",
+    } | of_views
+
+
 def build_supervised_trainer(
-    model: PreTrainedModel, backbone: Backbone, labels: torch.Tensor, args: TeacherArguments, views: ViewDataset
+    model: PreTrainedModel,
+    backbone: Backbone,
+    labels: torch.Tensor,
+    args: TeacherArguments,
+    views: ViewDataset,
+    identity: dict[str, str] | None = None,
 ) -> Trainer:
     """Build a trainer of a classifier.
 
@@ -220,6 +257,7 @@ def build_supervised_trainer(
         labels: ``(n,)`` class numbers of the images that ``views`` shows.
         args: of the training.
         views: of the training images, without neighbours.
+        identity: see ``SupervisedTrainer``.
 
     Raises:
         ValueError: fewer images than one step, or milestones that the run does not reach.
@@ -249,6 +287,7 @@ def build_supervised_trainer(
         processing_class=backbone.processor,
         optimizers=(optimizer, scheduler),
         callbacks=[EpochCallback(views)],
+        identity=identity,
     )
     # Networks that swallow keyword arguments are taken for ones that scale an accumulated loss by themselves.
     trainer.model_accepts_loss_kwargs = False

@@ -499,9 +499,10 @@ class DistillationTrainer(Trainer):
     def _eval_loss(self, projected: Tensor) -> float:
         """Mean loss over held-out batches of the training size, un-augmented."""
         criterion = self.full_model.criterion
-        size = min(self.args.images_per_batch, len(projected))
-        rows = torch.arange(len(projected))
-        batches = [x.to(self.args.device).split(size) for x in (projected, self.evaluator.teacher_test_features, rows)]
+        rows = self.evaluator.test_readable.nonzero().flatten()
+        size = min(self.args.images_per_batch, len(rows))
+        tensors = projected[rows], self.evaluator.teacher_test_features[rows], rows
+        batches = [x.to(self.args.device).split(size) for x in tensors]
         training = criterion.training
         criterion.eval()
         losses = [

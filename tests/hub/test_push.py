@@ -169,6 +169,8 @@ from huggingface_hub import constants
 from coss_hf.hub import PushFailed, check_repo, push
 logging.basicConfig(format="%(message)s", level=logging.WARNING)
 folder, token, read_token = sys.argv[1:]
+# What a rehearsal asks: a run whose images are refused must not leave an empty repository.
+print("ASKED", check_repo("later", "--hub_model_id", token=token, create=False))
 cases = [("me/x", token), ("me/x", "hf_wrong"), ("you/x", token), ("a b/c/d", token), ("me/x", read_token)]
 for name, token in [*cases, ("me/x", token)]:
     if len(cases) == 0:
@@ -188,7 +190,8 @@ for name, token in [*cases, ("me/x", token)]:
 def test_errors_of_a_push_name_reason_and_remedy(hub, tmp_path):
     student = h.save_resnet(tmp_path / "s")
     done = run(hub, tmp_path, ["-c", CHECKS, student, TOKEN, READ_TOKEN])
-    ok, pushed, *rest = done.stdout.splitlines()
+    asked, ok, pushed, *rest = done.stdout.splitlines()
+    assert asked == "ASKED me/later" and "models/me/later" not in hub.commits
     assert ok == "OK me/x" and pushed.startswith("Pushed: ")
     for words in ("token is wrong", "neither you (me)", "is an invalid name", "may only read"):
         refused, failed, *rest = rest

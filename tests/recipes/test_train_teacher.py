@@ -4,11 +4,12 @@ import sys
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import tests.helpers.runs as h
 from coss_hf.trainer.arguments import DataArguments
-from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
+from coss_hf.trainer.supervised import SupervisedTrainer, TeacherArguments, build_supervised_run
 from tests.recipes.test_distill import load_recipe
 
 train_teacher = load_recipe("train_teacher")
@@ -47,6 +48,32 @@ def test_a_checkpoint_that_is_not_there_is_refused(train, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train(f"--resume_from_checkpoint={tmp_path / 'nowhere'}")
     assert "nowhere is not a complete checkpoint" in capsys.readouterr().err
+
+
+def test_checkpoints_are_complete_or_not_there(train, tmp_path, capsys, monkeypatch):
+    """They were written in place, and a run of another seed went on from them."""
+    options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4, "logging_steps": 50}
+    write = SupervisedTrainer._save_rng_state
+
+    def killed(trainer, folder):
+        write(trainer, folder)
+        if trainer.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(SupervisedTrainer, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(**options)
+    folder = tmp_path / "teacher"
+    assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-2", "unfinished-checkpoint-4"]
+    monkeypatch.setattr(SupervisedTrainer, "_save_rng_state", write)
+    with pytest.raises(SystemExit):
+        train("--resume_from_checkpoint", "--seed=7", **options)
+    assert "was written with another --seed (then 42, now 7)" in capsys.readouterr().err
+    train("--resume_from_checkpoint", **options)
+    assert not list(folder.glob("unfinished-*")) and (folder / "checkpoint-12").is_dir()
+    resumed = load_file(folder / "model.safetensors")
+    train("--overwrite_output_dir", **options)
+    h.assert_same(resumed, load_file(folder / "model.safetensors"))
 
 
 def test_learns_and_reloads(train, capsys):

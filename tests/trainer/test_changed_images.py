@@ -6,7 +6,9 @@ import pytest
 from transformers import TrainerCallback
 
 import tests.helpers.runs as h
+from coss_hf.data.reading import ImageReader
 from coss_hf.data.run_images import RunImages
+from coss_hf.neighbors import mining
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.training_args import DistillationArguments
@@ -104,3 +106,35 @@ def test_a_replaced_image_is_refused_at_resume(world, tmp_path):
     with pytest.raises(ValueError, match="not those that the run began with: .*05.png"):
         world("skip", resume_from_checkpoint="auto")
     assert RunImages.load(tmp_path / "out").root == str(tmp_path / "images")
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated"])
+def test_skip_reaches_the_search_for_neighbours(world, tmp_path, monkeypatch, damage):
+    """The search stopped with the advice to give --on_bad_image skip, which was given."""
+    lost = tmp_path / "images" / "05.png"
+    search = mining.nearest_neighbors
+
+    def damaged_before(*args, **kwargs):
+        if damage == "deleted":
+            lost.unlink()
+        else:
+            lost.write_bytes(lost.read_bytes()[:60])
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(mining, "nearest_neighbors", damaged_before)
+    images = tmp_path / "images"
+    whole = {path.name: path.read_bytes() for path in images.iterdir()}
+    with pytest.raises(UnreadableImage, match="05.png"):
+        world(neighbors_k=1, neighbors_pool=3)
+    lost.write_bytes(whole["05.png"])
+    run = world("skip", neighbors_k=1, neighbors_pool=3)
+    reader = ImageReader(run.splits.train, "image", "skip")
+    (stand_in,) = {row for i, row in enumerate(reader.rows_to_read()) if i != row}
+    assert run.trainer.train_dataset.neighbors[5][0] == stand_in, "the same image is in both rows"
+    run.train()
+    assert run.trainer.state.global_step == 6
+    # What was kept for the images as they are now is not taken for those of the whole folder.
+    lost.write_bytes(whole["05.png"])
+    monkeypatch.setattr(mining, "nearest_neighbors", search)
+    again = world("skip", output="again", neighbors_k=1, neighbors_pool=3)
+    assert again.trainer.train_dataset.neighbors[5][0] != stand_in
