@@ -14,7 +14,7 @@ import argparse
 
 from coss_hf.cli import bad_input_exits, stopped_run_exits
 from coss_hf.cli.paths import path
-from coss_hf.hub.push import check_repo, push, push_dataset
+from coss_hf.hub.push import check_name, push, push_dataset
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     is_dataset = (args.folder / "dataset_dict.json").is_file()
     with bad_input_exits():
-        check_repo(args.repo_id, "--repo_id", create=False)
+        check_name(args.repo_id, "--repo_id")
         if not is_dataset and not (args.folder / "config.json").is_file():
             raise ValueError(f"{args.folder} holds no student and no dataset; give the output folder of a recipe.")
         if is_dataset and args.revision:

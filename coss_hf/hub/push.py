@@ -42,6 +42,21 @@ class _Problem(Exception):
         self.refused = refused
 
 
+def check_name(repo_id: str, argument: str) -> None:
+    """Check that ``repo_id``, given as ``argument``, can be a name on the Hub.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"{argument}={repo_id!r} is an invalid name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
+            f"digits, '-', '_' and '.'."
+        ) from error
+
+
 def check_repo(
     repo_id: str,
     argument: str,
@@ -67,13 +82,7 @@ def check_repo(
     Raises:
         ValueError: an invalid name, no token or a wrong one, a repository of somebody else.
     """
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(
-            f"{argument}={repo_id!r} is an invalid name on the Hub ({first_line(error)}); give USER/NAME, of letters, "
-            f"digits, '-', '_' and '.'."
-        ) from error
+    check_name(repo_id, argument)
     try:
         return _open_repo(HfApi(token=token), repo_id, repo_type, private, create)
     except _Problem as problem:
