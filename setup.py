@@ -61,6 +61,7 @@ setup(
     extras_require={
         "timm": ["timm"],
         "tensorboard": ["tensorboard"],
+        "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
         "export": EXPORT,
         "dev": [
@@ -72,6 +73,7 @@ setup(
             "scikit-learn",
             "tensorboard",
             "timm",
+            "trackio",
         ],
     },
 )

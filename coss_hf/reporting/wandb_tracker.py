@@ -1,4 +1,4 @@
-"""Weights & Biases: grouped scalars while training, and the report at its end."""
+"""Weights & Biases: scalars in groups while a run trains, and its results, pictures and tables at the end."""
 
 import http.client
 import logging
@@ -12,46 +12,19 @@ import urllib.request
 from fnmatch import fnmatch
 from pathlib import Path
 
+from PIL.Image import Image
 from transformers.integrations import WandbCallback
 
 from coss_hf.hub.push import PUBLISHED
+from coss_hf.reporting.tracked import EndOfRun, grouped, settings_of, without_totals
 from coss_hf.utils.messages import first_line
 
 logger = logging.getLogger(__name__)
 
 RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run continues its run on W&B
-PICTURES = ("loss.png", "panel.png", "neighbors.png", "projection.png")
 INIT_SECONDS = 10
 # For what is left to upload at a run's end; by default W&B waits for ever.
 FINISH_SECONDS = 300
-GROUPS = {
-    "agreement": ("overlap10", "cosine", "dimension_cosine", "cka"),
-    "student": ("effective_rank", "dead_dimensions", "duplicates"),
-    "teacher": ("teacher_effective_rank", "teacher_duplicates"),
-    "labels": ("knn10", "knn20", "probe"),
-    "speed": (
-        "images_per_second",
-        "teacher_share",
-        "data_wait_share",
-        "runtime",
-        "samples_per_second",
-        "steps_per_second",
-    ),
-}
-GROUP = {name: group for group, names in GROUPS.items() for name in names}
-
-
-def grouped(logs: dict[str, float]) -> dict[str, float]:
-    """Names of a log line as ``group/name``; what was computed on held-out images and is of no group is ``eval``."""
-    found = {}
-    for key, value in logs.items():
-        name = key.removeprefix("eval_")
-        if key == "images_seen":
-            found[key] = value
-        else:
-            group = GROUP.get(name, "eval" if name != key else "train")
-            found[f"{group}/{name.removeprefix('teacher_') if group == 'teacher' else name}"] = value
-    return found
 
 
 def reach(address: str) -> None:
@@ -120,13 +93,10 @@ class WandbTracker(WandbCallback):
         if self._wandb.run is None:
             self._start(args, resumed=state.global_step > 0)
         super().setup(args, state, model, **kwargs)
-        run, trainer = self._wandb.run, self.trainer
+        run = self._wandb.run
         run.define_metric("images_seen")
         run.define_metric("*", step_metric="images_seen", step_sync=True)
-        sizes = {"teacher": trainer.teacher.num_parameters(), "student": trainer.student.num_parameters()}
-        identity = {name.lstrip("-"): value for name, value in trainer.identity().items()}
-        settings = {"fingerprints": identity, "parameters": sizes, "arguments": trainer.arguments}
-        run.config.update(settings, allow_val_change=True)
+        run.config.update(settings_of(self.trainer), allow_val_change=True)
 
     def _start(self, args, resumed: bool) -> None:
         wandb, start, left = self._wandb, time.monotonic(), INIT_SECONDS
@@ -169,71 +139,27 @@ class WandbTracker(WandbCallback):
         if not self._initialized:
             self.setup(args, state, model)
         if state.is_world_process_zero:
-            totals = {name: value for name, value in logs.items() if name.startswith("train_")}
+            scalars, totals = without_totals(logs)
             self._wandb.run.summary.update(totals)
-            scalars = {name: value for name, value in logs.items() if name not in totals}
             self._wandb.log(grouped(scalars) | {"train/global_step": state.global_step})
 
-    def report(self, record: dict, files: dict, neighbors=None, projection=None) -> None:
-        """The end of a run, which it finishes.
-
-        Args:
-            record: what ``run.json`` holds.
-            files: of pictures (``.png``) and pages (``.html``), by name.
-            neighbors: a ``NeighborExamples``.
-            projection: ``teacher`` and ``student`` coordinates ``(n, 2)``, and ``labels`` or None.
-        """
+    def report(self, end: EndOfRun) -> None:
+        """The end of a run, which it finishes."""
         if not self._initialized:  # a finished run was gone on from: its report is all that is left to keep
             self.setup(self.trainer.args, self.trainer.state, self.trainer.model)
         wandb, run = self._wandb, self._wandb.run
-        logs = {"images_seen": self.trainer.images_seen}
-        logs |= {
-            name: (wandb.Html if str(path).endswith(".html") else wandb.Image)(str(path))
-            for name, path in files.items()
-        }
-        if neighbors is not None:
-            logs["neighbors"] = self._neighbor_table(neighbors)
-        if projection is not None:
-            labels = projection["labels"]
-            columns = [*projection["teacher"].T.tolist(), *projection["student"].T.tolist()]
-            columns.append([""] * len(columns[0]) if labels is None else [str(label) for label in labels])
-            names = ["teacher_x", "teacher_y", "student_x", "student_y", "label"]
-            logs["projection"] = wandb.Table(columns=names, data=[list(row) for row in zip(*columns, strict=True)])
+        logs = {"images_seen": end.images_seen}
+        logs |= {name: wandb.Image(str(path)) for name, path in end.pictures.items()}
+        logs |= {name: wandb.Html(str(path)) for name, path in end.pages.items()}
+        for name, table in end.tables.items():
+            rows = [[wandb.Image(cell) if isinstance(cell, Image) else cell for cell in row] for row in table.rows]
+            logs[name] = wandb.Table(columns=table.columns, data=rows)
         run.log(logs)
-        for network, row in record["results"].items():
-            run.summary.update({f"final/{network}/{name}": value for name, value in row.items()})
+        run.summary.update(end.results)
         if self._log_model.is_enabled:
-            student = wandb.Artifact(f"model-{run.id}", type="model", metadata={"images_seen": logs["images_seen"]})
+            student = wandb.Artifact(f"model-{run.id}", type="model", metadata={"images_seen": end.images_seen})
             for path in Path(self.trainer.args.output_dir).iterdir():
                 if any(fnmatch(path.name, pattern) for pattern in (*PUBLISHED, "*.py")):
                     student.add_file(str(path))
             run.log_artifact(student, aliases=["final_model"])
         run.finish()
-
-    def _neighbor_table(self, examples):
-        shown = {row: self._wandb.Image(image) for row, image in examples.images.items()}
-        count = len(examples.teacher[0])
-        names = [f"{network} {i}" for network in ("teacher", "student") for i in range(1, count + 1)]
-        table = self._wandb.Table(columns=["query", "shared", *names])
-        for query, teacher, student in zip(examples.queries, examples.teacher, examples.student, strict=True):
-            both = len({*teacher.tolist()} & {*student.tolist()})
-            table.add_data(shown[query], both, *(shown[row] for row in [*teacher.tolist(), *student.tolist()]))
-        return table
-
-
-def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) -> None:
-    """Hand the end of a run to W&B, if it reports there; on the first process alone.
-
-    Args:
-        trainer: a ``DistillationTrainer``.
-        record: what ``run.json`` holds.
-        neighbors: see ``WandbTracker.report``.
-        projection: see ``WandbTracker.report``.
-    """
-    if not trainer.is_world_process_zero():
-        return
-    paths = [Path(trainer.args.output_dir, name) for name in ("report.html", *PICTURES)]
-    files = {path.stem if path.suffix == ".html" else f"pictures/{path.stem}": path for path in paths if path.is_file()}
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, WandbTracker):
-            callback.report(record, files, neighbors, projection)

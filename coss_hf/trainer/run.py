@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coss_hf.data.loading import ImageSplits
-from coss_hf.reporting.wandb_tracker import report_end_of_run
+from coss_hf.reporting.trackers import report_end_of_run
 from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -58,7 +58,7 @@ class DistillationRun:
         return self.trainer.report()
 
     def publish(self, report: RunReport) -> None:
-        """Push the student with ``--push_to_hub``, and then tell W&B, which may keep a run waiting.
+        """Push the student with ``--push_to_hub``, and then tell the trackers: W&B may keep a run waiting.
 
         On the first process alone.
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.integrations import WandbCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
@@ -24,7 +23,7 @@ from coss_hf.hub.model_card import write_card
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
-from coss_hf.reporting.wandb_tracker import WandbTracker
+from coss_hf.reporting.trackers import use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
@@ -200,8 +199,7 @@ class DistillationTrainer(Trainer):
         )
         print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
         self.checkpoints = CheckpointWriter(args, self.accelerator.wait_for_everyone)
-        if self.pop_callback(WandbCallback) is not None:
-            self.add_callback(WandbTracker(self))
+        use_own_trackers(self)
         self.preemption = Preemption()
         self._step_seed = StepSeed(args.seed, args.device)
         self.teacher.model.to(args.device)

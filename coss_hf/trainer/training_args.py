@@ -174,8 +174,9 @@ class DistillationArguments(TrainingArguments):
     )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
-        metadata={"help": "Trackers: wandb, tensorboard, several of them, all or none."},
+        metadata={"help": "Trackers: wandb, trackio, tensorboard, several of them, all or none."},
     )
+    project: str = field(default="coss_hf", metadata={"help": "Project of the run in Trackio."})
     save_strategy: str = field(
         default="epoch", metadata={"help": "When checkpoints are written: steps, epoch, best or no."}
     )

@@ -16,7 +16,8 @@ from transformers import AutoModel, TrainerCallback
 
 import tests.helpers.runs as h
 from coss_hf.reporting import wandb_tracker as tracking
-from coss_hf.reporting.wandb_tracker import report_end_of_run
+from coss_hf.reporting.tracked import grouped
+from coss_hf.reporting.trackers import report_end_of_run
 from tests.helpers.wandb_reader import artifacts, read, tables
 from tests.recipes.test_distill import world  # noqa: F401 (a fixture)
 
@@ -40,7 +41,7 @@ def wandb_folder(tmp_path, monkeypatch):
 def test_names_in_groups():
     logs = {"loss": 1, "l_co": 2, "eval_overlap10": 3, "eval_teacher_effective_rank": 4, "eval_effective_rank": 5}
     logs |= {"eval_loss": 6, "eval_knn10": 7, "images_per_second": 8, "images_seen": 9}
-    assert tracking.grouped(logs) == {
+    assert grouped(logs) == {
         "train/loss": 1,
         "train/l_co": 2,
         "agreement/overlap10": 3,

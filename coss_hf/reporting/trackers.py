@@ -1,0 +1,37 @@
+"""Trackers of Transformers, each replaced by one that is told more."""
+
+from transformers.integrations import TensorBoardCallback, WandbCallback
+from transformers.integrations.integration_utils import TrackioCallback
+
+from coss_hf.reporting.tensorboard_tracker import TensorBoardTracker
+from coss_hf.reporting.tracked import end_of_run
+from coss_hf.reporting.trackio_tracker import TrackioTracker
+from coss_hf.reporting.wandb_tracker import WandbTracker
+
+TRACKERS = {WandbCallback: WandbTracker, TrackioCallback: TrackioTracker, TensorBoardCallback: TensorBoardTracker}
+
+
+def use_own_trackers(trainer) -> None:
+    """Replace the trackers that ``--report_to`` has given to a ``DistillationTrainer``."""
+    for stock, own in TRACKERS.items():
+        if trainer.pop_callback(stock) is not None:
+            trainer.add_callback(own(trainer))
+
+
+def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) -> None:
+    """Hand the end of a run to its trackers; on the first process alone.
+
+    Args:
+        trainer: a ``DistillationTrainer``.
+        record: what ``run.json`` holds.
+        neighbors: see ``end_of_run``.
+        projection: see ``end_of_run``.
+    """
+    if not trainer.is_world_process_zero():
+        return
+    trackers = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(TRACKERS.values()))]
+    if not trackers:
+        return
+    end = end_of_run(trainer, record, neighbors, projection)
+    for tracker in trackers:
+        tracker.report(end)
