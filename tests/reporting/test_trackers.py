@@ -34,9 +34,7 @@ def test_trackio_is_told_what_wandb_is_told(world, trackio_folder):  # noqa: F81
     options = {"logging_steps": 2, "eval_steps": 3, "validation_size": 12, "save_strategy": "steps", "save_steps": 3}
     options |= {"report_to": "trackio", "hub_token": TOKEN, "run_name": "mine", "project": "ours"}
     world.run(num_images=24, **options)
-    world.run(
-        "--resume_from_checkpoint", report_to="trackio", hub_token=TOKEN, run_name="mine", project="ours", **options
-    )
+    world.run("--resume_from_checkpoint", **options)
     logs = SQLiteStorage.get_logs("ours", "mine")
     (run,) = Api().runs("ours")
     assert [line["images_seen"] for line in logs if "train/loss" in line] == [16, 32, 48]
