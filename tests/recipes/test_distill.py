@@ -1,6 +1,5 @@
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from coss_hf.data.loading import load_images
 from coss_hf.models.loading import load_backbone
 from coss_hf.neighbors.mining import add_neighbors
 from coss_hf.trainer.inputs import build_evaluator
+from tests.helpers.processes import run as run_program
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -273,7 +273,6 @@ def test_bad_input(world, tmp_path, capsys, case):
 
 
 def test_bad_input_from_the_shell(tmp_path):
-    command = [sys.executable, "recipes/distill.py", "--teacher", "x", "--learning_rate", "fast", "--use_cpu"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = run_program([ROOT / "recipes/distill.py", "--teacher", "x", "--learning_rate", "fast", "--use_cpu"])
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("error: --learning_rate")

@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +11,7 @@ from coss_hf.models.heads import load_head, projection_head
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.processes import run as run_program
 from tests.recipes.test_distill import ROOT, load_recipe
 
 evaluate = load_recipe("evaluate")
@@ -157,10 +156,7 @@ def test_a_head_of_another_kind(tmp_path):
 
 
 def test_as_a_command(tmp_path):
-    program = [sys.executable, str(ROOT / "recipes" / "evaluate.py"), "--teacher", "nowhere/nothing"]
-    run = subprocess.run(
-        program, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
-    )
+    run = run_program([ROOT / "recipes" / "evaluate.py", "--teacher", "nowhere/nothing"], cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
     assert run.stderr.startswith("error: --student is missing") and len(run.stderr.strip().splitlines()) == 1
 
