@@ -14,11 +14,10 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "compare")
 
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study.comparison import held_out_size, plan_comparison, ranking_metric
@@ -48,7 +47,7 @@ ARGUMENTS = (CompareArguments, ModelArguments, DataArguments, DistillationArgume
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         args, models, data, training = parse(ARGUMENTS)
         if training.method != "coss" or training.beta is not None:

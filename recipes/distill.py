@@ -13,14 +13,12 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "distill")
 
-import logging
-
 from coss_hf.utils.ending import ENDING
 
 if __name__ == "__main__":
     ENDING.install()  # before the imports that take seconds
 
-from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.reporting.closing import closing_summary
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.dry_run import describe
@@ -31,7 +29,7 @@ ARGUMENTS = (ModelArguments, DataArguments, DistillationArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         models, data, args = parse(ARGUMENTS)
         run = build_run(models, data, args)

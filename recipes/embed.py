@@ -11,7 +11,6 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "embed")
 
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.models.embedding import embed_dataset
@@ -104,7 +103,7 @@ def write(path: Path, found: np.ndarray, splits: ImageSplits, split: str) -> Non
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         args, data = parse(ARGUMENTS)
         check(args)

@@ -15,7 +15,6 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "evaluate")
 
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +25,7 @@ if __name__ == "__main__":
 
 from accelerate import PartialState
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.evaluation.tables import table
@@ -102,7 +101,7 @@ ARGUMENTS = (ModelArguments, DataArguments, EvaluationArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         models, data, args = parse(ARGUMENTS)
         models, args = as_in_its_run(models, args)

@@ -12,7 +12,6 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "export")
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.hub.export import QUANTIZATIONS, export, int8_advice, onnx_packages
@@ -136,7 +135,7 @@ ARGUMENTS = (DataArguments, ExportArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         data, args = parse(ARGUMENTS)
         record = run(data, args)

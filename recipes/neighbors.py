@@ -19,7 +19,6 @@ from coss_hf.cli.help import show_help
 show_help(__name__, "neighbors")
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -35,7 +34,7 @@ import datasets
 import numpy as np
 from accelerate import PartialState
 
-from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.data.loading import ImageSplits
 from coss_hf.hub.push import check_repo, push_dataset
 from coss_hf.neighbors.columns import summary
@@ -129,7 +128,7 @@ ARGUMENTS = (ModelArguments, DataArguments, NeighborsArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         models, data, args = parse(ARGUMENTS)
         splits, neighbors, meta = find_neighbors(models, data, args)

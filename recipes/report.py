@@ -16,11 +16,10 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "report")
 
-import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.reporting.run_record import command, versions
 from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.costs import costs, device_name
@@ -48,7 +47,7 @@ ARGUMENTS = (ReportArguments, ModelArguments, DataArguments, DistillationArgumen
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         args, models, data, training = parse(ARGUMENTS)
         if training.method != "coss" or training.beta is not None or args.timing_rounds < 1:

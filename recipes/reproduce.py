@@ -13,9 +13,8 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "reproduce")
 
-import logging
 
-from coss_hf.cli import bad_input_exits, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.study.reproduction import ReproduceArguments, plan_reproduction
 from coss_hf.trainer.arguments import DataArguments
 
@@ -23,7 +22,7 @@ ARGUMENTS = (ReproduceArguments, DataArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         args, data = parse(ARGUMENTS)
         reproduction = plan_reproduction(args, data)

@@ -14,14 +14,12 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "train-teacher")
 
-import logging
-
 from coss_hf.utils.ending import ENDING
 
 if __name__ == "__main__":
     ENDING.install()  # before the imports that take seconds
 
-from coss_hf.cli import bad_input_exits, parse, stopped_run_exits
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 
@@ -29,7 +27,7 @@ ARGUMENTS = (DataArguments, TeacherArguments)
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    log_to_console()
     with bad_input_exits():
         data, args = parse(ARGUMENTS)
         run = build_supervised_run(data, args)
