@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from coss_hf.features import Features
     from coss_hf.hub.student import Student
     from coss_hf.losses.registry import LOSSES
+    from coss_hf.models.backbone import Backbone
     from coss_hf.models.embedding import embed
     from coss_hf.models.loading import load_backbone
     from coss_hf.neighbors.mining import add_neighbors
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Backbone",
     "DistillationArguments",
     "DistillationTrainer",
     "Evaluator",
@@ -36,6 +38,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
+        "Backbone": "models.backbone",
         "DistillationArguments": "trainer.training_args",
         "DistillationTrainer": "trainer.trainer",
         "Evaluator": "evaluation.evaluator",

@@ -17,6 +17,7 @@ from coss_hf.evaluation.agreement import duplicate_share, effective_rank
 from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.utils.messages import first_names
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,9 @@ def random_weights(backbone: Backbone, seed: int = 0) -> Backbone:
     """The same network before any training: the baseline of every comparison."""
     twin = copy.copy(backbone)
     set_seed(seed)
-    twin.model = type(backbone.model)._from_config(backbone.model.config).to(backbone.model.device)
+    model = backbone.model
+    drawn = model.at_random() if isinstance(model, ModuleNetwork) else type(model)._from_config(model.config)
+    twin.model = drawn.to(model.device)
     return twin
 
 

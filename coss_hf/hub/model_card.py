@@ -12,6 +12,7 @@ from coss_hf.evaluation.tables import table
 from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.modules import ModuleNetwork
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,9 @@ def revision_of(network: Backbone, given: str | None = None) -> str | None:
 
 
 def snippet(name: str, student: Backbone) -> str:
-    """Code that embeds an image with Transformers alone."""
+    """Code that embeds an image with Transformers alone; of a plain module, what it takes to load it."""
+    if isinstance(student.model, ModuleNetwork):
+        return _module_snippet(name, student)
     trust = ", trust_remote_code=True" if getattr(student.model.config, "auto_map", None) else ""
     height, width = student.size
     expression = _pooling_expression(student)
@@ -62,6 +65,36 @@ image = Image.new("RGB", ({width}, {height}))  # yours
 with torch.no_grad():
     output = model(**processor(image, return_tensors="pt"){options})
 embedding = {expression}  # (1, {student.dim})'''
+
+
+def _module_snippet(name: str, student: Backbone) -> str:
+    config = student.model.config
+    built = "module"
+    if config.embedding_function is not None:
+        built = (
+            f"coss_hf.Backbone.from_module(module, embedding={config.embedding_function}{_input_arguments(student)})"
+        )
+    load = f"coss_hf.Student.from_pretrained(name, module={built})"
+    use = "student.encode([image])"
+    if config.teacher_space is None:
+        load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
+        use = "coss_hf.embed(student, [image])"
+    height, width = student.size
+    return f'''import coss_hf
+from PIL import Image
+
+name = "{name}"
+module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced
+student = {load}
+
+image = Image.new("RGB", ({width}, {height}))  # yours
+embedding = {use}'''
+
+
+def _input_arguments(student: Backbone) -> str:
+    """Of ``Backbone.from_module``, which cannot read them off every module."""
+    processor = student.processor
+    return f", size={student.size}, mean={tuple(processor.image_mean)}, std={tuple(processor.image_std)}"
 
 
 def _pooling_expression(student: Backbone) -> str:
@@ -100,7 +133,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     tags = metadata.pop("tags", None) or []
     data = ModelCardData(
         **{key: value for key, value in metadata.items() if key in ("license", "language") and value},
-        library_name="transformers",
+        library_name="coss-hf" if isinstance(trainer.student.model, ModuleNetwork) else "transformers",
         pipeline_tag=TASK,
         base_model=teacher.name if on_hub(teacher.name) else None,
         datasets=arguments.get("dataset") if on_hub(arguments.get("dataset")) else None,
@@ -126,6 +159,12 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
 
 
 def _use(name: str, student: Backbone) -> str:
+    if isinstance(student.model, ModuleNetwork):
+        return (
+            f"A state dict in the keys of `{student.model.config.architecture}`, the module that it was trained from "
+            f"(`model.safetensors`), and its image processor. With that module at hand:\n\n"
+            f"```python\n{snippet(name, student)}\n```"
+        )
     ours = "import coss_hf\n\nembeddings = coss_hf.embed(name, [image])"
     text = (
         f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
@@ -178,7 +217,7 @@ def _training(trainer, arguments: dict, revision: str | None, licence: str) -> s
         "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
         "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
         "its licence": licence,
-        "student": f"{type(student.model).__name__}, {student.num_parameters():,} parameters, started from "
+        "student": f"{_class_of(student)}, {student.num_parameters():,} parameters, started from "
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
         "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
         "head": head,
@@ -188,6 +227,11 @@ def _training(trainer, arguments: dict, revision: str | None, licence: str) -> s
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"| | |\n|---|---|\n{rows}"
+
+
+def _class_of(student: Backbone) -> str:
+    network = student.model.module if isinstance(student.model, ModuleNetwork) else student.model
+    return type(network).__name__
 
 
 def _sample(record: dict) -> str:

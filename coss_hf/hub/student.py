@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,13 @@ class Student(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> "Student":
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        revision: str | None = None,
+        *,
+        module: nn.Module | Callable[[], nn.Module] | Backbone | None = None,
+    ) -> "Student":
         """Load student and head of a run of ``recipes/distill.py``.
 
         Its embeddings can be compared with those of the teacher (``student.backbone.model.config.teacher_space``
@@ -67,12 +74,15 @@ class Student(nn.Module):
         Args:
             name: folder, or name on the Hub.
             revision: branch, tag or commit on the Hub.
+            module: for a student that was trained from a plain ``nn.Module``: a network that is built as that was,
+                whose weights are replaced; its constructor, such as ``torchvision.models.resnet18``; or a ``Backbone``
+                of it.
 
         Raises:
             ValueError: an unknown network, one that was not trained into a teacher's space, or a missing head.
         """
         name = str(name)
-        backbone = load_backbone(name, argument="student", revision=revision).freeze()
+        backbone = load_backbone(name, argument="student", revision=revision, module=module).freeze()
         space = getattr(backbone.model.config, "teacher_space", None)
         if space is None:
             raise ValueError(

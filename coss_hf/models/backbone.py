@@ -6,14 +6,16 @@ import hashlib
 import inspect
 import json
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from coss_hf.features import Features
 from coss_hf.models.image_processor import Preprocessing, is_timm_processor, transformers_processor
+from coss_hf.models.modules import ModuleNetwork, UnknownOutput
 from coss_hf.models.pooling import (
     POOLINGS,
     Layout,
@@ -59,7 +61,8 @@ class Backbone:
     The pooling is written into the network's configuration (``embedding_pooling``), where ``auto`` finds it again.
 
     Args:
-        model: a network in memory; a classifier or a text tower around it is left out.
+        model: a network of Transformers in memory; a classifier or a text tower around it is left out. See
+            ``from_module`` for any other.
         processor: its image processor; None where only pixel values will be embedded.
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         missing: names of weights that its checkpoint did not contain.
@@ -81,6 +84,7 @@ class Backbone:
         can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
         maps: number of feature maps that ``features`` returns together with the embedding; 0 by default.
+        classifier: the linear layer on the embedding that was left out of a plain module; None where none is known.
 
     Raises:
         ValueError: a network that reads no images, a pooling or size that it does not support, missing weights.
@@ -88,7 +92,7 @@ class Backbone:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: PreTrainedModel | ModuleNetwork,
         processor,
         *,
         pooling: str = "auto",
@@ -99,6 +103,7 @@ class Backbone:
     ):
         self.name = model.name_or_path or type(model).__name__
         self.maps = 0
+        self.classifier: nn.Linear | None = None
         self.model = vision_tower(model, argument)
         self.missing = set(missing)
         self.preprocessing = None
@@ -124,6 +129,57 @@ class Backbone:
         self.set_pooling(pooling, argument)
         # Read by `embed` and by anybody who reloads the network.
         self.model.config.embedding_pooling = self.pooling
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        size: int | tuple[int, int] | None = None,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
+        embedding: Callable | None = None,
+        maps: Sequence[str] | None = None,
+        pooling: str = "auto",
+        argument: str = "",
+    ) -> "Backbone":
+        """A backbone of any module that maps normalised images ``(b, 3, h, w)`` to embeddings or feature maps.
+
+        A network of ``timm.create_model`` becomes what its name ``timm/...`` would be, where it can be built by that;
+        the classifier of a network of torchvision is left out. The module's parameters are used, not copied.
+
+        Args:
+            module: returns a tensor ``(b, d)``, ``(b, c, h, w)`` or ``(b, tokens, d)``, a list of maps ``(b, c, h,
+                w)``, or an object with ``last_hidden_state`` or ``pooler_output``.
+            size: side of the input in pixels, or ``(h, w)``; default: that of timm or torchvision.
+            mean: subtracted from each channel, as a fraction of 1; default: that of timm or torchvision.
+            std: each channel is divided by it, as a fraction of 1; default: that of timm or torchvision.
+            embedding: takes what the module returns, and returns embeddings ``(b, d)``.
+            maps: names of submodules whose outputs are the feature maps that some methods compare; default: the last
+                of each size.
+            pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``, for a module that returns maps or tokens.
+            argument: the command-line flag that errors name.
+
+        Raises:
+            ValueError: no embedding can be read from what the module returns; size, mean or std are not known.
+
+        Example::
+
+            encoder = MyEncoder()
+            teacher = Backbone.from_module(encoder, size=32, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        """
+        from coss_hf.models.from_module import backbone_from_module  # builds this class
+
+        return backbone_from_module(
+            module,
+            size=size,
+            mean=mean,
+            std=std,
+            embedding=embedding,
+            maps=maps,
+            pooling=pooling,
+            argument=argument,
+        )
 
     def set_pooling(self, pooling: str, argument: str = "") -> None:
         """Set the pooling, and find layout, dimension and unused parameters from shapes and graph, without arithmetic.
@@ -182,13 +238,15 @@ class Backbone:
                 f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
             )
 
-    def _example_output(self, network: PreTrainedModel, argument: str):
+    def _example_output(self, network: PreTrainedModel | ModuleNetwork, argument: str):
         """Output of two images of the network's input size; errors where it does not support them."""
         try:
             output = _output_of_images(network, self.size, self.options)
             hidden = getattr(output, "last_hidden_state", None)
             if hidden is not None and not hidden.numel():
                 raise ValueError("nothing is left of them in its last map")
+        except UnknownOutput:  # says what the remedy is
+            raise
         except Exception as error:  # each network refuses images in its own way
             raise ValueError(self._misfit(network, error, argument)) from error
         if hidden is None:
@@ -200,7 +258,7 @@ class Backbone:
 
     def _other_inputs(self, network: PreTrainedModel, argument: str) -> str:
         """What the network reads instead of RGB images; empty where it reads those."""
-        given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
+        given = f"{flag(argument)}={self.name}: {_class_name(network)}"
         needed = _inputs_besides_images(network)
         if needed:
             return (
@@ -222,6 +280,12 @@ class Backbone:
         other = self._other_inputs(network, argument)
         if other:
             return other
+        if isinstance(network, ModuleNetwork):
+            return (
+                f"{flag(argument)}={self.name} cannot embed RGB images of {self.size[0]}x{self.size[1]} pixels "
+                f"({first_line(error)}); give it as Backbone.from_module(module, size=...), of the size that it was "
+                f"built for."
+            )
         given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
         own = _trained_size(network)
         if own is not None and (own == self.size or not _takes_images(network, own, self.options)):
@@ -252,7 +316,7 @@ class Backbone:
 
     def __repr__(self) -> str:
         return (
-            f"{self.name} ({type(self.model).__name__}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
+            f"{self.name} ({_class_name(self.model)}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
             f"embedding {self.dim}, {self.num_parameters():,} parameters"
         )
 
@@ -339,6 +403,8 @@ def find_tower(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
     """The part of a network that embeds images, without its classifier or text tower."""
+    if isinstance(model, ModuleNetwork):
+        return model
     tower = model
     if vision_config_of(model.config) is not None:
         tower = find_tower(model) or model
@@ -360,8 +426,13 @@ def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
 
 
 @contextlib.contextmanager
-def _shapes(model: PreTrainedModel, run):
+def _shapes(model: PreTrainedModel | ModuleNetwork, run):
     """A network and ``run`` of it: without storage where its code allows that, else itself, left as it was."""
+    if isinstance(model, ModuleNetwork):  # there is no configuration to build another from
+        with evaluating(model):
+            model.requires_grad_(True)
+            yield model, run(model)
+        return
     config = copy.deepcopy(model.config)
     if config._attn_implementation not in (None, "sdpa"):
         config._attn_implementation = "eager"  # other kernels need a device
@@ -421,6 +492,10 @@ def _reads_videos(network: PreTrainedModel) -> bool:
     return bool(frames) or any(isinstance(module, torch.nn.Conv3d) for module in network.modules())
 
 
+def _class_name(network: nn.Module) -> str:
+    return type(network.module if isinstance(network, ModuleNetwork) else network).__name__
+
+
 def _sides(value) -> tuple[int, int] | None:
     """``(h, w)`` of an entry of a configuration that is a number or a pair; None for anything else."""
     if isinstance(value, int) and value > 0:
@@ -468,7 +543,7 @@ def _reached(output: Tensor, names: dict[Tensor, str]) -> set[str]:
 
 def _layout(model: PreTrainedModel, output, size: tuple[int, int], argument: str) -> Layout:
     hidden = output.last_hidden_state
-    name = type(model).__name__
+    name = _class_name(model)
     if hidden.dim() not in (3, 4):
         raise ValueError(f"{flag(argument)}: {name} gives features of shape {tuple(hidden.shape)}, not of images.")
     if len(hidden) != 2:

@@ -1,11 +1,14 @@
 """The linear classifier that a teacher's checkpoint has on top of its embedding."""
 
+import copy
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageClassification
 
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.loading import is_checkpoint, quiet_loading
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.utils.messages import first_line
 
 
@@ -16,6 +19,10 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
     It is accepted only if it gives the logits of the full classification network on random images, so that a classifier
     of other features (another pooling, class token and mean concatenated) is not taken for one of the embedding.
     """
+    if backbone.classifier is not None:
+        return copy.deepcopy(backbone.classifier).cpu().float()
+    if isinstance(backbone.model, ModuleNetwork):
+        return _classifier_inside(backbone)
     revision = getattr(backbone.model.config, "_commit_hash", None)
     try:
         with quiet_loading():
@@ -39,8 +46,26 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
     expected = network(pixel_values=images, **backbone.options).logits
     with evaluating(backbone.model):
         embedding = backbone.features(images).embedding
+    layer = _layer_between(network, embedding, expected)
+    return None if layer is None else layer.cpu().float()
+
+
+def _layer_between(network: nn.Module, embedding: Tensor, logits: Tensor) -> nn.Linear | None:
     for layer in reversed([module for module in network.modules() if isinstance(module, nn.Linear)]):
-        if (layer.in_features, layer.out_features) == (embedding.shape[1], expected.shape[1]):
-            if torch.allclose(layer(embedding), expected, rtol=1e-3, atol=1e-3):
-                return layer.cpu().float()
+        if (layer.in_features, layer.out_features) == (embedding.shape[1], logits.shape[1]):
+            if torch.allclose(layer(embedding), logits, rtol=1e-3, atol=1e-3):
+                return layer
     return None
+
+
+def _classifier_inside(backbone: Backbone) -> nn.Linear | None:
+    """The layer of a plain module between its embedding and the logits that it gives, where it gives some."""
+    network = backbone.model
+    first = next(network.parameters())
+    images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
+    with evaluating(network):
+        logits = network(images).logits
+        if logits is None:
+            return None
+        layer = _layer_between(network, backbone.features(images).embedding, logits)
+    return None if layer is None else copy.deepcopy(layer).cpu().float()

@@ -18,6 +18,7 @@ from coss_hf.models.backbone import Backbone, backbone_classes, find_tower, visi
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
+from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
 from coss_hf.utils.messages import first_line, flag
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def load_backbone(
     init: str = "pretrained",
     config_overrides: dict | None = None,
     teacher: Backbone | None = None,
+    module=None,
 ) -> Backbone:
     """Load a vision network and find its pooling, dimension and input size.
 
@@ -61,6 +63,8 @@ def load_backbone(
         init: ``pretrained``; ``random``; ``teacher_layers``: every n-th layer of ``teacher``, a transformer.
         config_overrides: entries of the configuration to change, for ``random`` and ``teacher_layers``.
         teacher: source of layers, and of the image processor where ``name`` has none.
+        module: for a student that was saved from a plain ``nn.Module``: a network that is built as the trained one was,
+            its constructor, or a ``Backbone`` of it.
 
     Raises:
         ValueError: an unknown name (similar ones are suggested), a network that reads no images, a checkpoint that
@@ -78,6 +82,8 @@ def load_backbone(
         options["dtype"] = torch.float32
     is_checkpoint = init != "teacher_layers" and not (init == "random" and _is_architecture(name))
     hub = _hub_arguments(name, argument, revision, trust_remote_code) if is_checkpoint else {}
+    if module is not None:
+        return _load_saved_module(name, argument, hub, module, pooling, size)
     overrides = config_overrides or {}
     missing = set()
     if init == "pretrained":
@@ -138,8 +144,37 @@ def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
     return _load_pretrained(name, "", _hub_arguments(name, "", None, False), {"dtype": torch.float32})
 
 
+def _load_saved_module(name: str, argument: str, hub: dict, module, pooling: str, size: int | None) -> Backbone:
+    from coss_hf.models.from_module import load_module  # of plain modules alone
+
+    config = _load_config(name, argument, hub)
+    if not isinstance(config, ModuleConfig):
+        raise ValueError(
+            f"module: {name} was not saved from a plain nn.Module ({config.model_type}) and is loaded by its name "
+            f"alone; leave module out."
+        )
+    processor = _load_processor(name, argument, hub, PROCESSOR_FILES[0])
+    options = {key: value for key, value in hub.items() if key != "trust_remote_code"}
+    try:
+        weights = cached_file(name, WEIGHTS_FILE, **options)
+    except OSError as error:
+        raise ValueError(
+            f"{flag(argument)}={name}: its {WEIGHTS_FILE} cannot be found ({first_line(error)}); give a complete "
+            f"folder."
+        ) from error
+    return load_module(name, weights, config, module, processor, pooling=pooling, size=size, argument=argument)
+
+
 def _load_pretrained(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
     given = _load_config(name, argument, hub)
+    if isinstance(given, ModuleConfig):
+        function = getattr(given, "embedding_function", None)
+        built = f"Backbone.from_module(..., embedding={function})" if function else "..."
+        raise ValueError(
+            f"{flag(argument)}={name} was saved from a plain nn.Module ({given.architecture}), which cannot be built "
+            f"by its name: load it in Python by `coss_hf.Student.from_pretrained({name!r}, module={built})`, or by "
+            f"`coss_hf.load_backbone` with the same two, with a module that is built as the trained one was."
+        )
     config = _vision_config(given, argument)
     tower = vision_config_of(given)
     try:

@@ -108,6 +108,8 @@ def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor,
         layout: the layout of its ``last_hidden_state``.
         size: ``(H, W)`` of the input in pixels, whose proportions a map of tokens has.
     """
+    if getattr(output, "maps", None):  # of a plain module
+        return tuple(output.maps)
     hidden = getattr(output, "reshaped_hidden_states", None) or output.hidden_states or ()
     if layout.tokens and hidden and hidden[0].dim() == 3:
         hidden = hidden[1:]  # the first is the embedding of patches, before any layer

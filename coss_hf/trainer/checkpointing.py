@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from coss_hf.models.heads import HEAD_FILE
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.trainer.checkpoint_files import newest_complete, publish, staging
 from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
@@ -158,7 +159,9 @@ def save_student(
     torch.save(args, os.path.join(folder, "training_args.bin"))
 
 
-def load_student(model: DistillationModel, network_class: type[PreTrainedModel], folder: str) -> None:
+def load_student(
+    model: DistillationModel, network_class: type[PreTrainedModel] | type[ModuleNetwork], folder: str
+) -> None:
     """Read what ``save_student`` wrote into ``model``, strictly.
 
     ``Trainer``'s own loading is not strict and knows only the file's key layout: ViT and others would silently restart.
@@ -168,8 +171,11 @@ def load_student(model: DistillationModel, network_class: type[PreTrainedModel],
         network_class: class of the unsharded network.
         folder: of the checkpoint.
     """
-    saved = network_class.from_pretrained(folder, dtype=model.network.dtype)
-    load_weights(model.network, saved.state_dict())
+    if issubclass(network_class, ModuleNetwork):
+        saved = network_class.saved_weights(folder)
+    else:
+        saved = network_class.from_pretrained(folder, dtype=model.network.dtype).state_dict()
+    load_weights(model.network, saved)
     for part, file in ((model.head, HEAD_FILE), (model.criterion, CRITERION_FILE)):
         if part is not None and part.state_dict():
             load_weights(part, load_file(os.path.join(folder, file)))

@@ -18,7 +18,9 @@ from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.models.backbone import Backbone, vision_tower
+from coss_hf.models.from_module import backbone_from_module
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
+from coss_hf.models.modules import module_name
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
@@ -82,6 +84,7 @@ def resolve_inputs(
     teacher = as_backbone(teacher, "teacher").freeze()
     set_seed(args.seed)
     student = as_backbone(student, "student", teacher)
+    check_networks(teacher, student)
     teacher.model.to(args.device)
     views = train_dataset
     splits = None
@@ -134,11 +137,14 @@ def described(value) -> str:
     """What a network or a dataset is called in the record of a run."""
     if isinstance(value, (str, Path)):
         return str(value)
-    return getattr(value, "name", None) or getattr(value, "name_or_path", None) or type(value).__name__
+    found = getattr(value, "name", None) or getattr(value, "name_or_path", None)
+    if isinstance(found, str) and found:
+        return found
+    return module_name(value) if isinstance(value, nn.Module) else type(value).__name__
 
 
 def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Backbone:
-    """A backbone of a Hub name, a folder, a ``PreTrainedModel`` or a ``Backbone``.
+    """A backbone of a Hub name, a folder, a ``PreTrainedModel``, any other module or a ``Backbone``.
 
     Args:
         network: the network.
@@ -156,9 +162,30 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
         tower = vision_tower(network, argument)
         processor = find_processor(network, teacher, argument)
         return Backbone(network, processor, missing=missing_weights(tower, network.name_or_path), argument=argument)
+    if isinstance(network, nn.Module):
+        return backbone_from_module(network, teacher=teacher, argument=argument)
     raise ValueError(
-        f"--{argument} is a {type(network).__name__}; give a Hub name, a folder, a PreTrainedModel or a Backbone."
+        f"--{argument} is a {type(network).__name__}; give a Hub name, a folder, a PreTrainedModel, any other "
+        f"nn.Module or a Backbone."
     )
+
+
+def check_networks(teacher: Backbone, student: Backbone) -> None:
+    """Refuse a student that shares weights with its teacher, which are frozen, and one that cannot be trained.
+
+    Raises:
+        ValueError: the reason, and the remedy.
+    """
+    frozen = {id(parameter) for parameter in teacher.model.parameters()}
+    if any(id(parameter) in frozen for parameter in student.model.parameters()):
+        raise ValueError(
+            "--student shares weights with --teacher, which stays as it is: give the student a copy (copy.deepcopy)."
+        )
+    if not student.num_parameters():
+        raise ValueError(
+            f"--student={student.name}: its embedding depends on none of its parameters (is it computed without "
+            f"gradient?); give a network that can be trained."
+        )
 
 
 def as_splits(train_dataset, eval_dataset, data: DataArguments, recorded: RunImages | None = None) -> ImageSplits:

@@ -1,4 +1,7 @@
-"""Whether the folder of a student loads, with nothing but Transformers, as the student that was trained."""
+"""Whether the folder of a student loads, with nothing but Transformers, as the student that was trained.
+
+That of a plain module is loaded into a copy of it at random weights: only its owner can build another.
+"""
 
 import json
 import tempfile
@@ -18,6 +21,7 @@ from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.heads import load_head
 from coss_hf.models.image_processor import noise_image
 from coss_hf.models.loading import quiet_loading
+from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
 from coss_hf.models.pooling import pool
 from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import first_line
@@ -80,7 +84,8 @@ def check_reload(
         processor = _load_processor(folder)
         pixels = processor(images, return_tensors="pt")["pixel_values"].float()
     _compare(folder, "pixels of its image processor", pixels, student_pixels, TOLERANCE)
-    with _step(folder, "AutoModel.from_pretrained"):
+    loader = "load_state_dict" if isinstance(student.model, ModuleNetwork) else "AutoModel.from_pretrained"
+    with _step(folder, loader):
         model = _load_model(folder, student)
         embeddings = _embed(model, student, pixels)
     tolerance = TOLERANCE if student.model.dtype == torch.float32 else HALF_TOLERANCE
@@ -112,6 +117,8 @@ def _load_processor(folder: str | Path):
 
 def _load_model(folder: str | Path, student: Backbone) -> torch.nn.Module:
     """By the code in the folder, where it has some: classes of this process would hide that it is missing."""
+    if isinstance(student.model, ModuleNetwork):
+        return student.model.at_random().load_weights(Path(folder, WEIGHTS_FILE)).eval()
     config = json.loads(Path(folder, "config.json").read_text())
     loader = AutoModel
     if "AutoModel" in config.get("auto_map", {}):
