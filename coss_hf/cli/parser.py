@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 from coss_hf.cli.help import launched_as, render
 from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
+from coss_hf.utils.messages import command_line
 
 
 class _Parser(HfArgumentParser):
@@ -18,6 +19,7 @@ class _Parser(HfArgumentParser):
         raise ValueError(f"{message.replace('argument ', '')}; see --help.")
 
 
+@command_line()
 def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
     """Parse ``--config FILE.yaml`` and the command line, which overrides the file, to dataclasses.
 

@@ -60,6 +60,19 @@ class RunImages:
             )
         return self.listed
 
+    def same_as(self, other: "RunImages") -> bool:
+        """Whether both name the same images, with the same content."""
+        paths = [{split: list(paths_of_images(rows)) for split, rows in one.listed.items()} for one in (self, other)]
+        return (
+            paths[0] == paths[1]
+            and self.checked.keys() == other.checked.keys()
+            and all(
+                np.array_equal(split.hashes, other.checked[name].hashes)
+                and np.array_equal(split.states, other.checked[name].states)
+                for name, split in self.checked.items()
+            )
+        )
+
     def save(self, output_dir: str | Path, replace: bool = True) -> None:
         """Write into the folder of a run; what is there already stays without `replace`."""
         folder = Path(output_dir, FOLDER)

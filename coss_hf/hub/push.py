@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from coss_hf.hub.model_card import renamed
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.utils.errors import RunStopped
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import command_to, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -244,13 +244,15 @@ def _problems_as_push_failed(folder: Path, repo_id: str, private: bool | None, r
     try:
         yield
     except (_Problem, KeyboardInterrupt) as problem:
-        words = ["python", "recipes/push.py", str(folder), "--repo_id", repo_id]
+        words = [str(folder), "--repo_id", repo_id]
         if private:
             words.append("--private")
         if revision:
             words += ["--revision", revision]
         why = f"Not pushed to {repo_id}: {str(problem) or 'interrupted'}"
-        raise PushFailed(f"{why}. {folder} is complete; push it with: {shlex.join(words)}") from problem
+        raise PushFailed(
+            f"{why}. {folder} is complete; push it with: {command_to('push')} {shlex.join(words)}"
+        ) from problem
 
 
 def _images_seen(folder: Path) -> str:

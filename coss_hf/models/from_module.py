@@ -17,7 +17,7 @@ from coss_hf.models.modules import (
     copy_sharing_tensors,
     module_name,
 )
-from coss_hf.utils.messages import flag
+from coss_hf.utils.messages import flag, for_reader
 
 logger = logging.getLogger(__name__)
 
@@ -237,7 +237,7 @@ def _processor(
         if mean is None and std is None and (size is None or size[0] == size[1]):
             logger.warning(
                 "%s=%s: %s as the teacher's; Backbone.from_module(module, size=, mean=, std=) gives others.",
-                *(flag(argument), network.name_or_path, " and ".join(taken)),
+                *(for_reader(flag(argument)), network.name_or_path, " and ".join(taken)),
             )
             return teacher.processor, None if size in (None, teacher.size) else size[0]
         size = size or teacher.size

@@ -9,15 +9,21 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
+from coss_hf.utils.messages import command_to
+
 NEIGHBORS = "neighbors"
 NEIGHBORS_HASH = "neighbors_hash"
 IMAGE_HASH = "image_hash"
 GOLDEN = 0x9E3779B97F4A7C15
 MASK = 2**64 - 1
-REMEDY = (
-    "compute them on these images with `python recipes/neighbors.py --teacher ... --dataset ... --neighbors_pool ... "
-    "--output DIR` and give that folder as --dataset, or switch neighbours off with --neighbors_k 0"
-)
+
+
+def remedy() -> str:
+    """What to do about neighbours that are not those of the images."""
+    return (
+        f"compute them on these images with `{command_to('neighbors')} --teacher ... --dataset ... --neighbors_pool "
+        f"... --output DIR` and give that folder as --dataset, or switch neighbours off with --neighbors_k 0"
+    )
 
 
 def neighbor_hashes(image_hash: np.ndarray, neighbors: np.ndarray) -> np.ndarray:
@@ -83,7 +89,7 @@ def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.
     """
     missing = [name for name in (NEIGHBORS, NEIGHBORS_HASH) if name not in dataset.column_names]
     if missing:
-        raise ValueError(f"--neighbors_k: the dataset has no column {' and '.join(missing)}; {REMEDY}.")
+        raise ValueError(f"--neighbors_k: the dataset has no column {' and '.join(missing)}; {remedy()}.")
     neighbors = _lists(dataset)
     stored = _column(dataset, NEIGHBORS_HASH)
     n, size = neighbors.shape
@@ -95,12 +101,12 @@ def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.
     if bad:
         raise ValueError(
             f"--neighbors_k: the neighbours of {len(bad)} of {n} rows (rows {some(bad)}) are not those of the images "
-            f"at hand: the dataset was filtered, shuffled, joined or its images changed after the search; {REMEDY}."
+            f"at hand: the dataset was filtered, shuffled, joined or its images changed after the search; {remedy()}."
         )
     if k_pool is not None and k_pool > size:
         raise ValueError(
-            f"--neighbors_pool {k_pool}: the dataset carries {size} neighbours an image; "
-            f"use --neighbors_pool {size} or fewer, or make more with recipes/neighbors.py --neighbors_pool {k_pool}."
+            f"--neighbors_pool {k_pool}: the dataset carries {size} neighbours an image; use --neighbors_pool {size} "
+            f"or fewer, or make more with `{command_to('neighbors')} --neighbors_pool {k_pool}`."
         )
     return neighbors[:, :k_pool]
 
@@ -164,6 +170,6 @@ def _lists(dataset: datasets.Dataset) -> np.ndarray:
     if len(lengths) != 1 or values.dtype.kind != "i":
         raise ValueError(
             f"--neighbors_k: the column neighbors ({dataset.features[NEIGHBORS]}) does not hold the same number of "
-            f"integers in every row: another dataset was joined, or the column is not of coss_hf; {REMEDY}."
+            f"integers in every row: another dataset was joined, or the column is not of coss_hf; {remedy()}."
         )
     return values.astype(np.int32).reshape(len(column), lengths[0])

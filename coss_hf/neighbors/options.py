@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from coss_hf.utils.messages import parameter_names
+
 SEARCHES = ("auto", "exact", "ivf", "hnsw")
 
 
@@ -39,6 +41,7 @@ class SearchOptions:
         default=False, metadata={"help": "Keep the embeddings on disk when the neighbours are found."}
     )
 
+    @parameter_names()
     def __post_init__(self):
         if self.neighbors_search not in SEARCHES:
             raise ValueError(f"--neighbors_search {self.neighbors_search}: choose one of {', '.join(SEARCHES)}.")

@@ -1,11 +1,11 @@
 """What a run prints last: what it came to, and what to do with the student."""
 
-import os
 import shlex
 from pathlib import Path
 
 from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.tables import table
+from coss_hf.utils.messages import command_to
 
 
 def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> str:
@@ -32,7 +32,8 @@ def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> st
     else:
         lines.append(f'embeddings = coss_hf.embed("{output_dir}", images)')
     blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
-    push = ["coss-hf", "push"] if os.environ.get("COSS_HF_COMMAND") else ["python", "recipes/push.py"]
     name = Path(output_dir).absolute().name
-    blocks.append(f"Push it to the Hub:\n    {shlex.join([*push, str(output_dir), '--repo_id', f'USER/{name}'])}")
+    blocks.append(
+        f"Push it to the Hub:\n    {command_to('push')} {shlex.join([str(output_dir), '--repo_id', f'USER/{name}'])}"
+    )
     return "\n\n".join(blocks)

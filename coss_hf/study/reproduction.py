@@ -27,7 +27,7 @@ class ReproduceArguments:
     )
     pairs: list[str] | None = field(default=None, metadata={"help": "student/teacher pairs; default: the table's."})
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Rows of the table (default: all), or any --method of recipes/distill.py."}
+        default=None, metadata={"help": "Rows of the table (default: all), or any --method of distill."}
     )
     scales: list[float] = field(
         default_factory=lambda: list(paper.SCALES), metadata={"help": "Factors of each method's beta to choose from."}

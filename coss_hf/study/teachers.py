@@ -17,6 +17,7 @@ from coss_hf.study.sweep import end_with_parent
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.utils.errors import bad_input_exits
+from coss_hf.utils.messages import command_to
 
 # File of the arguments that a teacher was trained with, written before it is trained.
 TRAINED_WITH = "asked.json"
@@ -129,7 +130,7 @@ def _train_one(data: DataArguments, arguments: dict) -> None:
 
 def _command(data: DataArguments, arguments: dict) -> str:
     """Return the command that trains the same teacher, for its record."""
-    words = ["python", "recipes/train_teacher.py"]
+    words = shlex.split(command_to("train-teacher"))
     for name, value in {**_changed(data), **arguments}.items():
         words.append(f"--{name}")
         words += map(str, value if isinstance(value, list) else [value])

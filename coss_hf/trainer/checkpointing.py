@@ -21,6 +21,7 @@ from coss_hf.trainer.manifest import write_manifest
 from coss_hf.utils.disk import full_disk
 from coss_hf.utils.distributed import any_process
 from coss_hf.utils.errors import CheckpointError, NonFiniteLoss, RunStopped
+from coss_hf.utils.messages import command_to
 
 CRITERION_FILE = "criterion.safetensors"
 
@@ -116,7 +117,7 @@ class CheckpointWriter:
             then += "--resume_from_checkpoint"
         elif student_saved:
             then = f"The trained student is saved in {self.args.output_dir}; make room, and measure it with "
-            then += "recipes/evaluate.py"
+            then += command_to("evaluate")
         else:
             then = "No checkpoint was written before; put that right (make room on a full disk), and start afresh with "
             then += "--overwrite_output_dir"

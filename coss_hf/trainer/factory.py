@@ -17,9 +17,11 @@ from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 from coss_hf.utils.process_group import Processes
 
 
+@command_line()
 def build_run(models: ModelArguments, data: DataArguments, args: DistillationArguments) -> DistillationRun:
     """Build everything up to the first training step; all bad input is found here, what is cheap to find first.
 
@@ -54,6 +56,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     return DistillationRun(trainer, splits, checkpoint)
 
 
+@command_line()
 def build_trainer(
     student: Backbone,
     teacher: Backbone,

@@ -1,10 +1,8 @@
 """What `DistillationTrainer` is given, in any form: as the backbones, images and evaluator that it works with."""
 
-import contextlib
 import copy
-import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +20,9 @@ from coss_hf.models.from_module import backbone_from_module
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.models.modules import module_name
 from coss_hf.neighbors.columns import check_neighbors, check_pool
-from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
-from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.errors import RunStopped
-
-# Of the trainer, which no command line has.
-PARAMETERS = {"train_dataset", "eval_dataset", "criterion", "transform"}
 
 
 @dataclass
@@ -44,7 +37,7 @@ class RunInputs:
         splits: the images; None where only views were given.
         evaluator: measures held-out images during training; None without any.
         criterion: the loss; None for ``args.method``.
-        given: names of teacher, student and dataset, for the record.
+        given: names of teacher, student and dataset, and what both networks are given, for the record.
     """
 
     teacher: Backbone
@@ -54,7 +47,7 @@ class RunInputs:
     splits: ImageSplits | None
     evaluator: Evaluator | None
     criterion: nn.Module | None
-    given: dict[str, str]
+    given: dict[str, object]
 
 
 def resolve_inputs(
@@ -85,13 +78,18 @@ def resolve_inputs(
     set_seed(args.seed)
     student = as_backbone(student, "student", teacher)
     check_networks(teacher, student)
+    for role, backbone in (("teacher", teacher), ("student", student)):
+        given |= described_input(role, backbone)
     teacher.model.to(args.device)
+    if not isinstance(train_dataset, (ViewDataset, ImageSplits)):  # a recipe does it before it reads images
+        from coss_hf.trainer.rehearsal import rehearse  # builds trainers
+
+        rehearse(student, teacher, args)
     views = train_dataset
     splits = None
     if not isinstance(train_dataset, ViewDataset):
         splits = train_dataset
         if not isinstance(train_dataset, ImageSplits):
-            check_processor(student)
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
             recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
             splits = as_splits(train_dataset, eval_dataset, data, recorded)
@@ -141,6 +139,17 @@ def described(value) -> str:
     if isinstance(found, str) and found:
         return found
     return module_name(value) if isinstance(value, nn.Module) else type(value).__name__
+
+
+def described_input(role: str, backbone: Backbone) -> dict[str, object]:
+    """Pooling, size and data type of a network, under the names that the command line has for them."""
+    height, width = backbone.size
+    dtype = next(backbone.model.parameters()).dtype
+    return {
+        f"{role}_pooling": backbone.pooling,
+        f"{role}_size": height if height == width else None,
+        f"{role}_dtype": str(dtype).removeprefix("torch."),
+    }
 
 
 def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Backbone:
@@ -202,22 +211,34 @@ def as_splits(train_dataset, eval_dataset, data: DataArguments, recorded: RunIma
     """
     if isinstance(train_dataset, ImageSplits):
         return train_dataset
-    for argument, images in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-        if images is None and argument == "eval_dataset":
-            continue
-        if isinstance(images, (IterableDataset, IterableDatasetDict)):
-            raise ValueError(
-                f"--{argument} is a stream, whose images have no index that views, neighbours and memories could use; "
-                f"load it without streaming=True."
-            )
-        if not isinstance(images, (str, Path, Dataset, DatasetDict)):
-            raise ValueError(
-                f"--{argument} is a {type(images).__name__}; give a datasets.Dataset or DatasetDict with a column of "
-                f"images, a Hub name, a folder or a parquet file."
-            )
+    check_images("train_dataset", train_dataset)
     if eval_dataset is None:
         return data.load(train_dataset, hold_out_by_default=True, recorded=recorded)
     splits = replace(data, validation_size=0).load(train_dataset, recorded=recorded)
+    return with_held_out(splits, eval_dataset, data)
+
+
+def check_images(argument: str, images) -> None:
+    """Refuse what is no dataset, and streams."""
+    if isinstance(images, (IterableDataset, IterableDatasetDict)):
+        raise ValueError(
+            f"--{argument} is a stream, whose images have no index that views, neighbours and memories could use; load "
+            f"it without streaming=True."
+        )
+    if not isinstance(images, (str, Path, Dataset, DatasetDict)):
+        raise ValueError(
+            f"--{argument} is a {type(images).__name__}; give a datasets.Dataset or DatasetDict with a column of "
+            f"images, a Hub name, a folder or a parquet file."
+        )
+
+
+def with_held_out(splits: ImageSplits, eval_dataset, data: DataArguments) -> ImageSplits:
+    """The splits with ``eval_dataset``, in any of its forms, as the images to evaluate on.
+
+    Raises:
+        ValueError: no such dataset, one without images, or a stream.
+    """
+    check_images("eval_dataset", eval_dataset)
     own = replace(data, validation_size=0, train_split=None, max_train_samples=None).load(eval_dataset)
     held_out = own.test or own.validation or own.train
     labelled = splits.label_column if splits.label_column in held_out.column_names else None
@@ -275,6 +296,22 @@ def build_evaluator(
     )
 
 
+def evaluator_of(trainer, images, data: DataArguments) -> Evaluator:
+    """Build the evaluation of a trainer on other images, all of them; against its training images where it has them.
+
+    Args:
+        trainer: a ``DistillationTrainer``.
+        images: in any of the forms of ``eval_dataset``.
+        data: columns.
+    """
+    splits = trainer.splits
+    if splits is None:
+        reader = trainer.train_dataset.reader
+        splits = ImageSplits(reader.rows, None, None, reader.column, None)
+    splits = with_held_out(splits, images, data)
+    return build_evaluator(splits, trainer.teacher, trainer.args, splits.validation, during_training=True)
+
+
 def find_neighbors(
     splits: ImageSplits, teacher: Backbone, data: DataArguments, args: DistillationArguments
 ) -> np.ndarray:
@@ -305,23 +342,3 @@ def find_neighbors(
         on_bad_image=splits.on_bad_image,
     )
     return found
-
-
-@contextlib.contextmanager
-def parameter_names(train_dataset):
-    """Errors name parameters instead of options of a command line, which loads images before it builds a trainer."""
-    try:
-        yield
-    except ValueError as error:
-        # What is more than bad input, such as an image that cannot be read, keeps its kind.
-        if isinstance(train_dataset, (ImageSplits, ViewDataset)) or isinstance(error, RunStopped):
-            raise
-        message = re.sub(r"(?<![\w-])--([a-z]\w*)(?![\w-])", _as_parameter, str(error))
-        raise ValueError(message) from error.__cause__
-
-
-def _as_parameter(option: re.Match) -> str:
-    """The name without dashes, if it is one of ours: messages also hold commands of other programs."""
-    kinds = (ModelArguments, DataArguments, DistillationArguments)
-    ours = {field.name for kind in kinds for field in fields(kind)} | PARAMETERS
-    return option[1] if option[1] in ours else option[0]

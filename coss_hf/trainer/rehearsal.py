@@ -27,6 +27,7 @@ from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZ
 from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import first_line, parameter_names
 
 STEPS = 100  # of the schedule that is tried
 
@@ -38,6 +39,7 @@ class _AnyLoss(nn.Module):
         return {"loss": student.embedding.float().square().mean() + 0 * teacher.embedding.float().mean()}
 
 
+@parameter_names()
 def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) -> None:
     """Build loader, trackers, optimizer and schedule of a run, and make one step on noise, of a copy of the student.
 
@@ -64,7 +66,13 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
     short.neighbors_k = 0
     short.lr_milestones = None
     copied = copy.copy(student)
-    copied.model = copy.deepcopy(student.model)
+    try:
+        copied.model = copy.deepcopy(student.model)
+    except Exception as error:  # code of any origin
+        raise ValueError(
+            f"--student={student.name}: no copy of it can be made to try a step with ({first_line(error)}); give a "
+            f"network that copy.deepcopy takes."
+        ) from error
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = noise_views(short, args.augmentation, size)
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))

@@ -24,7 +24,7 @@ from coss_hf.models.loading import quiet_loading
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
 from coss_hf.models.pooling import pool
 from coss_hf.utils.errors import RunStopped
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import command_to, first_line
 
 IMAGES = 4
 # Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.
@@ -161,5 +161,5 @@ def _failed(folder: str | Path, problem: str) -> NotReloadable:
     return NotReloadable(
         f"The student is trained, but its folder {folder} does not load as what was trained: {problem}. Everything is "
         f"kept there, the weights in model.safetensors; correct or complete its files, then measure it with "
-        f"recipes/evaluate.py."
+        f"{command_to('evaluate')}."
     )

@@ -11,6 +11,7 @@ from coss_hf.trainer.run_results import RunReport
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.ending import ENDING
+from coss_hf.utils.messages import command_line, command_to
 
 
 @dataclass
@@ -27,6 +28,7 @@ class DistillationRun:
     splits: ImageSplits
     checkpoint: str | None = None
 
+    @command_line()
     def train(self) -> None:
         """Train, save the student, leave the process group, and load the student again as anybody would.
 
@@ -46,17 +48,19 @@ class DistillationRun:
             trainer.save_state()
         leave()
         resumable = any(Path(args.output_dir).glob("checkpoint-*"))
-        then = "give the same command with --resume_from_checkpoint" if resumable else "use recipes/evaluate.py"
+        then = "give the same command with --resume_from_checkpoint" if resumable else f"use {command_to('evaluate')}"
         ENDING.remedy = f"The student is saved in {args.output_dir}, but was not evaluated to the end: {then}."
         ENDING.heed()  # a signal of the last step
         if args.process_index == 0:
             head = trainer.full_model.head
             check_reload(args.output_dir, trainer.student, head, self.splits.train, self.splits.image_column)
 
+    @command_line()
     def report(self) -> RunReport:
         """Write record, pictures, page and card: see ``DistillationTrainer.report``. On the first process alone."""
         return self.trainer.report()
 
+    @command_line()
     def publish(self, report: RunReport) -> None:
         """Push the student with ``--push_to_hub``, and then tell the trackers: W&B may keep a run waiting.
 

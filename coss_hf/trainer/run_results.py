@@ -9,10 +9,9 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
 from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.utils.disk import full_disk
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import command_to, first_line
 
 logger = logging.getLogger(__name__)
-UNFINISHED = "The final evaluation did not come to an end: measure the student with recipes/evaluate.py."
 
 
 class RunReport(NamedTuple):
@@ -47,7 +46,8 @@ def report(trainer) -> RunReport | None:
 
     with trainer.checkpoints.disk_full_as_checkpoint_error(student_saved=True):
         # First without results: a process that is killed while it measures leaves these at least.
-        write_page(folder, trainer, write_record(folder, trainer, {}, splits, problems=[UNFINISHED]))
+        unfinished = f"The final evaluation did not come to an end: measure the student with {command_to('evaluate')}."
+        write_page(folder, trainer, write_record(folder, trainer, {}, splits, problems=[unfinished]))
         (final, results), problem = _unless_it_fails("evaluation", measured, (None, {}))
         problems = [problem] if problem else []
         pictures = (None, None)
@@ -77,7 +77,7 @@ def _unless_it_fails(what: str, work: Callable, otherwise: tuple) -> tuple[tuple
         logger.debug("final %s", what, exc_info=True)
         problem = (
             f"The final {what} failed ({type(error).__name__}: {first_line(error)}). The student is complete: measure "
-            f"it with recipes/evaluate.py once the reason is gone."
+            f"it with {command_to('evaluate')} once the reason is gone."
         )
         logger.warning(problem)
         return otherwise, problem

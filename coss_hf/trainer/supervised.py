@@ -29,6 +29,7 @@ from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
+from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.randomness import StepSeed
 
 
@@ -62,6 +63,7 @@ class TeacherArguments(TrainingArguments):
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
 
+    @parameter_names()
     def __post_init__(self):
         self.given = given(self)
         check_numbers(self)

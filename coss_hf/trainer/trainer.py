@@ -1,6 +1,7 @@
 """The trainer of every method."""
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -10,12 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import DatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
 
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.run_images import RunImages
 from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
@@ -46,16 +50,18 @@ from coss_hf.trainer.distillation_model import DistillationModel, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
-from coss_hf.trainer.inputs import RunInputs, find_neighbors, parameter_names, resolve_inputs
+from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
 from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
+from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
+from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
@@ -116,6 +122,7 @@ class DistillationTrainer(Trainer):
         trainer.save_model()
     """
 
+    @parameter_names()
     def __init__(
         self,
         teacher: str | PreTrainedModel | Backbone,
@@ -133,26 +140,37 @@ class DistillationTrainer(Trainer):
         optimizers=(None, None),
     ):
         data = data or DataArguments()
-        with parameter_names(train_dataset):
-            inputs = resolve_inputs(
-                teacher,
-                student,
-                args,
-                train_dataset,
-                eval_dataset,
-                evaluator=evaluator,
-                criterion=criterion,
-                transform=transform,
-                data=data,
-            )
-            self.splits = inputs.splits
-            if self.splits is None:  # views draw what they were made with
-                inputs.args = inputs.args.drawing(inputs.views.k)
-            self._build(inputs, callbacks, optimizers)
-            self.arguments: dict = to_dict(data, self.args) | inputs.given
-            if self.splits is not None:
-                self._check_evaluations()
-                self._use_neighbors(neighbors, data)
+        self._given = {
+            "args": args,
+            "train_dataset": train_dataset,
+            "eval_dataset": eval_dataset,
+            "evaluator": evaluator,
+            "criterion": criterion,
+            "transform": transform,
+            "data": data,
+            "neighbors": neighbors,
+            "callbacks": callbacks,
+            "optimizers": optimizers,
+        }
+        inputs = resolve_inputs(
+            teacher,
+            student,
+            args,
+            train_dataset,
+            eval_dataset,
+            evaluator=evaluator,
+            criterion=criterion,
+            transform=transform,
+            data=data,
+        )
+        self.splits = inputs.splits
+        if self.splits is None:  # views draw what they were made with
+            inputs.args = inputs.args.drawing(inputs.views.k)
+        self._build(inputs, callbacks, optimizers)
+        self.arguments: dict = to_dict(data, self.args) | inputs.given
+        if self.splits is not None:
+            self._check_evaluations()
+            self._use_neighbors(neighbors, data)
 
     def _use_neighbors(self, neighbors: np.ndarray | None, data: DataArguments) -> None:
         """Find them last, since that takes longest."""
@@ -289,6 +307,7 @@ class DistillationTrainer(Trainer):
 
     # ---- training ----
 
+    @parameter_names()
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train the student, from the start or on from a checkpoint.
 
@@ -304,6 +323,7 @@ class DistillationTrainer(Trainer):
         """
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._take_recorded_images(resume_from_checkpoint)
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
@@ -328,6 +348,28 @@ class DistillationTrainer(Trainer):
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         return result
+
+    def _take_recorded_images(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Begin again with the images that the run to be resumed began with, where others are there now.
+
+        With ``args.resume_from_checkpoint`` they are there from the start; of ``train``'s own parameter it is known
+        only here.
+        """
+        given = self._given
+        if self.splits is None or isinstance(given["train_dataset"], ImageSplits):
+            return
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
+        if recorded is None or self.splits.run_images is None or recorded.same_as(self.splits.run_images):
+            return
+        added = self.callback_handler.callbacks
+        args = copy.copy(given["args"] or DistillationArguments())
+        args.resume_from_checkpoint = checkpoint
+        self.__init__(self.teacher, self.student, **{**given, "args": args})
+        present = {type(callback) for callback in self.callback_handler.callbacks}
+        for callback in added:
+            if type(callback) not in present:
+                self.add_callback(callback)
 
     def _load_finished_run(self, checkpoint: str) -> TrainOutput:
         """``Trainer`` would do one more step where a finished run ended in mid-epoch."""
@@ -468,6 +510,33 @@ class DistillationTrainer(Trainer):
 
     # ---- evaluation ----
 
+    @parameter_names()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Measure the student, and log it.
+
+        Args:
+            eval_dataset: images to measure it on instead of those that the trainer was made with: a ``Dataset``,
+                ``DatasetDict``, name or folder; or a dictionary of several, whose names come into those of the metrics.
+            ignore_keys: not used.
+            metric_key_prefix: how the names of metrics begin.
+
+        Raises:
+            ValueError: no such images, or the trainer was made without any.
+        """
+        if isinstance(eval_dataset, dict) and not isinstance(eval_dataset, DatasetDict):
+            found = {}
+            for name, images in eval_dataset.items():
+                found |= self.evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
+            return found
+        before = self.evaluator, self.eval_dataset
+        if eval_dataset is not None:
+            self.evaluator = evaluator_of(self, eval_dataset, self._given["data"])
+            self.eval_dataset = self.evaluator.test_images
+        try:
+            return super().evaluate(None, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluator, self.eval_dataset = before
+
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Only counted by ``evaluate``: the evaluator reads the images, every one of them, itself."""
         return DataLoader(eval_dataset if eval_dataset is not None else self.eval_dataset)
@@ -511,6 +580,7 @@ class DistillationTrainer(Trainer):
         criterion.train(training)
         return torch.stack(losses).mean().item()
 
+    @parameter_names()
     def compare(self) -> dict[str, dict]:
         """Measure teacher, student and the same student at random weights on the images held out, each once.
 
@@ -521,6 +591,7 @@ class DistillationTrainer(Trainer):
         """
         return compare(self)
 
+    @parameter_names()
     def report(self) -> RunReport | None:
         """Compare, and write record, pictures, page and model card to ``args.output_dir``.
 
@@ -548,19 +619,29 @@ class DistillationTrainer(Trainer):
             self.state.global_step,
         )
 
+    @parameter_names()
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the student as ``transformers.Trainer`` does.
 
         Raises:
             CheckpointError: on every process, where one could not write; before any of them waits for another.
+            NotReloadable: on the first process; what was saved does not load as the student, and is left as it is.
         """
         with self.checkpoints.same_error_everywhere(output_dir or self.args.output_dir):
             if self.is_deepspeed_enabled and self.deepspeed is None:  # a finished run: nothing was wrapped
                 self._save(output_dir)
             else:
                 super().save_model(output_dir, _internal_call=True)
+        if not _internal_call:
+            self._check_reload(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _check_reload(self, folder: str) -> None:
+        """Load what was saved as anybody would, on the first process, and compare it with the student."""
+        if self.is_world_process_zero():
+            reader = self.train_dataset.reader
+            check_reload(folder, self.student, self.full_model.head, reader.rows, reader.column)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Like ``Trainer``'s, which writes in place: a run killed there would leave half a checkpoint."""
@@ -672,6 +753,7 @@ class DistillationTrainer(Trainer):
     def _finish_current_push(self) -> None:
         self.publisher.wait()
 
+    @parameter_names()
     def push_to_hub(
         self,
         commit_message: str | None = None,
@@ -708,6 +790,7 @@ class DistillationTrainer(Trainer):
         message = commit_message or f"Student, {self.images_seen:,} images seen"
         return self.publisher.push_output_dir(self.hub_model_id, message, token, revision, private)
 
+    @parameter_names()
     def create_model_card(self, model_name: str | None = None, record: dict | None = None, **metadata) -> None:
         """Write ``README.md`` next to the student.
 

@@ -15,6 +15,7 @@ from coss_hf.models.heads import HEADS
 from coss_hf.trainer.engine import check_engine
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused
 from coss_hf.trainer.schedule import RunLength
+from coss_hf.utils.messages import parameter_names
 
 # Seen between two looks at held-out images.
 EVAL_IMAGES = 50_000
@@ -205,6 +206,7 @@ class DistillationArguments(TrainingArguments):
         },
     )
 
+    @parameter_names()
     def __post_init__(self):
         self.given = given(self)
         check_unused(self.given)

@@ -99,9 +99,12 @@ def bad_input_exits():
 @contextlib.contextmanager
 def stopped_run_exits():
     """Turn a ``RunStopped``, or a loader worker that was killed, into one paragraph on stderr and exit code 1."""
+    from coss_hf.utils.messages import command_line  # knows the classes of this file
+
     try:
         try:
-            yield
+            with command_line():
+                yield
         except WORKER_ERRORS as error:
             if not is_lost_worker(error):
                 raise

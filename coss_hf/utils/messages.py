@@ -1,4 +1,100 @@
-"""Parts of error messages: the flag at fault, and the first line of another error."""
+"""Messages in the words of whoever reads them: flags for a command line, parameters for Python; and parts of messages.
+
+Messages are written with flags (``--neighbors_k 0``), which no other text looks like. Inside ``command_line`` they stay
+as they are; ``parameter_names`` turns those of errors into parameters (``neighbors_k=0``) everywhere else.
+"""
+
+import contextlib
+import contextvars
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from coss_hf.utils.errors import RunStopped
+
+_ON_COMMAND_LINE = contextvars.ContextVar("on_command_line", default=False)
+_IN_CALL = contextvars.ContextVar("in_call", default=False)
+# Commands to type keep their flags: up to the end of the clause, or in backticks.
+_COMMAND = r"`[^`]*`|(?:\bcoss-hf|\bpython|\baccelerate launch|\bhf|\bdocker|\bpip)\s[^;,)`]*"
+# A name with a hyphen is an option of another program.
+_FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{values})(?!\w))?"
+_VALUES = (
+    "auto|none|no|steps|epoch|skip|error|random|pretrained|teacher_layers|mlp|linear|float32|bfloat16|float16|dynamic|"
+    "static|cls|mean|pooler|gap|coss|true|false"
+)
+_COMMAND_OR_FLAG = re.compile(f"{_COMMAND}|{_FLAG.format(values=_VALUES)}")
+# What is said of the command that runs, and of the lines of Python that run.
+_PHRASES = {
+    "give the same command with --resume_from_checkpoint": "call train(resume_from_checkpoint=True) in the same lines",
+    "resume with --resume_from_checkpoint": "resume by train(resume_from_checkpoint=True)",
+    "give the same command again": "run the same lines again",
+    "--overwrite_output_dir": "overwrite_output_dir=True",
+}
+
+
+@contextlib.contextmanager
+def command_line() -> Iterator[None]:
+    """In the block, messages are for somebody at a command line."""
+    token = _ON_COMMAND_LINE.set(True)
+    try:
+        yield
+    finally:
+        _ON_COMMAND_LINE.reset(token)
+
+
+@contextlib.contextmanager
+def parameter_names() -> Iterator[None]:
+    """Errors of the block, or of the function that it decorates, name parameters unless a command runs.
+
+    Of several such calls inside each other the outermost does it: those within see messages as they were written.
+    """
+    if _IN_CALL.get():
+        yield
+        return
+    token = _IN_CALL.set(True)
+    try:
+        yield
+    except (ValueError, RunStopped) as error:
+        error.args = tuple(for_reader(one) if isinstance(one, str) else one for one in error.args)
+        raise
+    finally:
+        _IN_CALL.reset(token)
+
+
+def for_reader(message: str) -> str:
+    """A message that was written with flags, in the words of its reader.
+
+    Example:
+        >>> for_reader("--neighbors_k=3: use --neighbors_k 0, or `coss-hf neighbors --dataset DIR`.")
+        'neighbors_k=3: use neighbors_k=0, or `coss-hf neighbors --dataset DIR`.'
+    """
+    if _ON_COMMAND_LINE.get():
+        return message
+    for phrase, in_python in _PHRASES.items():
+        message = message.replace(phrase, in_python)
+    return _COMMAND_OR_FLAG.sub(_as_parameter, message)
+
+
+def _as_parameter(found: re.Match) -> str:
+    if found["name"] is None:
+        return found[0]
+    value = found["value"]
+    if value is None:
+        return found["name"]
+    if value in ("true", "false"):
+        return f"{found['name']}={value.capitalize()}"
+    return f"{found['name']}={value}" if value[0] in "'-0123456789" else f'{found["name"]}="{value}"'
+
+
+def command_to(name: str) -> str:
+    """How a command is typed: ``coss-hf train-teacher``, or by a script of ``recipes/`` where such a one runs."""
+    script = Path(sys.argv[0])
+    in_clone = script.suffix == ".py" and script.parent.name == "recipes" and script.parent.parent.name != "coss_hf"
+    if in_clone and not os.environ.get("COSS_HF_COMMAND"):
+        return f"python {script.with_name(name.replace('-', '_') + '.py')}"
+    return f"coss-hf {name}"
 
 
 def flag(argument: str, option: str = "") -> str:

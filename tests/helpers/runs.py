@@ -27,6 +27,7 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 from tests.helpers.processes import Program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,6 +132,7 @@ def no_file_larger_than(size: int):
         signal.signal(signal.SIGXFSZ, handler)
 
 
+@command_line()
 def make_trainer(
     tmp_path, images, teacher: str, student: str, *, evaluator=None, criterion=None, neighbors=None, data=None, **args
 ):

@@ -155,7 +155,7 @@ def test_without_network_training_is_not_lost(trainer, tmp_path, caplog):
         run = trainer(push_to_hub=True, hub_model_id="me/x", hub_token="hf_Secret", max_steps=1)
     assert "asked again at the push" in caplog.text
     run.train()
-    with pytest.raises(PushFailed, match="is complete; push it with: python recipes/push.py .* --repo_id me/x"):
+    with pytest.raises(PushFailed, match="is complete; push it with: coss-hf push .* --repo_id me/x"):
         run.save_model()
     out = tmp_path / "out"
     assert (out / "model.safetensors").is_file() and (out / "README.md").is_file()

@@ -289,13 +289,13 @@ MISUSES = {
 
 @pytest.mark.parametrize("misuse", MISUSES)
 def test_misuse_is_noticed(neighborly, misuse):
-    with pytest.raises(ValueError, match="(?s)--neighbors_k: .*(joined|shuffled).*recipes/neighbors.py"):
+    with pytest.raises(ValueError, match="(?s)--neighbors_k: .*(joined|shuffled).*coss-hf neighbors"):
         check_neighbors(MISUSES[misuse](neighborly), K)
 
 
 def test_a_file_of_no_neighbors(neighborly):
     for column in ("neighbors", "neighbors_hash"):
-        with pytest.raises(ValueError, match=f"--neighbors_k.*{column};.*recipes/neighbors.py"):
+        with pytest.raises(ValueError, match=f"--neighbors_k.*{column};.*coss-hf neighbors"):
             check_neighbors(neighborly.remove_columns(column))
     for values in (
         ["a"] * N,

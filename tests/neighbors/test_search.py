@@ -283,12 +283,12 @@ def test_auto_takes_an_index_for_many_images(tmp_path, monkeypatch, caplog):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"neighbors_search": "flat"}, "--neighbors_search flat: choose one of auto, exact, ivf, hnsw"),
-        ({"neighbors_recall": 0}, "--neighbors_recall 0: give a share"),
-        ({"neighbors_recall": 99.0}, "--neighbors_recall 99.0: give a share"),
-        ({"neighbors_max_similarity": 1.5}, "--neighbors_max_similarity 1.5: give a cosine"),
-        ({"neighbors_max_similarity": -1.0}, "--neighbors_max_similarity -1.0: give a cosine"),
-        ({"neighbors_dtype": "int8"}, "--neighbors_dtype int8: choose float32 or float16"),
+        ({"neighbors_search": "flat"}, "neighbors_search flat: choose one of auto, exact, ivf, hnsw"),
+        ({"neighbors_recall": 0}, "neighbors_recall=0: give a share"),
+        ({"neighbors_recall": 99.0}, "neighbors_recall=99.0: give a share"),
+        ({"neighbors_max_similarity": 1.5}, "neighbors_max_similarity=1.5: give a cosine"),
+        ({"neighbors_max_similarity": -1.0}, "neighbors_max_similarity=-1.0: give a cosine"),
+        ({"neighbors_dtype": "int8"}, "neighbors_dtype int8: choose float32 or float16"),
     ],
 )
 def test_bad_options_are_named(options, message):

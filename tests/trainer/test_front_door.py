@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 from transformers import AutoModel
 
@@ -16,7 +17,7 @@ from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
-from coss_hf.trainer.inputs import parameter_names
+from coss_hf.trainer.reloading import NotReloadable
 
 
 @pytest.fixture
@@ -153,6 +154,8 @@ def as_float(image):
         ({"transform": "cifar10"}, "^transform='cifar10' is unknown: choose one of none, cifar"),
         ({"transform": 7}, "^transform is a int"),
         ({"transform": as_float}, r"^transform=as_float returns torch.float32 \(3, 16, 16\); a view is a uint8"),
+        ({"transform": lambda image: image}, "^transform=.* returns Image; a view is a uint8 tensor"),
+        ({"transform": v2.PILToTensor()}, r"^transform=PILToTensor\(\) returns torch.uint8 \(3, 32, 24\); a view"),
         ({"transform": lambda image: image.nothing}, "fails on a PIL image"),
     ],
 )
@@ -196,7 +199,89 @@ def test_arguments_may_ask_to_resume(tmp_path, images, networks):
     assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_commands_of_other_programs_keep_their_dashes():
-    with pytest.raises(ValueError) as raised, parameter_names(None):
-        raise ValueError("--neighbors_k=3: run docker with --shm-size=1g, or hf download --repo-type dataset.")
-    assert str(raised.value) == "neighbors_k=3: run docker with --shm-size=1g, or hf download --repo-type dataset."
+def test_arguments_are_tried_before_images_are_read(tmp_path, networks):
+    """Only the recipe did; from Python the optimizer was missed after images and neighbours had taken their hours."""
+    with pytest.raises(ValueError, match="^optim=lomo: the optimizer cannot be built") as raised:
+        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, optim="lomo"), "nowhere")
+    assert "--" not in str(raised.value)
+
+
+def test_a_saved_student_is_loaded_again(tmp_path, images, networks, monkeypatch):
+    """Only the recipe did."""
+    from coss_hf.trainer import trainer as module
+
+    def save_wrong(folder, *rest):
+        save_student(folder, *rest)
+        weights = load_file(f"{folder}/model.safetensors")
+        save_file({name: 2 * value for name, value in weights.items()}, f"{folder}/model.safetensors", {"format": "pt"})
+
+    save_student = module.save_student
+    trainer = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, max_steps=1), images)
+    trainer.train()
+    trainer.save_model()
+    monkeypatch.setattr(module, "save_student", save_wrong)
+    with pytest.raises(NotReloadable, match="^The student is trained, but its folder .* does not load as what was"):
+        trainer.save_model()
+
+
+def test_evaluation_on_other_images(tmp_path, images, networks):
+    """`evaluate(eval_dataset)` measured the images that the trainer was made with."""
+    given = {"train_dataset": images, "eval_dataset": images.select(range(12))}
+    trainer = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), **given)
+    own = trainer.evaluate()
+    others = images.select(range(12, 48)).rename_column("image", "photo")
+    found = trainer.evaluate(others)
+    assert found["eval_cosine"] != own["eval_cosine"] and found.keys() >= {"eval_knn10", "eval_overlap10"}
+    expected = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images, others).evaluate()
+    clocks = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
+    assert {key: found[key] for key in {*found} - clocks} == {key: expected[key] for key in {*expected} - clocks}
+    several = trainer.evaluate({"a": others, "b": str(Path(tmp_path, "images", "test.parquet"))})
+    assert several["eval_a_cosine"] == found["eval_cosine"] and "eval_b_knn10" in several
+    assert trainer.evaluate()["eval_cosine"] == own["eval_cosine"]
+    without = DistillationTrainer(
+        networks.teacher, networks.resnet, arguments(tmp_path, augmentation="cifar"), trainer.train_dataset
+    )
+    assert without.evaluate(others)["eval_cosine"] == found["eval_cosine"]
+    with pytest.raises(ValueError, match="^eval_dataset is a int; give a datasets.Dataset"):
+        trainer.evaluate(7)
+
+
+def test_the_record_says_what_both_networks_are_given(tmp_path, images, networks):
+    """`coss-hf evaluate` follows it; from Python it lacked all three."""
+    trainer = DistillationTrainer(networks.vit, networks.resnet, arguments(tmp_path), images)
+    found = {key: trainer.arguments[key] for key in trainer.arguments if key.startswith(("teacher", "student"))}
+    assert found == {
+        "teacher": networks.vit,
+        "teacher_pooling": "cls",
+        "teacher_size": 16,
+        "teacher_dtype": "float32",
+        "student": networks.resnet,
+        "student_pooling": "pooler",
+        "student_size": 16,
+        "student_dtype": "float32",
+    }
+
+
+def test_images_that_came_after_the_run_began_are_left_out(tmp_path, images, networks, monkeypatch):
+    """`train(resume_from_checkpoint=True)` refused them as another dataset: it did not read the run's own list."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in range(16):
+        images[row]["image"].save(folder / f"{row:02d}.png")
+    options = {"save_strategy": "steps", "save_steps": 2}
+
+    def trainer(name: str) -> DistillationTrainer:
+        args = arguments(tmp_path, name, **options)
+        return DistillationTrainer(networks.teacher, networks.resnet, args, str(folder), data=data(tmp_path))
+
+    expected = trained(trainer("whole"))
+    trainer("out").train()
+    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    images[20]["image"].save(folder / "00new.png")
+    again = trainer("out")
+    assert len(again.train_dataset) == 17
+    again.train(resume_from_checkpoint=True)
+    assert len(again.train_dataset) == 16
+    again.save_model()
+    assert weights(tmp_path / "out") == expected

@@ -25,26 +25,26 @@ def arguments(tmp_path, **options) -> DistillationArguments:
 
 # Each ended in a traceback after the images were checked and the neighbours found, or did nothing.
 REFUSED_AT_ONCE = {
-    "labels": ({"label_names": ["labels"]}, "^--label_names=labels: distillation reads no labels"),
-    "smoothing": ({"label_smoothing_factor": 0.1}, "^--label_smoothing_factor=0.1: distillation reads no labels"),
-    "half precision on a CPU": ({"fp16": True}, "^--fp16: a CPU has no half precision.*--bf16"),
-    "half precision in evaluation": ({"bf16_full_eval": True}, "^--bf16_full_eval=True: .*--student_dtype"),
-    "another batch size": ({"auto_find_batch_size": True}, "^--auto_find_batch_size=True: the loss depends"),
-    "lengths": ({"train_sampling_strategy": "group_by_length"}, "^--train_sampling_strategy=group_by_length: views"),
-    "unknown optimizer": ({"optim": "adamm"}, "^--optim=adamm: .*adamw_torch"),
-    "unknown schedule": ({"lr_scheduler_type": "cosin"}, "^--lr_scheduler_type=cosin: .*cosine"),
-    "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "^--deepspeed={.*: Trainer does not take this"),
-    "accelerate's options": ({"accelerator_config": {"foo": 1}}, "^--accelerator_config={'foo': 1} .*'foo'"),
-    "no batch": ({"per_device_train_batch_size": 0}, "^--per_device_train_batch_size=0: give 1 or more"),
-    "no accumulation": ({"gradient_accumulation_steps": 0}, "^--gradient_accumulation_steps=0: give 1 or more"),
-    "negative seed": ({"seed": -1}, "^--seed=-1: give a number from 0 to"),
-    "negative decay": ({"weight_decay": -1.0}, "^--weight_decay=-1.0: give 0 or more"),
-    "no epochs": ({"num_train_epochs": -1}, "^--num_train_epochs=-1: give more than 0"),
-    "no steps": ({"max_steps": 0}, "^--max_steps=0: give 1 or more"),
-    "warm-up of a plateau": (PLATEAU | {"warmup_steps": 5}, "^--warmup_steps=5: --lr_scheduler_type=reduce_lr_on_plat"),
+    "labels": ({"label_names": ["labels"]}, "^label_names=labels: distillation reads no labels"),
+    "smoothing": ({"label_smoothing_factor": 0.1}, "^label_smoothing_factor=0.1: distillation reads no labels"),
+    "half precision on a CPU": ({"fp16": True}, "^fp16: a CPU has no half precision.*bf16"),
+    "half precision in evaluation": ({"bf16_full_eval": True}, "^bf16_full_eval=True: .*student_dtype"),
+    "another batch size": ({"auto_find_batch_size": True}, "^auto_find_batch_size=True: the loss depends"),
+    "lengths": ({"train_sampling_strategy": "group_by_length"}, "^train_sampling_strategy=group_by_length: views"),
+    "unknown optimizer": ({"optim": "adamm"}, "^optim=adamm: .*adamw_torch"),
+    "unknown schedule": ({"lr_scheduler_type": "cosin"}, "^lr_scheduler_type=cosin: .*cosine"),
+    "deepspeed": ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "^deepspeed={.*: Trainer does not take this"),
+    "accelerate's options": ({"accelerator_config": {"foo": 1}}, "^accelerator_config={'foo': 1} .*'foo'"),
+    "no batch": ({"per_device_train_batch_size": 0}, "^per_device_train_batch_size=0: give 1 or more"),
+    "no accumulation": ({"gradient_accumulation_steps": 0}, "^gradient_accumulation_steps=0: give 1 or more"),
+    "negative seed": ({"seed": -1}, "^seed=-1: give a number from 0 to"),
+    "negative decay": ({"weight_decay": -1.0}, "^weight_decay=-1.0: give 0 or more"),
+    "no epochs": ({"num_train_epochs": -1}, "^num_train_epochs=-1: give more than 0"),
+    "no steps": ({"max_steps": 0}, "^max_steps=0: give 1 or more"),
+    "warm-up of a plateau": (PLATEAU | {"warmup_steps": 5}, "^warmup_steps=5: lr_scheduler_type=reduce_lr_on_plat"),
     "wrong mode": (
         {"lr_scheduler_type": "greedy", "lr_scheduler_kwargs": {"mode": "min"}},
-        "^--lr_scheduler_kwargs mode=min: --metric_for_best_model=overlap10 needs mode=max",
+        "^lr_scheduler_kwargs mode=min: metric_for_best_model=overlap10 needs mode=max",
     ),
 }
 
@@ -57,23 +57,23 @@ def test_refused_when_arguments_are_read(tmp_path, case):
 
 
 REFUSED_BY_TRIAL = {
-    "workers": ({"dataloader_persistent_workers": True}, "^--dataloader_persistent_workers=True: the data loader"),
-    "tracker not installed": ({"report_to": ["dvclive"]}, "^--report_to=dvclive.*dvclive"),
-    "unknown tracker": ({"report_to": ["wandbb"]}, "^--report_to=wandbb: Trainer cannot be set up"),
-    "optimizer not installed": ({"optim": "adamw_bnb_8bit"}, "^--optim=adamw_bnb_8bit: the optimizer.*bitsandbytes"),
-    "lomo": ({"optim": "lomo"}, "^--optim=lomo: the optimizer.*lomo"),
-    "options of an optimizer": ({"optim_args": "eps"}, "^--optim_args=eps: the optimizer cannot be built"),
-    "moments": ({"optim": "adamw_torch", "adam_beta1": 2.0}, "^--adam_beta1=2.0: the optimizer"),
-    "schedule's options": ({"lr_scheduler_kwargs": {"foo": 1}}, "^--lr_scheduler_kwargs={'foo': 1}: the schedule"),
+    "workers": ({"dataloader_persistent_workers": True}, "^dataloader_persistent_workers=True: the data loader"),
+    "tracker not installed": ({"report_to": ["dvclive"]}, "^report_to=dvclive.*dvclive"),
+    "unknown tracker": ({"report_to": ["wandbb"]}, "^report_to=wandbb: Trainer cannot be set up"),
+    "optimizer not installed": ({"optim": "adamw_bnb_8bit"}, "^optim=adamw_bnb_8bit: the optimizer.*bitsandbytes"),
+    "lomo": ({"optim": "lomo"}, "^optim=lomo: the optimizer.*lomo"),
+    "options of an optimizer": ({"optim_args": "eps"}, "^optim_args=eps: the optimizer cannot be built"),
+    "moments": ({"optim": "adamw_torch", "adam_beta1": 2.0}, "^adam_beta1=2.0: the optimizer"),
+    "schedule's options": ({"lr_scheduler_kwargs": {"foo": 1}}, "^lr_scheduler_kwargs={'foo': 1}: the schedule"),
     "schedule without options": (
         {"lr_scheduler_type": "cosine_with_min_lr"},
-        "^--lr_scheduler_type=cosine_with_min_lr: the schedule .*min_lr",
+        "^lr_scheduler_type=cosine_with_min_lr: the schedule .*min_lr",
     ),
-    "compiler": ({"torch_compile_backend": "foo"}, "^--torch_compile_backend=foo: "),
+    "compiler": ({"torch_compile_backend": "foo"}, "^torch_compile_backend=foo: "),
     "no token": ({"push_to_hub": True}, "there is no token"),
     "checkpointing's options": (
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"foo": 1}},
-        "^--gradient_checkpointing=True --gradient_checkpointing_kwargs={'foo': 1} .*two images of noise fails",
+        "^gradient_checkpointing=True gradient_checkpointing_kwargs={'foo': 1} .*two images of noise fails",
     ),
 }
 
@@ -91,7 +91,7 @@ def test_refused_by_a_step_on_noise(tmp_path, networks, case, monkeypatch, capsy
 
 def test_a_network_without_checkpointing(tmp_path, networks):
     args = arguments(tmp_path, gradient_checkpointing=True)
-    with pytest.raises(ValueError, match=r"^--gradient_checkpointing: the student \(CifarResNetModel\)"):
+    with pytest.raises(ValueError, match=r"^gradient_checkpointing: the student \(CifarResNetModel\)"):
         rehearse(load_backbone(networks.small), load_backbone(networks.teacher).freeze(), args)
 
 
@@ -190,7 +190,7 @@ def test_evaluations_that_would_not_drive_anything(tmp_path, image_parquet, netw
 
 @pytest.mark.parametrize("options", [PLATEAU, {"save_strategy": "best"}])
 def test_no_evaluation_at_all(tmp_path, image_parquet, networks, options):
-    with pytest.raises(ValueError, match="needs evaluations during training, and there are none.*--validation_size"):
+    with pytest.raises(ValueError, match="needs evaluations during training, and there are none.*validation_size"):
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
 
 

@@ -130,7 +130,7 @@ def test_a_processor_that_cannot_be_saved_is_found_before_training(tmp_path, net
         **{key: getattr(student.processor, key) for key in ("size", "image_mean", "image_std")}
     )
     args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
-    with pytest.raises(ValueError, match=rf"^--student: its image processor \({kind.__name__}\) .*{message}"):
+    with pytest.raises(ValueError, match=rf"^student: its image processor \({kind.__name__}\) .*{message}"):
         rehearse(student, load_backbone(networks.teacher).freeze(), args)
 
 

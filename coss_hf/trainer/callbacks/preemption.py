@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from coss_hf.utils.distributed import any_process
 from coss_hf.utils.ending import ENDING, NAMES
+from coss_hf.utils.messages import for_reader
 
 TORCH_HANDLER = "torch.utils.data._utils.signal_handling"
 PATIENCE = 30  # seconds for a step to end, at least
@@ -49,7 +50,7 @@ class Preemption(TrainerCallback):
         self._before = {name: getattr(ENDING, name) for name in ("deferred", "grace", "remedy")}
         ENDING.deferred = True
         ENDING.grace = self._grace
-        ENDING.remedy = "Resume from the last checkpoint with --resume_from_checkpoint."
+        ENDING.remedy = for_reader("Resume from the last checkpoint with --resume_from_checkpoint.")
         return self
 
     def __exit__(self, *error):
@@ -90,7 +91,7 @@ class Preemption(TrainerCallback):
         if not self.agreed:
             return
         if process_index == 0:
-            print(f"{self.reason}: step {step} is saved; resume with --resume_from_checkpoint.", flush=True)
+            print(for_reader(f"{self.reason}: step {step} is saved; resume with --resume_from_checkpoint."), flush=True)
         raise SystemExit(128 + (ENDING.received or signal.SIGTERM))
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -1,0 +1,88 @@
+"""One message, in the words of its reader: flags where a command runs, parameters in Python."""
+
+import sys
+
+import pytest
+
+from coss_hf import DistillationArguments
+from coss_hf.cli import bad_input_exits
+from coss_hf.utils.errors import CheckpointError, UnreadableImage
+from coss_hf.utils.messages import command_line, command_to, for_reader, parameter_names
+
+
+@pytest.mark.parametrize(
+    ("message", "in_python"),
+    [
+        ("--neighbors_k=3: too many; use --neighbors_k 0.", "neighbors_k=3: too many; use neighbors_k=0."),
+        ("--head=none: use --head mlp or --head linear.", 'head=none: use head="mlp" or head="linear".'),
+        ("--view_size in pixels", "view_size in pixels"),
+        ("--beta 0.5, or --on_bad_image skip, which", 'beta=0.5, or on_bad_image="skip", which'),
+        ("run docker with --shm-size=1g.", "run docker with --shm-size=1g."),
+        ("`hf download a/b --local_dir x`", "`hf download a/b --local_dir x`"),
+        (
+            "it with: coss-hf push out --repo_id me/x; or --push_to_hub",
+            "it with: coss-hf push out --repo_id me/x; or push_to_hub",
+        ),
+        (
+            "step 4 is saved; give the same command with --resume_from_checkpoint.",
+            "step 4 is saved; call train(resume_from_checkpoint=True) in the same lines.",
+        ),
+        ("start afresh with --overwrite_output_dir", "start afresh with overwrite_output_dir=True"),
+    ],
+)
+def test_flags_become_parameters_and_commands_stay(message, in_python):
+    assert for_reader(message) == in_python
+    with command_line():
+        assert for_reader(message) == message
+
+
+@pytest.mark.parametrize("kind", [ValueError, CheckpointError, UnreadableImage])
+def test_errors_keep_their_kind_and_cause(kind):
+    cause = OSError("disk")
+
+    @parameter_names()
+    def fail():
+        raise kind("--seed=x: give a number.") from cause
+
+    with pytest.raises(kind, match="^seed=x: give") as raised:
+        fail()
+    assert raised.value.__cause__ is cause
+    with pytest.raises(kind, match="^--seed=x"), command_line():
+        fail()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"momentum": 2}, "^momentum=2: give a number from 0 to 1"),
+        ({"method": "cos"}, "^method='cos' is unknown"),
+        ({"optim": "sgdd"}, "^optim=sgdd: "),
+        ({"num_images": 5, "max_steps": 3}, "^num_images=5 and max_steps=3: give one of them"),
+        ({"dataloader_drop_last": False}, "^dataloader_drop_last cannot be switched off"),
+        ({"label_smoothing_factor": 0.1}, "^label_smoothing_factor=0.1: .*leave it out"),
+    ],
+)
+def test_arguments_from_python_and_from_a_command(tmp_path, capsys, options, message):
+    """They named flags in Python, where nobody gives any."""
+    with pytest.raises(ValueError, match=message) as raised:
+        DistillationArguments(str(tmp_path), use_cpu=True, **options)
+    assert "--" not in str(raised.value)
+    with pytest.raises(SystemExit), bad_input_exits():
+        DistillationArguments(str(tmp_path), use_cpu=True, **options)
+    assert f"error: --{next(iter(options))}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "environment", "expected"),
+    [
+        ("/usr/bin/pytest", "", "coss-hf train-teacher"),
+        ("recipes/distill.py", "", "python recipes/train_teacher.py"),
+        ("recipes/distill.py", "coss-hf distill", "coss-hf train-teacher"),
+        ("/site-packages/coss_hf/recipes/distill.py", "", "coss-hf train-teacher"),
+    ],
+)
+def test_commands_are_named_as_they_can_be_typed(monkeypatch, script, environment, expected):
+    """Advice named scripts of a clone to those who had installed the package."""
+    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setenv("COSS_HF_COMMAND", environment)
+    assert command_to("train-teacher") == expected
