@@ -307,7 +307,7 @@ def evaluator_of(trainer, images, data: DataArguments) -> Evaluator:
     splits = trainer.splits
     if splits is None:
         reader = trainer.train_dataset.reader
-        splits = ImageSplits(reader.rows, None, None, reader.column, None)
+        splits = ImageSplits(reader.rows, None, None, reader.column, None, [])
     splits = with_held_out(splits, images, data)
     return build_evaluator(splits, trainer.teacher, trainer.args, splits.validation, during_training=True)
 

@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from transformers import AutoModel
 
 from coss_hf import DistillationArguments, DistillationTrainer, Student
+from coss_hf.cli import parse
 from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
@@ -285,3 +286,40 @@ def test_images_that_came_after_the_run_began_are_left_out(tmp_path, images, net
     assert len(again.train_dataset) == 16
     again.save_model()
     assert weights(tmp_path / "out") == expected
+
+
+@pytest.mark.slow
+def test_ten_lines_on_cifar100_give_the_student_of_the_recipe(tmp_path, shared, monkeypatch):
+    """Real images and a real teacher: the lines of the front page against the command with the same arguments."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    teacher = str(shared / "teachers" / "cifar10-resnet56")
+    student = str(shared / "teachers" / "cifar10-resnet20")
+    images = shared / "data" / "cifar100"
+    given = {
+        "max_steps": 4,
+        "neighbors_k": 3,
+        "per_device_train_batch_size": 16,
+        "eval_strategy": "no",
+        "use_cpu": True,
+    }
+    subset = {"max_train_samples": 2000, "neighbors_cache": str(tmp_path / "cache")}
+    options = {"teacher": teacher, "student": student, "dataset": str(images), "output_dir": str(tmp_path / "recipe")}
+    words = [f"--{name}={value}" for name, value in {**options, **given, **subset}.items()]
+    models, data, args = parse((ModelArguments, DataArguments, DistillationArguments), words)
+    build_run(models, data, args).train()
+
+    trainer = DistillationTrainer(
+        teacher=teacher,
+        student=student,
+        args=DistillationArguments(str(tmp_path / "python"), **given),
+        train_dataset=datasets.load_dataset(
+            "parquet", data_files={split: str(images / f"{split}.parquet") for split in ("train", "test")}
+        ),
+        data=DataArguments(max_train_samples=2000, neighbors_cache=str(tmp_path / "other cache")),
+    )
+    trainer.train()
+    trainer.save_model()
+    assert weights(tmp_path / "python") == weights(tmp_path / "recipe")
+    photos = datasets.load_dataset("parquet", data_files=str(images / "test.parquet"), split="train[:20]")
+    found = Student.from_pretrained(tmp_path / "python").encode(photos["img"])
+    assert found.shape == (20, 64) and found.isfinite().all()
