@@ -19,6 +19,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.reloading import NotReloadable
+from recipes.convert import main as convert
 
 
 @pytest.fixture
@@ -292,8 +293,10 @@ def test_images_that_came_after_the_run_began_are_left_out(tmp_path, images, net
 def test_ten_lines_on_cifar100_give_the_student_of_the_recipe(tmp_path, shared, monkeypatch):
     """Real images and a real teacher: the lines of the front page against the command with the same arguments."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    teacher = str(shared / "teachers" / "cifar10-resnet56")
-    student = str(shared / "teachers" / "cifar10-resnet20")
+    for name in ("resnet56", "resnet20"):
+        convert([str(shared / "teachers" / f"cifar10-{name}"), "--output", str(tmp_path / name)])
+    teacher = str(tmp_path / "resnet56")
+    student = str(tmp_path / "resnet20")
     images = shared / "data" / "cifar100"
     given = {
         "max_steps": 4,
@@ -321,5 +324,5 @@ def test_ten_lines_on_cifar100_give_the_student_of_the_recipe(tmp_path, shared, 
     trainer.save_model()
     assert weights(tmp_path / "python") == weights(tmp_path / "recipe")
     photos = datasets.load_dataset("parquet", data_files=str(images / "test.parquet"), split="train[:20]")
-    found = Student.from_pretrained(tmp_path / "python").encode(photos["img"])
+    found = Student.from_pretrained(tmp_path / "python").encode(photos["image"])
     assert found.shape == (20, 64) and found.isfinite().all()
