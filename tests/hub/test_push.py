@@ -196,7 +196,7 @@ def test_errors_of_a_push_name_reason_and_remedy(hub, tmp_path):
     for words in ("token is wrong", "neither you (me)", "is an invalid name", "may only read"):
         refused, failed, *rest = rest
         assert refused.startswith("REFUSED --hub_model_id=") and words in refused, refused
-        assert failed.startswith("FAILED") and "recipes/push.py" in failed and "is complete" in failed, failed
+        assert failed.startswith("FAILED") and "coss-hf push" in failed and "is complete" in failed, failed
         assert words in failed or words == "is an invalid name"
     # Without network a run may start; only its push fails.
     ok, failed = rest
