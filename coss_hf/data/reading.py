@@ -60,6 +60,10 @@ class ImageReader:
         """The rows that this process and its workers have replaced so far."""
         return self._replaced.nonzero().flatten().tolist()
 
+    def is_replaced(self, indices: list[int]) -> list[bool]:
+        """Whether this process or its workers had to take another image, for each of the rows."""
+        return self._replaced[indices].tolist()
+
     def replaced_names(self) -> list[str]:
         """The names of the images that were replaced so far."""
         return self.names(self.replaced())

@@ -10,7 +10,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from coss_hf.data import teacher_cache
 from coss_hf.data.reading import ImageReader
+from coss_hf.data.teacher_cache import TeacherCache
 from coss_hf.data.transforms import AUGMENTATIONS, Fit, augmentation
 
 KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
@@ -33,6 +35,11 @@ class ViewDataset(torch.utils.data.Dataset):
         neighbors: row numbers (n, K) of each image's neighbours; -1 is padding, never drawn.
         k: number of neighbours drawn without replacement from an anchor's K (with replacement, where padding leaves
             fewer than k; where it leaves none, other views of the anchor are taken instead).
+        view_epochs: number P of epochs after which the same views come back, neighbours included: the epoch counts
+            modulo P. 0: never.
+
+    Attributes:
+        teacher_cache: the teacher's embeddings of the views, which come with them; None without.
 
     Raises:
         ValueError: an unknown augmentation, or neighbours that do not fit.
@@ -49,6 +56,7 @@ class ViewDataset(torch.utils.data.Dataset):
         neighbors: np.ndarray | None = None,
         k: int = 0,
         on_bad_image: str = "error",
+        view_epochs: int = 0,
     ):
         transform, name = _augmentation(augmentation_name, size)
         self.augment = transform
@@ -58,6 +66,8 @@ class ViewDataset(torch.utils.data.Dataset):
         self._hashes = dataset.select_columns("image_hash")
         self.size = size
         self.seed = seed
+        self.view_epochs = view_epochs
+        self.teacher_cache: TeacherCache | None = None
         self._kept: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self.use_neighbors(neighbors, k)
@@ -126,6 +136,8 @@ class ViewDataset(torch.utils.data.Dataset):
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
+            "--view_epochs": str(self.view_epochs),
+            "--view_seed": str(self.seed),
         }
 
     @property
@@ -143,7 +155,10 @@ class ViewDataset(torch.utils.data.Dataset):
         return self.__getitems__([anchor])[0]
 
     def __getitems__(self, anchors: list[int]) -> list[dict[str, Tensor]]:
-        """One item an anchor: `pixel_values` uint8 (1+k, 3, size, size) and `index` int64 (1+k,), the anchor first."""
+        """One item an anchor: `pixel_values` uint8 (1+k, 3, size, size) and `index` int64 (1+k,), the anchor first.
+
+        With a teacher cache also what it holds of these views; see `TeacherCache.items`.
+        """
         epoch = self.epoch
         groups = [self._group(anchor, epoch) for anchor in anchors]
         images = self._images([index for group in groups for index in group])
@@ -152,6 +167,10 @@ class ViewDataset(torch.utils.data.Dataset):
             for anchor, group in zip(anchors, groups, strict=True):
                 views = [self._view(next(images), epoch, anchor, slot) for slot in range(len(group))]
                 items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
+        if self.teacher_cache is not None:
+            replaced = [self.reader.is_replaced(group) for group in groups]
+            for item, cached in zip(items, self.teacher_cache.items(epoch, anchors, replaced), strict=True):
+                item |= cached
         return items
 
     def names(self, indices: list[int]) -> list[str]:
@@ -202,6 +221,8 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def _key(self, epoch: int, anchor: int, slot: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
+        if self.view_epochs:
+            epoch %= self.view_epochs
         packed = struct.pack("<4q", self.seed, epoch, anchor, slot)
         return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
 
@@ -232,6 +253,10 @@ def _digest(array: np.ndarray) -> str:
     return blake2b(np.ascontiguousarray(array).tobytes(), digest_size=8).hexdigest()
 
 
-def collate_views(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Collate b groups of 1+k views, in order: `pixel_values` uint8 (b*(1+k), 3, S, S), `index` int64 (b*(1+k),)."""
-    return {key: torch.cat([item[key] for item in items]) for key in ("pixel_values", "index")}
+def collate_views(items: list[dict]) -> dict:
+    """Collate b groups of 1+k views, in order: `pixel_values` uint8 (b*(1+k), 3, S, S), `index` int64 (b*(1+k),).
+
+    With a teacher cache also its part, see `teacher_cache.collate`.
+    """
+    batch = {key: torch.cat([item[key] for item in items]) for key in ("pixel_values", "index")}
+    return batch | teacher_cache.collate(items)

@@ -255,6 +255,8 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
         ValueError: it had another student, teacher, dataset, ...
     """
     saved = json.loads(Path(checkpoint, RECORD).read_text())
+    # Of runs of before these arguments.
+    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed")} | saved
     other = [key for key in identity if saved.get(key) != identity[key]]
     if not other:
         return

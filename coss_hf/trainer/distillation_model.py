@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from coss_hf.features import Features
+from coss_hf.losses.combination import Method
 from coss_hf.losses.coss import mean_cosines
 from coss_hf.losses.registry import LOSSES, build_loss
 from coss_hf.models.backbone import Backbone
@@ -130,13 +131,24 @@ def uses_maps(need) -> bool:
     return getattr(need, "uses_maps", False)
 
 
+def reads_maps(student: Backbone, teacher: Backbone, methods: list[Method]) -> bool:
+    """Whether a training reads feature maps of its teacher: some methods take embeddings where there are no maps."""
+    if not any(LOSSES[method.name].uses_maps for method in methods):
+        return False
+    return min(_count_maps(student, teacher).values()) > 0
+
+
+def _count_maps(*networks: Backbone) -> dict[Backbone, int]:
+    return {network: len(network.example(maps=True).maps) for network in networks}
+
+
 def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool) -> None:
     """Let both networks give as many feature maps as the one with fewer has, where any loss reads maps."""
     if not any(uses_maps(need) for need in needs):
         if built_in:
             student.maps = teacher.maps = 0
         return
-    counts = {network: len(network.example(maps=True).maps) for network in (student, teacher)}
+    counts = _count_maps(student, teacher)
     student.maps = teacher.maps = min(counts.values())
     if not built_in or student.maps:
         return

@@ -6,9 +6,10 @@ import torch
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.models.backbone import evaluating
+from coss_hf.trainer.cached_teacher import cache_folder
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.utils.memory import peak_resident_bytes
-from coss_hf.utils.units import duration
+from coss_hf.utils.units import duration, size_in_bytes
 
 PROBE_IMAGES = 16
 
@@ -35,6 +36,7 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "bad images": _bad_images(splits),
         "views": f"{size}x{size}, augmentation {args.augmentation}",
         "neighbours": _neighbors(trainer),
+        "cache": _cache(trainer),
         "step": f"{args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x {1 + args.neighbors_k} "
         f"views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
         "watched": _evaluation(trainer),
@@ -70,6 +72,20 @@ def _neighbors(trainer: DistillationTrainer) -> str:
     if fewer:
         text += f"; {fewer:,} images have fewer (drawn with replacement), {none:,} of them none (views of their own)"
     return text
+
+
+def _cache(trainer: DistillationTrainer) -> str:
+    """Size of the teacher's embeddings that would be kept; what of them is there depends on neighbours, too."""
+    args = trainer.args
+    if not args.teacher_cache:
+        return ""
+    views = trainer.train_dataset
+    count = views.view_epochs * len(views) * (1 + views.k)
+    size = count * (trainer.teacher.dim * (2 if args.teacher_cache_dtype == "float16" else 4) + 8)
+    return (
+        f"{cache_folder(args.teacher_cache)}: {size_in_bytes(size)} for {count:,} views, {views.view_epochs:,} epochs, "
+        f"{args.teacher_cache_dtype}"
+    )
 
 
 def _evaluation(trainer: DistillationTrainer) -> str:

@@ -68,6 +68,8 @@ RANGES = {
     "warmup_steps": (0, math.inf),
     "seed": (0, 2**32 - 1),
     "data_seed": (0, 2**32 - 1),
+    "view_seed": (0, 2**32 - 1),
+    "view_epochs": (0, math.inf),
 }
 
 

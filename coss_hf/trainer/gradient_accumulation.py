@@ -21,14 +21,14 @@ def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Ca
         model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
             image once.
         batches: micro-batches of one step, changed in place.
-        embed_teacher: views to the teacher's features.
+        embed_teacher: a micro-batch to the teacher's features of its views.
         reduce: sum of a tensor over processes.
     """
     model.train()
     totals = []
     with _same_buffers_after(model):
         for batch in batches:
-            teacher = embed_teacher(batch["pixel_values"])
+            teacher = embed_teacher(batch)
             output = model(batch["pixel_values"], teacher=teacher, index=batch["index"], only_totals=True)
             batch["teacher"] = teacher.embedding
             totals.append(output["totals"])

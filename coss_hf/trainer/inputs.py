@@ -259,7 +259,13 @@ def make_views(
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     augmentation = transform if callable(transform) else args.augmentation
     return ViewDataset(
-        splits.train, splits.image_column, augmentation, size, seed=args.seed, on_bad_image=splits.on_bad_image
+        splits.train,
+        splits.image_column,
+        augmentation,
+        size,
+        seed=args.seed if args.view_seed is None else args.view_seed,
+        on_bad_image=splits.on_bad_image,
+        view_epochs=args.view_epochs,
     )
 
 

@@ -5,6 +5,7 @@ import logging
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -45,7 +46,7 @@ def pretrain(trainer) -> None:
         quiet = args.disable_tqdm or args.process_index > 0
         for batch in tqdm(batches, "Pre-training of the loss", part.pretraining_steps, disable=quiet, leave=False):
             with torch.enable_grad():
-                error = part.pretraining_loss(trainer.embed_teacher(batch["pixel_values"].to(args.device)))
+                error = part.pretraining_loss(trainer.teacher_features(send_to_device(batch, args.device)))
                 optimizer.zero_grad()
                 error.backward()
                 optimizer.step()

@@ -22,7 +22,9 @@ from coss_hf.data.views import ViewDataset
 from coss_hf.features import Features
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
+from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.distillation_model import reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -56,6 +58,9 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
         raise ValueError(
             f"--gradient_checkpointing: the student ({type(student.model).__name__}) does not support it; leave it out."
         )
+    if args.teacher_cache:
+        maps = reads_maps(student, teacher, args.methods)
+        check_cached(args.teacher_cache, args.method, view_epochs=args.view_epochs, reads_maps=maps)
     check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.
@@ -65,6 +70,7 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
     short.num_images = None
     short.neighbors_k = 0
     short.lr_milestones = None
+    short.teacher_cache = None
     copied = copy.copy(student)
     try:
         copied.model = copy.deepcopy(student.model)

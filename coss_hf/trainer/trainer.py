@@ -29,6 +29,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.trackers import use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
 from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback
@@ -171,6 +172,7 @@ class DistillationTrainer(Trainer):
         if self.splits is not None:
             self._check_evaluations()
             self._use_neighbors(neighbors, data)
+        self._open_cache()
 
     def _use_neighbors(self, neighbors: np.ndarray | None, data: DataArguments) -> None:
         """Find them last, since that takes longest."""
@@ -179,6 +181,21 @@ class DistillationTrainer(Trainer):
         if neighbors is None:
             neighbors = find_neighbors(self.splits, self.teacher, data, self.args)
         self.train_dataset.use_neighbors(neighbors, self.args.neighbors_k)
+
+    def _open_cache(self) -> None:
+        """Behind the neighbours, on which views depend."""
+        args = self.args
+        if not args.teacher_cache or args.dry_run:
+            return
+        views = self.train_dataset
+        self.cached_teacher = CachedTeacher(args, self.teacher, views, self.accelerator.mixed_precision)
+        images = self.length.images_after(self.length.steps_per_epoch)
+        seen = self.length.images_after(args.max_steps) / images if args.max_steps > 0 else args.num_train_epochs
+        self.cached_teacher.start(math.ceil(seen), show=args.process_index == 0)
+        views.teacher_cache = self.cached_teacher.cache
+        self.add_callback(self.cached_teacher)
+        if views.teacher_cache.is_complete():
+            self.teacher.model.to("cpu")  # evaluations, and rows that turn out to be damaged, bring it back
 
     def _build(self, inputs: RunInputs, callbacks: list[TrainerCallback] | None, optimizers) -> None:
         """Build model, callbacks and all that ``Trainer`` needs."""
@@ -194,6 +211,11 @@ class DistillationTrainer(Trainer):
             # What lies behind the last map compared gets no gradient.
             has_unused_parameters=student.maps > 0 or uses_maps(model.criterion),
         )
+        self.cached_teacher: CachedTeacher | None = None
+        if args.teacher_cache:
+            epochs = getattr(views, "view_epochs", 0)
+            maps = self.teacher.maps > 0
+            check_cached(args.teacher_cache, args.method, view_epochs=epochs, reads_maps=maps)
         self._check_shared_memory(args, student, views, evaluator)
         self._prepare_networks(model, args)
         self.evaluator = evaluator
@@ -343,7 +365,7 @@ class DistillationTrainer(Trainer):
                     self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
             self.add_callback(self.preemption)
-        with self.preemption, self._lost_worker_as_error():
+        with self.preemption, self._lost_worker_as_error(), self._keeping_embeddings():
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
@@ -399,8 +421,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._step_seed.apply(self.state.global_step)
         exact = "other_totals" in inputs
-        with self._times.teacher():
-            teacher = Features(inputs["teacher"]) if exact else self.embed_teacher(views)
+        teacher = Features(inputs["teacher"]) if exact else self.teacher_features(inputs)
         outputs = model(
             pixel_values=views, teacher=teacher, index=inputs["index"], other_totals=inputs.get("other_totals")
         )
@@ -412,10 +433,23 @@ class DistillationTrainer(Trainer):
             loss = scale_gradient(loss, self.current_gradient_accumulation_steps)
         return (loss, outputs) if return_outputs else loss
 
+    def _place_teacher(self) -> None:
+        if next(self.teacher.model.parameters()).device != self.args.device:
+            self.teacher.model.to(self.args.device)
+
+    @torch.no_grad()
+    def teacher_features(self, batch: dict) -> Features:
+        """Return the teacher's features of a batch's views, from the cache where they are there."""
+        if self.cached_teacher is None or "cached" not in batch:
+            return self.embed_teacher(batch["pixel_values"])
+        return self.cached_teacher.features(batch, self.embed_teacher)
+
     @torch.no_grad()
     def embed_teacher(self, views: Tensor) -> Features:
         """Return the teacher's features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
-        with self.accelerator.autocast():
+        if self.cached_teacher is not None:
+            self._place_teacher()
+        with self._times.teacher(), self.accelerator.autocast():
             return self._teacher_features(views)
 
     def _teacher_features(self, views: Tensor) -> Features:
@@ -426,7 +460,7 @@ class DistillationTrainer(Trainer):
         batches, count = self._load_batches(epoch_iterator, num_batches, device)
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
-                attach_other_totals(self.model_wrapped, batches, self.embed_teacher, all_reduce_sum)
+                attach_other_totals(self.model_wrapped, batches, self.teacher_features, all_reduce_sum)
         return batches, count
 
     def _load_batches(self, epoch_iterator, num_batches, device):
@@ -446,6 +480,15 @@ class DistillationTrainer(Trainer):
             self._save_checkpoint(self.model, trial=None)
         saved = f"step {step} is saved; give the same command with --resume_from_checkpoint" if step else None
         raise LostWorker(lost, saved) from lost
+
+    @contextlib.contextmanager
+    def _keeping_embeddings(self):
+        """What the teacher embedded is kept, however the training ends."""
+        try:
+            yield
+        finally:
+            if self.cached_teacher is not None:
+                self.cached_teacher.flush()
 
     @contextlib.contextmanager
     def _lost_worker_as_error(self):
@@ -547,6 +590,7 @@ class DistillationTrainer(Trainer):
         if self.evaluator is None:
             raise ValueError("evaluate() needs an evaluator: give --validation_size or a dataset with a test split.")
         self.collect()
+        self._place_teacher()
         metrics, projected = self.evaluator(self.student, self.project)
         if all(LOSSES[method.name].is_function_of_embeddings() for method in self.args.methods):
             metrics["loss"] = self._eval_loss(projected)
@@ -589,6 +633,7 @@ class DistillationTrainer(Trainer):
         Returns:
             Metrics of ``teacher``, ``student`` and ``random``; empty without such images.
         """
+        self._place_teacher()
         return compare(self)
 
     @parameter_names()
@@ -601,6 +646,7 @@ class DistillationTrainer(Trainer):
         Raises:
             CheckpointError: the disk is full.
         """
+        self._place_teacher()
         return report(self)
 
     # ---- saving ----

@@ -8,6 +8,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
+from coss_hf.data.teacher_cache import DTYPES
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
 from coss_hf.losses.registry import LOSSES
@@ -69,6 +70,34 @@ class DistillationArguments(TrainingArguments):
     )
     view_size: int | None = field(
         default=None, metadata={"help": "Side of a view in pixels. Default: the larger of both networks' inputs."}
+    )
+    view_seed: int | None = field(
+        default=None,
+        metadata={
+            "help": "Seed of the views and of the draw of neighbours. Default: --seed. Runs that share it can share a "
+            "--teacher_cache."
+        },
+    )
+    view_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "Number of epochs after which the same views come back, neighbours included. 0: never, each epoch "
+            "has new ones."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder in which the teacher's embeddings of the views are kept, so that each view is embedded "
+            "once; auto: one in the cache of datasets. Needs --view_epochs, and a method of embeddings or logits."
+        },
+    )
+    teacher_cache_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Data type of the embeddings in --teacher_cache. float16 takes half the room.",
+            "choices": list(DTYPES),
+        },
     )
     neighbors_k: int = field(
         default=0,

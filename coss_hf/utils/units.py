@@ -22,3 +22,21 @@ def duration(seconds: float) -> str:
         if len(parts) == 2:
             break
     return " ".join(f"{count:,}{unit}" for count, unit in parts if count)
+
+
+def size_in_bytes(count: int) -> str:
+    """An amount of bytes in its largest unit.
+
+    Args:
+        count: the number of bytes.
+
+    Example:
+        >>> size_in_bytes(900), size_in_bytes(12_800_000), size_in_bytes(3_100_000_000)
+        ('900 B', '12.8 MB', '3.1 GB')
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.1f} {unit}" if unit != "B" else f"{count} B"
+        value /= 1000
+    return f"{value:,.1f} TB"

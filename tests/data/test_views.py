@@ -307,3 +307,22 @@ def test_processed_images_are_preprocessed_a_batch_at_a_time(rows):
     assert sizes == [5, 5, 2] and len(dataset) == N
     expected = torch.stack([F.pil_to_tensor(photo(i)).float() / 255 for i in range(N)])
     assert torch.equal(torch.cat(batches), expected) and torch.equal(dataset[3], expected[3])
+
+
+@pytest.mark.parametrize("name", ["cifar", "moco"])
+def test_views_come_back_after_view_epochs(rows, name):
+    """The epoch of a view's key, the draw of neighbours included, counts modulo P; 0 is never."""
+    repeated = ViewDataset(rows, "image", name, SIZE, seed=3, neighbors=NEIGHBORS, k=2, view_epochs=2)
+    endless = views(rows, name)
+
+    def epoch(dataset, number):
+        dataset.set_epoch(number)
+        return load(dataset)
+
+    first, second, third, fourth = (epoch(repeated, number) for number in range(4))
+    for key in ("pixel_values", "index"):
+        assert torch.equal(first[key], third[key]) and torch.equal(second[key], fourth[key])
+        assert not torch.equal(first[key], second[key])
+        assert torch.equal(first[key], epoch(endless, 0)[key]) and torch.equal(second[key], epoch(endless, 1)[key])
+        assert not torch.equal(third[key], epoch(endless, 2)[key])
+    assert torch.equal(repeated.view(5, 1, epoch=7)[0], repeated.view(5, 1, epoch=1)[0])

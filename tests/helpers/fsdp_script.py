@@ -6,6 +6,7 @@ python -m torch.distributed.run --nproc_per_node 2 tests/fsdp_script.py FOLDER, 
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -91,13 +92,42 @@ def run(folder: Path, name: str, student: str, checkpoint=None, **options) -> di
     }
 
 
+def run_cached(folder: Path, name: str, cache: str | None, double: bool) -> dict:
+    """Losses of each step with neighbours and views of 2 epochs, and how many views this process's teacher embedded."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    networks = str(folder / "teacher"), str(folder / "vit")
+    options = OPTIONS | {"max_steps": 14, "save_strategy": "no", "view_epochs": 2, "teacher_cache": cache}
+    options |= {"neighbors_k": 1, "neighbors_pool": 4, "per_device_train_batch_size": 4}
+    neighbors = (np.arange(48)[:, None] + np.arange(1, 5)) % 48
+    trainer = h.make_trainer(folder / name, folder / "images", *networks, neighbors=neighbors, **options)
+    if double:
+        trainer.model.double()
+    losses, embedded = [], []
+    compute, embed = trainer.compute_loss, trainer._teacher_features
+
+    def compute_loss(*args, **kwargs):
+        loss = compute(*args, **kwargs)
+        losses.append(loss.item())
+        return loss
+
+    trainer.compute_loss = compute_loss
+    trainer._teacher_features = lambda views: embedded.append(len(views)) or embed(views)
+    trainer.train()
+    return {"losses": losses, "embedded": sum(embedded)}
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     found = {"ddp": run(folder, "ddp", "vit")}
+    found["live"] = run_cached(folder, "live", None, double=True)
+    found["cold"] = run_cached(folder, "cold", str(folder / "cache"), double=True)
+    found["warm"] = run_cached(folder, "warm", str(folder / "cache"), double=True)
     AcceleratorState.__init__ = fsdp_init
     found["fsdp"] = run(folder, "fsdp", "vit")
+    found["live fsdp"] = run_cached(folder, "live-fsdp", None, double=False)
+    found["warm fsdp"] = run_cached(folder, "warm-fsdp", str(folder / "cache"), double=False)
     found["resumed"] = run(folder, "resumed", "vit", str(folder / "fsdp" / "checkpoint-2"))
     # Batch norm, whose statistics are each process's own, and no blocks that the class names; the best checkpoint.
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "max_steps": 4, "bf16": True}

@@ -135,3 +135,16 @@ def test_under_bf16_weights_and_loss_stay_float32(world):
     }
     values = torch.tensor(losses(found["resnet"]))
     assert (values != values.bfloat16().float()).any(), "the loss was rounded to bfloat16"
+
+
+def test_two_processes_fill_and_read_one_teacher_cache(world):
+    """Filled by DDP, each process its own views; read by DDP, where each gets views of the other, and by FSDP."""
+    first, second = world[1]
+    for found in (first, second):
+        assert found["live"]["embedded"] == 14 * 8 and len(set(found["live"]["losses"])) == 14
+        assert found["warm"]["embedded"] == found["warm fsdp"]["embedded"] == 0
+        for name in ("cold", "warm"):
+            assert found[name]["losses"] == pytest.approx(found["live"]["losses"], rel=1e-6)
+        assert found["warm fsdp"]["losses"] == pytest.approx(found["live fsdp"]["losses"], rel=1e-4)
+    # Of 14 steps the last 2 are of the first epoch again; the one process may be there before the other has flushed.
+    assert 12 * 16 <= first["cold"]["embedded"] + second["cold"]["embedded"] <= 14 * 16

@@ -1,0 +1,139 @@
+"""The teacher of a training whose embeddings are kept: read where they are there, else embedded and kept."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from coss_hf.data.teacher_cache import TeacherCache
+from coss_hf.data.transform_identity import transform_identity
+from coss_hf.data.views import ViewDataset
+from coss_hf.features import Features
+from coss_hf.models.backbone import Backbone
+from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.process_group import Processes
+
+
+def cache_folder(teacher_cache: str) -> Path:
+    """The folder that ``--teacher_cache`` names."""
+    if teacher_cache == "auto":
+        return Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf" / "teachers"
+    return Path(teacher_cache)
+
+
+def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_maps: bool) -> None:
+    """Check that the embeddings of a teacher are all that a training reads, and that its views come back.
+
+    Raises:
+        ValueError: they are not, or they do not.
+    """
+    if reads_maps:
+        raise ValueError(
+            f"--teacher_cache={teacher_cache} keeps the teacher's embeddings, and --method={method} reads its feature "
+            f"maps, which take hundreds of times the room: leave --teacher_cache out, or choose a method of embeddings "
+            f"(coss, pkt, rkd, dist, ...) or of logits (kd)."
+        )
+    if not view_epochs:
+        raise ValueError(
+            f"--teacher_cache={teacher_cache} needs views that come back: give --view_epochs, the number of epochs "
+            f"with views of their own. By default no view is ever seen twice."
+        )
+
+
+class CachedTeacher(TrainerCallback):
+    """Embeddings of a teacher, from a cache where they are there.
+
+    As a callback it brings what was kept to the disk at the end of each epoch, with each checkpoint, and at the end.
+
+    Args:
+        args: of the training.
+        teacher: frozen.
+        views: of the training images, neighbours included.
+        precision: in which the teacher computes: ``no``, ``bf16`` or ``fp16``.
+
+    Attributes:
+        cache: the rows on disk.
+
+    Raises:
+        ValueError: views that do not come back.
+    """
+
+    def __init__(self, args: DistillationArguments, teacher: Backbone, views: ViewDataset, precision: str):
+        identity = {
+            "--teacher": teacher.fingerprint(),
+            "precision": f"{precision} {args.tf32}",
+            **views.identity(),
+            "--augmentation": transform_identity(views.augment, views.augmentation_name, views.size),
+        }
+        del identity["--view_epochs"]  # the first epochs of more are those of fewer
+        shape = (views.view_epochs, len(views), 1 + views.k, teacher.dim)
+        self.cache = TeacherCache(cache_folder(args.teacher_cache), identity, shape, dtype=args.teacher_cache_dtype)
+        self._whole_batches = args.torch_compile  # else each number of missing rows would be compiled
+        self._last: tuple[list[int], Tensor] | None = None
+
+    def start(self, epochs: int, show: bool) -> None:
+        """Check the room for some epochs, make the files and say what is there; all processes together.
+
+        Raises:
+            ValueError: on all processes, where one cannot write or finds no room.
+        """
+        cache = self.cache
+        with Processes().together():
+            cache.check_room(epochs)
+            cache.create()
+        if show:
+            print(f"teacher cache {cache.describe()}", flush=True)
+            if not cache.present() and cache.differences():
+                print(f"teacher cache: {cache.differences()}", flush=True)
+
+    def features(self, batch: dict, embed: Callable[[Tensor], Features]) -> Features:
+        """Features of a batch's views: its rows of the cache; missing ones are embedded, and kept.
+
+        What is embedded is rounded as the cache rounds it: an epoch is the same whatever was there.
+
+        Args:
+            batch: as ``collate_views`` makes it.
+            embed: views ``(b, 3, H, W)`` to their features.
+        """
+        cached = batch["cached"]
+        missing = batch["missing"]
+        if not missing:
+            return Features(cached)
+        self._keep_last()
+        views = batch["pixel_values"]
+        positions = torch.tensor(missing, device=views.device)
+        if len(missing) == len(views):
+            embedding = embed(views).embedding
+        elif self._whole_batches:
+            embedding = embed(views).embedding[positions]
+        else:
+            embedding = embed(views[positions]).embedding
+        embedding = embedding.float()
+        self._last = (batch["missing_rows"], embedding)
+        rounded = embedding.to(getattr(torch, self.cache.dtype.name)).float()
+        rounded = torch.where(rounded.isfinite(), rounded, embedding)
+        return Features(cached.index_copy(0, positions, rounded))
+
+    def _keep_last(self) -> None:
+        """Keep the rows of the step before, which a GPU has computed by now: nothing waits for this one's."""
+        if self._last is not None:
+            rows, embedding = self._last
+            self._last = None
+            self.cache.write(rows, embedding)
+
+    def flush(self) -> None:
+        """Bring all rows to the disk."""
+        self._keep_last()
+        self.cache.flush()
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.flush()
+
+    def on_save(self, args, state, control, **kwargs):
+        self.flush()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.flush()

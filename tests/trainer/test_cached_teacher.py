@@ -1,0 +1,269 @@
+"""A training with the teacher's embeddings from disk is the training with the teacher itself."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+import tests.helpers.runs as h
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
+from coss_hf.losses.registry import LOSSES
+from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.rehearsal import rehearse
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
+
+NEIGHBORS = (np.arange(48)[:, None] + np.arange(1, 5)) % 48
+OPTIONS = {
+    "neighbors_k": 1,
+    "neighbors_pool": 4,
+    "view_epochs": 2,
+    "max_steps": 14,  # 6 an epoch
+    "logging_steps": 1,
+    "learning_rate": 0.002,
+    "lr_scheduler_type": "constant",
+    "head_hidden_size": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    h.save_resnet(folder / "teacher", seed=1)
+    h.save_resnet(folder / "other", seed=9)
+    h.save_vit(folder / "vit", seed=2)
+    h.write_images(folder / "images")
+    return folder
+
+
+class Run:
+    """A training of a float64 student: its losses at each step, and how many views the teacher embedded."""
+
+    def __init__(self, world, output, checkpoint=None, teacher="teacher", **options):
+        torch.manual_seed(0)  # of the pooler that the checkpoint lacks
+        networks = str(world / teacher), str(world / "vit")
+        options = OPTIONS | options
+        neighbors = NEIGHBORS if options["neighbors_k"] else None
+        self.trainer = trainer = h.make_trainer(output, world / "images", *networks, neighbors=neighbors, **options)
+        trainer.model.double()
+        self.losses, self.embedded = [], 0
+        compute, embed = trainer.compute_loss, trainer._teacher_features
+
+        def compute_loss(*args, **kwargs):
+            loss = compute(*args, **kwargs)
+            self.losses.append(loss.item())
+            return loss
+
+        def teacher_features(views):
+            self.embedded += len(views)
+            return embed(views)
+
+        trainer.compute_loss = compute_loss
+        trainer._teacher_features = teacher_features
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def same(run, losses):
+    assert run.losses == pytest.approx(losses, rel=1e-6, abs=0)
+
+
+@pytest.fixture(scope="module")
+def live(world, tmp_path_factory):
+    run = Run(world, tmp_path_factory.mktemp("live"))
+    assert run.embedded == 14 * 16 and len(set(run.losses)) == 14
+    return run.losses
+
+
+def test_cold_half_warm_and_warm_are_live(world, live, tmp_path):
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    half = Run(world, tmp_path / "half", **cache, max_steps=4)
+    same(half, live[:4])
+    cold = Run(world, tmp_path / "cold", **cache)
+    same(cold, live)
+    assert half.embedded == 4 * 16 and cold.embedded == 8 * 16  # the last 2 of 14 steps are of the first epoch again
+    warm = Run(world, tmp_path / "warm", **cache, dataloader_num_workers=2, dataloader_persistent_workers=True)
+    same(warm, live)
+    assert warm.embedded == 0
+    shares = [line["teacher_share"] for line in warm.trainer.state.log_history if "teacher_share" in line]
+    assert shares and not any(shares)
+    damaged = warm.trainer.cached_teacher.cache.path / "rows"
+    damaged.write_bytes(damaged.read_bytes()[::-1])
+    again = Run(world, tmp_path / "again", **cache)
+    same(again, live)
+    assert again.embedded == 12 * 16
+
+
+def test_resumed_in_mid_epoch_with_other_workers_and_another_cache(world, live, tmp_path):
+    """Live up to the checkpoint, then with a cache; then with one that is warm."""
+    saving = {"save_strategy": "steps", "save_steps": 8, "save_total_limit": None}
+    Run(world, tmp_path, **saving)
+    checkpoint = str(tmp_path / "out" / "checkpoint-8")
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    for workers in (0, 1):
+        resumed = Run(world, tmp_path, checkpoint, **saving, **cache, dataloader_num_workers=workers)
+        same(resumed, live[8:])
+        assert resumed.embedded == (0 if workers else 6 * 16)
+
+
+def test_a_float16_cache_gives_one_student_cold_and_warm(world, live, tmp_path):
+    cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_cache_dtype": "float16"}
+    cold = Run(world, tmp_path / "cold", **cache)
+    warm = Run(world, tmp_path / "warm", **cache)
+    assert cold.losses == warm.losses and not warm.embedded
+    assert cold.losses == pytest.approx(live, rel=1e-3) and cold.losses != pytest.approx(live, rel=1e-7)
+
+
+def test_exact_accumulation_reads_the_same_rows(world, tmp_path):
+    options = {"gradient_accumulation_steps": 2, "exact_accumulation": True, "max_steps": 6}
+    live = Run(world, tmp_path / "live", **options)
+    for kind in ("cold", "warm"):
+        run = Run(world, tmp_path / kind, **options, teacher_cache=str(tmp_path / "cache"))
+        same(run, live.losses)
+    assert live.embedded == 2 * 6 * 16 and run.embedded == 0
+
+
+@pytest.mark.parametrize("method", ["kd", "crd(negatives=5)", "seed", "coss + pkt"])
+def test_methods_of_embeddings_and_of_logits(world, tmp_path, method):
+    """The logits of the teacher are its linear classifier's, on its embedding."""
+    if method == "kd":
+        h.save_vit(world / "classifier", seed=4)
+        teacher = "classifier"
+    else:
+        teacher = "teacher"
+    options = {"method": method, "teacher": teacher, "max_steps": 3, "view_epochs": 1}
+    live = Run(world, tmp_path / "live", **options)
+    for kind in ("cold", "warm"):
+        run = Run(world, tmp_path / kind, **options, teacher_cache=str(tmp_path / "cache"))
+        same(run, live.losses)
+    assert run.embedded == 0
+
+
+def test_seeds_share_the_embeddings_of_one_view_seed(world, tmp_path):
+    options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 1, "view_seed": 5}
+    first = Run(world, tmp_path / "first", **options, seed=1, num_train_epochs=1, max_steps=-1)
+    second = Run(world, tmp_path / "second", **options, seed=2, num_train_epochs=1, max_steps=-1)
+    assert first.embedded == 96 and second.embedded == 0
+    assert first.losses != second.losses
+
+
+def test_view_seed_follows_the_seed(world, tmp_path):
+    plain = h.make_trainer(tmp_path, world / "images", str(world / "teacher"), str(world / "vit"), seed=4)
+    assert plain.train_dataset.seed == 4 and plain.train_dataset.view_epochs == 0
+    other = h.make_trainer(tmp_path, world / "images", str(world / "teacher"), str(world / "vit"), seed=4, view_seed=0)
+    assert other.train_dataset.seed == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"teacher": "other"}, {"augmentation": "imagenet"}, {"view_size": 20}, {"view_seed": 8}, {"neighbors_k": 0}],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_teacher_or_view_misses_and_is_named(world, tmp_path, capsys, change):
+    options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 1, "max_steps": 2}
+    Run(world, tmp_path / "first", **options)
+    capsys.readouterr()
+    live = Run(world, tmp_path / "live", **options | {"teacher_cache": None} | change)
+    run = Run(world, tmp_path / "second", **options, **change)
+    same(run, live.losses)
+    assert run.embedded == live.embedded
+    said = capsys.readouterr().out
+    assert "0 % there" in said and re.search(rf"most similar with another .*--{next(iter(change))}", said)
+
+
+def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
+    """--on_bad_image skip: the row is that of the image which was there before."""
+    networks = load_backbone(str(world / "teacher")), load_backbone(str(world / "vit"))
+    splits = load_images(str(world / "images"), validation_size=0, on_bad_image="skip")
+    embedded = []
+
+    def train(name, broken):
+        views = ViewDataset(splits.train, "image", "cifar", 16, on_bad_image="skip", view_epochs=1)
+        decode = views.reader._decode
+        views.reader._decode = lambda i, r: decode(i, {"bytes": b"", "path": None} if i in broken else r)
+        args = DistillationArguments(
+            str(tmp_path / name),
+            per_device_train_batch_size=8,
+            max_steps=6,
+            save_strategy="no",
+            teacher_cache=str(tmp_path / "cache"),
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = DistillationTrainer(*networks, args, views)
+        real = trainer._teacher_features
+        embedded.clear()
+        trainer._teacher_features = lambda views: embedded.append(len(views)) or real(views)
+        trainer.train()
+        return trainer.cached_teacher.cache.present()
+
+    assert train("first", {3, 11}) == 46
+    assert train("second", {7}) == 48 and sum(embedded) == 3
+    assert train("third", ()) == 48 and not embedded
+
+
+class Killed(BaseException):
+    pass
+
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise Killed
+
+
+def test_what_was_embedded_is_kept_however_the_training_ends(world, tmp_path):
+    options = OPTIONS | {"teacher_cache": str(tmp_path / "cache")}
+    networks = str(world / "teacher"), str(world / "vit")
+    trainer = h.make_trainer(tmp_path, world / "images", *networks, neighbors=NEIGHBORS, **options)
+    trainer.add_callback(Stop())
+    with pytest.raises(Killed):
+        trainer.train()
+    assert trainer.cached_teacher.cache.present() == 3 * 16
+
+
+def maps_of(world, method, teacher="teacher", student="teacher"):
+    args = DistillationArguments("out", method=method, teacher_cache="cache", view_epochs=1, use_cpu=True)
+    rehearse(load_backbone(str(world / student)), load_backbone(str(world / teacher)).freeze(), args)
+
+
+@pytest.mark.parametrize("method", [name for name, loss in LOSSES.items() if loss.uses_maps])
+def test_methods_of_maps_are_told_why_not(world, method):
+    with pytest.raises(ValueError, match=rf"--teacher_cache=cache .*--method={method} reads its feature maps.*leave"):
+        maps_of(world, method)
+
+
+def test_bad_input_is_refused_before_the_training(world, tmp_path):
+    def make(method="coss", **options):
+        networks = str(world / "teacher"), str(world / "vit")
+        return h.make_trainer(tmp_path, world / "images", *networks, method=method, **options)
+
+    with pytest.raises(ValueError, match="--teacher_cache=cache needs views that come back: give --view_epochs"):
+        make(teacher_cache="cache")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--teacher_cache=.*file: .* cannot be written"):
+        make(teacher_cache=str(tmp_path / "file"), view_epochs=1)
+    huge = {"teacher_cache": str(tmp_path / "huge"), "view_epochs": 10**9, "num_train_epochs": 10**9, "max_steps": -1}
+    with pytest.raises(
+        ValueError, match=r"the missing rows of 1000000000 epochs take 3\.5 TB .* free there; make room"
+    ):
+        make(**huge)
+    assert not (tmp_path / "huge").exists()
+    with pytest.raises(ValueError, match="--view_epochs=-1: give 0 or more"):
+        make(view_epochs=-1)
+    with pytest.raises(ValueError, match="--teacher_cache_dtype='int8': choose one of float32, float16"):
+        make(view_epochs=1, teacher_cache=str(tmp_path / "cache"), teacher_cache_dtype="int8")
+
+
+def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
+    """One of before --view_epochs is of views that never come back, with the seed of the run."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    Run(world, tmp_path, **saving)
+    for change in ({"view_epochs": 0}, {"view_epochs": 3}, {"view_seed": 4}):
+        with pytest.raises(ValueError, match=f"written with another --{next(iter(change))}"):
+            Run(world, tmp_path, True, **saving, **change)
+    again = Run(world, tmp_path, True, **saving, view_seed=3)
+    record = tmp_path / "out" / "checkpoint-2"
+    assert again.trainer.find_checkpoint(str(record))
