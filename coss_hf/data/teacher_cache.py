@@ -305,6 +305,15 @@ class TeacherCache:
                 *(self.folder, self.path, error.strerror or error),
             )
 
+    def discard_if_empty(self) -> None:
+        """Close the files, and remove them where no row is there: `create` was a check."""
+        self.close()
+        if not self.present():
+            self._maps = None
+            shutil.rmtree(self.path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other caches are there
+                self.folder.rmdir()
+
     def close(self) -> None:
         """Flush, and close the files."""
         self.flush()

@@ -8,7 +8,7 @@ from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
 from coss_hf.reporting.run_record import command
 from coss_hf.study.baselines import changed_arguments, check_study, run_images, trained_trials, untrained_trials
 from coss_hf.study.sweep import Sweep
-from coss_hf.study.trials import StudyConfig, Trial, load
+from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 
@@ -67,14 +67,16 @@ def plan_comparison(
         ValueError: what cannot be compared.
     """
     pair = f"{models.student} / {models.teacher}"
-    config = StudyConfig(data, {pair: models}, changed_arguments(training)).identified()
+    folder = Path(training.output_dir)
+    view_seed = training.seed if training.view_seed is None else training.view_seed
+    views = shared_views(training.view_epochs, view_seed, training.teacher_cache, folder)
+    config = StudyConfig(data, {pair: models}, changed_arguments(training) | views).identified()
     splits, _ = load(config, pair)
     split = check_study(training, hours, seeds, jobs, splits)
     if held_out_only:
         split = "validation"
         if splits.validation is None:
             raise ValueError("--validation_size: hold images out of train, say 2000, to compare the methods on.")
-    folder = Path(training.output_dir)
     sweep = Sweep(folder, name, jobs, {"command": command()})
     trained = trained_trials(pair, training, seeds, split, methods)
     sweep.check(trained, config)

@@ -8,7 +8,7 @@ from coss_hf.reporting.html_page import code, heading, html_table, image, page, 
 from coss_hf.reporting.plots import quality_plot
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.costs import cost_table
-from coss_hf.study.tables import as_markdown, extra_passes, ranked, ranked_table
+from coss_hf.study.tables import as_markdown, extra_passes, ranked, ranked_table, what_was_shared
 from coss_hf.study.verdict import verdict
 
 
@@ -87,7 +87,7 @@ class Report:
             f"In %, means over seeds with 95 % t-intervals, on the {self.split} split (mAP: {MAX_QUERIES:,} of its "
             f"images at most). Times: {self.hardware}."
         )
-        return " ".join([notes, *extra_passes(self.rows)])
+        return " ".join([notes, *extra_passes(self.rows), *what_was_shared(self.rows)])
 
     def _markdown(self, sentences: list[str]) -> str:
         parts = [

@@ -12,7 +12,7 @@ from coss_hf.study import teachers
 from coss_hf.study.baselines import check_report
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
-from coss_hf.study.trials import StudyConfig, Trial, load
+from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
@@ -55,6 +55,17 @@ class ReproduceArguments:
     )
     teacher_epochs: int | None = field(
         default=None, metadata={"help": "Epochs of a teacher that is trained first; default: 240 * budget."}
+    )
+    view_epochs: int = field(
+        default=0,
+        metadata={
+            "help": "Number of epochs after which the same views come back. All trials then see the same views, and "
+            "share the teacher's embeddings of them. 0: never."
+        },
+    )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={"help": "Folder of the shared embeddings, with --view_epochs. Default: one in --output_dir."},
     )
     jobs: int = field(default=1, metadata={"help": "Number of trials that run in parallel."})
     output_dir: str = field(
@@ -244,7 +255,8 @@ def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders:
         pair: ModelArguments(teacher=folder, student=paper.PAIRS[pair][0], student_init="random")
         for pair, folder in teacher_folders.items()
     }
-    training = paper.TRAINING | args.engine() | {"channels_last": args.channels_last}
+    views = shared_views(args.view_epochs, 0, args.teacher_cache, Path(args.output_dir))
+    training = paper.TRAINING | args.engine() | {"channels_last": args.channels_last} | views
     milestones = tuple(drop / paper.EPOCHS for drop in paper.MILESTONES)
     return StudyConfig(data, models, training, milestones)
 

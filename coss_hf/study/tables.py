@@ -216,6 +216,7 @@ def comparison(rows: list[dict], metric: str) -> str:
         markdown(rows, metric, extra),
         "Every run failed." if failed else standing.sentence(),
         *extra_passes(rows),
+        *what_was_shared(rows),
     ]
     return "\n\n".join(parts)
 
@@ -227,3 +228,23 @@ def extra_passes(rows: list[dict]) -> list[str]:
         return []
     passes = "; ".join(f"{count:,} images for {name}" for name, count in extra.items())
     return [f"Teacher passes apart from those of training, once each: {passes}."]
+
+
+def what_was_shared(rows: list[dict]) -> list[str]:
+    """Return sentences on the views that all runs saw, and on whose teacher's embeddings were shared, if any were."""
+    views = {row["method"]: row["shared_views"] for row in rows if row.get("shared_views")}
+    if not views:
+        return []
+    first = next(iter(views.values()))
+    epochs = f"{first['epochs']} epoch{'s' if first['epochs'] > 1 else ''}"
+    parts = [
+        f"Views come back after {epochs} and are the same in every run (view seed {first['seed']}): the seeds "
+        f"differ in initial weights and in the order of the images."
+    ]
+    cached = [name for name, found in views.items() if found["teacher_cache"]]
+    live = [name for name in views if name not in cached]
+    if cached:
+        parts.append(f"The teacher embedded each view once for all runs of {_listed(cached)}.")
+    if live:
+        parts.append(f"It passed over the views in each run of {_listed(live)}, which reads its feature maps.")
+    return [" ".join(parts)]

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.callbacks.console import ConsoleCallback
+from coss_hf.trainer.distillation_model import reads_maps
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.rehearsal import rehearse
@@ -24,7 +26,7 @@ from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.errors import NonFiniteLoss
 
 # Arguments that say how a trial is run and do not change its result.
-OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers")
+OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers", "teacher_cache")
 # Of what is measured; raise it where a metric changes, so that one table never mixes two meanings of a column.
 # 2: linear evaluation of standardised embeddings.
 MEASURES = 2
@@ -139,6 +141,21 @@ def _load(inputs: str) -> tuple[ImageSplits, Backbone]:
     return DataArguments(**data).load(), ModelArguments(**models).load_teacher()
 
 
+def shared_views(view_epochs: int, seed: int, teacher_cache: str | None, folder: Path) -> dict:
+    """Return the arguments with which all trials of a study see the same views, and share the teacher's embeddings.
+
+    Args:
+        view_epochs: number of epochs after which the views come back; 0: never, and nothing is shared.
+        seed: seed of the views.
+        teacher_cache: folder of the embeddings; None for one in ``folder``.
+        folder: folder of the study.
+    """
+    if not view_epochs:
+        return {"teacher_cache": teacher_cache} if teacher_cache else {}
+    cache = teacher_cache or str(folder / "teacher_cache")
+    return {"view_epochs": view_epochs, "view_seed": seed, "teacher_cache": cache}
+
+
 def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> DistillationTrainer:
     """Build the trainer of a trial, ready for its first step.
 
@@ -154,9 +171,16 @@ def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> Dist
     args = _training_arguments(trial, config, folder, len(splits.train))
     set_seed(trial.seed)
     student = config.models[trial.pair].load_student(teacher)
+    _leave_out_cache(args, student, teacher)
     trainer = build_trainer(student, teacher, splits, args, data=config.data)
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ConsoleCallback)
     return trainer
+
+
+def _leave_out_cache(args: DistillationArguments, student: Backbone, teacher: Backbone) -> None:
+    """For a method of maps: its views are those of the other methods, and the teacher embeds them each time."""
+    if args.teacher_cache and reads_maps(student, teacher, args.methods):
+        args.teacher_cache = None
 
 
 def rehearse_trial(trial: Trial, config: StudyConfig, folder: Path) -> None:
@@ -172,7 +196,9 @@ def rehearse_trial(trial: Trial, config: StudyConfig, folder: Path) -> None:
     """
     splits, teacher = load(config, trial.pair)
     args = _training_arguments(trial, config, folder, len(splits.train))
-    rehearse(config.models[trial.pair].load_student(teacher), teacher, args)
+    student = config.models[trial.pair].load_student(teacher)
+    _leave_out_cache(args, student, teacher)
+    rehearse(student, teacher, args)
 
 
 def _training_arguments(
@@ -226,8 +252,9 @@ def run_trial(
 
     Returns:
         The fields of the trial; ``images_seen``; ``extra_teacher_images``, the teacher's passes apart from those of the
-        steps; ``loss``, the mean over the last steps that were logged; and the metrics. ``failed`` with the reason,
-        and no metrics, if the loss became NaN or infinite.
+        steps; ``shared_views`` where these come back: their number of epochs, their seed, and whether the teacher's
+        embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the metrics.
+        ``failed`` with the reason, and no metrics, if the loss became NaN or infinite.
     """
     if trial.method in UNTRAINED:
         return _measure_untrained(trial, config, folder)
@@ -242,6 +269,12 @@ def run_trial(
         result["extra_teacher_images"] = 0
         result["failed"] = str(error).split(";")[0]
         return result
+    if trainer.args.view_epochs:
+        result["shared_views"] = {
+            "epochs": trainer.args.view_epochs,
+            "seed": trainer.train_dataset.seed,
+            "teacher_cache": trainer.cached_teacher is not None,
+        }
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result["images_seen"] = trainer.images_seen
     result["extra_teacher_images"] = _extra_teacher_images(trainer)

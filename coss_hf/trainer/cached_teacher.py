@@ -1,5 +1,6 @@
 """The teacher of a training whose embeddings are kept: read where they are there, else embedded and kept."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from coss_hf.features import Features
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.process_group import Processes
+
+logger = logging.getLogger(__name__)
 
 
 def cache_folder(teacher_cache: str) -> Path:
@@ -85,9 +88,9 @@ class CachedTeacher(TrainerCallback):
             cache.check_room(epochs)
             cache.create()
         if show:
-            print(f"teacher cache {cache.describe()}", flush=True)
+            logger.info("Teacher cache %s", cache.describe())
             if not cache.present() and cache.differences():
-                print(f"teacher cache: {cache.differences()}", flush=True)
+                logger.info("Teacher cache: %s.", cache.differences())
 
     def features(self, batch: dict, embed: Callable[[Tensor], Features]) -> Features:
         """Features of a batch's views: its rows of the cache; missing ones are embedded, and kept.

@@ -21,9 +21,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
+from coss_hf.data.views import ViewDataset
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
 from coss_hf.models.loading import load_backbone
@@ -59,30 +63,28 @@ def now() -> float:
     return time.perf_counter()
 
 
-class InMemory(torch.utils.data.Dataset):
-    """Views that cost nothing to make; in place of a ``ViewDataset``."""
+class InMemory(ViewDataset):
+    """Views in memory, which cost nothing to make and are the same in each epoch.
 
-    size = 32
+    Args:
+        count: number of views, of as many images.
+        size: side of a view in pixels.
+        view_epochs: as of ``ViewDataset``.
+    """
 
-    def __init__(self, count: int):
-        self.views = torch.randint(0, 256, (count, 1, 3, self.size, self.size), dtype=torch.uint8)
+    def __init__(self, count: int, size: int = 32, view_epochs: int = 0):
+        columns = {"image": [Image.new("RGB", (8, 8))] * count, "image_hash": [str(row) for row in range(count)]}
+        features = Features({"image": ImageFeature(), "image_hash": Value("string")})
+        rows = Dataset.from_dict(columns, features=features)
+        super().__init__(rows, "image", "none", size, view_epochs=view_epochs)
+        self.views = torch.randint(0, 256, (count, 1, 3, size, size), dtype=torch.uint8)
 
-    def __len__(self):
-        return len(self.views)
-
-    def __getitem__(self, index):
-        return {"pixel_values": self.views[index], "index": torch.tensor([index])}
-
-    def set_epoch(self, epoch=None):
-        pass
-
-    keep_images = set_epoch
-
-    def identity(self):
-        return {}
-
-    def names(self, rows):
-        return [str(row) for row in rows]
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        items = [{"pixel_values": self.views[row], "index": torch.tensor([row])} for row in rows]
+        if self.teacher_cache is not None:
+            cached = self.teacher_cache.items(0, rows, [[False]] * len(rows))
+            items = [item | more for item, more in zip(items, cached, strict=True)]
+        return items
 
 
 class BareLoop(TrainerCallback):

@@ -245,6 +245,14 @@ def test_a_disk_that_fills_up_ends_the_keeping_not_the_training(tmp_path, caplog
     assert assert_right_or_missing(cache) == 0
 
 
+def test_a_check_leaves_nothing_behind_and_takes_no_rows(tmp_path):
+    cache_in(tmp_path / "new").discard_if_empty()
+    assert not (tmp_path / "new").exists()
+    filled(tmp_path / "old")
+    cache_in(tmp_path / "old").discard_if_empty()
+    assert assert_right_or_missing(cache_in(tmp_path / "old")) == 60
+
+
 def test_what_a_batch_brings(tmp_path):
     cache = filled(tmp_path, [3, 4, 12, 13, 14])
     items = cache.items(3, [1, 4], [[False] * 3, [False, True, False]])  # epoch 3 of 2: the second

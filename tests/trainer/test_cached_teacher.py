@@ -161,16 +161,16 @@ def test_view_seed_follows_the_seed(world, tmp_path):
     [{"teacher": "other"}, {"augmentation": "imagenet"}, {"view_size": 20}, {"view_seed": 8}, {"neighbors_k": 0}],
     ids=lambda change: next(iter(change)),
 )
-def test_another_teacher_or_view_misses_and_is_named(world, tmp_path, capsys, change):
+def test_another_teacher_or_view_misses_and_is_named(world, tmp_path, caplog, change):
     options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 1, "max_steps": 2}
     Run(world, tmp_path / "first", **options)
-    capsys.readouterr()
+    caplog.set_level("INFO")
     live = Run(world, tmp_path / "live", **options | {"teacher_cache": None} | change)
     run = Run(world, tmp_path / "second", **options, **change)
     same(run, live.losses)
     assert run.embedded == live.embedded
-    said = capsys.readouterr().out
-    assert "0 % there" in said and re.search(rf"most similar with another .*--{next(iter(change))}", said)
+    assert "0 % there" in caplog.text
+    assert re.search(rf"most similar with another .*--{next(iter(change))}", caplog.text)
 
 
 def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
