@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import logging
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -15,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 NOT_OF_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_ASPECT = 16  # longer side over shorter side of an image that is resized by its shorter side
+
+SCALES = (8, 4, 2)  # that a JPEG can be decoded at: one pixel for as many in each direction
+SCALABLE = ("JPEG", "MPO")
 
 # What turns an image upright, by its EXIF orientation.
 UPRIGHT = {
@@ -39,6 +44,20 @@ def encoded_bytes(record: dict | None) -> bytes:
     return Path(record["path"]).read_bytes()
 
 
+class Decoded(NamedTuple):
+    """A decoded image.
+
+    Attributes:
+        image: upright and in RGB.
+        size: width and height of the whole image, upright.
+        scale: how many times smaller in each direction the image was decoded; 1 for most.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    scale: int
+
+
 def decode(record: dict) -> Image.Image:
     """Decode one image, upright (EXIF) and in RGB.
 
@@ -52,8 +71,24 @@ def decode(record: dict) -> Image.Image:
     Raises:
         ValueError: the image cannot be decoded; the message names its path.
     """
+    return decode_reduced(record, None).image
+
+
+def decode_reduced(record: dict, reduction: Callable[[tuple[int, int]], float] | None) -> Decoded:
+    """Decode one image, a JPEG at the smallest scale that leaves as many pixels as are needed.
+
+    libjpeg decodes at 1/2, 1/4 and 1/8 in the frequency domain, in a fraction of the time.
+
+    Args:
+        record: as of `decode`.
+        reduction: from width and height of the whole image, upright, to how many times smaller it may be decoded; None
+            for whole images.
+
+    Raises:
+        ValueError: as of `decode`.
+    """
     try:
-        return _decode(encoded_bytes(record))
+        return _decode(encoded_bytes(record), reduction)
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
         if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_OF_THE_IMAGE:
             raise
@@ -61,29 +96,44 @@ def decode(record: dict) -> Image.Image:
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
 
 
-def _decode(data: bytes) -> Image.Image:
+def _decode(data: bytes, reduction: Callable | None) -> Decoded:
     try:
-        return _decode_upright(data)
+        return _decode_upright(data, reduction)
     except Exception:
         for repaired in without_metadata(data):
             with contextlib.suppress(Exception):
-                return _decode_upright(repaired)
+                return _decode_upright(repaired, reduction)
         raise
 
 
-def _decode_upright(data: bytes) -> Image.Image:
+def _decode_upright(data: bytes, reduction: Callable | None) -> Decoded:
     image = Image.open(BytesIO(data))
-    return upright_rgb(image)
+    width, height = image.size
+    scale = 1
+    if reduction is not None and image.format in SCALABLE:
+        size = (height, width) if _orientation(image) >= 5 else (width, height)
+        allowed = reduction(size)
+        scale = next((scale for scale in SCALES if scale <= allowed), 1)
+        if scale > 1 and image.draft(None, (width // scale, height // scale)) is None:
+            scale = 1  # of several parts
+    upright = upright_rgb(image)
+    if scale > 1:
+        return Decoded(upright, size, scale)
+    return Decoded(upright, upright.size, 1)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(0x0112) or 0
+    except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
+        logger.debug("The EXIF tags of an image cannot be read: %s", error)
+        return 0
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
     """Turn an image by its EXIF orientation, if it can be read, and convert it to RGB, as `decode` does."""
     image.load()  # first, since Pillow turns TIFF by itself
-    try:
-        orientation = image.getexif().get(0x0112)
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
-        logger.debug("The EXIF tags of an image cannot be read: %s", error)
-        orientation = None
+    orientation = _orientation(image)
     image = to_rgb(image)
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 

@@ -1,14 +1,15 @@
 """Reading of images while a run is at work: what happens to one that can no longer be decoded."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
 
-from coss_hf.data.decoding import decode
+from coss_hf.data.decoding import Decoded, decode, decode_reduced
 from coss_hf.data.rows import image_rows
 from coss_hf.utils.errors import UnreadableImage
 
@@ -47,6 +48,16 @@ class ImageReader:
         records = self.rows[indices][self.column]
         return map(self._decode, indices, records)
 
+    def files(self, indices: list[int]) -> Iterator[Callable[[Callable | None], Decoded]]:
+        """The same images, each as a function that decodes it: see `decode_reduced` for its argument.
+
+        Raises:
+            UnreadableImage: as of `read`, when the function is called.
+        """
+        records = self.rows[indices][self.column]
+        for index, record in zip(indices, records, strict=True):
+            yield partial(self._decode_reduced, index, record)
+
     def names(self, indices: list[int]) -> list[str]:
         """Names of images for messages: their path, else their row."""
         records = self.rows[indices][self.column]
@@ -73,8 +84,11 @@ class ImageReader:
         self._replaced[rows] = True
 
     def _decode(self, index: int, record: dict) -> Image.Image:
+        return self._decode_reduced(index, record, None).image
+
+    def _decode_reduced(self, index: int, record: dict, reduction: Callable | None) -> Decoded:
         try:
-            return decode(record)
+            return decode_reduced(record, reduction)
         except ValueError as error:
             if self.on_bad_image != "skip":
                 raise UnreadableImage(
@@ -82,7 +96,7 @@ class ImageReader:
                     f"give the same command with --resume_from_checkpoint, or also with --on_bad_image skip, which "
                     f"takes other images in its place."
                 ) from error
-            return self._replace(index, error)[1]
+            return self._replace(index, error, reduction)[1]
 
     def rows_to_read(self) -> list[int]:
         """Decode all ``n`` images, and give for each its row, or the row of the one that "skip" puts in its place.
@@ -95,16 +109,16 @@ class ImageReader:
             try:
                 decode(self.rows[row][self.column])
             except ValueError as error:
-                rows.append(self._replace(row, error)[0])
+                rows.append(self._replace(row, error, None)[0])
             else:
                 rows.append(row)
         return rows
 
-    def _replace(self, index: int, error: ValueError) -> tuple[int, Image.Image]:
+    def _replace(self, index: int, error: ValueError, reduction: Callable | None) -> tuple[int, Decoded]:
         candidates = np.random.default_rng(index).integers(0, len(self.rows), ATTEMPTS)
         for candidate in candidates.tolist():
             try:
-                image = decode(self.rows[candidate][self.column])
+                found = decode_reduced(self.rows[candidate][self.column], reduction)
             except ValueError:
                 continue
             if not self._replaced[index]:
@@ -112,7 +126,7 @@ class ImageReader:
                 count = int(self._replaced.sum())
                 name = self.names([candidate])[0]
                 logger.warning("--on_bad_image skip: %s; %s takes its place (%d so far).", error, name, count)
-            return candidate, image
+            return candidate, found
         raise UnreadableImage(
             f"--on_bad_image skip: {error}, and {ATTEMPTS} other images neither. Make the images available and give "
             f"the same command with --resume_from_checkpoint."

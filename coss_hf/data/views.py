@@ -13,7 +13,7 @@ from torch import Tensor
 from coss_hf.data import teacher_cache
 from coss_hf.data.reading import ImageReader
 from coss_hf.data.teacher_cache import TeacherCache
-from coss_hf.data.transforms import AUGMENTATIONS, Fit, augmentation
+from coss_hf.data.transforms import Fit, RandomCrop, augmentation
 
 KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
 DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
@@ -37,6 +37,7 @@ class ViewDataset(torch.utils.data.Dataset):
             fewer than k; where it leaves none, other views of the anchor are taken instead).
         view_epochs: number P of epochs after which the same views come back, neighbours included: the epoch counts
             modulo P. 0: never.
+        reduced_decoding: decode JPEGs at the smallest scale that has all pixels which a view needs.
 
     Attributes:
         teacher_cache: the teacher's embeddings of the views, which come with them; None without.
@@ -57,16 +58,19 @@ class ViewDataset(torch.utils.data.Dataset):
         k: int = 0,
         on_bad_image: str = "error",
         view_epochs: int = 0,
+        reduced_decoding: bool = True,
     ):
         transform, name = _augmentation(augmentation_name, size)
         self.augment = transform
         self.augmentation_name = name
+        self._built_in = isinstance(augmentation_name, str)
         self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.reader.share_memory()
         self._hashes = dataset.select_columns("image_hash")
         self.size = size
         self.seed = seed
         self.view_epochs = view_epochs
+        self.reduced_decoding = reduced_decoding
         self.teacher_cache: TeacherCache | None = None
         self._kept: Tensor | None = None
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -92,17 +96,13 @@ class ViewDataset(torch.utils.data.Dataset):
         if self._kept is not None:
             return True
         fit, to_tensor, *_ = getattr(self.augment, "transforms", (None, None))
-        if (
-            self.augmentation_name not in AUGMENTATIONS
-            or not isinstance(fit, Fit)
-            or len(self) * 3 * self.size**2 > KEPT_BYTES
-        ):
+        if not self._built_in or not isinstance(fit, Fit) or len(self) * 3 * self.size**2 > KEPT_BYTES:
             return False
         self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         for start in range(0, len(self), 1_000):
             rows = list(range(start, min(start + 1_000, len(self))))
-            for row, image in zip(rows, self.reader.read(rows), strict=True):
-                self._kept[row] = to_tensor(fit(image))
+            for row, file in zip(rows, self.reader.files(rows), strict=True):
+                self._kept[row] = to_tensor(self._first(fit, file, lambda: None))
         return True
 
     def _check_neighbors(self):
@@ -136,6 +136,7 @@ class ViewDataset(torch.utils.data.Dataset):
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
+            "--reduced_decoding": str(self.reduced_decoding),
             "--view_epochs": str(self.view_epochs),
             "--view_seed": str(self.seed),
         }
@@ -205,19 +206,35 @@ class ViewDataset(torch.utils.data.Dataset):
         generator = np.random.default_rng(self._key(epoch, anchor, DRAW))
         return [int(anchor), *generator.choice(pool, self.k, replace=len(pool) < self.k).tolist()]
 
-    def _images(self, indices: list[int]) -> Iterator[Image.Image | Tensor]:
+    def _images(self, indices: list[int]) -> Iterator[Callable | Tensor]:
+        """Images that are kept, or functions that decode them."""
         if self._kept is not None:
             return iter(self._kept[indices])
-        return self.reader.read(indices)
+        return self.reader.files(indices)
 
-    def _view(self, image: Image.Image | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
-        # Not torch.manual_seed, which would reseed the accelerators' generators as well.
-        torch.default_generator.manual_seed(self._key(epoch, anchor, slot))
-        if isinstance(image, Image.Image):
-            return self.augment(image)
-        for transform in self.augment.transforms[2:]:
+    def _view(self, image: Callable | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
+        key = self._key(epoch, anchor, slot)
+
+        def seed() -> None:
+            # Not torch.manual_seed, which would reseed the accelerators' generators as well.
+            torch.default_generator.manual_seed(key)
+
+        seed()
+        if isinstance(image, Tensor):
+            later = self.augment.transforms[2:]
+        elif self._built_in:
+            first, *later = self.augment.transforms
+            image = self._first(first, image, seed)
+        else:
+            image = image(None).image
+            later = [self.augment]
+        for transform in later:
             image = transform(image)
         return image
+
+    def _first(self, transform: Fit | RandomCrop, file: Callable, seed: Callable[[], None]):
+        """The first step of a built-in augmentation, of an image that is not decoded yet."""
+        return transform.of_file(file if self.reduced_decoding else lambda reduction: file(None), seed)
 
     def _key(self, epoch: int, anchor: int, slot: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""

@@ -256,7 +256,8 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     """
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
-    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed")} | saved
+    reduced = identity.get("--reduced_decoding")  # of little effect, and on few images
+    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": reduced} | saved
     other = [key for key in identity if saved.get(key) != identity[key]]
     if not other:
         return

@@ -266,6 +266,7 @@ def make_views(
         seed=args.seed if args.view_seed is None else args.view_seed,
         on_bad_image=splits.on_bad_image,
         view_epochs=args.view_epochs,
+        reduced_decoding=args.reduced_decoding,
     )
 
 

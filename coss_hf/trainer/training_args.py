@@ -71,6 +71,13 @@ class DistillationArguments(TrainingArguments):
     view_size: int | None = field(
         default=None, metadata={"help": "Side of a view in pixels. Default: the larger of both networks' inputs."}
     )
+    reduced_decoding: bool = field(
+        default=True,
+        metadata={
+            "help": "Decode JPEG photographs at the smallest scale (1/2, 1/4, 1/8) that has all pixels which a view "
+            "needs: several times as fast, with pixels that differ by little. If False, decode them whole."
+        },
+    )
     view_seed: int | None = field(
         default=None,
         metadata={

@@ -181,8 +181,10 @@ def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
 
     def train(name, broken):
         views = ViewDataset(splits.train, "image", "cifar", 16, on_bad_image="skip", view_epochs=1)
-        decode = views.reader._decode
-        views.reader._decode = lambda i, r: decode(i, {"bytes": b"", "path": None} if i in broken else r)
+        decode = views.reader._decode_reduced
+        views.reader._decode_reduced = lambda i, record, reduction: decode(
+            i, {"bytes": b"", "path": None} if i in broken else record, reduction
+        )
         args = DistillationArguments(
             str(tmp_path / name),
             per_device_train_batch_size=8,
