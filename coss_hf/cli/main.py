@@ -17,6 +17,7 @@ COMMANDS = {
     "distill": "Distil a teacher into a student, without labels.",
     "neighbors": "Find each training image's nearest neighbours and keep them with the images.",
     "evaluate": "Measure a teacher, a student and random weights on held-out images.",
+    "prepare": "Copy photographs at a smaller size, for repeated runs.",
     "embed": "Embed a folder or dataset of images with any vision network.",
     "compare": "Rank methods at equal images seen, with several seeds.",
     "report": "Report whether distillation helped, and what it saved, on one page.",

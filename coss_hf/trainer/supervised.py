@@ -47,6 +47,10 @@ class TeacherArguments(TrainingArguments):
     augmentation: str = field(
         default="cifar", metadata={"help": "Augmentation of the training images.", "choices": list(AUGMENTATIONS)}
     )
+    reduced_decoding: bool = field(
+        default=True,
+        metadata={"help": "Decode JPEGs at the smallest scale that has the pixels of a view. If False, whole."},
+    )
     num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a device and step."})
     per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
@@ -222,6 +226,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         max(backbone.size),
         seed=args.seed,
         on_bad_image=splits.on_bad_image,
+        reduced_decoding=args.reduced_decoding,
     )
     (labels,), _ = class_numbers(splits.label_column, splits.train)
     identity = supervised_identity(model, views, args)
@@ -235,7 +240,8 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
 def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: TeacherArguments) -> dict[str, str]:
     """What must be the same for a run to be resumed; each entry under the argument that decides it."""
     step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
-    of_views = {name: value for name, value in views.identity().items() if not name.startswith("--neighbors")}
+    no_options = ("--neighbors", "--view_")
+    of_views = {name: value for name, value in views.identity().items() if not name.startswith(no_options)}
     return {
         "--model": f"{type(model).__name__} {shapes(model)}",
         "--seed": str(args.seed),

@@ -1,0 +1,178 @@
+"""A copy of a dataset with smaller images, for repeated runs."""
+
+import io
+import os
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Value
+from PIL import Image
+
+from coss_hf.data.columns import find_image_column
+from coss_hf.data.decoding import decode_reduced, encoded_bytes
+from coss_hf.data.relative_paths import resolve_paths
+from coss_hf.data.rows import image_rows
+from coss_hf.data.sources import load_source
+from coss_hf.utils.disk import cache_errors_as_value_error, full_disk
+from coss_hf.utils.messages import first_names
+
+BEFORE = "bytes_before"
+STATE = "copy_state"
+SAME, SMALLER, BAD = range(3)
+
+
+class SmallerCopy(NamedTuple):
+    """What was copied.
+
+    Attributes:
+        images: number of images of the copy.
+        smaller: how many of them were made smaller.
+        left_out: number of images that could not be decoded.
+        bytes_before: of the encoded images.
+        bytes_after: of their copies.
+    """
+
+    images: int
+    smaller: int
+    left_out: int
+    bytes_before: int
+    bytes_after: int
+
+
+@cache_errors_as_value_error()
+def write_smaller_copy(
+    dataset: str,
+    output: Path,
+    shorter_side: int,
+    *,
+    name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    quality: int = 95,
+    on_bad_image: str = "error",
+    num_proc: int | None = None,
+) -> SmallerCopy:
+    """Write a `save_to_disk` folder of all splits, in which the images' shorter side is at most `shorter_side`.
+
+    It is there complete or not at all; the work of a call that was stopped is kept in the cache of `datasets`.
+
+    Args:
+        dataset: see `load_images`.
+        output: the folder to write.
+        shorter_side: in pixels.
+        name: the name of the dataset's configuration.
+        revision: the revision on the Hub.
+        image_column: the name of the image column; by default found by type, then by name.
+        quality: of the copies, as JPEG.
+        on_bad_image: `error`, or `skip` to leave out images that cannot be decoded.
+        num_proc: number of processes.
+
+    Raises:
+        ValueError: an invalid argument, images that cannot be decoded, or a folder that cannot be written.
+    """
+    if shorter_side < 1 or not 1 <= quality <= 95:
+        raise ValueError(f"--shorter_side={shorter_side}, --quality={quality}: give 1 pixel or more, and 1 to 95.")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"--output={output} is there already: remove it, or give another folder.")
+    source = load_source(dataset, name, revision)
+    first = source.splits.get("train") or next(iter(source.splits.values()))
+    column = find_image_column(dataset, first, image_column)
+    copies, counts = {}, []
+    for split, rows in source.splits.items():
+        if column not in rows.column_names:
+            raise ValueError(f"--image_column={column}: split {split} of {dataset} has no such column.")
+        rows = resolve_paths(dataset, rows, column, source.folders)
+        copies[split], found = _copy(rows, column, split, shorter_side, quality, on_bad_image, num_proc)
+        counts.append(found)
+    _save(DatasetDict(copies), output)
+    return SmallerCopy(*(sum(values) for values in zip(*counts, strict=True)))
+
+
+def _copy(
+    rows: Dataset, column: str, split: str, side: int, quality: int, on_bad_image: str, num_proc: int | None
+) -> tuple[Dataset, SmallerCopy]:
+    rows = image_rows(rows, column)
+    features = Features({**rows.features, BEFORE: Value("int64"), STATE: Value("int8")})
+    mapped = rows.map(
+        _smaller_row,
+        fn_kwargs={"column": column, "side": side, "quality": quality},
+        features=features,
+        num_proc=num_proc,
+        desc=f"Copying images ({split})",
+        writer_batch_size=100,
+    )
+    states = np.asarray(mapped[STATE][:])
+    bad = np.flatnonzero(states == BAD)
+    if len(bad) and (on_bad_image == "error" or len(bad) == len(rows)):
+        records = rows[bad[:20].tolist()][column]
+        names = [(record or {}).get("path") or f"row {row} of {split}" for row, record in zip(bad, records)]
+        raise ValueError(
+            f"--dataset: {len(bad)} images of split {split} cannot be decoded ({first_names(names)}); remove them, or "
+            f"leave them out with --on_bad_image skip."
+        )
+    before = int(np.sum(np.asarray(mapped[BEFORE][:])[states != BAD]))
+    if len(bad):
+        mapped = mapped.select(np.flatnonzero(states != BAD))
+    kept = mapped.remove_columns([BEFORE, STATE])
+    after = sum(len(record["bytes"]) for batch in kept.select_columns(column).iter(100) for record in batch[column])
+    kept = kept.cast_column(column, datasets.Image())
+    return kept, SmallerCopy(len(kept), int((states == SMALLER).sum()), len(bad), before, after)
+
+
+def _smaller_row(row: dict, column: str, side: int, quality: int) -> dict:
+    record = row[column]
+    try:
+        data = encoded_bytes(record)
+        copy = smaller_image({"bytes": data, "path": record["path"]}, side, quality)
+    except (ValueError, OSError):
+        return {column: {"bytes": b"", "path": None}, BEFORE: 0, STATE: BAD}
+    path = record["path"] and os.path.basename(record["path"])
+    return {
+        column: {"bytes": data if copy is None else copy, "path": path},
+        BEFORE: len(data),
+        STATE: SAME if copy is None else SMALLER,
+    }
+
+
+def smaller_image(record: dict, side: int, quality: int) -> bytes | None:
+    """The image with a shorter side of `side` pixels, upright, as JPEG; None where its shorter side is not longer.
+
+    Args:
+        record: a row's image `{"bytes", "path"}`.
+        side: in pixels.
+        quality: of the JPEG.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
+    image, size, _ = decode_reduced(record, lambda size: min(size) / side)
+    if min(size) <= side:
+        return None
+    factor = side / min(size)
+    image = image.resize([max(side, round(factor * length)) for length in size], Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=quality, subsampling=0)
+    return buffer.getvalue()
+
+
+def _save(copies: DatasetDict, output: Path) -> None:
+    """Write the folder under another name first."""
+    unfinished = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        copies.save_to_disk(unfinished)
+        if output.exists():
+            output.rmdir()  # empty
+        os.replace(unfinished, output)
+    except Exception as error:  # `datasets` raises many on a full disk
+        if not isinstance(error, OSError) and full_disk(error) is None:
+            raise
+        raise ValueError(
+            f"--output={output} cannot be written ({full_disk(error) or error}); make room, or give another folder. "
+            f"The same command then goes on with what it has copied."
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
