@@ -107,7 +107,7 @@ def run_trainer(pair: str, images: ImageSplits | None, cache: Path | None, steps
             teacher_cache=None if cache is None else str(cache),
             per_device_train_batch_size=batch,
             max_steps=steps + FIRST,
-            logging_steps=FIRST,
+            logging_steps=min(FIRST, steps),
             dataloader_num_workers=0 if images is None else workers,
             dataloader_persistent_workers=images is not None and workers > 0,
             eval_strategy="no",
