@@ -285,10 +285,10 @@ class TeacherCache:
         if not self._unflushed:
             return
         with self._stopping_at_a_full_disk():
-            os.fdatasync(self._files[ROWS])
+            _sync(self._files[ROWS])
             for row, checksum in self._unflushed.items():
                 _write_at(self._files[MAP], checksum.to_bytes(8, "little"), 8 * row)
-            os.fdatasync(self._files[MAP])
+            _sync(self._files[MAP])
             self._unflushed.clear()
             self._flushed = time.monotonic()
 
@@ -321,6 +321,10 @@ class TeacherCache:
             os.close(file)
         self._files = {}
         self._maps = None
+
+
+def _sync(file: int) -> None:
+    getattr(os, "fdatasync", os.fsync)(file)  # macOS has the latter alone
 
 
 def _write_at(file: int, data: bytes, position: int) -> None:

@@ -41,8 +41,8 @@ def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_map
         )
     if not view_epochs:
         raise ValueError(
-            f"--teacher_cache={teacher_cache} needs views that come back: give --view_epochs, the number of epochs "
-            f"with views of their own. By default no view is ever seen twice."
+            f"--teacher_cache={teacher_cache} needs views that come back: give --view_epochs (to a ViewDataset, where "
+            f"the training gets one), the number of epochs with views of their own. By default no view is seen twice."
         )
 
 
@@ -74,6 +74,7 @@ class CachedTeacher(TrainerCallback):
         del identity["--view_epochs"]  # the first epochs of more are those of fewer
         shape = (views.view_epochs, len(views), 1 + views.k, teacher.dim)
         self.cache = TeacherCache(cache_folder(args.teacher_cache), identity, shape, dtype=args.teacher_cache_dtype)
+        self._of_views = views.identity()
         self._whole_batches = args.torch_compile  # else each number of missing rows would be compiled
         self._last: tuple[list[int], Tensor] | None = None
 
@@ -91,6 +92,10 @@ class CachedTeacher(TrainerCallback):
             logger.info("Teacher cache %s", cache.describe())
             if not cache.present() and cache.differences():
                 logger.info("Teacher cache: %s.", cache.differences())
+
+    def knows(self, views: ViewDataset) -> bool:
+        """Whether the views are still those that the cache was opened for."""
+        return views.identity() == self._of_views
 
     def features(self, batch: dict, embed: Callable[[Tensor], Features]) -> Features:
         """Features of a batch's views: its rows of the cache; missing ones are embedded, and kept.

@@ -192,10 +192,16 @@ class DistillationTrainer(Trainer):
         images = self.length.images_after(self.length.steps_per_epoch)
         seen = self.length.images_after(args.max_steps) / images if args.max_steps > 0 else args.num_train_epochs
         self.cached_teacher.start(math.ceil(seen), show=args.process_index == 0)
-        views.teacher_cache = self.cached_teacher.cache
         self.add_callback(self.cached_teacher)
-        if views.teacher_cache.is_complete():
+        if self.cached_teacher.cache.is_complete():
             self.teacher.model.to("cpu")  # evaluations, and rows that turn out to be damaged, bring it back
+
+    def _bring_cached_rows(self) -> None:
+        """From now on the views come with this teacher's embeddings: another trainer may have had the same views."""
+        if self.cached_teacher is not None and not self.cached_teacher.knows(self.train_dataset):
+            self.remove_callback(self.cached_teacher)
+            self._open_cache()
+        self.train_dataset.teacher_cache = None if self.cached_teacher is None else self.cached_teacher.cache
 
     def _build(self, inputs: RunInputs, callbacks: list[TrainerCallback] | None, optimizers) -> None:
         """Build model, callbacks and all that ``Trainer`` needs."""
@@ -343,6 +349,7 @@ class DistillationTrainer(Trainer):
             LostWorker: a process that loads images ended; the message says what was saved.
             SystemExit: code 143 after SIGTERM or 130 after Ctrl-C, once a checkpoint is written.
         """
+        self._bring_cached_rows()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._take_recorded_images(resume_from_checkpoint)

@@ -12,6 +12,7 @@ from coss_hf.data.loading import load_images
 from coss_hf.data.views import ViewDataset
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
@@ -206,6 +207,39 @@ def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
     assert train("third", ()) == 48 and not embedded
 
 
+def test_views_that_two_trainers_share_bring_the_rows_of_the_one_that_trains(world, tmp_path):
+    splits = load_images(str(world / "images"), validation_size=0)
+    views = ViewDataset(splits.train, "image", "cifar", 16, view_epochs=1)
+
+    def make(name, teacher, cache):
+        args = DistillationArguments(
+            str(tmp_path / name),
+            per_device_train_batch_size=8,
+            max_steps=3,
+            logging_steps=1,
+            save_strategy="no",
+            teacher_cache=cache,
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        networks = load_backbone(str(world / teacher)), load_backbone(str(world / "other"))
+        return DistillationTrainer(*networks, args, views)
+
+    def losses(trainer):
+        trainer.train()
+        return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+    cache = str(tmp_path / "cache")
+    trainers = [make(name, name, cache) for name in ("teacher", "other")]
+    found = [losses(trainer) for trainer in trainers]
+    for name, expected in zip(("teacher", "other"), found, strict=True):
+        assert losses(make(f"live-{name}", name, None)) == pytest.approx(expected, rel=1e-5)
+    neighbours_later = make("later", "teacher", cache)
+    views.use_neighbors(NEIGHBORS, 1)
+    losses(neighbours_later)
+    assert neighbours_later.cached_teacher.cache.shape == (1, 48, 2, 16)
+
+
 class Killed(BaseException):
     pass
 
@@ -257,6 +291,14 @@ def test_bad_input_is_refused_before_the_training(world, tmp_path):
         make(view_epochs=-1)
     with pytest.raises(ValueError, match="--teacher_cache_dtype='int8': choose one of float32, float16"):
         make(view_epochs=1, teacher_cache=str(tmp_path / "cache"), teacher_cache_dtype="int8")
+
+
+def test_a_dry_run_says_how_large_it_would_be_and_writes_nothing(world, tmp_path):
+    networks = str(world / "teacher"), str(world / "vit")
+    options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 10, "dry_run": True}
+    trainer = h.make_trainer(tmp_path, world / "images", *networks, **options)
+    assert f"{tmp_path / 'cache'}: 34.6 kB for 480 views, 10 epochs, float32" in describe(trainer, trainer.splits)
+    assert not (tmp_path / "cache").exists()
 
 
 def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
