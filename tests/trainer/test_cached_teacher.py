@@ -1,10 +1,15 @@
 """A training with the teacher's embeddings from disk is the training with the teacher itself."""
 
+import os
+import random
 import re
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import tests.helpers.runs as h
@@ -311,3 +316,36 @@ def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
     again = Run(world, tmp_path, True, **saving, view_seed=3)
     record = tmp_path / "out" / "checkpoint-2"
     assert again.trainer.find_checkpoint(str(record))
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_while_filling(world, tmp_path):
+    """Three kills, each resumed with the rows that are there; the reference has no cache."""
+    images = {"teacher": str(world / "teacher"), "student": str(world / "vit"), "images": str(world / "images")}
+    options = {"max_steps": 24, "view_epochs": 3, "save_steps": 2, "save_total_limit": 2, "eval_strategy": "no"}
+    options |= {"use_cpu": True, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    world_of = images | {"cache": str(tmp_path / "neighbours")}
+
+    def start(name, *argv, **more):
+        return h.start_distill(world_of, tmp_path / name, *argv, processes=1, **options, **more)
+
+    whole = start("whole")
+    assert whole.communicate(timeout=300)[1] is not None and whole.returncode == 0
+    rng = random.Random(5)
+    cache = {"teacher_cache": tmp_path / "cache"}
+    killed = []
+    for target in (2, 8, 14):
+        process = start("killed", *(["--resume_from_checkpoint"] if killed else []), **cache)
+        while not any(int(p.name.split("-")[1]) >= target for p in (tmp_path / "killed").glob("checkpoint-*")):
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 0.3))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        killed.append(target)
+    last = start("killed", "--resume_from_checkpoint", **cache)
+    err = last.communicate(timeout=300)[1]
+    assert last.returncode == 0, err
+    found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
