@@ -349,10 +349,10 @@ class DistillationTrainer(Trainer):
             LostWorker: a process that loads images ended; the message says what was saved.
             SystemExit: code 143 after SIGTERM or 130 after Ctrl-C, once a checkpoint is written.
         """
-        self._bring_cached_rows()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
         self._take_recorded_images(resume_from_checkpoint)
+        self._bring_cached_rows()
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:

@@ -89,7 +89,7 @@ def test_a_comparison_shares_by_default_where_views_come_back(image_parquet, net
         name: build_trial_trainer(trials[name], config, tmp_path / "t").args.teacher_cache for name in ("at", "rkd")
     }
     assert caches == {"at": None, "rkd": str(tmp_path / "out" / "teacher_cache")}
-    with pytest.raises(ValueError, match="--teacher_cache=x needs views that come back"):
+    with pytest.raises(ValueError, match="teacher_cache=x needs views that come back"):
         plan(teacher_cache="x")
 
 

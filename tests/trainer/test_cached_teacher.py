@@ -272,7 +272,7 @@ def maps_of(world, method, teacher="teacher", student="teacher"):
 
 @pytest.mark.parametrize("method", [name for name, loss in LOSSES.items() if loss.uses_maps])
 def test_methods_of_maps_are_told_why_not(world, method):
-    with pytest.raises(ValueError, match=rf"--teacher_cache=cache .*--method={method} reads its feature maps.*leave"):
+    with pytest.raises(ValueError, match=rf"teacher_cache=cache .*method={method} reads its feature maps.*leave"):
         maps_of(world, method)
 
 
@@ -281,10 +281,10 @@ def test_bad_input_is_refused_before_the_training(world, tmp_path):
         networks = str(world / "teacher"), str(world / "vit")
         return h.make_trainer(tmp_path, world / "images", *networks, method=method, **options)
 
-    with pytest.raises(ValueError, match="--teacher_cache=cache needs views that come back: give --view_epochs"):
+    with pytest.raises(ValueError, match="teacher_cache=cache needs views that come back: give (--)?view_epochs"):
         make(teacher_cache="cache")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="--teacher_cache=.*file: .* cannot be written"):
+    with pytest.raises(ValueError, match="teacher_cache=.*file: .* cannot be written"):
         make(teacher_cache=str(tmp_path / "file"), view_epochs=1)
     huge = {"teacher_cache": str(tmp_path / "huge"), "view_epochs": 10**9, "num_train_epochs": 10**9, "max_steps": -1}
     with pytest.raises(
@@ -292,9 +292,9 @@ def test_bad_input_is_refused_before_the_training(world, tmp_path):
     ):
         make(**huge)
     assert not (tmp_path / "huge").exists()
-    with pytest.raises(ValueError, match="--view_epochs=-1: give 0 or more"):
+    with pytest.raises(ValueError, match="view_epochs=-1: give 0 or more"):
         make(view_epochs=-1)
-    with pytest.raises(ValueError, match="--teacher_cache_dtype='int8': choose one of float32, float16"):
+    with pytest.raises(ValueError, match="teacher_cache_dtype='int8': choose one of float32, float16"):
         make(view_epochs=1, teacher_cache=str(tmp_path / "cache"), teacher_cache_dtype="int8")
 
 
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     Run(world, tmp_path, **saving)
     for change in ({"view_epochs": 0}, {"view_epochs": 3}, {"view_seed": 4}):
-        with pytest.raises(ValueError, match=f"written with another --{next(iter(change))}"):
+        with pytest.raises(ValueError, match=f"written with another (--)?{next(iter(change))}"):
             Run(world, tmp_path, True, **saving, **change)
     again = Run(world, tmp_path, True, **saving, view_seed=3)
     record = tmp_path / "out" / "checkpoint-2"
