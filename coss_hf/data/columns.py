@@ -6,7 +6,7 @@ from datasets import ClassLabel, Dataset, Value
 from coss_hf.data.labels import is_unlabelled
 
 IMAGE_NAMES = ("image", "images", "img", "picture", "photo", "jpg", "png")
-LABEL_NAMES = ("label", "labels", "fine_label", "target", "class")
+LABEL_NAMES = ("label", "labels", "fine_label", "target", "class", "cls")
 
 
 def find_image_column(dataset: str, rows: Dataset, column: str | None) -> str:

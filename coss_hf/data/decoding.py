@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 from collections.abc import Callable
+from hashlib import blake2b
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -56,6 +57,11 @@ class Decoded(NamedTuple):
     image: Image.Image
     size: tuple[int, int]
     scale: int
+
+
+def content_hash(data: bytes) -> int:
+    """BLAKE2b of an encoded image, in 64 bits without a sign."""
+    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def decode(record: dict) -> Image.Image:

@@ -7,11 +7,12 @@ from typing import NamedTuple
 import numpy as np
 from datasets import Dataset, DatasetDict
 
-from coss_hf.data.checking import ImageCheck
+from coss_hf.data.checking import SAMPLE, ImageCheck
 from coss_hf.data.columns import find_image_column, find_label_column, has_labels
 from coss_hf.data.relative_paths import resolve_paths
 from coss_hf.data.run_images import RunImages
 from coss_hf.data.sources import Source, load_source
+from coss_hf.data.streams import Stream
 from coss_hf.utils.disk import cache_errors_as_value_error
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ class ImageSplits(NamedTuple):
     """What `load_images` returns.
 
     Attributes:
-        train: training images.
+        train: training images; of a stream the first ones, which it also trains on.
         validation: images that are not trained on, for choices; None where there are none.
         test: test images; None where there are none.
         image_column: name of the image column.
@@ -33,6 +34,7 @@ class ImageSplits(NamedTuple):
         bad_images: names of the images left out: their path, else their split and row.
         on_bad_image: "error" or "skip": what to do where an image can no longer be decoded later.
         run_images: what a run needs to resume with these images, whatever becomes of their files.
+        stream: the training images where they are read as a stream.
     """
 
     train: Dataset
@@ -43,6 +45,7 @@ class ImageSplits(NamedTuple):
     bad_images: list[str]
     on_bad_image: str = "error"
     run_images: RunImages | None = None
+    stream: Stream | None = None
 
 
 @cache_errors_as_value_error()
@@ -61,6 +64,8 @@ def load_images(
     on_bad_image: str = "error",
     num_proc: int | None = None,
     recorded: RunImages | None = None,
+    by_content: bool = True,
+    sample: int = SAMPLE,
 ) -> ImageSplits:
     """Load a dataset, cut its splits, then hash and decode each of their images once (cached).
 
@@ -80,14 +85,17 @@ def load_images(
             smaller subset is part of a larger one.
         seed: the seed of these two draws.
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
-        num_proc: number of processes of the check; None once faiss or torch have computed in this process (they may
-            hang).
+        num_proc: number of processes of the check; None for one a processor, where there are many images.
         recorded: the images of the run that is to be resumed. Images that can no longer be decoded then keep their
             rows ("skip": others take their place), and images that came into a folder since are left out.
+        by_content: whether to read each image before anything else, which neighbours and comparisons of splits need.
+            False: nothing but a sample is read; of "skip" also what is evaluated on.
+        sample: number of images of this sample, of each split.
 
     Returns:
         Splits whose images are undecoded (`datasets.Image(decode=False)`, read them with `decode`), each with a column
-        `image_hash`: uint64, BLAKE2b of the encoded bytes. One that the dataset already had is computed anew.
+        `image_hash`: uint64, BLAKE2b of the encoded bytes. One that the dataset already had is computed anew. Without
+        `by_content` the column is `image_file_hash`, of the name and size of each file.
 
     Raises:
         ValueError: an invalid argument; the message names the flag, its value and the remedy.
@@ -124,9 +132,16 @@ def load_images(
     held_out = _count_held_out(validation_size, len(train), train_split)
     order = np.random.default_rng(seed).permutation(len(train))
     parts = [order[held_out:][:max_train_samples], order[:held_out]]
-    check = ImageCheck(image_column, on_bad_image, num_proc, None if recorded is None else recorded.checked)
+    check = ImageCheck(
+        image_column,
+        on_bad_image,
+        num_proc,
+        recorded,
+        by_content=by_content or (recorded is not None and recorded.by_content),
+        sample=sample,
+    )
     columns = set(train.column_names)
-    train, validation = check.parts(train, train_split, parts)
+    train, validation = check.parts(train, train_split, parts, evaluated=parts[1])
     if not held_out:
         validation = None
     if test is not None:

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from coss_hf.data.decoding import Decoded, decode, decode_reduced
+from coss_hf.data.decoding import Decoded, content_hash, decode, decode_reduced, encoded_bytes
 from coss_hf.data.rows import image_rows
 from coss_hf.utils.errors import UnreadableImage
 
@@ -35,6 +35,7 @@ class ImageReader:
         self.column = column
         self.on_bad_image = on_bad_image
         self._replaced = torch.zeros(len(self.rows), dtype=torch.bool)
+        self._contents: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -66,6 +67,17 @@ class ImageReader:
     def share_memory(self) -> None:
         """Let this process know what loader workers will have replaced."""
         self._replaced.share_memory_()
+        if self._contents is not None:
+            self._contents.share_memory_()
+
+    def keep_contents(self) -> None:
+        """Keep a hash of the content of each image from now on, of this process and its loader workers."""
+        self._contents = torch.zeros(len(self.rows), dtype=torch.int64)
+        self.share_memory()
+
+    def contents(self) -> np.ndarray:
+        """Hashes of the content of each image, uint64; 0 where it was not read."""
+        return self._contents.numpy().view(np.uint64)
 
     def replaced(self) -> list[int]:
         """The rows that this process and its workers have replaced so far."""
@@ -88,13 +100,14 @@ class ImageReader:
 
     def _decode_reduced(self, index: int, record: dict, reduction: Callable | None) -> Decoded:
         try:
+            if self._contents is not None:
+                record = self._with_content_kept(index, record)
             return decode_reduced(record, reduction)
         except ValueError as error:
             if self.on_bad_image != "skip":
                 raise UnreadableImage(
-                    f"--on_bad_image error: {error}, although it could be when the run began. Restore the file and "
-                    f"give the same command with --resume_from_checkpoint, or also with --on_bad_image skip, which "
-                    f"takes other images in its place."
+                    f"--on_bad_image error: {error}. Restore the file, or give --on_bad_image skip, which takes other "
+                    f"images in its place; with --resume_from_checkpoint where a checkpoint was written."
                 ) from error
             return self._replace(index, error, reduction)[1]
 
@@ -113,6 +126,14 @@ class ImageReader:
             else:
                 rows.append(row)
         return rows
+
+    def _with_content_kept(self, index: int, record: dict | None) -> dict | None:
+        try:
+            data = encoded_bytes(record)
+        except (OSError, ValueError):  # met again by `decode`, which says more
+            return record
+        self._contents.numpy().view(np.uint64)[index] = content_hash(data)
+        return {"bytes": data, "path": record["path"]}
 
     def _replace(self, index: int, error: ValueError, reduction: Callable | None) -> tuple[int, Decoded]:
         candidates = np.random.default_rng(index).integers(0, len(self.rows), ATTEMPTS)

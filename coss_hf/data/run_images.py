@@ -17,6 +17,7 @@ from coss_hf.utils.messages import first_names
 logger = logging.getLogger(__name__)
 
 FOLDER = "_images"  # in the run's folder; names of this kind are not pushed
+CONTENTS = "images-read-{}.npy"  # of a checkpoint, by process
 NOT_CHECKED = 0
 GOOD = 1
 BAD = 2
@@ -27,12 +28,24 @@ class CheckedSplit:
     """What the check of a split found.
 
     Attributes:
-        hashes: content hashes of the n images, uint64; 0 where an image was not checked.
+        hashes: hashes of the n images, uint64; 0 where an image was not checked.
         states: NOT_CHECKED, GOOD or BAD for each of the n images, uint8.
+        by_content: whether the hashes are of the contents, or of names and sizes of files.
+        times: when each file was changed, in nanoseconds, where the hashes are of names and sizes; 0 without a file.
     """
 
     hashes: np.ndarray
     states: np.ndarray
+    by_content: bool = True
+    times: np.ndarray | None = None
+
+    def changed_since(self, times: np.ndarray | None) -> np.ndarray:
+        """Which of n files have another time than `times`; none where all have: then the folder was copied."""
+        changed = np.zeros(len(self.states), bool)
+        if self.times is None or times is None:
+            return changed
+        changed = (self.times != times) & (self.times != 0) & (times != 0)
+        return np.zeros_like(changed) if changed.all() else changed
 
 
 @dataclass
@@ -43,11 +56,18 @@ class RunImages:
         root: the path of the folder of images; None for images that come from elsewhere.
         listed: the rows of that folder by split; empty for images that come from elsewhere.
         checked: what the check of each split found.
+        contents: hashes of files and of their contents, uint64 (r, 2), as they were read.
     """
 
     root: str | None = None
     listed: dict[str, Dataset] = field(default_factory=dict)
     checked: dict[str, CheckedSplit] = field(default_factory=dict)
+    contents: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
+
+    @property
+    def by_content(self) -> bool:
+        """Whether the run read every image before it began, and so must a resumed one."""
+        return any(split.by_content for split in self.checked.values())
 
     def splits_then(self, now: dict[str, Dataset]) -> dict[str, Dataset]:
         """The splits of the folder as the run began with them, whatever lies there `now`; new images are logged."""
@@ -87,8 +107,30 @@ class RunImages:
         for number, rows in enumerate(self.listed.values()):
             pq.write_table(rows.data.table, unfinished / f"listed-{number}.parquet")
         for number, split in enumerate(self.checked.values()):
-            np.savez(unfinished / f"checked-{number}.npz", hashes=split.hashes, states=split.states)
+            arrays = {"hashes": split.hashes, "states": split.states}
+            if not split.by_content:
+                arrays["times"] = split.times
+            np.savez(unfinished / f"checked-{number}.npz", **arrays)
         os.replace(unfinished, folder)
+
+    def save_contents(self, checkpoint: str | Path, contents: np.ndarray, process: int) -> None:
+        """Write what a process has read so far into a checkpoint; what was read before a resume stays."""
+        np.save(
+            Path(checkpoint, CONTENTS.format(process)), np.unique(np.concatenate([self.contents, contents]), axis=0)
+        )
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: str | Path | None) -> "RunImages | None":
+        """The images of the run that wrote a checkpoint; None without a checkpoint, and of an old one.
+
+        Raises:
+            ValueError: the files are damaged.
+        """
+        found = None if checkpoint is None else cls.load(Path(checkpoint).parent)
+        if found is not None:
+            files = sorted(Path(checkpoint).glob(CONTENTS.format("*")))
+            found.contents = np.concatenate([found.contents, *map(np.load, files)])
+        return found
 
     @classmethod
     def load(cls, output_dir: str | Path) -> "RunImages | None":
@@ -109,7 +151,8 @@ class RunImages:
             checked = {}
             for number, split in enumerate(about["checked"]):
                 with np.load(folder / f"checked-{number}.npz") as arrays:
-                    checked[split] = CheckedSplit(arrays["hashes"], arrays["states"])
+                    times = arrays.get("times")
+                    checked[split] = CheckedSplit(arrays["hashes"], arrays["states"], times is None, times)
         except Exception as error:  # each reader has errors of its own for a damaged file
             raise ValueError(
                 f"--resume_from_checkpoint: {folder} is damaged ({error}); remove it if no image was changed since the "

@@ -193,7 +193,7 @@ def _load_parquet(files: list[str], dataset: str) -> Source:
         raise ValueError("'::' in a path joins two paths; rename it")
     by_split: dict[str, list[str]] = {}
     for file in files:
-        split = _split_of_parquet(os.path.relpath(file, dataset)) if len(files) > 1 else "train"
+        split = split_of_file(os.path.relpath(file, dataset)) if len(files) > 1 else "train"
         by_split.setdefault(split, []).append(file)
     if len(by_split) > 1:
         shown = "; ".join(f"{split}: {first_names(names)}" for split, names in by_split.items())
@@ -202,7 +202,8 @@ def _load_parquet(files: list[str], dataset: str) -> Source:
     return Source(dict(datasets.load_dataset("parquet", data_files=escaped)), _folders(files))
 
 
-def _split_of_parquet(path: str) -> str:
+def split_of_file(path: str) -> str:
+    """The split that the name of a file, or of a folder that it lies in, stands for; else train."""
     *folders, file = Path(path).parts
     words = "".join(c if c.isalpha() else " " for c in Path(file).stem.lower()).split()
     found = (split_name(word) for word in [*words, *reversed(folders)])

@@ -60,13 +60,17 @@ class ViewDataset(torch.utils.data.Dataset):
         view_epochs: int = 0,
         reduced_decoding: bool = True,
     ):
-        transform, name = _augmentation(augmentation_name, size)
+        transform, name = resolve_augmentation(augmentation_name, size)
         self.augment = transform
         self.augmentation_name = name
         self._built_in = isinstance(augmentation_name, str)
         self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.reader.share_memory()
-        self._hashes = dataset.select_columns("image_hash")
+        name = next(name for name in ("image_hash", "image_file_hash") if name in dataset.column_names)
+        self._hashes = dataset.select_columns(name).rename_column(name, "hash")
+        self.is_by_file = name == "image_file_hash"
+        if self.is_by_file:
+            self.reader.keep_contents()
         self.size = size
         self.seed = seed
         self.view_epochs = view_epochs
@@ -129,7 +133,7 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def identity(self) -> dict[str, str]:
         """What determines the views of a run, by command-line flag: equal where the views are equal."""
-        hashes = self._hashes.with_format("numpy")[:]["image_hash"]
+        hashes = self._hashes.with_format("numpy")[:]["hash"]
         return {
             "--dataset": _digest(hashes),
             "--augmentation": self.augmentation_name,
@@ -177,6 +181,16 @@ class ViewDataset(torch.utils.data.Dataset):
     def names(self, indices: list[int]) -> list[str]:
         """Names of images for messages: their path, else their row."""
         return self.reader.names(indices)
+
+    def read_contents(self) -> np.ndarray:
+        """Hashes of files and of their contents, uint64 (r, 2), of images that were identified by their file."""
+        contents = self.reader.contents()
+        files = self._hashes.with_format("arrow")[:]["hash"].to_numpy()
+        return np.stack([files, contents], axis=1)[contents != 0]
+
+    def replaced_names(self) -> list[str]:
+        """Names of the images that were replaced so far, since they could no longer be decoded."""
+        return self.reader.replaced_names()
 
     def view(self, anchor: int, slot: int, epoch: int | None = None) -> tuple[Tensor, int]:
         """Compute one view again.
@@ -244,7 +258,7 @@ class ViewDataset(torch.utils.data.Dataset):
         return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
 
 
-def _augmentation(given: str | Callable, size: int) -> tuple[Callable, str]:
+def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, str]:
     """The transform and its name; one that was given as a callable is tried on a grey image."""
     if isinstance(given, str):
         return augmentation(given, size), given

@@ -54,7 +54,7 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
         "evaluated_images": evaluated,
         "watched_images": watched,
         "bad_images": splits.bad_images,
-        "replaced_images": trainer.train_dataset.reader.replaced_names(),
+        "replaced_images": trainer.train_dataset.replaced_names(),
         "versions": versions(),
         "arguments": trainer.arguments,
     }

@@ -3,11 +3,15 @@
 import copy
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import yaml
+from datasets import IterableDataset, IterableDatasetDict
 
+from coss_hf.data.checking import SAMPLE
 from coss_hf.data.loading import ImageSplits, load_images
 from coss_hf.data.run_images import RunImages
+from coss_hf.data.streams import load_stream
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
@@ -194,6 +198,20 @@ class DataArguments(SearchOptions):
     max_train_samples: int | None = field(
         default=None, metadata={"help": "Largest number of images to train on. Default: all."}
     )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images as a stream, from the Hub, or from tar (WebDataset) or parquet files, "
+            "instead of downloading and counting them first. Needs --max_steps or --num_images, and --neighbors_k 0."
+        },
+    )
+    shuffle_buffer_size: int = field(
+        default=1_000,
+        metadata={
+            "help": "Number of images of a stream that are shuffled at a time, in each process and loader worker. 0: "
+            "the order of the stream."
+        },
+    )
     on_bad_image: str = field(
         default="error",
         metadata={
@@ -203,7 +221,11 @@ class DataArguments(SearchOptions):
         },
     )
     preprocessing_num_workers: int | None = field(
-        default=None, metadata={"help": "Number of processes that read and check images before the training."}
+        default=None,
+        metadata={
+            "help": "Number of processes that read and check every image before the training, where neighbours are "
+            "searched. Default: one per processor, 8 at most."
+        },
     )
     neighbors_cache: str | None = field(
         default=None,
@@ -247,13 +269,27 @@ class DataArguments(SearchOptions):
             )
         return followed
 
-    def load(self, images=None, *, hold_out_by_default: bool = False, recorded: RunImages | None = None) -> ImageSplits:
+    def load(
+        self,
+        images=None,
+        *,
+        hold_out_by_default: bool = False,
+        recorded: RunImages | None = None,
+        streams: bool = False,
+        evaluated: bool = False,
+        by_content: bool = True,
+        sample: int = SAMPLE,
+    ) -> ImageSplits:
         """Load and check the images.
 
         Args:
             images: a ``Dataset``, ``DatasetDict`` or name to load instead of ``dataset``.
             hold_out_by_default: hold some out of train where ``validation_size`` is not given, as a training does.
             recorded: the images of the run that is to be resumed.
+            streams: whether the images may be a stream.
+            evaluated: of a stream: whether images are held out elsewhere.
+            by_content: see ``load_images``.
+            sample: see ``load_images``.
 
         Raises:
             ValueError: see ``load_images``.
@@ -262,6 +298,10 @@ class DataArguments(SearchOptions):
             images = self.dataset
         if images is None:
             raise ValueError("--dataset is missing; see --help.")
+        if self.streaming or isinstance(images, (IterableDataset, IterableDatasetDict)):
+            if not streams:
+                raise ValueError("--streaming: only a distillation reads a stream; leave it out.")
+            return self._load_stream(images, evaluated)
         validation_size = self.validation_size
         if validation_size is None and not (hold_out_by_default or self.holds_out_by_default):
             validation_size = 0
@@ -278,4 +318,35 @@ class DataArguments(SearchOptions):
             on_bad_image=self.on_bad_image,
             num_proc=self.preprocessing_num_workers,
             recorded=recorded,
+            by_content=by_content,
+            sample=sample,
+        )
+
+    def _load_stream(self, images, evaluated: bool) -> ImageSplits:
+        if not isinstance(images, (str, Path, IterableDataset, IterableDatasetDict)):
+            raise ValueError(f"--streaming: a {type(images).__name__} is in memory already; leave it out.")
+        if self.shuffle_buffer_size < 0:
+            raise ValueError(f"--shuffle_buffer_size {self.shuffle_buffer_size}: give 0 or more.")
+        parts = load_stream(
+            images,
+            name=self.dataset_name,
+            revision=self.dataset_revision,
+            train_split=self.train_split,
+            test_split=self.test_split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            validation_size=self.validation_size,
+            max_train_samples=self.max_train_samples,
+            on_bad_image=self.on_bad_image,
+            evaluated=evaluated,
+        )
+        return ImageSplits(
+            parts.first,
+            parts.validation,
+            None,
+            parts.image_column,
+            parts.label_column,
+            parts.bad_images,
+            self.on_bad_image,
+            stream=parts.stream,
         )

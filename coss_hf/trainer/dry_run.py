@@ -7,6 +7,7 @@ import torch
 from coss_hf.data.loading import ImageSplits
 from coss_hf.models.backbone import evaluating
 from coss_hf.trainer.cached_teacher import cache_folder
+from coss_hf.trainer.inputs import DRY_RUN_SAMPLE
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.utils.memory import peak_resident_bytes
 from coss_hf.utils.units import duration, size_in_bytes
@@ -33,7 +34,7 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "head": head,
         "loss": f"{args.method}: {trainer.model.criterion!r}",
         "images": _images(splits),
-        "bad images": _bad_images(splits),
+        "bad images": _bad_images(splits, args.dry_run),
         "views": f"{size}x{size}, augmentation {args.augmentation}",
         "neighbours": _neighbors(trainer),
         "cache": _cache(trainer),
@@ -53,13 +54,16 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
 
 def _images(splits: ImageSplits) -> str:
     counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    shown = ", ".join(f"{name} {len(rows):,}" for name, rows in counts.items() if rows is not None)
+    numbers = {name: f"{len(rows):,}" for name, rows in counts.items() if rows is not None}
+    if splits.stream is not None:
+        numbers["train"] = f"a stream of {splits.stream.rows.num_shards} shards"
+    shown = ", ".join(f"{name} {number}" for name, number in numbers.items())
     return f"{shown}; column {splits.image_column!r}, labels {splits.label_column!r} (evaluation only)"
 
 
-def _bad_images(splits: ImageSplits) -> str:
+def _bad_images(splits: ImageSplits, dry_run: bool) -> str:
     if not splits.bad_images:
-        return ""
+        return f"none among {DRY_RUN_SAMPLE} of each split, or all of a smaller one" if dry_run else ""
     return f"{len(splits.bad_images)} left out: {', '.join(splits.bad_images[:5])}"
 
 

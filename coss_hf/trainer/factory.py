@@ -13,6 +13,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import enter_output_dir, find_checkpoint
+from coss_hf.trainer.inputs import how_checked
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -41,9 +42,9 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     set_seed(args.seed)
     student = models.load_student(teacher)
     rehearse(student, teacher, args)
-    recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
+    recorded = RunImages.of_checkpoint(checkpoint)
     with Processes().first(args.local_process_index == 0):
-        splits = data.load(hold_out_by_default=True, recorded=recorded)
+        splits = data.load(hold_out_by_default=True, recorded=recorded, streams=True, **how_checked(args))
     if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "

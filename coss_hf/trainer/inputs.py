@@ -12,6 +12,8 @@ from transformers import PreTrainedModel, set_seed
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
+from coss_hf.data.stream_views import StreamViews
+from coss_hf.data.streams import Stream
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
@@ -23,6 +25,9 @@ from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.process_group import Processes
+
+DRY_RUN_SAMPLE = 200  # images that a dry run decodes of each split
 
 
 @dataclass
@@ -91,9 +96,11 @@ def resolve_inputs(
         splits = train_dataset
         if not isinstance(train_dataset, ImageSplits):
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-            recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
-            splits = as_splits(train_dataset, eval_dataset, data, recorded)
-        views = make_views(splits, teacher, student, args, transform)
+            recorded = RunImages.of_checkpoint(checkpoint)
+            splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args))
+        if splits.stream is not None:
+            args = args.for_stream()
+        views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
             evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
@@ -197,7 +204,19 @@ def check_networks(teacher: Backbone, student: Backbone) -> None:
         )
 
 
-def as_splits(train_dataset, eval_dataset, data: DataArguments, recorded: RunImages | None = None) -> ImageSplits:
+def how_checked(args: DistillationArguments) -> dict:
+    """What a run must know of its images beforehand, as options of ``DataArguments.load``.
+
+    Neighbours are those of each image's content. Without them images are checked as they are read.
+    """
+    if args.dry_run:
+        return {"by_content": False, "sample": DRY_RUN_SAMPLE}
+    return {"by_content": args.neighbors_k > 0}
+
+
+def as_splits(
+    train_dataset, eval_dataset, data: DataArguments, recorded: RunImages | None = None, **checked
+) -> ImageSplits:
     """Training images, and those to evaluate on.
 
     Args:
@@ -205,41 +224,39 @@ def as_splits(train_dataset, eval_dataset, data: DataArguments, recorded: RunIma
         eval_dataset: the same; None to hold some out of train where the dataset brings none.
         data: columns and sizes.
         recorded: the images of the run that is to be resumed.
+        checked: of ``how_checked``.
 
     Raises:
-        ValueError: no such dataset, one without images, or a stream.
+        ValueError: no such dataset, or one without images.
     """
     if isinstance(train_dataset, ImageSplits):
         return train_dataset
     check_images("train_dataset", train_dataset)
     if eval_dataset is None:
-        return data.load(train_dataset, hold_out_by_default=True, recorded=recorded)
-    splits = replace(data, validation_size=0).load(train_dataset, recorded=recorded)
-    return with_held_out(splits, eval_dataset, data)
+        return data.load(train_dataset, hold_out_by_default=True, recorded=recorded, streams=True, **checked)
+    splits = replace(data, validation_size=0)
+    splits = splits.load(train_dataset, recorded=recorded, streams=True, evaluated=True, **checked)
+    return with_held_out(splits, eval_dataset, data, **checked)
 
 
 def check_images(argument: str, images) -> None:
-    """Refuse what is no dataset, and streams."""
-    if isinstance(images, (IterableDataset, IterableDatasetDict)):
-        raise ValueError(
-            f"--{argument} is a stream, whose images have no index that views, neighbours and memories could use; load "
-            f"it without streaming=True."
-        )
-    if not isinstance(images, (str, Path, Dataset, DatasetDict)):
+    """Refuse what is no dataset."""
+    if not isinstance(images, (str, Path, Dataset, DatasetDict, IterableDataset, IterableDatasetDict)):
         raise ValueError(
             f"--{argument} is a {type(images).__name__}; give a datasets.Dataset or DatasetDict with a column of "
-            f"images, a Hub name, a folder or a parquet file."
+            f"images, an IterableDataset, a Hub name, a folder or a parquet file."
         )
 
 
-def with_held_out(splits: ImageSplits, eval_dataset, data: DataArguments) -> ImageSplits:
+def with_held_out(splits: ImageSplits, eval_dataset, data: DataArguments, **checked) -> ImageSplits:
     """The splits with ``eval_dataset``, in any of its forms, as the images to evaluate on.
 
     Raises:
-        ValueError: no such dataset, one without images, or a stream.
+        ValueError: no such dataset, or one without images.
     """
     check_images("eval_dataset", eval_dataset)
-    own = replace(data, validation_size=0, train_split=None, max_train_samples=None).load(eval_dataset)
+    own = replace(data, validation_size=0, train_split=None, max_train_samples=None, streaming=False)
+    own = own.load(eval_dataset, streams=True, evaluated=True, **checked)
     held_out = own.test or own.validation or own.train
     labelled = splits.label_column if splits.label_column in held_out.column_names else None
     bad_images = splits.bad_images + own.bad_images
@@ -254,10 +271,26 @@ def make_views(
     student: Backbone,
     args: DistillationArguments,
     transform: str | Callable | None = None,
-) -> ViewDataset:
+    shuffle_buffer_size: int = 0,
+) -> ViewDataset | StreamViews:
     """Views of the training images, of the size that the larger network takes unless ``args`` give one."""
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     augmentation = transform if callable(transform) else args.augmentation
+    if splits.stream is not None:
+        _check_same_stream(splits.stream)
+        return StreamViews(
+            splits.stream,
+            splits.image_column,
+            augmentation,
+            size,
+            chunk_size=args.per_device_train_batch_size,
+            seed=args.seed,
+            on_bad_image=splits.on_bad_image,
+            shuffle_buffer_size=shuffle_buffer_size,
+            process=args.process_index,
+            processes=args.world_size,
+            workers=args.dataloader_num_workers,
+        )
     return ViewDataset(
         splits.train,
         splits.image_column,
@@ -268,6 +301,14 @@ def make_views(
         view_epochs=args.view_epochs,
         reduced_decoding=args.reduced_decoding,
     )
+
+
+def _check_same_stream(stream: Stream) -> None:
+    if len(set(Processes().gather(stream.identity))) > 1:
+        raise ValueError(
+            "--train_dataset: the stream is not the same in all processes, so that they would not divide it: shuffle "
+            "it with a seed, stream.shuffle(seed=0)."
+        )
 
 
 def build_evaluator(
@@ -330,7 +371,7 @@ def find_neighbors(
         ValueError: neighbours of other images, or more of them than there are.
     """
     train = splits.train
-    if "neighbors" in train.column_names:
+    if "neighbors" in train.column_names and "image_hash" in train.column_names:
         return check_neighbors(train, args.neighbors_pool)
     if args.dry_run:
         check_pool(args.neighbors_pool, len(train))

@@ -35,7 +35,10 @@ def pretrain(trainer) -> None:
     Every process does the same on the same images; the first one's result counts.
     """
     args, dataset = trainer.args, trainer.train_dataset
-    for part in learners(trainer.model.criterion):
+    parts = learners(trainer.model.criterion)
+    if parts and trainer.is_streaming:
+        raise ValueError("--criterion learns from images in random order before the training, which no stream gives.")
+    for part in parts:
         part.to(args.device)
         module = part.pretraining_module()
         generator = torch.Generator().manual_seed(args.seed)

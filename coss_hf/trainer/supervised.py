@@ -208,7 +208,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir={args.output_dir} holds a network: replace it with --overwrite_output_dir.")
     with args.main_process_first(desc="images"):
-        splits = data.load(recorded=RunImages.load(Path(checkpoint).parent) if checkpoint else None)
+        splits = data.load(recorded=RunImages.of_checkpoint(checkpoint), by_content=False)
     set_seed(args.seed)
     model, processor = load_classifier(
         args.model,

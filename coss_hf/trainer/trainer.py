@@ -20,6 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOu
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
+from coss_hf.data.stream_views import StreamViews
 from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
@@ -32,7 +33,7 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
 from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
-from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import (
     RECORD,
@@ -59,6 +60,7 @@ from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
 from coss_hf.trainer.step_times import StepTimes
+from coss_hf.trainer.stream_loader import StreamLoader, load_position, save_position
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
@@ -87,7 +89,8 @@ class DistillationTrainer(Trainer):
             ``student``.
         train_dataset: images, which need no labels: a ``Dataset`` or ``DatasetDict`` with a column of images, a Hub
             name, a folder or parquet file, or a ``ViewDataset``. With ``args.neighbors_k``, neighbours that came with
-            the dataset are used, else they are mined, in all processes together.
+            the dataset are used, else they are mined, in all processes together. An ``IterableDataset`` is read as a
+            stream, without neighbours, for ``args.max_steps`` or ``args.num_images``.
         eval_dataset: images to evaluate on: the same. Default: those that the dataset brings, else some held out of
             train, as ``recipes/distill.py`` does.
         evaluator: what ``evaluate`` measures, instead of that of ``eval_dataset``.
@@ -208,9 +211,11 @@ class DistillationTrainer(Trainer):
         student = inputs.student
         views = inputs.views
         evaluator = inputs.evaluator
-        self.length = inputs.args.run_length(len(views))
+        self.is_streaming = isinstance(views, StreamViews)
+        count = None if self.is_streaming else len(views)
+        self.length = inputs.args.run_length(count)
         self.teacher = inputs.teacher
-        model = DistillationModel.from_args(student, self.teacher, inputs.args, len(views), inputs.criterion)
+        model = DistillationModel.from_args(student, self.teacher, inputs.args, count or 0, inputs.criterion)
         args = inputs.args.resolved(
             self.length,
             has_evaluator=evaluator is not None,
@@ -230,9 +235,12 @@ class DistillationTrainer(Trainer):
         self.record: dict = {}
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
+        self._position: dict | None = None  # in a stream, after the last step
+        self._stream_loader: StreamLoader | None = None
         diagnostics = []
         if evaluator is not None:
             diagnostics.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
+        told = StreamCallback(views) if self.is_streaming else EpochCallback(views)
         super().__init__(
             model,
             args,
@@ -240,7 +248,7 @@ class DistillationTrainer(Trainer):
             train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[EpochCallback(views), *diagnostics, *(callbacks or [])],
+            callbacks=[told, *diagnostics, *(callbacks or [])],
             optimizers=optimizers,
         )
         print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
@@ -276,7 +284,11 @@ class DistillationTrainer(Trainer):
             )
 
     def _check_shared_memory(
-        self, args: DistillationArguments, student: Backbone, train_dataset: ViewDataset, evaluator: Evaluator | None
+        self,
+        args: DistillationArguments,
+        student: Backbone,
+        train_dataset: ViewDataset | StreamViews,
+        evaluator: Evaluator | None,
     ) -> None:
         views = args.per_device_train_batch_size * (1 + args.neighbors_k) * 3 * train_dataset.size**2
         batches = {"views": views}
@@ -366,6 +378,7 @@ class DistillationTrainer(Trainer):
             pretrain(self)
             if resume_from_checkpoint and self.args.process_index == 0:
                 print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+        self._position = self._position_in(checkpoint)
         if self.splits is not None and self.splits.run_images is not None:
             with self.checkpoints.same_error_everywhere(self.args.output_dir):
                 if self.args.process_index == 0:
@@ -388,7 +401,7 @@ class DistillationTrainer(Trainer):
         if self.splits is None or isinstance(given["train_dataset"], ImageSplits):
             return
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
-        recorded = None if checkpoint is None else RunImages.load(Path(checkpoint).parent)
+        recorded = RunImages.of_checkpoint(checkpoint)
         if recorded is None or self.splits.run_images is None or recorded.same_as(self.splits.run_images):
             return
         added = self.callback_handler.callbacks
@@ -399,6 +412,12 @@ class DistillationTrainer(Trainer):
         for callback in added:
             if type(callback) not in present:
                 self.add_callback(callback)
+
+    def _position_in(self, checkpoint: str | None) -> dict | None:
+        """The place in a stream that a checkpoint was written at; None at the beginning, and for other images."""
+        if checkpoint is None or not self.is_streaming:
+            return None
+        return load_position(checkpoint, self.args.process_index)
 
     def _load_finished_run(self, checkpoint: str) -> TrainOutput:
         """``Trainer`` would do one more step where a finished run ended in mid-epoch."""
@@ -411,6 +430,9 @@ class DistillationTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         self._step_seed.restart()
+        if self.is_streaming:
+            self._stream_loader = StreamLoader(self.train_dataset, self.args, self._position)
+            return self._stream_loader
         return super().get_train_dataloader()
 
     # ---- a step ----
@@ -465,6 +487,8 @@ class DistillationTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, count = self._load_batches(epoch_iterator, num_batches, device)
+        if self.is_streaming:
+            self._position = self._stream_loader.position
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
                 attach_other_totals(self.model_wrapped, batches, self.teacher_features, all_reduce_sum)
@@ -718,6 +742,7 @@ class DistillationTrainer(Trainer):
             self._save_optimizer_and_scheduler(folder)
             self._save_scaler(folder)
             self._save_rng_state(folder)
+        self._save_images(folder)
         if not self.args.should_save:
             return
         Path(folder, RECORD).write_text(json.dumps(self.identity(), indent=2))
@@ -725,6 +750,14 @@ class DistillationTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 self._store_callback_state(callback)
         self.state.save_to_json(os.path.join(folder, "trainer_state.json"))
+
+    def _save_images(self, folder: str) -> None:
+        """What each process knows of the images: its place in a stream, or the contents of the files that it read."""
+        if self.is_streaming:
+            save_position(folder, self._position, self.args.process_index)
+        elif self.splits is not None and self.splits.run_images is not None and self.train_dataset.is_by_file:
+            contents = self.train_dataset.read_contents()
+            self.splits.run_images.save_contents(folder, contents, self.args.process_index)
 
     def _store_callback_state(self, callback: ExportableState) -> None:
         states = self.state.stateful_callbacks

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -363,6 +364,49 @@ class DistillationArguments(TrainingArguments):
             args.ddp_find_unused_parameters = True
         return args
 
+    def for_stream(self) -> "DistillationArguments":
+        """Return a copy for training images that are read as a stream.
+
+        Raises:
+            ValueError: what needs a number for each image, or the length of a pass over them.
+        """
+        self._check_stream()
+        args = copy.copy(self)
+        args.ignore_data_skip = True  # the stream continues by itself
+        if args.save_strategy == SaveStrategy.EPOCH:
+            args.save_strategy = SaveStrategy.STEPS
+        return args
+
+    def _check_stream(self) -> None:
+        if self.neighbors_k:
+            raise ValueError(
+                f"--neighbors_k={self.neighbors_k}: neighbours are searched among all images, and a stream has no "
+                f"index of them; set it to 0, or load the images without streaming. For very many images, "
+                f"recipes/neighbors.py adds neighbours shard by shard."
+            )
+        for method in self.methods:
+            loss = LOSSES[method.name]
+            options = inspect.signature(loss).parameters
+            if "num_images" in options:
+                raise ValueError(
+                    f"--method={method.name} keeps a memory with a row for each training image, and a stream has no "
+                    f"numbers of images; choose another method, or load the images without streaming."
+                )
+            if loss.pretraining_steps or "pretraining_steps" in options:
+                raise ValueError(
+                    f"--method={method.name} learns from images in random order before the training, which a stream "
+                    f"does not give; choose another method, or load the images without streaming."
+                )
+        if self.max_steps <= 0 and self.num_images is None:
+            raise ValueError(
+                "--max_steps is missing: nobody knows the number of images in a stream; give --max_steps or "
+                "--num_images."
+            )
+        if self.lr_milestones:
+            raise ValueError("--lr_milestones are epochs, and a stream's have no known length; leave them out.")
+        if self.eval_strategy == IntervalStrategy.EPOCH:
+            raise ValueError("--eval_strategy=epoch: the epochs of a stream have no known length; use steps.")
+
     def drawing(self, neighbors_k: int) -> "DistillationArguments":
         """Return a copy that counts as many neighbours as a dataset of views draws."""
         args = copy.copy(self)
@@ -444,12 +488,14 @@ class DistillationArguments(TrainingArguments):
         """Images of one forward pass over all processes, neighbours included."""
         return self.per_device_train_batch_size * self.world_size * (1 + self.neighbors_k)
 
-    def run_length(self, images: int) -> RunLength:
-        """Length of an epoch over ``images`` training images.
+    def run_length(self, images: int | None) -> RunLength:
+        """Length of an epoch over ``images`` training images; None for a stream, which has no end.
 
         Raises:
             ValueError: fewer images than one step takes, or ``--num_images`` less than one step.
         """
+        if images is None:
+            images = sys.maxsize
         anchors = self.images_per_step // (1 + self.neighbors_k)
         if images < anchors:
             raise ValueError(

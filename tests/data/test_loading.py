@@ -9,10 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
 from coss_hf.data.decoding import decode
+from coss_hf.data.encoded_files import EncodedFiles
 from coss_hf.data.loading import load_images
 
 
@@ -138,7 +140,12 @@ def test_the_check_is_cached_until_the_images_change(tmp_path, monkeypatch):
     write_parquet(tmp_path / "a.parquet", range(1, 41))
     assert hashes(load_images(file).train)[0] == content_hash(png(1)) and len(decoded) == 80
     load_images(file, max_train_samples=7)
-    assert len(decoded) == 87  # only the images in use
+    assert len(decoded) == 80, "another subset of the same images"
+    other = write_parquet(tmp_path / "b.parquet", range(40))
+    load_images(other, max_train_samples=30)
+    assert len(decoded) == 110  # only the images in use
+    load_images(other)
+    assert len(decoded) == 120  # only those that are new
     load_images(file).train.save_to_disk(tmp_path / "saved")
     load_images(str(tmp_path / "saved"))
     assert not list((tmp_path / "saved").glob("cache*"))  # the user's folder may be read-only
@@ -148,6 +155,61 @@ def test_the_check_runs_in_processes(tmp_path):
     file = write_parquet(tmp_path / "a.parquet", [*range(7), b"no image"])
     splits = load_images(file, num_proc=2, on_bad_image="skip")
     assert hashes(splits.train) == [content_hash(png(i)) for i in range(7)] and splits.bad_images == ["train row 7"]
+
+
+def test_the_check_runs_in_all_processors(tmp_path, monkeypatch):
+    """Also behind matrix products in this process, whose threads a forked one must not wait for."""
+    monkeypatch.setattr("coss_hf.data.checking.PARALLEL_FROM", 20)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(2))
+    started = []
+    run = datasets.Dataset.map
+    monkeypatch.setattr("datasets.Dataset.map", lambda *a, **kw: started.append(kw.get("num_proc")) or run(*a, **kw))
+    torch.set_num_threads(2)
+    torch.randn(500, 500) @ torch.randn(500, 500)
+    splits = load_images(write_parquet(tmp_path / "a.parquet", range(40)))
+    assert started[-1] == 2 and hashes(splits.train) == [content_hash(png(i)) for i in range(40)]
+
+
+def test_without_content_only_a_sample_is_read(tmp_path, monkeypatch):
+    """50,000 images took half a minute before the first step, again with each --max_train_samples."""
+    decoded = []
+    monkeypatch.setattr("coss_hf.data.checking.decode", decoded.append)
+    file = write_parquet(tmp_path / "a.parquet", range(60), paths=True)
+    splits = load_images(file, by_content=False, validation_size=10)
+    assert len(decoded) == 16 and "image_hash" not in splits.train.column_names
+    assert len(set(splits.train["image_file_hash"][:])) == 50
+    load_images(file, by_content=False, sample=40)
+    assert 16 < len(decoded) <= 16 + 40
+    decoded.clear()
+    load_images(file, by_content=False, validation_size=10, on_bad_image="skip", seed=3)
+    assert len(decoded) <= 26, "what is evaluated on is read as well"
+
+
+def test_without_content_files_are_told_apart_by_name_and_size(tmp_path):
+    write_folder(tmp_path / "d")
+
+    def found(name="d") -> dict[str, int]:
+        rows = load_images(str(tmp_path / name), by_content=False).train
+        return {row["image"]["path"][-5:]: row["image_file_hash"] for row in rows}
+
+    before = found()
+    (tmp_path / "d" / "train" / "class0" / "train_2.png").write_bytes(png(7) + b" ")
+    after = found()
+    assert len(before) == 6 and [name for name, value in after.items() if before[name] != value] == ["2.png"]
+    (tmp_path / "d").rename(tmp_path / "moved")
+    assert found("moved") == after
+    (tmp_path / "moved" / "train" / "class0" / "train_4.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of .* cannot be decoded: .*train_4.png"):
+        load_images(str(tmp_path / "moved"), by_content=False, sample=1)
+
+
+def test_rows_that_were_selected_keep_their_sizes(tmp_path):
+    """The table of a selected dataset holds all rows, in its own order."""
+    file = write_parquet(tmp_path / "a.parquet", [0, png(1)[:50], 2, 3], paths=True)
+    rows = load_images(file, by_content=False, on_bad_image="skip").train
+    assert len(rows) == 3
+    files = EncodedFiles(rows.select([2, 0]), "image")
+    assert files.names == ["003.png", "000.png"] and files.sizes.tolist() == [len(png(3)), len(png(0))]
 
 
 BAD = [0, b"", 2, png(3)[:60], None, b"hello", 6]

@@ -1,11 +1,13 @@
 """Tiny networks and images that several tests share."""
 
 import contextlib
+import io
 import os
 import resource
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -51,6 +53,34 @@ def write_images(folder, seed: int = 0, train: int = 48):
         images, labels = colour_images(count, start)
         rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
         rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def write_shards(folder: Path, kind: str, counts=(12, 12, 12, 12), start: int = 0) -> Path:
+    """Shards of different labelled images 16x16, of the given sizes, as tar or parquet files."""
+    folder.mkdir(parents=True)
+    images, labels = colour_images(sum(counts), seed=start)
+    number = 0
+    names = datasets.ClassLabel(names=["red", "green", "blue", "grey"])
+    for shard, count in enumerate(counts):
+        rows = list(range(number, number + count))
+        number += count
+        if kind == "parquet":
+            features = datasets.Features({"image": datasets.Image(), "label": names})
+            columns = {"image": [images[row] for row in rows], "label": [labels[row] for row in rows]}
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(folder / f"{shard:02d}.parquet")
+            continue
+        with tarfile.open(folder / f"{shard:02d}.tar", "w") as tar:
+            for row in rows:
+                buffer = io.BytesIO()
+                images[row].save(buffer, "png")
+                for name, data in (
+                    (f"{row:04d}.png", buffer.getvalue()),
+                    (f"{row:04d}.cls", str(labels[row]).encode()),
+                ):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     return folder
 
 
@@ -183,3 +213,14 @@ class Recorder(TrainerCallback):
             return compute(model, inputs, **kwargs)
 
         trainer.compute_loss = wrapped
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after a step, as if it had been killed there."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            control.should_training_stop = True

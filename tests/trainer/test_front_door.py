@@ -168,11 +168,6 @@ def test_bad_input_is_named_by_parameter(tmp_path, images, networks, options, me
     assert "--" not in str(raised.value)
 
 
-def test_streams_are_refused_with_the_reason(tmp_path, images, networks):
-    with pytest.raises(ValueError, match="^train_dataset is a stream, whose images have no index"):
-        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images.to_iterable_dataset())
-
-
 def test_a_card_that_is_written_again_keeps_its_results(tmp_path, images, networks):
     """`push_to_hub` after `report` published a card without verdict and table."""
     given = {"train_dataset": images, "eval_dataset": images.select(range(12))}

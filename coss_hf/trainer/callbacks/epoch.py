@@ -30,14 +30,37 @@ class EpochCallback(TrainerCallback):
         self.dataset.set_epoch(int(state.epoch or 0))
 
     def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
-        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
-        iterator = getattr(loader, "_iterator", None)
-        if iterator is not None:
-            loader._iterator = None
-            iterator._shutdown_workers()
+        end_workers(train_dataloader)
         reader = self.dataset.reader
         for rows in Processes().gather(reader.replaced()):
             reader.add_replaced(rows)
         if reader.replaced() and args.process_index == 0:
             names = reader.replaced_names()
             logger.warning("--on_bad_image skip: %d images were replaced: %s.", len(names), first_names(names))
+
+
+class StreamCallback(TrainerCallback):
+    """What a stream of views needs of a training, which is one long epoch for `Trainer`."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def on_step_end(self, args, state, control, **kwargs):
+        state.epoch = state.global_step / state.max_steps  # `Trainer` counts from 0 in a resumed run
+
+    def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
+        end_workers(train_dataloader)
+        names = [name for names in Processes().gather(self.dataset.left_out) for name in names]
+        self.dataset.left_out = list(dict.fromkeys(names))
+        if names and args.process_index == 0:
+            count = len(self.dataset.left_out)
+            logger.warning("--on_bad_image skip: %d images were left out: %s.", count, first_names(names))
+
+
+def end_workers(train_dataloader) -> None:
+    """End persistent workers of a loader."""
+    loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
+    iterator = getattr(loader, "_iterator", None)
+    if iterator is not None:
+        loader._iterator = None
+        iterator._shutdown_workers()

@@ -1,0 +1,169 @@
+"""Images read as a stream: where it is opened, its first images, and what is held out."""
+
+import io
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+import tests.helpers.runs as h
+from coss_hf.data.stream_views import StreamViews
+from coss_hf.data.streams import load_stream
+
+
+@pytest.fixture(params=["tar", "parquet"])
+def shards(request, tmp_path):
+    return h.write_shards(tmp_path / "shards", request.param)
+
+
+def views(parts, **options) -> StreamViews:
+    return StreamViews(parts.stream, parts.image_column, "cifar", 16, **({"chunk_size": 8} | options))
+
+
+def keys(chunks) -> list[int]:
+    return [key for chunk in chunks for key in chunk.keys.tolist()]
+
+
+def test_folder_of_shards(shards):
+    parts = load_stream(shards, validation_size=6)
+    assert parts.label_column in ("label", "cls") and len(parts.validation) == 6 and len(parts.first) == 42
+    assert parts.stream.rows.num_shards == 4
+    seen = keys(views(parts))
+    assert len(set(seen)) == len(seen) == 42, "the held-out images are not trained on"
+
+
+def test_order_is_shuffled_and_the_same_again(shards):
+    parts = load_stream(shards)
+    plain = keys(views(parts))
+    shuffled = keys(views(parts, shuffle_buffer_size=100, seed=1))
+    assert sorted(plain) == sorted(shuffled) and plain != shuffled
+    assert shuffled == keys(views(load_stream(shards), shuffle_buffer_size=100, seed=1))
+    assert shuffled != keys(views(parts, shuffle_buffer_size=100, seed=2))
+    again = views(parts, shuffle_buffer_size=100, seed=1)
+    again.set_epoch(1)
+    second = keys(again)
+    assert sorted(second) == sorted(plain) and second != shuffled
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle_buffer_size": 16}])
+def test_views_depend_on_seed_epoch_and_image_alone(shards, options):
+    """Whichever process reads an image, after whatever: its view is the same."""
+    parts = load_stream(shards)
+
+    def by_key(**more):
+        given = views(parts, **options, **more)
+        given.set_epoch(2)
+        return {key: view for chunk in given for key, view in zip(chunk.keys.tolist(), chunk.views, strict=True)}
+
+    one = by_key(seed=5)
+    two = by_key(seed=5, processes=2, process=0) | by_key(seed=5, processes=2, process=1, chunk_size=5)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    other = by_key(seed=6)
+    assert sum(torch.equal(one[key], other[key]) for key in one) < len(one) / 2
+
+
+@pytest.mark.parametrize("shuffle", [0, 16])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4, 5, 6])
+def test_a_pass_resumes_at_any_chunk(shards, shuffle, stop):
+    parts = load_stream(shards)
+    options = {"shuffle_buffer_size": shuffle, "seed": 3}
+    whole = views(parts, **options)
+    whole.set_epoch(1)
+    chunks = list(whole)
+    rest = views(load_stream(shards), **options)
+    rest.start_at({"epoch": 1, "states": [chunks[stop - 1].state], "next": 0})
+    assert keys(chunks[:stop]) + keys(rest) == keys(chunks) and len(keys(chunks)) == 48
+
+
+def test_a_stream_that_shuffles_by_itself_resumes_too(tmp_path):
+    """Its `state_dict` forgets what waits in its buffer (a warning of datasets): images would be left out."""
+    shards = h.write_shards(tmp_path / "shards", "tar")
+    files = sorted(map(str, shards.iterdir()))
+    stream = datasets.load_dataset("webdataset", data_files=files, split="train", streaming=True).shuffle(seed=7)
+    parts = load_stream(stream)
+    whole = views(parts, shuffle_buffer_size=100)
+    chunks = list(whole)
+    assert whole.shuffles_itself and len(set(keys(chunks))) == 48
+    rest = views(parts)
+    rest.start_at({"epoch": 0, "states": [chunks[2].state], "next": 0})
+    assert keys(chunks[:3]) + keys(rest) == keys(chunks)
+    assert parts.stream.identity == load_stream(stream).stream.identity
+    assert parts.stream.identity != load_stream(stream.shuffle()).stream.identity, "without a seed"
+
+
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_damaged_images(tmp_path, on_bad_image):
+    rows = [{"image": {"bytes": _png(seed), "path": f"{seed}.png"}} for seed in range(40)]
+    for damaged in (2, 30):
+        rows[damaged]["image"]["bytes"] = rows[damaged]["image"]["bytes"][:20]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    stream = datasets.Dataset.from_list(rows, features=features).to_iterable_dataset(num_shards=2)
+    if on_bad_image == "error":
+        with pytest.raises(ValueError, match="2.png cannot be decoded"):
+            load_stream(stream, validation_size=4)
+        with pytest.raises(ValueError, match=r"--on_bad_image error: .*2\.png"):
+            list(views(load_stream(stream)))
+        return
+    parts = load_stream(stream, validation_size=4, on_bad_image="skip")
+    assert parts.bad_images == ["2.png"] and len(parts.validation) == 4
+    given = views(parts, on_bad_image="skip")
+    chunks = list(given)
+    assert len(set(keys(chunks))) == len(keys(chunks)) == 34
+    assert [name for chunk in chunks for name in chunk.left_out] == ["2.png", "30.png"]
+
+
+def _png(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    h.colour_images(1, seed)[0][0].save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_streams_of_any_origin():
+    """A generator of PIL images without types, and one that is cut short."""
+
+    def images():
+        for seed in range(30):
+            yield {"photo": h.colour_images(1, seed)[0][0], "name": f"{seed}"}
+
+    parts = load_stream(datasets.IterableDataset.from_generator(images))
+    assert parts.image_column == "photo" and len(keys(views(parts))) == 30
+    short = load_stream(datasets.IterableDataset.from_generator(images).skip(3).take(20).with_format("torch"))
+    assert len(set(keys(views(short)))) == 20
+
+
+def test_splits_of_a_stream(tmp_path, image_parquet):
+    parts = load_stream(image_parquet)
+    assert len(parts.validation) == 24 and len(parts.first) == 48 and len(keys(views(parts))) == 48
+    assert np.array_equal(parts.stream.held_out, np.unique(np.array(parts.validation["image_hash"][:], np.uint64)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_train_samples": 3}, "--max_train_samples 3: a stream is read in order"),
+        ({"validation_size": 0.1}, "--validation_size 0.1: a stream has no length"),
+        ({"validation_size": 48}, "--validation_size 48: .* has 48 images; at least 1"),
+        ({"image_column": "photo"}, "--image_column photo does not exist"),
+        ({"train_split": "all"}, "--train_split all: "),
+    ],
+)
+def test_bad_input(shards, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_stream(shards, **options)
+
+
+def test_what_is_no_stream(tmp_path):
+    h.colour_images(1, 0)[0][0].save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="--streaming reads parquet files or tar files.*it holds none"):
+        load_stream(tmp_path)
+    h.write_shards(tmp_path / "both", "tar")
+    (tmp_path / "both" / "a.parquet").write_bytes(b"")
+    with pytest.raises(ValueError, match="it holds .parquet and .tar files"):
+        load_stream(tmp_path / "both")
+    rows = datasets.Dataset.from_dict({"text": ["a"] * 4}).to_iterable_dataset()
+    with pytest.raises(ValueError, match="--image_column: "):
+        load_stream(rows)
+    divided = datasets.distributed.split_dataset_by_node(rows, 0, 2)
+    with pytest.raises(ValueError, match="divided by split_dataset_by_node already"):
+        load_stream(divided)
