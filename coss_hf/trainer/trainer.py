@@ -753,6 +753,7 @@ class DistillationTrainer(Trainer):
 
     def _save_images(self, folder: str) -> None:
         """What each process knows of the images: its place in a stream, or the contents of the files that it read."""
+        os.makedirs(folder, exist_ok=True)  # by the first process, or not yet
         if self.is_streaming:
             save_position(folder, self._position, self.args.process_index)
         elif self.splits is not None and self.splits.run_images is not None and self.train_dataset.is_by_file:
