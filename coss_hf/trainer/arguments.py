@@ -259,7 +259,9 @@ class DataArguments(SearchOptions):
             if getattr(self, key) is None and given.get(key) is not None:
                 setattr(followed, key, given[key])
                 logger.info("As in the run that left %s: --%s %s.", student, key, given[key])
-        if self.validation_size is None:
+        if given.get("streaming"):
+            logger.warning("%s was trained on a stream, perhaps on some of the images measured on now.", student)
+        elif self.validation_size is None:
             followed.holds_out_by_default = True
             followed.validation_size = given.get("validation_size")
         elif self.validation_size != given.get("validation_size"):

@@ -1,6 +1,9 @@
 """Images read as a stream: where it is opened, its first images, and what is held out."""
 
 import io
+import os
+import subprocess
+import sys
 
 import datasets
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 import tests.helpers.runs as h
 from coss_hf.data.stream_views import StreamViews
 from coss_hf.data.streams import load_stream
+from tests.helpers.hub_server import TOKEN, Hub
 
 
 @pytest.fixture(params=["tar", "parquet"])
@@ -167,3 +171,29 @@ def test_what_is_no_stream(tmp_path):
     divided = datasets.distributed.split_dataset_by_node(rows, 0, 2)
     with pytest.raises(ValueError, match="divided by split_dataset_by_node already"):
         load_stream(divided)
+
+
+@pytest.mark.slow
+def test_a_dataset_on_the_hub():
+    """Pushed to a Hub in this process, and streamed from it by another one."""
+    hub = Hub()
+    options = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+    environment = os.environ | options | {"PYTHONPATH": str(h.ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", STREAMED], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.split()[-4:] == ["2", "5", "label", "35"]
+
+
+STREAMED = """
+import datasets, tests.helpers.runs as h
+from coss_hf.data.streams import load_stream
+
+images, labels = h.colour_images(40, 0)
+features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("abcd"))})
+rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+rows.push_to_hub("me/pictures", num_shards=2)
+parts = load_stream("me/pictures", validation_size=5)
+from tests.data.test_streams import keys, views
+print(parts.stream.rows.num_shards, len(parts.validation), parts.label_column, len(set(keys(views(parts)))))
+"""

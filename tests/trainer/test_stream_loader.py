@@ -16,7 +16,9 @@ import tests.helpers.runs as h
 from coss_hf import DistillationArguments, DistillationTrainer
 from coss_hf.data.stream_views import StreamViews
 from coss_hf.data.streams import load_stream
-from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.dry_run import describe
+from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.stream_loader import StreamLoader
 from tests.trainer.test_crash import end, wait_for
 
@@ -263,3 +265,16 @@ def test_two_processes_on_the_command_line(tmp_path, networks, shards, workers):
     process = h.start_distill(world, tmp_path / "whole", "--resume_from_checkpoint=auto", processes=1, **options)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 2 and "--num_processes (then 2, each at its place" in err
+
+
+def test_a_dry_run_says_that_it_is_a_stream(tmp_path, networks, monkeypatch):
+    shards = h.write_shards(tmp_path / "shards", "tar")
+    monkeypatch.setattr("coss_hf.trainer.factory.rehearse", lambda *_: None)
+    data = DataArguments(dataset=str(shards), streaming=True, validation_size=8)
+    args = DistillationArguments(
+        str(tmp_path / "out"), num_images=4_000, dry_run=True, use_cpu=True, per_device_train_batch_size=8
+    )
+    run = build_run(ModelArguments(networks.teacher, networks.resnet), data, args)
+    text = describe(run.trainer, run.splits)
+    assert "train a stream of 4 shards, validation 8; column 'png', labels 'cls'" in text
+    assert "500 steps, 4,000 images seen" in text
