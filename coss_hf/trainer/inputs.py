@@ -356,7 +356,7 @@ def evaluator_of(trainer, images, data: DataArguments) -> Evaluator:
     if splits is None:
         reader = trainer.train_dataset.reader
         splits = ImageSplits(reader.rows, None, None, reader.column, None, [])
-    splits = with_held_out(splits, images, data)
+    splits = with_held_out(splits, images, data, by_content=False)
     return build_evaluator(splits, trainer.teacher, trainer.args, splits.validation, during_training=True)
 
 
