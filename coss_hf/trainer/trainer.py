@@ -717,8 +717,11 @@ class DistillationTrainer(Trainer):
     def _check_reload(self, folder: str) -> None:
         """Load what was saved as anybody would, on the first process, and compare it with the student."""
         if self.is_world_process_zero():
-            reader = self.train_dataset.reader
-            check_reload(folder, self.student, self.full_model.head, reader.rows, reader.column)
+            if self.is_streaming:
+                rows, column = self.splits.train, self.splits.image_column
+            else:
+                rows, column = self.train_dataset.reader.rows, self.train_dataset.reader.column
+            check_reload(folder, self.student, self.full_model.head, rows, column)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Like ``Trainer``'s, which writes in place: a run killed there would leave half a checkpoint."""
