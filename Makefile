@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: quickstart test lint
+.PHONY: quickstart test lint docs
 
 # A teacher and a student on scikit-learn's bundled digits: minutes on two cores.
 quickstart: $(VENV)/.quickstart
@@ -13,6 +13,10 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The documentation site, in docs/_build/html.
+docs: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # One environment; each target adds what it needs, once.
 $(VENV)/.%: setup.py

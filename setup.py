@@ -64,6 +64,7 @@ setup(
         "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
         "export": EXPORT,
+        "docs": ["furo", "myst-parser", "sphinx"],
         "dev": [
             *EXPORT,
             "psutil",

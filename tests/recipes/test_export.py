@@ -21,7 +21,7 @@ def call(monkeypatch, *words, **options):
     recipe.main()
 
 
-def test_record_and_the_snippet_of_the_readme(tmp_path, image_parquet, monkeypatch, capsys):
+def test_record_and_snippet_of_the_documentation(tmp_path, image_parquet, monkeypatch, capsys):
     model, out = h.save_vit(tmp_path / "my-student", seed=2), tmp_path / "my-student" / "onnx"
     head = projection_head("linear", 16, 8)
     save_file(head.state_dict(), tmp_path / "my-student" / "head.safetensors")
@@ -36,7 +36,9 @@ def test_record_and_the_snippet_of_the_readme(tmp_path, image_parquet, monkeypat
         assert row["knn10"] > 0.5 and {"ms", "images_per_second"} == set(row["batch_1"])
         assert name == "pytorch" or row["bytes"] == (out / f"model{'_int8' * (name == 'int8')}.onnx").stat().st_size
     assert "| int8 |" in capsys.readouterr().out
-    snippet = re.search(r"```python\n(import onnxruntime.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    snippet = re.search(
+        r"```python\n(import onnxruntime.*?)```", (ROOT / "docs" / "guides" / "export.md").read_text(), re.S
+    ).group(1)
     images = h.colour_images(3, 5)[0]
     images[0].save(tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,419 @@
+"""Write what pages of the documentation take from code and results: ``python docs/generate.py``.
+
+Each method has a page, made of the docstring and the declarations of its loss. Tables of figures stand between
+``<!-- begin: name -->`` and ``<!-- end: name -->`` in README.md and docs/, and come from recipes/benchmarks/results/.
+``tests/docs/test_generated_pages.py`` compares the pages with what this script would write.
+"""
+
+import inspect
+import json
+import re
+import statistics
+from pathlib import Path
+
+from coss_hf.losses.registry import LOSSES, SHAPES
+from coss_hf.reporting.plots import quality_plot
+from coss_hf.study.tables import as_markdown, half_interval
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
+TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
+SECTION = re.compile(rf"^({TITLES})(?: \(when called\))?:[ \n]", re.MULTILINE)
+
+# What a run passes to a loss by itself, so that it is no option of the method.
+GIVEN_BY_THE_RUN = (*SHAPES, "num_images", "batch_size", "classifier")
+READS = {
+    "embedding": "The embeddings of both networks.",
+    "maps": "The feature maps at the end of each stage of both networks (the token maps of a transformer's layers).",
+    "last_map": "The last feature map of both networks.",
+    "middle_map": "The feature map in the middle of both networks.",
+    "logits": "The logits of the teacher's classifier.",
+}
+
+
+def json_lines(name: str) -> list[dict]:
+    """Rows of a results file."""
+    return [json.loads(line) for line in (RESULTS / name).read_text().splitlines()]
+
+
+def json_record(name: str) -> dict:
+    """A results file that holds one record."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def percent(values: list[float], spread=None) -> str:
+    """Mean in percent, with a spread where there are several values."""
+    text = f"{100 * statistics.fmean(values):.1f}"
+    return f"{text} ± {100 * spread(values):.1f}" if spread is not None and len(values) > 1 else text
+
+
+def score(rows: list[dict], key: str, spread=half_interval) -> str:
+    """One cell of a table: mean and spread over the rows that have the metric."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return percent(values, spread) if values else ""
+
+
+def select(rows: list[dict], **wanted) -> list[dict]:
+    """Rows with these values."""
+    return [row for row in rows if all(row.get(key) == value for key, value in wanted.items())]
+
+
+# --- tables of figures -----------------------------------------------------------------------------------------------
+
+
+def front_rows() -> dict[str, tuple[str, list[dict]]]:
+    """Rows of the front page: which network it is, and its results."""
+    short = json_lines("cifar10_resnet56_resnet20.jsonl")
+    long = select(json_lines("gpu_cifar10.jsonl"), method="coss")
+    untrained = select(json_lines("table1_cifar10.jsonl"), split="test")
+    trained = select(short, run="trainer", config="cifar10_resnet56_resnet20")
+    longest = max(long, key=lambda row: row["images_seen"])
+    return {
+        "teacher (resnet56)": ("teacher", select(untrained, method="teacher")),
+        "student (resnet20), 100 epochs": ("student", [longest]),
+        "student (resnet20), 10 epochs": ("student", trained),
+        "student at random weights": ("student", select(untrained, method="random")),
+    }
+
+
+def front_page() -> str:
+    """Teacher, students and random weights, with what they cost."""
+    costs = json_record("report_cifar10.json")["costs"]
+    lines = [["CIFAR-10, test images", "k-NN accuracy, %", "parameters", "file, MB", "one image, ms", "images/s"]]
+    for name, (network, found) in front_rows().items():
+        cost = costs[network]
+        cells = [
+            score(found, "knn20", statistics.stdev),
+            f"{cost['parameters']:,}",
+            f"{cost['bytes'] / 1e6:.1f}",
+            f"{cost['batch_1']['ms']:.1f}",
+            f"{cost['batch_64']['images_per_second']:.0f}",
+        ]
+        lines.append([name, *cells])
+    return as_markdown(lines)
+
+
+def front_picture(path: Path) -> None:
+    """Accuracy against latency: the rows of the front page as a picture."""
+    costs = json_record("report_cifar10.json")["costs"]
+    points = {
+        name.replace("teacher (resnet56)", "teacher"): (
+            costs[network]["batch_1"]["ms"],
+            [row["knn20"] for row in found],
+        )
+        for name, (network, found) in front_rows().items()
+    }
+    path.parent.mkdir(exist_ok=True)
+    quality_plot(path, points, "k-NN accuracy", "CIFAR-10: resnet56 and the students that it taught without labels")
+
+
+def quickstart_digits() -> str:
+    """Teacher, student, random weights and raw pixels on the digits."""
+    record = json_record("quickstart_digits.json")
+    columns = {"knn10": "k-NN 10", "knn20": "k-NN 20", "probe": "linear probe", "overlap10": "overlap 10"}
+    lines = [["", "parameters", *columns.values()]]
+    for name, mean in record["mean"].items():
+        spread = record["standard_deviation"][name]
+        cells = []
+        for key in columns:
+            same = not spread.get(key)
+            text = f"{100 * mean[key]:.1f}" if mean.get(key) is not None else ""
+            cells.append(text if same or not text else f"{text} ± {100 * spread[key]:.1f}")
+        lines.append([name, f"{mean['parameters']:,}" if "parameters" in mean else "", *cells])
+    return as_markdown(lines)
+
+
+def cifar10_short() -> str:
+    """Ten epochs on CIFAR-10, beside a bare PyTorch loop."""
+    rows = json_lines("cifar10_resnet56_resnet20.jsonl")
+    metrics = {"knn10": "k-NN 10", "knn20": "k-NN 20", "probe": "linear probe", "overlap10": "overlap 10"}
+    groups = {
+        "student, no neighbours": select(rows, run="trainer", config="cifar10_resnet56_resnet20"),
+        "the same by a bare PyTorch loop": select(rows, run="bare_loop"),
+        "student, 32 anchors × (1 + 3 of the 15 nearest)": select(rows, config="cifar10_resnet56_resnet20_neighbors"),
+    }
+    lines = [["", *metrics.values()]]
+    for name, found in groups.items():
+        lines.append([name, *(score(found, key, statistics.stdev) for key in metrics)])
+    return as_markdown(lines)
+
+
+def table1() -> str:
+    """Table 1 on a small budget: the choice on held-out images, and what was reported."""
+    rows = json_lines("table1_cifar10.jsonl")
+    chosen = select(rows, split="validation")
+    reported = select(rows, split="test")
+    lines = [["method", "probe, held-out images (scale)", "probe, test", "k-NN 20, test", "overlap 10, test"]]
+
+    def mean(name: str) -> float:
+        found = select(reported, method=name) or select(chosen, method=name)
+        return (bool(select(reported, method=name)), max(row["probe"] for row in found))
+
+    for name in sorted({row["method"] for row in rows}, key=mean, reverse=True):
+        found = select(reported, method=name)
+        tried = select(chosen, method=name)
+        scale = {row["scale"] for row in found}
+        taken = [row for row in tried if row["scale"] in scale] or sorted(tried, key=lambda row: -row["probe"])[:1]
+        held_out = f"{100 * taken[0]['probe']:.1f} ({taken[0]['scale']:g})" if taken else ""
+        lines.append([f"`{name}`", held_out, *(score(found, key) for key in ("probe", "knn20", "overlap10"))])
+    return as_markdown(lines)
+
+
+def tables234() -> str:
+    """Tables 2 to 4 on a small budget."""
+    rows = json_lines("tables234_cifar10.jsonl")
+    metrics = {"probe": "probe, test", "knn20": "k-NN 20, test", "map": "mAP, test", "overlap10": "overlap 10, test"}
+    names = ("lambda 1", "lambda 0.5", "lambda 0.25", "lambda 0", "L_ss", "bn", "random")
+    lines = [["row", "probe, held-out images (scale)", *metrics.values()]]
+    for name in names:
+        found = select(rows, method=name, split="test")
+        seeds = {row["seed"]: row for row in found}
+        scale = next(iter(seeds.values()))["scale"]
+        tried = [row for row in select(rows, method=name, split="validation") if row["scale"] == scale]
+        held_out = f"{100 * tried[0]['probe']:.1f} ({scale:g})" if tried else ""
+        lines.append([f"`{name}`", held_out, *(score([*seeds.values()], key) for key in metrics)])
+    return as_markdown(lines)
+
+
+def gpu() -> str:
+    """Longer runs of one seed on a GPU."""
+    metrics = {"probe": "linear probe", "knn20": "k-NN 20", "map": "mAP", "overlap10": "overlap 10"}
+    lines = [["", "images seen", *metrics.values()]]
+    rows = [row for row in json_lines("gpu_cifar10.jsonl") if "images_seen" in row]
+    rows += select(json_lines("table1_cifar10.jsonl"), method="teacher")
+    for row in sorted(rows, key=lambda row: (row["method"] == "teacher", row["images_seen"])):
+        seen = f"{row['images_seen']:,}" if row["method"] != "teacher" else ""
+        lines.append([f"`{row['method']}`", seen, *(score([row], key) for key in metrics)])
+    return as_markdown(lines)
+
+
+def report() -> str:
+    """Did it help, on a run as short as can be."""
+    rows = json_lines("report_cifar10.jsonl")
+    metrics = {"probe": "linear probe", "knn20": "k-NN 20", "map": "mAP", "asymmetric_map": "mAP, teacher's gallery"}
+    lines = [["", *metrics.values(), "overlap 10"]]
+    for name in dict.fromkeys(row["method"] for row in sorted(rows, key=lambda row: -row["probe"])):
+        found = select(rows, method=name)
+        lines.append([name, *(score(found, key) for key in [*metrics, "overlap10"])])
+    return as_markdown(lines)
+
+
+def export() -> str:
+    """PyTorch and ONNX Runtime."""
+    lines = [["", "bytes", "cosine, least / mean", "k-NN 20, %", "ms, batch 1", "ms, batch 64"]]
+    names = {"pytorch": "PyTorch", "onnx": "ONNX Runtime, float32", "int8": "ONNX Runtime, int8, static"}
+    for key, name in names.items():
+        row = json_record("export.json")["results"][key]
+        cosine = "" if key == "pytorch" else f"{row['cosine_min']:.6f} / {row['cosine_mean']:.6f}"
+        times = [f"{row['batch_1']['ms']:.2f}", f"{row['batch_64']['ms']:.1f}"]
+        lines.append([name, f"{row['bytes']:,}" if "bytes" in row else "", cosine, score([row], "knn20"), *times])
+    return as_markdown(lines)
+
+
+def correlation() -> str:
+    """Spearman's correlation of label-free figures with accuracy."""
+    record = json_record("overlap_correlation.json")
+    everyone, of_coss = record["all 20 students"], record["the 16 students of CoSS"]
+    lines = [["", "k-NN 10", "k-NN 20", "linear probe", "among the 16 of CoSS: k-NN 20"]]
+    for name in sorted(everyone, key=lambda name: -everyone[name]["knn20"]):
+        cells = [f"{everyone[name][key]:.2f}" for key in ("knn10", "knn20", "probe")]
+        lines.append([name, *cells, f"{of_coss[name]['knn20']:.2f}"])
+    return as_markdown(lines)
+
+
+def neighbor_search() -> str:
+    """What a search for 10 neighbours costs."""
+    lines = [["vectors", "search", "recall@10", "CPU seconds", "of exact search"]]
+    exact = {}
+    for row in json_record("neighbor_search.json")["results"]:
+        vectors = (row["data"], row["images"], row["dim"])
+        seconds = (
+            row["cpu_seconds"] * row["images"] / row.get("queries", row["images"])
+        )  # extrapolated from some queries
+        if row["search"] == "exact":
+            exact[vectors] = seconds
+        name = "CIFAR-10 by resnet56" if row["data"] != "synthetic" else "synthetic"
+        share = f"{seconds / exact[vectors]:.2g}" if vectors in exact else ""
+        cells = [row["search"], f"{row.get('recall', 1):.3f}", f"{seconds:,.0f}", share]
+        lines.append([f"{name}, {row['images']:,} × {row['dim']}", *cells])
+    return as_markdown(lines)
+
+
+TABLES = (
+    front_page,
+    quickstart_digits,
+    cifar10_short,
+    table1,
+    tables234,
+    gpu,
+    report,
+    export,
+    correlation,
+    neighbor_search,
+)
+
+
+# --- pages of the methods --------------------------------------------------------------------------------------------
+
+
+def plain(text: str) -> str:
+    """A docstring's text in Markdown."""
+    return re.sub(r"``(.+?)``", lambda found: f"`{' '.join(found[1].split())}`", text, flags=re.DOTALL)
+
+
+def sections(document: str) -> dict[str, str]:
+    """Parts of a docstring by their title; what stands before the first title is ``""``."""
+    parts = SECTION.split(document)
+    found = {"": parts[0].strip()}
+    for title, text in zip(parts[1::2], parts[2::2]):
+        found[title] = inspect.cleandoc(text).strip()
+    return found
+
+
+def entries(text: str) -> dict[str, str]:
+    """Items of an ``Args`` section by name."""
+    found = re.split(r"^(\w+): ", text, flags=re.MULTILINE)
+    return {name: " ".join(value.split()) for name, value in zip(found[1::2], found[2::2])}
+
+
+def options(loss: type) -> list[list[str]]:
+    """Options of a method, with defaults."""
+    described = entries(sections(inspect.getdoc(loss)).get("Args", ""))
+    lines = [["option", "default", "meaning"]]
+    for name, parameter in inspect.signature(loss).parameters.items():
+        if name not in GIVEN_BY_THE_RUN:
+            default = "by the run" if parameter.default is None else f"`{parameter.default}`"
+            lines.append([f"`{name}`", default, plain(described.get(name, ""))])
+    return lines
+
+
+def cost(loss: type) -> list[str]:
+    """What a method needs, by what its class declares."""
+    lines = [f"**Reads:** {READS[loss.reads]}"]
+    head = "The student gets a projection head where the dimensions differ." if loss.same_dim else "No head is needed."
+    lines.append(f"**Dimensions:** {head}")
+    if loss.keeps_state:
+        lines.append("**Memory:** Keeps embeddings of earlier images, which are part of each checkpoint.")
+    if loss.pretraining_steps:
+        lines.append(f"**Pre-training:** {loss.pretraining_steps:,} batches before the training of the student.")
+    if loss.classifier != "unused":
+        lines.append(f"**Classifier of the teacher:** {loss.classifier}.")
+    exact = "works" if loss.separable else "is not available"
+    lines.append(f"**Exact gradient accumulation** (`--exact_accumulation`): {exact}.")
+    return lines
+
+
+def results_of(name: str) -> str:
+    """What table 1 on CIFAR-10 says of a method, with the seeds and the budget."""
+    rows = select(json_lines("table1_cifar10.jsonl"), method=name)
+    reported = select(rows, split="test")
+    tried = sorted(select(rows, split="validation"), key=lambda row: -row["probe"])
+    if reported:
+        text = (
+            f"{score(reported, 'probe')} % by linear probe and {score(reported, 'knn20')} % by k-NN 20 on test images "
+        )
+        text += f"(mean and 95 % t-interval of {len(reported)} seeds, {reported[0]['images_seen']:,} images seen)"
+    elif tried:
+        text = f"{score(tried[:1], 'probe')} % by linear probe on held-out images (one seed, "
+        text += f"{tried[0]['images_seen']:,} images seen, the best of {len(tried)} scales)"
+    else:
+        return "Not part of the comparison on CIFAR-10: no results of this method are kept in the repository."
+    return (
+        f"resnet56 to resnet20 on CIFAR-10: {text}. A run so short shows how fast a method starts, not where it ends; "
+        f"see [Reproducing the paper](../paper.md) for the other methods, the commands and the caveats."
+    )
+
+
+def paragraphs(text: str) -> str:
+    """Join the lines of each paragraph."""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
+def sentence(text: str) -> str:
+    """A section in Markdown that begins with a capital."""
+    text = plain(paragraphs(text))
+    return text[0].upper() + text[1:]
+
+
+def method_page(name: str) -> str:
+    """The page of a method in Markdown."""
+    loss = LOSSES[name]
+    parts = sections(inspect.getdoc(loss))
+    summary, _, formula = parts[""].partition("\n\n")
+    page = [
+        f"# {name}",
+        f"<!-- Written by docs/generate.py from the docstring of {loss.__name__}. -->",
+        plain(paragraphs(summary)),
+        "## Formula",
+        plain(paragraphs(formula)),
+        f"**Shapes.** {sentence(parts['Shapes'])}",
+        "## When to use it",
+        sentence(parts["Use when"]),
+        "## What it needs",
+        *(f"* {line}" for line in cost(loss)),
+        f"**Several processes.** {sentence(parts['Several processes'])}",
+        "## Options",
+        as_markdown(options(loss)).replace("---:", "---"),
+        f"On the command line: `--method '{name}({option_example(loss)})'`. In Python: `criterion='{name}'`, or the "
+        f"module `coss_hf.losses.{loss.__name__}`.",
+        "## Example",
+        f"```pycon\n{inspect.cleandoc(parts['Example'])}\n```",
+        "## Results",
+        results_of(name),
+        "## Citation",
+        plain(paragraphs(parts.get("References", ""))),
+    ]
+    if loss.citation is not None:
+        page.append(f"```bibtex\n{loss.citation.bibtex(f'{name}{loss.citation.year}')}\n```")
+    return "\n\n".join(page).replace("\n\n* ", "\n* ").replace("## What it needs\n*", "## What it needs\n\n*") + "\n"
+
+
+def option_example(loss: type) -> str:
+    """The first option with its default."""
+    found = inspect.signature(loss).parameters.values()
+    return next(
+        f"{one.name}={one.default}" for one in found if one.name not in GIVEN_BY_THE_RUN and one.default is not None
+    )
+
+
+def methods_table() -> str:
+    """All methods with what they compare and when to take them."""
+    lines = [["method", "what it compares", "take it when"]]
+    for name, loss in own_losses().items():
+        parts = sections(inspect.getdoc(loss))
+        summary = plain(paragraphs(parts[""].partition("\n\n")[0]))
+        use = plain(paragraphs(parts["Use when"])).split(". ")[0].rstrip(".")
+        lines.append([f"[`{name}`](methods/{name}.md)", summary, f"{use}."])
+    return as_markdown(lines).replace("---:", "---")
+
+
+def own_losses() -> dict[str, type]:
+    """Losses of the package; tests and users may have registered others."""
+    return {name: loss for name, loss in LOSSES.items() if loss.__module__.startswith("coss_hf.")}
+
+
+# --- the pages -------------------------------------------------------------------------------------------------------
+
+
+def filled(text: str) -> str:
+    """A page with its tables renewed."""
+    tables = {table.__name__: table for table in (*TABLES, methods_table)}
+    return BLOCK.sub(lambda found: f"<!-- begin: {found[1]} -->\n{tables[found[1]]()}\n<!-- end: {found[1]} -->", text)
+
+
+def pages() -> dict[Path, str]:
+    """All pages that hold something generated, by path."""
+    found = {DOCS / "methods" / f"{name}.md": method_page(name) for name in own_losses()}
+    for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]:
+        if path not in found and BLOCK.search(path.read_text()):
+            found[path] = filled(path.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    front_picture(DOCS / "images" / "front_page.png")
+    for page, content in pages().items():
+        page.write_text(content)
+        print(page.relative_to(ROOT))
