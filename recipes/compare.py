@@ -40,7 +40,7 @@ class CompareArguments:
     hours: float | None = field(
         default=None, metadata={"help": "Hours for everything, on this machine; or give --num_images."}
     )
-    jobs: int = field(default=1, metadata={"help": "Number of runs in parallel."})
+    jobs: int = field(default=1, metadata={"help": "Number of runs that train at the same time."})
 
 
 ARGUMENTS = (CompareArguments, ModelArguments, DataArguments, DistillationArguments)

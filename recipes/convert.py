@@ -22,8 +22,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coss-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=path, help="folder with model.safetensors")
-    parser.add_argument("--output", type=path, required=True, help="folder to write")
+    parser.add_argument("folder", type=path, help="Folder that holds the checkpoint as model.safetensors.")
+    parser.add_argument("--output", type=path, required=True, help="Folder to which the model is written.")
     return parser
 
 

@@ -37,13 +37,13 @@ class EmbedArguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network."})
     output: str | None = field(default=None, metadata={"help": "File to write, with the suffix .npy or .parquet."})
-    split: str = field(default="train", metadata={"help": "Split to embed.", "choices": list(SPLITS)})
+    split: str = field(default="train", metadata={"help": "Split of the dataset to embed.", "choices": list(SPLITS)})
     head: bool = field(default=False, metadata={"help": "Apply the student's projection head."})
     normalize: bool = field(default=False, metadata={"help": "Scale each embedding to length 1."})
     pooling: str = field(default="auto", metadata={"help": "Pooling: auto, cls, mean, pooler or gap."})
-    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
+    batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
-    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})
 
 
 ARGUMENTS = (EmbedArguments, DataArguments)

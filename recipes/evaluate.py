@@ -42,8 +42,8 @@ class EvaluationArguments:
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the random weights; default: that of the student's run, else 0."}
     )
-    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Worker processes that decode images."})
+    batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
 
 
 def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> tuple[dict[str, dict], int]:

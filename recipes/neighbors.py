@@ -53,8 +53,8 @@ class NeighborsArguments:
 
     output: str | None = field(default=None, metadata={"help": "New folder to write the dataset to."})
     neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image."})
-    batch_size: int = field(default=256, metadata={"help": "Images per forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Worker processes that decode images."})
+    batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU; several processes on a CPU need it."})
     push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset USER/NAME to push the result to."})
     hub_private_repo: bool = field(default=False, metadata={"help": "Create a private Hub dataset."})
@@ -116,7 +116,8 @@ def write(
         full = full_disk(error)
         if full:
             raise RunStopped(
-                f"--output {output} could not be written: {full}; make room and give the same command again: what "
+                f"--output {output} could not be written: {full}; free some space and give the same command again: "
+                f"what "
                 f"was computed is kept in the cache."
             ) from error
         raise

@@ -21,10 +21,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coss-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=path, help="output of recipes/distill.py or recipes/neighbors.py")
-    parser.add_argument("--repo_id", required=True, help="repository USER/NAME; created if it does not exist")
-    parser.add_argument("--private", action="store_true", help="create a repository that its owner alone can see")
-    parser.add_argument("--revision", help="branch to push a student to; default: main")
+    parser.add_argument("folder", type=path, help="Output folder of coss-hf distill or coss-hf neighbors.")
+    parser.add_argument("--repo_id", required=True, help="Repository USER/NAME, which is created if it does not exist.")
+    parser.add_argument("--private", action="store_true", help="Create a repository that its owner alone can see.")
+    parser.add_argument("--revision", help="Branch to push a student to. Default: main.")
     return parser
 
 

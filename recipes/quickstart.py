@@ -108,8 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="coss-hf quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one teacher and one student each")
-    parser.add_argument("--output", type=path, default=Path("quickstart"), help="folder to write")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="Seeds; each trains one teacher and one student."
+    )
+    parser.add_argument(
+        "--output",
+        type=path,
+        default=Path("quickstart"),
+        help="Folder to which images, networks and results are written.",
+    )
     return parser
 
 

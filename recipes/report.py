@@ -39,7 +39,7 @@ class ReportArguments:
     hours: float | None = field(
         default=None, metadata={"help": "Hours for everything, on this machine; or give --num_images."}
     )
-    jobs: int = field(default=1, metadata={"help": "Number of runs in parallel."})
+    jobs: int = field(default=1, metadata={"help": "Number of runs that train at the same time."})
     timing_rounds: int = field(default=20, metadata={"help": "Timed runs of each network and batch size."})
 
 

@@ -65,7 +65,7 @@ GROUPS = {
 
 # Sentences for options that are those of transformers.TrainingArguments.
 SENTENCES = {
-    "bf16": "Train under bfloat16 autocast.",
+    "bf16": "Train under bfloat16 autocast; weights and loss stay float32.",
     "config": "YAML file with any of these options; the command line overrides it.",
     "dataloader_num_workers": "Number of processes that load and augment images, for each training process.",
     "fp16": "Train under float16 autocast with loss scaling; needs a GPU.",
@@ -77,7 +77,7 @@ SENTENCES = {
     "run_name": "Name of the run in the tracker.",
     "seed": "Seed of initial weights, views and batches.",
     "torch_compile": "Compile student and teacher with torch.compile.",
-    "use_cpu": "Run on the CPU.",
+    "use_cpu": "Run on the CPU, even where there is a GPU.",
     "warmup_steps": "Number of steps during which the learning rate rises from 0; below 1, a share of all steps.",
 }
 

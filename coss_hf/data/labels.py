@@ -16,7 +16,7 @@ def is_unlabelled(value) -> bool:
 
 
 def class_numbers(column: str, train: Dataset, *others: Dataset) -> tuple[list[Tensor], list[str]] | None:
-    """Number the classes of labels of any kind: integers however large, text, truth values, whole floats.
+    """Number the classes of labels of any kind: integers however large, text, truth values, floats without a fraction.
 
     Args:
         column: the name of the label column.

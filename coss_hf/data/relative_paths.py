@@ -1,4 +1,4 @@
-"""Images that tables name by a path: beside the table, and never by a URL."""
+"""Images that tables name by a path: next to the table, and never by a URL."""
 
 import os
 

@@ -106,7 +106,8 @@ def few_images(images: int) -> str:
     if images >= FEW_IMAGES:
         return ""
     return (
-        f"This rests on {images:,} images alone, of which one is {100 / max(images, 1):.1f} points of an accuracy: "
+        f"This is measured on {images:,} images alone, of which one is {100 / max(images, 1):.1f} points of an "
+        f"accuracy: "
         f"hold out more with --validation_size."
     )
 

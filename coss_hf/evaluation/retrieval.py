@@ -34,7 +34,7 @@ def retrieval(
 
     Returns:
         ``recall{k}``, the share of queries with an image of their class among the k nearest, and ``map``, the mean
-        over queries of the precision at each image of their class in the whole ordered gallery. Fractions in [0, 1].
+        over queries of the precision at each image of their class in the complete ordered gallery. Fractions in [0, 1].
         Queries whose class the gallery lacks are left out; 0 where that leaves none. Equal cosines are in gallery
         order.
 

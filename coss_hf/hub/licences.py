@@ -1,4 +1,4 @@
-"""The licence of a network: what its card, its configuration and the text beside its weights say."""
+"""The licence of a network: what its card, its configuration and the text next to its weights say."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ def on_hub(name: str | None) -> bool:
 
 
 def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]:
-    """A network's licence by its card, its ``config.json`` or the text beside its weights, and a sentence on it.
+    """A network's licence by its card, its ``config.json`` or the text next to its weights, and a sentence on it.
 
     Args:
         name: Hub name or folder.
@@ -64,7 +64,7 @@ def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]
     if not licence:
         licence, path = _by_text(name, revision)
         if path and not licence:
-            return "other", f"**terms of its own**, in `{path}` beside its weights; read it before you publish this."
+            return "other", f"**terms of its own**, in `{path}` next to its weights; read it before you publish this."
     if not licence:
         return (
             None,
@@ -96,7 +96,7 @@ def _by_config(name: str, revision: str | None) -> str | None:
 
 
 def _by_text(name: str, revision: str | None) -> tuple[str | None, str | None]:
-    """The licence whose sentences stand in a text beside the weights, and the text's name; None for either."""
+    """The licence whose sentences stand in a text next to the weights, and the text's name; None for either."""
     for file in TEXTS:
         path = _file(name, file, revision)
         if path is None:

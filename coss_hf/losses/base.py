@@ -70,7 +70,7 @@ class DistillationLoss(nn.Module):
     or dimensions of the embeddings), ``student_size`` and ``teacher_size`` (height of the maps),
     ``num_images`` (size of the training set), ``batch_size`` (images of a forward pass over all
     processes) and ``classifier`` (see below). All other arguments are options of the method and
-    need a default; ``beta`` is by convention the scale of the whole loss.
+    need a default; ``beta`` is by convention the scale of the complete loss.
 
     Attributes:
         name: The name of the method. None for a class that is no method of its own.

@@ -30,7 +30,7 @@ class Layout(NamedTuple):
 
     @property
     def has_class_token(self) -> bool:
-        """Whether there is a token of the image as a whole."""
+        """Whether there is a token of the complete image."""
         return bool(self.class_output or (self.tokens and self.prefix))
 
     @property

@@ -247,6 +247,6 @@ def save_array(path: Path, array: np.ndarray) -> None:
 def unwritable(path: Path, error: Exception) -> ValueError:
     """What to say of a file in the neighbours' cache that could not be written."""
     return ValueError(
-        f"--neighbors_cache {path.parent.parent}: {path} cannot be written ({error}); make room, or give another "
+        f"--neighbors_cache {path.parent.parent}: {path} cannot be written ({error}); free some space, or give another "
         f"folder. The same command then resumes from the shards that are finished."
     )

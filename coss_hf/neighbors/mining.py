@@ -151,7 +151,7 @@ def _cached_or_mined(
             if kept is None:
                 raise ValueError(
                     f"--neighbors_cache {entry.folder.parent}: process {processes.rank} finds no neighbours there; "
-                    f"give a folder that all machines share, and make room on its disk."
+                    f"give a folder that all machines share, and free some space on its disk."
                 )
     return kept
 

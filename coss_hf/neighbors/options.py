@@ -18,7 +18,8 @@ class SearchOptions:
     neighbors_search: str = field(
         default="auto",
         metadata={
-            "help": "exact, or an index with measured recall: ivf (inverted lists), hnsw (a graph). auto: exact up to "
+            "help": "How neighbours are searched: exact, or an index with measured recall: ivf (inverted lists), "
+            "hnsw (a graph). auto: exact up to "
             "100,000 images (1,000,000 on a GPU), ivf beyond.",
             "choices": list(SEARCHES),
         },

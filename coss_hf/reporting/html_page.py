@@ -26,7 +26,7 @@ pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .82r
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole document.
+    """A complete document.
 
     Args:
         title: its heading, plain text.

@@ -101,7 +101,7 @@ def neighbor_picture(
 
 
 def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
-    """Write a PNG of the training loss, and below it one panel for each named part, over the images seen.
+    """Write a PNG of the training loss, and below it one plot for each named part, over the images seen.
 
     Args:
         path: of the PNG.

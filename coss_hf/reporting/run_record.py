@@ -65,7 +65,7 @@ def read_json(path: str | Path) -> dict:
 
 
 def write_json(path: str | Path, content: dict) -> None:
-    """Writes a file that is whole or not there, folders included."""
+    """Write a file atomically, folders included."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")

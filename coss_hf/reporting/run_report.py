@@ -37,22 +37,22 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
     ``problems`` are sentences on what went wrong after the training; the verdict begins with them.
     """
     history = trainer.state.log_history
-    watched = len(trainer.evaluator.test_images) if trainer.evaluator else None
+    monitored = len(trainer.evaluator.test_images) if trainer.evaluator else None
     held_out = splits.test or splits.validation
     evaluated = len(held_out) if held_out is not None else None
-    raised = alarms(history, watched, finished=True) if watched else {}
+    raised = alarms(history, monitored, finished=True) if monitored else {}
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "verdict": [*problems, *summary(results, history, [*raised.values()], evaluated, watched)],
+        "verdict": [*problems, *summary(results, history, [*raised.values()], evaluated, monitored)],
         "problems": [*problems],
         "alarms": [*raised.values()],
         "evaluated_on": "test" if splits.test is not None else "validation",
         "evaluated_images": evaluated,
-        "watched_images": watched,
+        "watched_images": monitored,
         "bad_images": splits.bad_images,
         "replaced_images": trainer.train_dataset.replaced_names(),
         "versions": versions(),
@@ -152,7 +152,7 @@ def summary(
     history: list[dict],
     found: list[str],
     evaluated: int | None = None,
-    watched: int | None = None,
+    monitored: int | None = None,
 ) -> list[str]:
     """Say in sentences what a run came to.
 
@@ -161,7 +161,7 @@ def summary(
         history: ``trainer.state.log_history``.
         found: alarms, which come last.
         evaluated: number of images of ``results``; None where it is not known.
-        watched: number of images of the evaluations during training; None where it is not known.
+        monitored: number of images of the evaluations during training; None where it is not known.
     """
     if not results:
         return found
@@ -179,9 +179,9 @@ def summary(
         first = f"Whether it helped cannot be said on {evaluated:,} images"
     elif student <= random:
         first = f"{FAILED}: the student is no better than at random weights"
-    elif len(seen) > 1 and seen[-1] <= seen[0] and (watched is None or watched >= MIN_IMAGES):
+    elif len(seen) > 1 and seen[-1] <= seen[0] and (monitored is None or monitored >= MIN_IMAGES):
         first = (
-            f"{FAILED}: on the images watched during training the student is no better than before it "
+            f"{FAILED}: on the images evaluated during training the student is no better than before it "
             f"({100 * seen[-1]:.1f} %, before {100 * seen[0]:.1f} %)"
         )
     elif found:
@@ -199,7 +199,7 @@ def summary(
 
 
 def _sample(record: dict) -> str:
-    """On how many images the overlap of a table was measured: panel and table differ in that, and so in value."""
+    """On how many images the overlap of a table was measured: the evaluations during training may use others."""
     images = record.get("evaluated_images")
     return f" Overlap {on_images(images)}." if images else ""
 

@@ -130,7 +130,7 @@ class WandbTracker(WandbCallback):
         kept.write_text(wandb.run.id)
 
     def on_train_end(self, *args, **kwargs):
-        """Stock training would keep the wrapper, and its arguments with their token; see ``report``."""
+        """``Trainer`` itself would keep the wrapper, and its arguments with their token; see ``report``."""
 
     def on_save(self, *args, **kwargs):
         """Checkpoints stay at home, as with the Hub."""

@@ -25,7 +25,9 @@ class ReproduceArguments:
     table: int = field(
         default=1, metadata={"help": "Number of the supplementary document's table.", "choices": [1, 2, 3, 4]}
     )
-    pairs: list[str] | None = field(default=None, metadata={"help": "student/teacher pairs; default: the table's."})
+    pairs: list[str] | None = field(
+        default=None, metadata={"help": "Pairs of networks, as student/teacher. Default: those of the table."}
+    )
     methods: list[str] | None = field(
         default=None, metadata={"help": "Rows of the table (default: all), or any --method of distill."}
     )
@@ -71,7 +73,7 @@ class ReproduceArguments:
     output_dir: str = field(
         default="reproduced", metadata={"help": "Folder of results, table and plot, and of checkpoints meanwhile."}
     )
-    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU."})
+    use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})
     bf16: bool = field(default=False, metadata={"help": "Train under bfloat16 autocast; evaluation stays in float32."})
     channels_last: bool = field(
         default=False, metadata={"help": "Use the channels-last memory layout, faster on most machines."}
@@ -84,7 +86,9 @@ class ReproduceArguments:
     dataloader_persistent_workers: bool = field(
         default=False, metadata={"help": "Keep worker processes from epoch to epoch."}
     )
-    save_steps: int = field(default=500, metadata={"help": "Steps between a trial's checkpoints."})
+    save_steps: int = field(
+        default=500, metadata={"help": "Number of optimizer steps between the checkpoints of a trial."}
+    )
 
     def __post_init__(self):
         self.metric = self.metric.removeprefix("eval_")

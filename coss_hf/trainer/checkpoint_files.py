@@ -271,7 +271,7 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
 def check_training_state(checkpoint: str, args) -> None:
     """Check that a checkpoint holds more than the student.
 
-    ``Trainer`` would go on without momentum, schedule and random numbers, and not say so.
+    ``Trainer`` would continue without momentum, schedule and random numbers, without saying so.
 
     Raises:
         ValueError: the run that wrote it is not finished, and kept no training state.

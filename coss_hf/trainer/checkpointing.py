@@ -113,13 +113,13 @@ class CheckpointWriter:
         reason = full_disk(error) or error or "another process failed"
         earlier, _ = newest_complete(self.args.output_dir, files=("config.json",))
         if earlier:
-            then = f"{earlier} is complete; put that right (make room on a full disk), and give the same command with "
+            then = f"{earlier} is complete; free some space or mend what is wrong, and give the same command with "
             then += "--resume_from_checkpoint"
         elif student_saved:
-            then = f"The trained student is saved in {self.args.output_dir}; make room, and measure it with "
+            then = f"The trained student is saved in {self.args.output_dir}; free some space, and measure it with "
             then += command_to("evaluate")
         else:
-            then = "No checkpoint was written before; put that right (make room on a full disk), and start afresh with "
+            then = "No checkpoint was written before; free some space or mend what is wrong, and start afresh with "
             then += "--overwrite_output_dir"
         return CheckpointError(f"{path} could not be written: {reason}. {then}.")
 

@@ -40,13 +40,13 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "cache": _cache(trainer),
         "step": f"{args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x {1 + args.neighbors_k} "
         f"views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
-        "watched": _evaluation(trainer),
+        "evaluation": _evaluation(trainer),
         "length": f"{steps:,} steps, {images:,} images seen",
         "device": f"{args.device}, mixed precision: {trainer.accelerator.mixed_precision}",
     }
     if measure:
         seconds, memory = _measure(trainer, size)
-        where = "of the device" if args.device.type == "cuda" else "a process, its loader workers not counted"
+        where = "of the device" if args.device.type == "cuda" else "per process, its loader workers not counted"
         time_needed = duration(images / args.world_size * seconds)
         facts["estimate"] = f"{time_needed} without data loading, {memory / 2**30:.2f} GiB of memory {where}"
     return "\n".join(f"{name:<12}{value}" for name, value in facts.items() if value)
@@ -102,7 +102,7 @@ def _evaluation(trainer: DistillationTrainer) -> str:
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
-    """Seconds an image, and bytes at the peak: on a GPU of a full batch, on a CPU extrapolated from small ones."""
+    """Seconds per image, and bytes at the peak: on a GPU of a full batch, on a CPU extrapolated from small ones."""
     args = trainer.args
     batch = args.per_device_train_batch_size * (1 + args.neighbors_k)
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
@@ -120,7 +120,7 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
 
 
 def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
-    """Seconds an image and bytes at the peak of this process, of training steps and of evaluation."""
+    """Seconds per image and bytes at the peak of this process, of training steps and of evaluation."""
     probes = sorted({min(batch, PROBE_IMAGES), min(batch, 2 * PROBE_IMAGES)})
     seconds = _time_step(trainer, size, probes[0])  # the first takes memory that is kept, whatever the batch
     peaks = [peak_resident_bytes(lambda count=count: _time_step(trainer, size, count)) for count in probes]

@@ -1,6 +1,6 @@
-"""Exact gradient accumulation, for losses that are statistics of the whole batch.
+"""Exact gradient accumulation, for losses that are statistics of the full batch.
 
-Summing the gradients of micro-batches gives the gradient of the whole batch only for a mean over images. Space
+Summing the gradients of micro-batches gives the gradient of the full batch only for a mean over images. Space
 similarity is not one: it is computed from sums over the batch, the loss's `totals`. A first pass without gradient
 collects the totals of each micro-batch; then each is back-propagated with the totals of the others held fixed. The
 gradients add up to exactly that of one batch, for one more forward pass of the student.

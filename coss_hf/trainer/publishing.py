@@ -108,4 +108,4 @@ class HubPublisher:
 
 def _warn_of_failure(job: Future) -> None:
     if job.exception() is not None:
-        logger.warning("Training goes on. %s", first_line(job.exception()))
+        logger.warning("Training continues. %s", first_line(job.exception()))

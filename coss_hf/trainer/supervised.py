@@ -39,30 +39,48 @@ class TeacherArguments(TrainingArguments):
 
     output_dir: str = field(default="teacher", metadata={"help": "Folder for network and image processor."})
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network that is already there."})
-    model: str | None = field(default=None, metadata={"help": "resnet56, resnet32x4, ..., or a Hub name or folder."})
+    model: str | None = field(
+        default=None, metadata={"help": "Network to train: resnet56, resnet32x4, ..., or a Hub name or folder."}
+    )
     hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Widths of a CIFAR network's stages."})
     image_size: int | None = field(default=None, metadata={"help": "Input side; default: 32, or the checkpoint's."})
-    mean: list[float] | None = field(default=None, metadata={"help": "Of a CIFAR network's input: CIFAR-100's."})
-    std: list[float] | None = field(default=None, metadata={"help": "The same."})
+    mean: list[float] | None = field(
+        default=None, metadata={"help": "Mean of the pixels per channel. Default: that of CIFAR-100."}
+    )
+    std: list[float] | None = field(
+        default=None, metadata={"help": "Standard deviation of the pixels per channel, as of --mean."}
+    )
     augmentation: str = field(
-        default="cifar", metadata={"help": "Augmentation of the training images.", "choices": list(AUGMENTATIONS)}
+        default="cifar",
+        metadata={"help": "Random augmentation of the training images.", "choices": list(AUGMENTATIONS)},
     )
     reduced_decoding: bool = field(
         default=True,
         metadata={"help": "Decode JPEGs at the smallest scale that has the pixels of a view. If False, whole."},
     )
     num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Images a device and step."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Images a forward pass in evaluation."})
-    optim: str = field(default="sgd", metadata={"help": "sgd, or any optimiser of transformers.Trainer."})
-    learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
+    per_device_train_batch_size: int = field(
+        default=128, metadata={"help": "Number of images per device and optimizer step."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Number of images per forward pass in evaluation."}
+    )
+    optim: str = field(
+        default="sgd", metadata={"help": "Optimizer: sgd, or any other of transformers.TrainingArguments."}
+    )
+    learning_rate: float = field(default=0.05, metadata={"help": "Largest learning rate of the schedule."})
     momentum: float = field(
         default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
     )
     weight_decay: float = field(default=5e-4, metadata={"help": "With SGD on every parameter, as in the paper."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "As in transformers; see lr_milestones."})
+    lr_scheduler_type: str = field(
+        default="cosine", metadata={"help": "Schedule of the learning rate, as of transformers.TrainingArguments."}
+    )
     lr_milestones: list[float] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "0: no clipping."})
+    max_grad_norm: float = field(
+        default=0.0,
+        metadata={"help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping."},
+    )
     save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})

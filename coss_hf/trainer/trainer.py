@@ -794,7 +794,7 @@ class DistillationTrainer(Trainer):
                 "--head": "none" if model.head is None else shapes(model.head),
                 "--method": self.args.method,
                 "--seed": str(self.args.seed),
-                "--per_device_train_batch_size": f"{self.args.images_per_step} images a step",
+                "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
             } | self.train_dataset.identity()
         return self._identity
 

@@ -140,7 +140,7 @@ class DistillationArguments(TrainingArguments):
     optim: str = field(
         default="sgd", metadata={"help": "Optimizer: sgd, or any other of transformers.TrainingArguments."}
     )
-    learning_rate: float = field(default=0.05, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=0.05, metadata={"help": "Largest learning rate of the schedule."})
     momentum: float = field(
         default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
     )
@@ -312,10 +312,13 @@ class DistillationArguments(TrainingArguments):
             if getattr(self, name):
                 raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
         if not self.dataloader_drop_last:
-            raise ValueError("--dataloader_drop_last cannot be switched off: the loss is one of whole batches.")
+            raise ValueError(
+                "--dataloader_drop_last cannot be switched off: the loss is a statistic of the full batch."
+            )
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(
-                "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is one of whole "
+                "--accelerator_config: split_batches and dispatch_batches re-cut batches, and the loss is a "
+                "statistic of the full "
                 "batches; leave both out."
             )
 

@@ -84,7 +84,8 @@ def cache_errors_as_value_error():
         if found := unwritable_cache(error):
             variable, reason = found
             raise ValueError(
-                f"{variable}={caches()[variable]} cannot be written ({reason}); make room or get the permission, or "
+                f"{variable}={caches()[variable]} cannot be written ({reason}); free some space or get the "
+                f"permission, or "
                 f"set {variable} to another folder."
             ) from error
         raise

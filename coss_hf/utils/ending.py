@@ -83,7 +83,7 @@ class Ending:
         signal.set_wakeup_fd(self._wakeup)
 
     def reset(self) -> None:
-        """Forget a signal that came before."""
+        """Drop a signal that came before."""
         self.received = None
         self._left = False
         self._came = None

@@ -19,7 +19,7 @@ def check_shared_memory(workers: int, batches: dict[str, int], prefetch: int | N
         prefetch: number of batches that each worker loads ahead; None for PyTorch's default.
 
     Raises:
-        ValueError: there is less room than that.
+        ValueError: less memory is free than that.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return

@@ -112,7 +112,7 @@ BSD = "Redistribution and use in source and binary\nforms, with or without modif
         ({"config.json": "{}", "LICENSE": MIT}, "mit", "`mit`.$"),
         ({"LICENSE": BSD}, "bsd-2-clause", "`bsd-2-clause`.$"),
         ({"LICENCE.txt": f"{BSD} Neither the name of"}, "bsd-3-clause", "`bsd-3-clause`.$"),
-        ({"LICENSE": "You may look at it."}, "other", "terms of its own.*`LICENSE` beside its weights"),
+        ({"LICENSE": "You may look at it."}, "other", "terms of its own.*`LICENSE` next to its weights"),
         ({"config.json": "{", "LICENSE.md": MIT}, "mit", "`mit`"),
         ({"README.md": "---\nlicense: mit\n---\n", "LICENSE": BSD}, "mit", "`mit`.$"),
         ({"README.md": "---\ntags: [a]\n---\n", "LICENSE": BSD}, "bsd-2-clause", "`bsd-2-clause`.$"),
@@ -182,7 +182,7 @@ def test_strategies(trainer, monkeypatch, caplog):
             if strategy == "end"
             else [(f"checkpoint-{step}", f"Training in progress, {8 * step} images seen") for step in (3, 6)]
         )
-    assert "Training goes on. broken" in caplog.text
+    assert "Training continues. broken" in caplog.text
 
 
 def test_an_invalid_name_is_refused_at_the_start(trainer):

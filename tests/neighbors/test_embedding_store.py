@@ -82,7 +82,9 @@ def test_a_full_disk_leaves_finished_shards(small, tmp_path, monkeypatch):
         real(file, array)
 
     monkeypatch.setattr(np, "save", full)
-    with pytest.raises(ValueError, match=f"--neighbors_cache {tmp_path.parent}: .*00002.npy.*No space left.*make room"):
+    with pytest.raises(
+        ValueError, match=f"--neighbors_cache {tmp_path.parent}: .*00002.npy.*No space left.*free some space"
+    ):
         embed(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.npy", "00001.npy"]
     monkeypatch.setattr(np, "save", real)

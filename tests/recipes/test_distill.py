@@ -153,7 +153,7 @@ def test_a_full_disk_without_checkpoints_does_not_advise_to_resume(world, capsys
     with pytest.raises(SystemExit) as stop:
         world.run(save_strategy="no", validation_size=0)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"The trained student is saved in {world.out}; make room" in error
+    assert stop.value.code == 1 and f"The trained student is saved in {world.out}; free some space" in error
     assert "--resume" not in error and "--overwrite" not in error
 
 
@@ -184,9 +184,9 @@ def test_dry_run_resolves_everything_and_writes_nothing(world, capsys):
     out = capsys.readouterr().out
     for word in ("teacher ", "student ", "head ", "Linear", "neighbours  2 of the nearest 5", "2 steps", "estimate"):
         assert word in out, word
-    assert "watched     no: without images held out" in out
+    assert "evaluation  no: without images held out" in out
     world.run("--dry_run", validation_size=8)
-    assert "watched     on 8 images held out of train, before the first step and every" in capsys.readouterr().out
+    assert "evaluation  on 8 images held out of train, before the first step and every" in capsys.readouterr().out
     assert not world.out.exists() or not any(world.out.iterdir())
 
 

@@ -70,7 +70,7 @@ def test_what_is_said_of_a_run():
     # Better than at random weights, worse than its own that it started from.
     history = [panel | {"eval_knn20": 0.85}, panel | {"eval_overlap10": 0.3, "eval_knn20": 0.8}]
     (sentence,) = report.summary(results(0.8), history, [])
-    assert sentence.startswith("It did not help: on the images watched") and "(80.0 %, before 85.0 %)" in sentence
+    assert sentence.startswith("It did not help: on the images evaluated") and "(80.0 %, before 85.0 %)" in sentence
     (sentence,) = report.summary(results(0.8), history[::-1][:1] + [history[0] | {"eval_overlap10": 0.5}], [])
     assert sentence.startswith("The student has learnt from its teacher")
 
@@ -98,7 +98,7 @@ def test_the_command_says_how_it_was_launched(monkeypatch, environment, launcher
 
 def test_a_verdict_says_on_how_many_images_it_rests():
     first, few = report.summary(results(0.8), [], [], evaluated=60)
-    assert first.startswith("The student has learnt") and few.startswith("This rests on 60 images alone")
+    assert first.startswith("The student has learnt") and few.startswith("This is measured on 60 images alone")
     (sentence,) = report.summary(results(0.8, "overlap10"), [], [], evaluated=2000)
     assert sentence.endswith("(on 2,000 images, where 0.5 % would be chance).")
     unsaid, _ = report.summary(results(0.5), [], [], evaluated=20)

@@ -104,9 +104,9 @@ def test_missing_progress_says_how_short_the_run_is_and_what_chance_is():
 
 def test_chance_and_few_images():
     assert chance(60) == pytest.approx(10 / 59) and chance(5) == 1
-    assert few_images(60).startswith("This rests on 60 images alone, of which one is 1.7 points") and not few_images(
-        500
-    )
+    assert few_images(60).startswith(
+        "This is measured on 60 images alone, of which one is 1.7 points"
+    ) and not few_images(500)
 
 
 def test_missing_progress_is_reported_after_three_evaluations_or_at_the_end():

@@ -28,7 +28,7 @@ def test_a_full_disk_is_named(tmp_path, image_parquet, monkeypatch, stage):
 
     owner, name = (datasets, "load_dataset") if stage == "load" else (datasets.Dataset, "map")
     monkeypatch.setattr(owner, name, full)
-    with pytest.raises(ValueError, match="HF_DATASETS_CACHE=.*No space left on device.*make room") as caught:
+    with pytest.raises(ValueError, match="HF_DATASETS_CACHE=.*No space left on device.*free some space") as caught:
         load_images(str(image_parquet))
     assert "Hub name" not in str(caught.value)
 

@@ -111,7 +111,7 @@ def evaluation_line(step: int, logs: dict) -> str:
 
 
 def speed(logs: dict) -> str:
-    """Images a second, and what share of the time teacher and loader take."""
+    """Images per second, and what share of the time teacher and loader take."""
     text = f"{logs['images_per_second']:,.0f} img/s"
     if "teacher_share" in logs:
         text += f" (teacher {percent(logs['teacher_share'], 0)}, data wait {percent(logs['data_wait_share'], 0)})"

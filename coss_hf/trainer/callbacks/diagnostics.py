@@ -13,7 +13,7 @@ class DiagnosticsCallback(TrainerCallback):
     """Raises each alarm once, and looks once more when training ends.
 
     Args:
-        images: of the panel.
+        images: number of images that are evaluated.
         last_step: whether to evaluate at the last step, too.
     """
 
