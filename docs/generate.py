@@ -350,7 +350,7 @@ def method_page(name: str) -> str:
         plain(paragraphs(formula)),
         f"**Shapes.** {sentence(parts['Shapes'])}",
         "## When to use it",
-        sentence(parts["Use when"]),
+        f"Use it when {plain(paragraphs(parts['Use when']))}",
         "## What it needs",
         *(f"* {line}" for line in cost(loss)),
         f"**Several processes.** {sentence(parts['Several processes'])}",

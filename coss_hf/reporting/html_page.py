@@ -19,9 +19,12 @@ p.alarm { border-color: var(--bad) }
 th, td { padding: .3rem .45rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap }
 th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space: normal }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
-figure { margin: 1rem 0 } img { max-width: 100%; height: auto; background: #fff }
+figure { margin: 1rem 0 } img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 figcaption, footer { color: var(--muted); font-size: .85rem }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .82rem; white-space: pre-wrap }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere }
+@media (max-width: 40rem) { body { margin: 1rem auto } h1 { font-size: 1.3rem; overflow-wrap: anywhere }
+        .picture { overflow-x: auto } .picture img { max-width: none; width: 42rem } }
+@media (prefers-color-scheme: dark) { img { filter: brightness(.88) } }
 """
 
 
@@ -32,7 +35,7 @@ def page(title: str, parts: Sequence[str]) -> str:
         title: its heading, plain text.
         parts: HTML of the functions below, in order.
     """
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
@@ -56,7 +59,8 @@ def image(path: str | Path, caption: str = "") -> str:
     """A PNG file, kept in the page."""
     data = base64.b64encode(Path(path).read_bytes()).decode()
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{data}">{below}</figure>'
+    picture = f'<img alt="{escape(caption, quote=True)}" src="data:image/png;base64,{data}">'
+    return f'<figure><div class="picture">{picture}</div>{below}</figure>'
 
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of a run: nearest neighbours side by side, and the loss over the images seen."""
+"""Pictures of runs and studies, in one look: neighbours, projections, curves, methods, quality against latency."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +21,22 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _dress(axes, title: str, x: str = "", y: str = "", grid: str = "y", bold: bool = False) -> None:
+    """The one look of all plots: title above the left edge of the axes, light grid, no frame, units on the axes."""
+    axes.set_title(title, loc="left", fontsize=10, color=TEXT, weight="bold" if bold else "normal")
+    axes.set_xlabel(x, fontsize=9, color=MUTED)
+    axes.set_ylabel(y, fontsize=9, color=MUTED)
+    axes.grid(axis=grid, color="#e6e8eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=8, colors=MUTED, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(OTHER)
+
+
+def _thousands(axes) -> None:
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
 def neighbor_picture(
@@ -55,7 +71,9 @@ def neighbor_picture(
             f"{student_neighbors.shape} and {teacher_neighbors.shape}."
         )
     q, n = student_neighbors.shape
-    gap, tile, header = 0.45, 1.0 if labels is None else 1.22, 0.75
+    gap = 0.45
+    tile = 1.0 if labels is None else 1.22
+    header = 0.55
     columns = 1 + gap + n + gap + n
     figure = _figure(0.85 * (columns + 0.4), 0.85 * (q * tile + header + 0.45))
     width, height = figure.get_size_inches() / 0.85  # in tiles
@@ -76,9 +94,9 @@ def neighbor_picture(
             axes.set_xlabel(str(labels[int(row)]), fontsize=7, color=color, labelpad=3)
 
     starts = {"Query": 0.2, "Teacher": 0.2 + 1 + gap, "Student": 0.2 + 1 + gap + n + gap}
-    text(starts["Query"], 0.5, "Query", fontsize=10, weight="bold")
+    text(starts["Query"], 0.35, "Query", fontsize=10, weight="bold")
     for name in ("Teacher", "Student"):
-        text(starts[name], 0.5, f"{name}’s {n} nearest", fontsize=10, weight="bold")
+        text(starts[name], 0.35, f"{name}’s {n} nearest", fontsize=10, weight="bold")
     for i, query in enumerate(query_rows):
         y = header + i * tile
         show(starts["Query"], y, query, query, TEXT, 0.8)
@@ -93,8 +111,8 @@ def neighbor_picture(
     text(
         starts["Query"],
         height - 0.14,
-        f"Green frame: in both lists ({100 * shared:.0f} % here)",
-        fontsize=8,
+        f"Green frame: in both lists ({100 * shared:.0f} % here)" + ("" if labels is None else ". Red: another class."),
+        fontsize=9,
         color=SHARED,
     )
     figure.savefig(path, format="png")
@@ -129,14 +147,11 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
             marker="o" if len(points) < 30 else None,
             markersize=3,
         )
-        axes.set_title(name, loc="left", fontsize=10, color=TEXT, weight="bold" if name == "loss" else "normal")
-        axes.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        axes.tick_params(labelsize=8, colors=MUTED, length=0)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.spines["bottom"].set_color(OTHER)
+        _dress(axes, name, bold=name == "loss")
         axes.margins(x=0.01)
-    panels[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    panels[-1].set_xlabel(axis.replace("_", " "), fontsize=9, color=MUTED)
+    _thousands(panels[-1])
+    panels[-1].set_xlabel(axis.replace("_", " "))
+    figure.align_ylabels(panels)
     figure.tight_layout()
     figure.savefig(path, format="png")
 
@@ -149,19 +164,19 @@ def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | No
         evaluations: of ``coss_hf.evaluation.diagnostics.evaluations``, one or more.
         images: number of images that were evaluated, which decides what an overlap would be by chance.
     """
-    sample = f"; {images:,} images, {100 * chance(images):.1f} by chance" if images else ""
+    sample = f" ({images:,} images, {100 * chance(images):.1f} % by chance)" if images else ""
     groups = [
-        (f"overlap of the 10 nearest (%{sample})", {"overlap": "overlap10"}, 100),
-        ("cosine, CKA", {"per image": "cosine", "per dimension": "dimension_cosine", "CKA": "cka"}, 1),
-        ("effective rank", {"student": "effective_rank", "teacher": "teacher_effective_rank"}, 1),
-        ("with labels (%)", {"k-NN 20": "knn20", "probe": "probe"}, 100),
+        (f"Overlap of the 10 nearest{sample}", {"overlap": "overlap10"}, 100, "%"),
+        ("Cosine and CKA", {"per image": "cosine", "per dimension": "dimension_cosine", "CKA": "cka"}, 1, ""),
+        ("Effective rank", {"student": "effective_rank", "teacher": "teacher_effective_rank"}, 1, "dimensions"),
+        ("Accuracy, with labels", {"k-NN 20": "knn20", "linear probe": "probe"}, 100, "%"),
     ]
     groups = [group for group in groups if any(key in entry for key in group[1].values() for entry in evaluations)]
     figure = _figure(9, 2.3 * -(-len(groups) // 2))
     axes = figure.subplots(-(-len(groups) // 2), 2, squeeze=False).ravel()
     for one in axes[len(groups) :]:
         one.set_visible(False)
-    for one, (title, lines, factor) in zip(axes, groups):
+    for one, (title, lines, factor, unit) in zip(axes, groups):
         for (name, key), color in zip(lines.items(), (SHARED, "#3867b7", "#b7791f")):
             points = [
                 (entry["images_seen"], factor * entry[key]) for entry in evaluations if entry.get(key) is not None
@@ -169,14 +184,9 @@ def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | No
             if points:
                 one.plot(*zip(*points), color=color, linewidth=1.5, marker="o", markersize=3, label=name)
         if len(lines) > 1:
-            one.legend(fontsize=7.5, frameon=False)
-        one.set_title(title, loc="left", fontsize=9.5, color=TEXT)
-        one.grid(axis="y", color="#e6e8eb", linewidth=0.8)
-        one.tick_params(labelsize=8, colors=MUTED, length=0)
-        one.spines[["top", "right", "left"]].set_visible(False)
-        one.spines["bottom"].set_color(OTHER)
-        one.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        one.set_xlabel("images seen", fontsize=8, color=MUTED)
+            one.legend(fontsize=8, frameon=False, labelcolor=TEXT)
+        _dress(one, title, x="images seen", y=unit)
+        _thousands(one)
     figure.tight_layout()
     figure.savefig(path, format="png")
 
@@ -205,23 +215,25 @@ def projection_picture(
         colors["vmax"] = 9 if len(classes) <= 10 else 19
     else:
         colors = {"c": np.arctan2(teacher[:, 1], teacher[:, 0]), "cmap": "hsv"}
-    figure = _figure(9, 4.9)
+    figure = _figure(9, 5.2)
+    # One scale for both, so that the two can be compared point by point.
+    half = 1.05 * max(float(np.abs(points).max(initial=0)) for points in (student, teacher)) or 1
     for axes, name, points in zip(figure.subplots(1, 2), ("Teacher", "Student"), (teacher, student)):
-        dots = axes.scatter(points[:, 0], points[:, 1], s=7, alpha=0.6, linewidths=0, **colors)
-        axes.set_title(name, loc="left", fontsize=10, color=TEXT, weight="bold")
-        axes.set(xticks=[], yticks=[], aspect="equal")
-        for spine in axes.spines.values():
-            spine.set_color(OTHER)
-    figure.tight_layout(rect=(0, 0.12, 1, 1))
+        dots = axes.scatter(points[:, 0], points[:, 1], s=9, alpha=0.65, linewidths=0, **colors)
+        y = "second component" if name == "Teacher" else ""
+        _dress(axes, name, x="first component (1 = root mean square distance)", y=y, grid="both", bold=True)
+        axes.set(xlim=(-half, half), ylim=(-half, half), aspect="equal")
+        axes.locator_params(nbins=5)
+    figure.tight_layout(rect=(0, 0.09, 1, 1))
     if by_class:
         handles = [
             axes.scatter([], [], s=20, color=dots.cmap(dots.norm(shade)), label=str((names or {}).get(one, one)))
             for shade, one in enumerate(classes)
         ]
-        figure.legend(handles=handles, loc="lower center", ncols=10, fontsize=7.5, frameon=False, handletextpad=0.1)
+        figure.legend(handles=handles, loc="lower center", ncols=10, fontsize=8, frameon=False, handletextpad=0.1)
     else:
         text = "Colour: the direction of the image from the centre of the teacher's plane, the same in both."
-        figure.text(0.5, 0.05, text, fontsize=8, color=MUTED, ha="center")
+        figure.text(0.5, 0.04, text, fontsize=8, color=MUTED, ha="center")
     figure.savefig(path, format="png")
 
 
@@ -241,13 +253,9 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
     for height, some in enumerate(reversed(values.values())):
         axes.plot(some, [height] * len(some), "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
         axes.plot([sum(some) / len(some)] * 2, [height - 0.3, height + 0.3], color=TEXT, linewidth=1.5)
-    axes.set_yticks(range(len(values)), reversed(values), fontsize=9, color=TEXT)
-    axes.set_xlabel(f"{metric} (%)", fontsize=9, color=MUTED)
-    axes.set_title(title, loc="left", fontsize=10, color=TEXT)
-    axes.grid(axis="x", color="#e6e8eb", linewidth=0.8)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(OTHER)
+    axes.set_yticks(range(len(values)), reversed(values))
+    _dress(axes, title, x=f"{metric} (%)", grid="x")
+    axes.tick_params(axis="y", labelsize=9, labelcolor=TEXT)
     figure.tight_layout()
     figure.savefig(path, format="png")
 
@@ -282,12 +290,6 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
         axes.annotate(f"{name} {mean:.1f}", place, fontsize=8.5, color=color, va="center")
     axes.set_xlim(0, 1.35 * widest)
     axes.margins(y=0.12)
-    axes.set_xlabel("milliseconds for one image", fontsize=9, color=MUTED)
-    axes.set_ylabel(f"{metric} (%)", fontsize=9, color=MUTED)
-    axes.set_title(title, loc="left", fontsize=10, color=TEXT)
-    axes.grid(color="#e6e8eb", linewidth=0.8)
-    axes.tick_params(labelsize=8, colors=MUTED, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(OTHER)
+    _dress(axes, title, x="milliseconds for one image", y=f"{metric} (%)", grid="both")
     figure.tight_layout()
     figure.savefig(path, format="png")

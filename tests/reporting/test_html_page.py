@@ -44,3 +44,9 @@ def test_a_page_is_whole_and_fetches_nothing(tmp_path):
     (source,) = reader.sources
     assert source.startswith("data:image/png;base64,")
     assert base64.b64decode(source.split(",")[1]) == path.read_bytes()
+
+
+def test_page_suits_phones_and_dark_mode():
+    text = html.page("title", [])
+    assert 'name="viewport" content="width=device-width, initial-scale=1"' in text
+    assert "@media (max-width: 40rem)" in text and text.count("prefers-color-scheme: dark") == 2

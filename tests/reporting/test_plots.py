@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from coss_hf.reporting import plots
 from coss_hf.reporting.plots import (
     SHARED,
     STUDENTS,
@@ -38,7 +39,7 @@ def test_neighbor_picture_frames_what_is_shared(tmp_path, images):
         neighbor_picture(tmp_path / f"{name}.png", images, [0, 1], student, teacher)
         pixels[name] = read(tmp_path / f"{name}.png")
     # 2 rows x (1 + 3 + 3 columns and two gaps), at 150 dots an inch.
-    assert pixels["none"].shape == pixels["all"].shape == (408, 1058, 3)
+    assert pixels["none"].shape == pixels["all"].shape == (382, 1058, 3)
     assert len(np.unique(pixels["none"].reshape(-1, 3), axis=0)) > 50
     counts = {name: green(array[:-60]) for name, array in pixels.items()}  # the legend is green too
     assert counts["none"] == 0
@@ -121,3 +122,16 @@ def test_each_student_has_its_own_colour(tmp_path):
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture - wanted).max(1) < 6).sum() > 20, color
     assert len(set(STUDENTS)) == 8
+
+
+def test_both_spaces_have_one_scale_and_titles_at_one_height(tmp_path, monkeypatch):
+    """Each had a scale of its own, and the student's title was cut off at the top."""
+    figures = []
+    make = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    points = np.random.default_rng(0).normal(size=(40, 2))
+    projection_picture(tmp_path / "a.png", 0.3 * points, points, None)
+    left, right = figures[0].axes
+    assert left.get_xlim() == right.get_xlim() and left.get_ylim() == right.get_ylim()
+    assert left.get_position().y1 == pytest.approx(right.get_position().y1) and left.get_position().y1 < 0.97
+    assert all(axes.get_xlabel().startswith("first component") for axes in (left, right))
