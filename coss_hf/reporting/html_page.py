@@ -21,7 +21,8 @@ th { color: var(--muted); font-weight: 600; vertical-align: bottom; white-space:
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: 1rem 0 } img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: 4px }
 figcaption, footer { color: var(--muted); font-size: .85rem }
-pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .82rem; white-space: pre-wrap; overflow-wrap: anywhere }
+pre { background: var(--soft); padding: .8rem; overflow-x: auto; font-size: .82rem; white-space: pre-wrap;
+      overflow-wrap: anywhere }
 @media (max-width: 40rem) { body { margin: 1rem auto } h1 { font-size: 1.3rem; overflow-wrap: anywhere }
         .picture { overflow-x: auto } .picture img { max-width: none; width: 42rem } }
 @media (prefers-color-scheme: dark) { img { filter: brightness(.88) } }
@@ -35,7 +36,8 @@ def page(title: str, parts: Sequence[str]) -> str:
         title: its heading, plain text.
         parts: HTML of the functions below, in order.
     """
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+    head = f'<meta charset="utf-8"><title>{escape(title)}</title>'
+    head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
