@@ -41,7 +41,7 @@ def test_labels_become_classes_from_zero(values, names):
 @pytest.mark.parametrize(
     "values", [[1, -1], [1, None], ["a", None], ["a", ""], [1.0, float("nan")], [True, None], [None, None]]
 )
-def test_a_missing_label_leaves_agreement_alone(values, caplog):
+def test_missing_labels_leave_only_agreement_metrics(values, caplog):
     assert class_numbers("label", rows(*values)) is None
     assert "Column label lacks labels" in caplog.text
 
@@ -55,14 +55,14 @@ def test_splits_share_the_classes_by_name():
     assert [n.tolist() for n in numbers] == [[1, 0], [0, 1, 1]]
 
 
-def test_the_numbers_of_class_labels_stay():
+def test_class_label_numbers_are_kept():
     """Also where a class has no image: figures of earlier runs stay comparable, and so do a teacher's outputs."""
     feature = ClassLabel(names=["ant", "bee", "cow"])
     (numbers,), names = class_numbers("label", rows(2, 0, feature=feature))
     assert numbers.tolist() == [2, 0] and names == ["ant", "bee", "cow"]
 
 
-def test_a_class_that_no_training_image_has_is_named(caplog):
+def test_class_without_training_images_is_named(caplog):
     (train, test), names = class_numbers("label", rows(10, 20), rows(20, 30, 30, 7))
     assert names == ["10", "20"] and test.tolist() == [1, 3, 3, 2]
     assert (
@@ -70,7 +70,7 @@ def test_a_class_that_no_training_image_has_is_named(caplog):
     )
 
 
-def test_no_class_in_common(caplog):
+def test_splits_without_common_classes_are_rejected(caplog):
     assert class_numbers("label", rows("ant", "bee"), rows("cow", "ant "), rows("ant")) is None
     assert "(ant , cow) is one of the training images' (ant, bee)" in caplog.text
 
@@ -89,11 +89,11 @@ def test_no_class_in_common(caplog):
         ([-1, -1], None, None),
     ],
 )
-def test_the_column_of_labels(values, given, found):
+def test_label_column_is_found(values, given, found):
     feature = Value("int64") if values == [None, None] else None
     assert find_label_column("d", rows(*values, feature=feature), given) == found
 
 
-def test_a_column_that_cannot_be_labels():
+def test_invalid_label_column_is_rejected():
     with pytest.raises(ValueError, match="--label_column label is not a ClassLabel, nor a column of whole"):
         find_label_column("d", rows([1, 2], [3]), "label")

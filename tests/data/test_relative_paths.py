@@ -31,7 +31,7 @@ def write(folder, paths, images=(), struct=False, name="train.parquet"):
 
 @pytest.mark.parametrize("struct", [False, True])
 @pytest.mark.parametrize("form", ["file", "folder", "glob"])
-def test_relative_paths_lie_beside_the_table(tmp_path, form, struct):
+def test_relative_paths_start_at_the_folder_of_the_table(tmp_path, form, struct):
     folder = write(tmp_path / "d", ["x/0.png", "./x/1.png"], struct=struct)
     write(tmp_path / "d" / "x", [], ["0.png", "1.png"], name="unused")
     (tmp_path / "d" / "x" / "unused").unlink()
@@ -43,7 +43,7 @@ def test_relative_paths_lie_beside_the_table(tmp_path, form, struct):
     assert set(train.column_names) == {"number", "image", "text", "image_hash"} and train["number"][:] == [0, 1]
 
 
-def test_beside_the_table_comes_before_the_current_folder(tmp_path):
+def test_folder_of_the_table_is_searched_before_the_current_folder(tmp_path):
     write(tmp_path / "elsewhere", [], ["0.png"])
     for expected in ("elsewhere", "d"):
         folder = write(tmp_path / "d", ["0.png"], ["0.png"] if expected == "d" else [])
@@ -51,7 +51,7 @@ def test_beside_the_table_comes_before_the_current_folder(tmp_path):
         assert train["image"][0]["path"] == str(tmp_path / expected / "0.png")
 
 
-def test_a_name_that_two_folders_have_is_refused(tmp_path):
+def test_ambiguous_relative_path_is_rejected(tmp_path):
     for part in ("a", "b"):
         write(tmp_path / "d" / part, ["0.png"], ["0.png"], name=f"{part}.parquet")
     with pytest.raises(ValueError, match="0.png may be .*a/0.png or .*b/0.png.*absolute paths, or one table"):
@@ -65,7 +65,7 @@ def test_urls_are_refused_as_urls(tmp_path, struct):
         load_images(str(folder), image_column="image")
 
 
-def test_one_url_among_files_is_a_bad_image(tmp_path):
+def test_url_among_files_counts_as_bad_image(tmp_path):
     folder = write(tmp_path / "d", ["0.png", "s3://bucket/b.jpg"])
     write(tmp_path / "d", ["0.png", "s3://bucket/b.jpg"], ["0.png"])
     with pytest.raises(ValueError, match="1 of 2 images .*s3://bucket/b.jpg.*a URL: images are not downloaded"):

@@ -49,7 +49,7 @@ def test_overlap_leaves_self_out_by_index():
     assert neighbor_overlap(pairs, strangers, k=1) == 0.0  # self counted as a neighbour would be shared
 
 
-def test_cosine():
+def test_cosine_equals_torch_cosine_similarity():
     x = embeddings()
     assert mean_cosine(x, 5 * x) == pytest.approx(1, abs=1e-6)
     assert mean_cosine(x, -x) == pytest.approx(-1, abs=1e-6)
@@ -58,7 +58,7 @@ def test_cosine():
     assert mean_cosine(student, teacher) == pytest.approx((0.6 + 1 + 0) / 3)
 
 
-def test_bad_input():
+def test_invalid_embeddings_are_rejected():
     x = embeddings(10)
     with pytest.raises(ValueError, match="k=10 must be between 1 and 9"):
         neighbor_overlap(x, x)
@@ -81,7 +81,7 @@ def test_cosine_of_dimensions():
         dimension_cosine(x, y[:, :3])
 
 
-def test_alignment_is_blind_to_rotation_scale_and_shift_and_equals_its_kernel_form():
+def test_cka_ignores_rotation_scale_and_shift_and_equals_its_kernel_form():
     x, y = embeddings(60).double(), embeddings(60, d=5, seed=1).double()
     rotation = torch.linalg.qr(embeddings(16, seed=2).double())[0]
     assert linear_cka(3 * x @ rotation + 7, x) == pytest.approx(1, abs=1e-12)

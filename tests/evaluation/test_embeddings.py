@@ -44,7 +44,7 @@ def test_without_labels_and_through_the_head(data):
     }
 
 
-def test_too_few_images_give_none_and_the_rest(data):
+def test_metrics_that_need_more_images_are_none(data):
     train, train_labels, student, labels, _ = data
     arguments = {"train_features": train[:15], "train_labels": train_labels[:15], "test_labels": labels[:10]}
     result = evaluate_embeddings(student[:10], student[:10], **arguments)
@@ -52,7 +52,7 @@ def test_too_few_images_give_none_and_the_rest(data):
     assert result["knn10"] is not None and result["cosine"] == pytest.approx(1)
 
 
-def test_table():
+def test_table_has_one_line_per_network():
     text = table(
         {
             "teacher": {"parameters": 853018, "knn10": 0.8498, "overlap10": 1.0, "cosine": 1.0},

@@ -121,13 +121,13 @@ def test_inputs_added_before_count_with_tensors_of_the_last_call(data, tmp_path)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_described(name, tmp_path):
+def test_metrics_have_descriptions(name, tmp_path):
     info = METRICS[name](cache_dir=str(tmp_path)).info
     assert info.description and info.citation.startswith("@") and info.reference_urls
     assert "predictions" in info.inputs_description and "Returns" in info.inputs_description
 
 
-def test_bad_input_is_named(data, tmp_path):
+def test_error_names_the_invalid_input(data, tmp_path):
     train, student, labels = data
     with pytest.raises(ValueError, match="k=121 must be between 1 and 120"):
         KNNAccuracy(cache_dir=str(tmp_path)).compute(predictions=student, references=labels, k=121, **train)

@@ -39,7 +39,7 @@ def test_predictions_equal_the_fixture(case, dtype, tolerance):
     assert scores["knn1"] == (nearest_label == case["in.query_labels"]).double().mean().item()
 
 
-def test_vote_by_hand():
+def test_weighted_vote_equals_calculation_by_hand():
     angles = torch.tensor([0.0, 10.0, 20.0, 80.0]) * math.pi / 180
     train = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[5.0], [0.1], [1.0], [100.0]])
     _, shares = knn_predict(train, torch.tensor([0, 2, 2, 1]), torch.tensor([[3.0, 0.0]]), k=3, temperature=0.5)
@@ -50,7 +50,7 @@ def test_vote_by_hand():
 
 @pytest.mark.parametrize("exclude_self", [False, True])
 @pytest.mark.parametrize(("chunk", "gallery_chunk"), [(7, 5), (1024, 65_536), (3, 65_536)])
-def test_search_equals_brute_force_however_it_is_cut(monkeypatch, chunk, gallery_chunk, exclude_self):
+def test_search_in_any_block_size_equals_brute_force(monkeypatch, chunk, gallery_chunk, exclude_self):
     monkeypatch.setattr(knn, "GALLERY_CHUNK", gallery_chunk)
     x = clusters(53)[0].double()
     unit = x / x.norm(dim=1, keepdim=True)
@@ -78,7 +78,7 @@ def test_several_k_from_one_search_equal_single_predictions():
     assert len(set(scores.values())) == 3  # noisy enough for k to matter
 
 
-def test_scale_free_and_safe_at_extremes():
+def test_knn_ignores_scale_even_of_extreme_values():
     train, labels = clusters(60)
     test = clusters(20, seed=1)[0]
     pred, shares = knn_predict(train, labels, test, k=5)
@@ -104,14 +104,14 @@ def test_scale_free_and_safe_at_extremes():
         ({"test_features": torch.zeros(3, 9)}, r"\(3, 9\) and \(20, 8\)"),
     ],
 )
-def test_bad_input(change, message):
+def test_invalid_knn_input_is_rejected(change, message):
     arguments = {"train_features": torch.randn(20, 8), "train_labels": torch.zeros(20, dtype=torch.long)}
     arguments |= {"test_features": torch.randn(3, 8), "k": 5} | change
     with pytest.raises(ValueError, match=message):
         knn_predict(**arguments)
 
 
-def test_accuracy_of_nothing_is_refused():
+def test_accuracy_without_test_images_is_rejected():
     train, labels = clusters(20)
     with pytest.raises(ValueError, match="needs test_features"):
         knn_accuracy(train, labels, train[:0], labels[:0])
@@ -120,7 +120,7 @@ def test_accuracy_of_nothing_is_refused():
 
 
 @pytest.mark.parametrize("offset", [0, 5_000_000_000])
-def test_tables_are_as_wide_as_there_are_classes(offset):
+def test_vote_table_has_one_column_per_class(offset):
     """Labels of 5,000,000,011 asked for 640 GB."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % 4

@@ -30,7 +30,7 @@ def test_the_scale_of_the_embeddings_does_not_matter(power):
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_squares_that_leave_the_range_of_float32(scale):
+def test_embeddings_whose_squares_overflow_float32(scale):
     train, test = clusters(400), clusters(200, seed=1)
     assert accuracy((scale * train[0], train[1]), (scale * test[0], test[1])) == accuracy(train, test)
 
@@ -45,7 +45,7 @@ def test_scale_and_offset_of_single_dimensions_do_not_matter():
     assert moved == pytest.approx(expected, abs=0.011)
 
 
-def test_constant_dimensions_say_nothing():
+def test_constant_dimensions_do_not_change_the_result():
     """Rounding noise around a constant must not become the loudest dimension."""
     x, labels = clusters(400)
     x_test, test_labels = clusters(200, seed=1)
@@ -58,7 +58,7 @@ def test_constant_dimensions_say_nothing():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_data_types(dtype):
+def test_linear_evaluation_accepts_half_and_double_precision(dtype):
     train, test = clusters(400), clusters(200, seed=1)
     found = accuracy((train[0].to(dtype), train[1].to(torch.uint8)), (test[0].to(dtype), test[1]))
     assert found == pytest.approx(accuracy(train, test), abs=0.03)

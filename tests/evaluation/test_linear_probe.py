@@ -115,7 +115,7 @@ def test_double_and_half_precision_and_small_labels():
         ({"train_labels": torch.full((20,), -1)}, "train_labels"),
     ],
 )
-def test_bad_input(change, message):
+def test_invalid_probe_input_is_rejected(change, message):
     (x, labels), (x_test, test_labels) = separable(20), separable(5, seed=1)
     arguments = {"train_features": x, "train_labels": labels, "test_features": x_test, "test_labels": test_labels}
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ def test_principal_components_of_directions():
     torch.testing.assert_close(plane(3 * x).abs(), expected.abs())
 
 
-def test_a_turned_space_is_turned_back():
+def test_projection_aligns_rotated_embeddings_with_the_teacher():
     teacher = draw(60, 5) * torch.tensor([4.0, 2, 1, 1, 1])
     turn = torch.linalg.qr(draw(5, 5, seed=1))[0]
     student, there = planes(teacher @ turn, teacher)
@@ -25,6 +25,6 @@ def test_a_turned_space_is_turned_back():
     assert other.shape == there.shape == (60, 2) and not torch.allclose(other, there, atol=0.1)
 
 
-def test_one_dimension_and_equal_embeddings():
+def test_projection_of_one_dimension_and_of_equal_embeddings():
     assert planes(draw(9, 1), draw(9, 3))[0].shape == (9, 2)
     assert planes(torch.ones(9, 4), draw(9, 3))[0].isfinite().all()

@@ -36,7 +36,7 @@ def test_recall_and_precision_equal_their_definition(rows, k):
     assert (found[f"recall{k}"], found["map"]) == pytest.approx(by_definition(*rows, k), abs=1e-12)
 
 
-def test_a_perfect_order_and_the_worst():
+def test_average_precision_of_best_and_worst_ranking():
     gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     queries = torch.tensor([[1.0, 0.05], [0.05, 1.0]])
     perfect = retrieval(queries, torch.tensor([0, 1]), gallery, torch.tensor([0, 0, 1, 1]), ks=(1,))
@@ -50,7 +50,7 @@ def test_queries_are_drawn_with_a_fixed_seed(rows):
     assert some[0] == some[1] != retrieval(*rows)
 
 
-def test_no_query_has_its_class_in_the_gallery(rows):
+def test_retrieval_is_none_without_relevant_gallery_images(rows):
     queries, _, gallery, gallery_labels = rows
     found = retrieval(queries, torch.full((40,), 9), gallery, gallery_labels)
     assert found == {"recall1": 0.0, "recall10": 0.0, "map": 0.0}
@@ -66,7 +66,7 @@ def test_no_query_has_its_class_in_the_gallery(rows):
         ({"queries": torch.zeros(0, 6), "query_labels": torch.zeros(0, dtype=torch.long)}, "needs queries \\(got 0\\)"),
     ],
 )
-def test_bad_input(rows, change, message):
+def test_invalid_retrieval_input_is_rejected(rows, change, message):
     given = dict(zip(("queries", "query_labels", "gallery", "gallery_labels"), rows)) | change
     with pytest.raises(ValueError, match=message):
         retrieval(**given)

@@ -31,7 +31,7 @@ def test_any_number_of_images_through_graph_and_head(tmp_path, name):
 
 
 @pytest.mark.parametrize("name, kind", [("cifar_resnet", "static"), ("timm_vit", "dynamic")])
-def test_int8(tmp_path, name, kind):
+def test_int8_model_agrees_with_pytorch(tmp_path, name, kind):
     backbone = load(name, tmp_path / "network")
     pixels = backbone.preprocess(networks.images(12))
     batches = list(pixels.split(5))
@@ -52,7 +52,7 @@ def test_int8(tmp_path, name, kind):
     assert results["int8"]["batch_64"]["ms"] > 0
 
 
-def test_a_graph_that_differs_replaces_nothing(tmp_path, monkeypatch):
+def test_export_that_disagrees_with_pytorch_writes_nothing(tmp_path, monkeypatch):
     backbone, out = load("cifar_resnet", tmp_path / "network"), tmp_path / "out"
     out.mkdir()
     (out / "model.onnx").write_text("older")
@@ -68,14 +68,14 @@ def test_a_graph_that_differs_replaces_nothing(tmp_path, monkeypatch):
     assert [path.name for path in out.iterdir()] == ["model.onnx"] and (out / "model.onnx").read_text() == "older"
 
 
-def test_dynamic_needs_matrix_products(tmp_path):
+def test_dynamic_quantization_rejects_networks_without_matrix_products(tmp_path):
     backbone = load("cifar_resnet", tmp_path / "network")
     with pytest.raises(ValueError, match="--quantize static"):
         export(Student(backbone), tmp_path / "out", images=[], quantization="dynamic")
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_agreement_by_hand():
+def test_agreement_equals_calculation_by_hand():
     a, b = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [1, 1]])
     found = agreement(a, b)
     assert found["cosine_min"] == pytest.approx(np.sqrt(0.5)) and found["overlap10"] is None
@@ -103,7 +103,7 @@ def measured(one: float, many: float) -> dict:
         (5, 25, ["int8 is 2.0 times faster for one image and 4.0 times faster for 64 images."]),
     ],
 )
-def test_int8_that_slows_down_is_said_in_words(one, many, words):
+def test_slow_int8_model_is_reported(one, many, words):
     """Static int8 of a MobileNetV3 was 9.3 times slower than float32, and only a number in a table said so."""
     advice = int8_advice(measured(one, many))
     for part in words:

@@ -57,7 +57,7 @@ def test_metadata_and_text(trainer, tmp_path, networks):
         assert words in card.content, words
 
 
-def test_it_says_whether_it_helped(trainer, tmp_path):
+def test_card_states_whether_distillation_helped(trainer, tmp_path):
     trainer().create_model_card(record=RECORD | {"verdict": ["It did not help: no better.", "It has collapsed."]})
     card = (tmp_path / "out" / "README.md").read_text()
     assert "It did not help: no better.\n\nIt has collapsed.\n\n## Use" in card
@@ -91,7 +91,7 @@ def test_renaming_touches_the_snippet_alone():
         (None, None, "not stated"),
     ],
 )
-def test_licences(tmp_path, card, licence, words):
+def test_licence_is_read_from_card_or_file(tmp_path, card, licence, words):
     if card is not None:
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
     found, sentence = model_card.licence_of(str(tmp_path))
@@ -118,7 +118,7 @@ BSD = "Redistribution and use in source and binary\nforms, with or without modif
         ({"README.md": "---\ntags: [a]\n---\n", "LICENSE": BSD}, "bsd-2-clause", "`bsd-2-clause`.$"),
     ],
 )
-def test_licences_beside_the_weights(tmp_path, files, licence, words):
+def test_licence_is_read_from_files_next_to_the_weights(tmp_path, files, licence, words):
     """A teacher with its licence in config.json or in a LICENSE next to its weights was called one without."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -136,7 +136,7 @@ def test_a_licence_that_the_hub_does_not_give_is_not_stated(tmp_path, monkeypatc
     assert model_card.licence_of(str(tmp_path))[0] is None
 
 
-def test_a_licence_out_of_reach(trainer, caplog):
+def test_licence_lookup_without_network_does_not_fail_the_run(trainer, caplog):
     assert model_card.licence_of("somebody/teacher")[0] is None
     assert "could not be read" in model_card.licence_of("somebody/teacher")[1]
     trainer().create_model_card()
@@ -162,7 +162,7 @@ def test_without_network_training_is_not_lost(trainer, tmp_path, caplog):
     assert not any(b"hf_Secret" in path.read_bytes() for path in out.rglob("*") if path.is_file())
 
 
-def test_strategies(trainer, monkeypatch, caplog):
+def test_unsafe_hub_strategies_are_rejected(trainer, monkeypatch, caplog):
     with pytest.raises(ValueError, match="--hub_strategy=checkpoint would publish"):
         trainer(hub_strategy="checkpoint")
     pushed = []

@@ -33,12 +33,12 @@ def assert_same(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-6)
 
 
-def test_embed(old_student):
+def test_embed_loads_students_of_earlier_versions(old_student):
     folder, images, expected = old_student
     assert_same(coss_hf.embed(folder, images), expected["embeddings"])
 
 
-def test_load_backbone(old_student):
+def test_load_backbone_loads_students_of_earlier_versions(old_student):
     folder, images, expected = old_student
     backbone = load_backbone(folder).freeze()
     assert_same(backbone.features(backbone.preprocess(images)).embedding, expected["embeddings"])
@@ -72,7 +72,7 @@ assert not [name for name in sys.modules if name.startswith("coss_hf.")]
 """
 
 
-def test_transformers_alone(old_student, tmp_path):
+def test_transformers_loads_students_of_earlier_versions(old_student, tmp_path):
     folder, _, _ = old_student
     environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)

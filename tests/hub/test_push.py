@@ -213,7 +213,7 @@ def test_unreadable_file_is_not_reported_as_network_error(tmp_path):
 
 
 @pytest.mark.parametrize(("words", "private"), [([], None), (["--private"], True)])
-def test_an_organisations_default_is_left_to_it(tmp_path, monkeypatch, words, private):
+def test_organization_default_visibility_is_kept(tmp_path, monkeypatch, words, private):
     """huggingface_hub takes False for public, and None for what the organisation says."""
     given = {}
     monkeypatch.setattr(recipe, "push", lambda *args, **options: given.update(options))
@@ -248,7 +248,7 @@ def wrapped(inner: Exception) -> Exception:
         (RuntimeError("Data processing error: status 502"), "the push fails (Data processing error: status 502", False),
     ],
 )
-def test_what_went_wrong_in_an_upload_is_called_by_its_name(raised, words, refused):
+def test_upload_error_names_its_cause(raised, words, refused):
     """An answer 500 at an upload was called "cannot be reached"."""
     with pytest.raises(_Problem) as problem, _errors_as_problems("me/x"):
         raise raised

@@ -26,7 +26,7 @@ def distil(tmp_path, image_parquet, networks, student, **args):
 
 
 @pytest.mark.parametrize(("kind", "head"), [("small", "auto"), ("vit", "linear"), ("resnet", "auto")])
-def test_one_call_loads_both(tmp_path, image_parquet, networks, kind, head):
+def test_student_loads_backbone_and_head(tmp_path, image_parquet, networks, kind, head):
     trainer, folder = distil(tmp_path, image_parquet, networks, getattr(networks, kind), head=head)
     student = coss_hf.Student.from_pretrained(folder)
     assert (student.head is None) == (kind == "resnet")
@@ -101,14 +101,14 @@ def test_a_student_is_trained_further_under_another_teacher(tmp_path, image_parq
         Student.from_pretrained(again)
 
 
-def test_the_teachers_fingerprint_knows_nothing_of_it(tmp_path, networks):
+def test_teacher_fingerprint_does_not_depend_on_student_files(tmp_path, networks):
     before = load_backbone(networks.resnet).fingerprint()
     path = Path(networks.resnet, "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"teacher_space": {"dim": 3}}))
     assert load_backbone(networks.resnet).fingerprint() == before
 
 
-def test_bad_input(tmp_path, image_parquet, networks):
+def test_invalid_student_input_is_rejected(tmp_path, image_parquet, networks):
     with pytest.raises(ValueError, match="was not trained into a teacher's space"):
         Student.from_pretrained(networks.small)
     _, folder = distil(tmp_path, image_parquet, networks, networks.small)
@@ -128,5 +128,5 @@ def test_bad_input(tmp_path, image_parquet, networks):
         Student.from_pretrained(folder)
 
 
-def test_no_head_of_an_unknown_name(tmp_path):
+def test_unknown_name_has_no_head(tmp_path):
     assert load_head(tmp_path) is None and load_head("nobody/nothing") is None

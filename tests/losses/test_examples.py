@@ -21,13 +21,13 @@ def examples() -> dict[str, doctest.DocTest]:
 EXAMPLES = examples()
 
 
-def test_every_loss_has_one():
+def test_every_loss_has_an_example():
     classes = [*LOSSES.values(), coss_hf.losses.DistillationLoss]
     assert {loss.__name__ for loss in classes} <= {name.rsplit(".")[-1] for name in EXAMPLES}
 
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
-def test_example(name):
+def test_docstring_example_runs(name):
     runner = doctest.DocTestRunner()
     runner.run(EXAMPLES[name])
     assert runner.tries and not runner.failures

@@ -91,7 +91,7 @@ def test_baselines_see_equal_images_per_step():
     assert "initial" not in [trial.method for trial in untrained_trials("pair", random, 2, "test")]
 
 
-def test_costs_by_hand(tmp_path):
+def test_costs_equal_calculation_by_hand(tmp_path):
     """Multiply-adds of a ViT layer by layer, and of a residual network against its own layers."""
     vit = load_backbone(h.save_vit(tmp_path / "vit"))
     resnet = load_backbone(h.save_resnet(tmp_path / "resnet"))

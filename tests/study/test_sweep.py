@@ -153,7 +153,7 @@ def test_run_length_fits_the_hours(config):
         images_within(0.01, [TRIAL], others, config)
 
 
-def test_hours_that_are_too_few_are_found_out_in_a_tenth_of_them(config, monkeypatch):
+def test_too_few_hours_are_reported_within_a_tenth_of_them(config, monkeypatch):
     """It once took 183 seconds to refuse 0.03 hours: the measurement was timed in full, whatever it took."""
 
     def measured(*args):
@@ -168,7 +168,7 @@ def test_hours_that_are_too_few_are_found_out_in_a_tenth_of_them(config, monkeyp
 
 
 @pytest.mark.parametrize(("times", "expected"), [([9], 9.0), ([9, 10], 1.0), ([9, 10, 11, 12], 1.0)])
-def test_time_of_a_step_from_the_steps_there_are(times, expected):
+def test_step_time_is_measured_on_available_steps(times, expected):
     clock = timing._Clock(deadline=0)
     clock.times = times
     assert clock.per_step(0) == expected

@@ -20,7 +20,7 @@ def test_intervals_are_those_of_students_t():
     assert half_interval([0.0, 1.0] * 50) == pytest.approx(2.042 * math.sqrt(100 / 99 / 4) / 10)
 
 
-def test_the_first_of_equals_is_best_and_failures_never_are():
+def test_best_takes_first_of_equals_and_ignores_failures():
     found = rows("a", None, 0.5, 0.5, float("nan"))
     assert best(found, "linear")["seed"] == 2
     assert best(rows("a", None), "linear") is None
@@ -52,7 +52,7 @@ def test_a_comparison_says_what_lies_inside_the_noise():
     assert _listed(["b"]) == "b" and _listed(["b", "c"], "or") == "b or c" and _listed(["b", "c", "d"]) == "b, c and d"
 
 
-def test_a_comparison_claims_no_more_than_it_has():
+def test_comparison_without_intervals_makes_no_claim():
     low = rows("a", 0.30, 0.31, 0.32)
     ahead = "is better than every other row"
     assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "linear")
@@ -65,7 +65,7 @@ def test_a_comparison_claims_no_more_than_it_has():
     assert "inside the noise" in mixed and ahead not in mixed
 
 
-def test_teacher_passes_beside_the_steps_are_said():
+def test_extra_teacher_passes_are_reported():
     found = [*rows("factor", 0.3, 0.3, extra_teacher_images=64_000), *rows("a", 0.3, 0.4)]
     assert "once each: 64,000 images for factor" in comparison(found, "linear")
 
@@ -82,7 +82,7 @@ def test_scales_multiply_every_beta():
     assert scaled("coss(beta=50, lambda_ss=0.5) + seed", 2) == "coss(beta=100, lambda_ss=0.5) + seed(beta=2.0)"
 
 
-def test_the_plan_keeps_test_images_for_the_report():
+def test_plan_uses_test_images_only_for_reported_trials():
     trials = choice_trials(1, "s/t", ["at", "coss"], [1, 4], 100)
     assert {(trial.split, trial.seed) for trial in trials} == {("validation", 0)} and len(trials) == 4
     names = ["vid", "srrl", "coss", "at"]

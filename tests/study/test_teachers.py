@@ -22,7 +22,7 @@ def data(image_parquet):
     return DataArguments(dataset=str(image_parquet), validation_size=12)
 
 
-def test_a_half_written_checkpoint_is_passed_over_and_other_wishes_are_refused(tmp_path, data):
+def test_incomplete_teacher_checkpoint_is_skipped_and_other_options_are_rejected(tmp_path, data):
     folder = tmp_path / "resnet20"
     half = folder / "checkpoint-1"
     half.mkdir(parents=True)

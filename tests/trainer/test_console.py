@@ -19,7 +19,7 @@ def printed(tmp_path, image_parquet, networks, capsys):
     return run
 
 
-def test_one_line_a_log_step(printed):
+def test_console_prints_one_line_per_log_step(printed):
     *steps, last = printed(max_steps=4, logging_steps=2)
     assert len(steps) == 2 and last.startswith("trained 4 steps in 0:0")
     parts = steps[0].split(" · ")
@@ -36,7 +36,7 @@ def test_other_losses_are_printed_with_their_parts(printed):
     assert " · loss " in line and "coss_l_co " in line and "rkd " in line and "optimum" not in line
 
 
-def test_json_for_machines(printed):
+def test_log_format_json_prints_one_object_per_line(printed):
     entries = [json.loads(line) for line in printed(max_steps=2, logging_steps=1, log_format="json")]
     assert [entry["step"] for entry in entries] == [1, 2, 2] and entries[0]["l_co"] < 0 < entries[0]["images_seen"]
     assert 0 <= entries[1]["teacher_share"] <= 1 and 0 <= entries[1]["data_wait_share"] <= 1
@@ -67,7 +67,7 @@ def test_optimum_of_coss():
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (65, "1:05"), (7390, "2:03:10")])
-def test_clock(seconds, text):
+def test_durations_are_printed_as_hours_minutes_seconds(seconds, text):
     assert clock(seconds) == text
 
 

@@ -60,7 +60,7 @@ def test_a_worker_that_is_lost_before_training_is_one_paragraph(capsys, text):
         ("EOFError()", "reduction.py"),
     ],
 )
-def test_what_a_lost_worker_looks_like_from_its_parent(error, file):
+def test_killed_worker_is_recognized_by_its_parent(error, file):
     def raised_in(path: str) -> BaseException:
         with pytest.raises((OSError, EOFError)) as caught:
             exec(compile(f"raise {error}", path, "exec"))

@@ -75,7 +75,7 @@ def test_the_newest_complete_checkpoint_is_found(run, capsys, damage, name):
         find_checkpoint(str(run), True)
 
 
-def test_what_was_never_complete_is_no_reason_to_stop(tmp_path, capsys):
+def test_incomplete_first_checkpoint_does_not_stop_a_run(tmp_path, capsys):
     """A supervised run that is killed while it writes its first checkpoint in place."""
     half = tmp_path / "checkpoint-1"
     half.mkdir()
@@ -107,7 +107,7 @@ def test_a_manifest_that_cannot_be_read_is_damage(run):
         assert find_damage(run / "checkpoint-4") == f"{MANIFEST} cannot be read"
 
 
-def test_a_file_that_the_disk_no_longer_gives_is_damage(run, monkeypatch):
+def test_unreadable_checkpoint_file_counts_as_damaged(run, monkeypatch):
     def broken(path):
         raise OSError(5, "Input/output error")
 

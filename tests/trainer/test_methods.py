@@ -32,7 +32,7 @@ def test_a_sum_of_methods_is_read(text, methods):
 
 
 @pytest.mark.parametrize("text", ["", "coss+", "coss(1)", "coss(beta=1", "coss rkd)", "coss+coss"])
-def test_a_sum_that_cannot_be_read(text):
+def test_invalid_sum_of_methods_is_rejected(text):
     with pytest.raises(ValueError, match="^--method="):
         parse_methods(text)
 
@@ -191,7 +191,7 @@ def test_data_parallel_leaves_memories_to_their_loss(tmp_path, image_parquet, ne
     assert names == set(ignored)
 
 
-def test_the_paraphraser_learns_first_and_then_rests(tmp_path, image_parquet, networks):
+def test_paraphraser_is_trained_first_and_then_frozen(tmp_path, image_parquet, networks):
     method = "factor(pretraining_steps=40)"
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, method=method, max_steps=1)
     criterion, views = trainer.model.criterion, h.Recorder(trainer)

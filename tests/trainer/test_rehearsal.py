@@ -150,7 +150,7 @@ def trainer_with_evaluations(tmp_path, images, networks, **options):
 @pytest.mark.parametrize(
     ("metric", "mode"), [("overlap10", "max"), ("eval_cosine", "max"), ("loss", "min"), ("duplicates", "min")]
 )
-def test_direction_of_a_metric(tmp_path, metric, mode):
+def test_metric_for_best_model_has_the_right_direction(tmp_path, metric, mode):
     args = arguments(tmp_path, metric_for_best_model=metric, **PLATEAU)
     assert args.greater_is_better == (mode == "max") and args.lr_scheduler_kwargs["mode"] == mode
 
@@ -182,14 +182,14 @@ def test_a_rate_that_falls_when_the_metric_does_not_rise(tmp_path, image_parquet
         ({"metric_for_best_model": "overlp10"}, "^--metric_for_best_model=overlp10 is not measured.*overlap10.*knn10"),
     ],
 )
-def test_evaluations_that_would_not_drive_anything(tmp_path, image_parquet, networks, options, message):
+def test_plateau_schedule_with_too_few_evaluations_is_rejected(tmp_path, image_parquet, networks, options, message):
     options = {"eval_strategy": "steps", "eval_steps": 1, **options}
     with pytest.raises(ValueError, match=message):
         trainer_with_evaluations(tmp_path, image_parquet, networks, **options)
 
 
 @pytest.mark.parametrize("options", [PLATEAU, {"save_strategy": "best"}])
-def test_no_evaluation_at_all(tmp_path, image_parquet, networks, options):
+def test_options_that_need_evaluations_are_rejected_without_them(tmp_path, image_parquet, networks, options):
     with pytest.raises(ValueError, match="needs evaluations during training, and there are none.*validation_size"):
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
 

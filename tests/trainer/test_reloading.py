@@ -193,7 +193,7 @@ def test_a_folder_that_does_not_load_ends_the_run(finished, tmp_path, case):
     assert {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()} == before
 
 
-def test_images_that_went_away_do_not_fail_the_check(finished, monkeypatch):
+def test_missing_images_do_not_fail_the_reload_check(finished, monkeypatch):
     from coss_hf.trainer import reloading
 
     def gone(record):

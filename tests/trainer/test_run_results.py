@@ -37,7 +37,7 @@ def left(tmp_path):
     return json.loads((folder / "run.json").read_text()), *texts
 
 
-def test_an_evaluation_that_fails(trainer, tmp_path, monkeypatch, caplog):
+def test_failed_final_evaluation_does_not_fail_the_run(trainer, tmp_path, monkeypatch, caplog):
     """A table of 640 GB for four classes of large numbers ended the run after its training, without record and card."""
 
     def no_memory(*_, **__):
@@ -59,7 +59,7 @@ def test_an_evaluation_that_fails(trainer, tmp_path, monkeypatch, caplog):
     assert set(record["results"]) == {"teacher", "student", "random"} and "failed" not in card + page
 
 
-def test_pictures_that_fail(trainer, tmp_path, monkeypatch):
+def test_failed_pictures_do_not_fail_the_run(trainer, tmp_path, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no font")
 

@@ -46,7 +46,7 @@ def test_the_step_is_saved(tmp_path, image_parquet, networks, capsys, number, co
     h.assert_same(h.state(again), h.state(whole))
 
 
-def test_a_signal_in_an_evaluation_costs_no_further_step(tmp_path, image_parquet, networks):
+def test_signal_during_evaluation_starts_no_further_step(tmp_path, image_parquet, networks):
     class Signalled(Evaluator):
         def __call__(self, *args):
             if trainer.state.global_step == 2:

@@ -61,7 +61,7 @@ def test_a_cache_that_cannot_be_written_is_named_instead_of_the_dataset(tmp_path
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST])
-def test_which_cache_an_error_speaks_of(number, monkeypatch):
+def test_cache_variable_is_found_from_the_error(number, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "/hub/cache")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", "/datasets")
     for path, expected in (

@@ -37,7 +37,7 @@ def start(script: str, setting: str = "", **environment) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
-def test_a_command_ends_with_a_word_and_the_code_of_its_signal(number, name):
+def test_signal_ends_a_command_with_a_message_and_its_exit_code(number, name):
     """It ended without a word by SIGTERM, and with a traceback by Ctrl-C."""
     process = start("time.sleep(60)")
     process.send_signal(number)
@@ -47,7 +47,7 @@ def test_a_command_ends_with_a_word_and_the_code_of_its_signal(number, name):
 
 
 @pytest.mark.parametrize("recipe", ["distill", "neighbors", "evaluate", "train_teacher"])
-def test_a_signal_during_the_imports_has_its_word(recipe):
+def test_signal_during_imports_prints_a_message(recipe):
     """They take seconds, in which SIGTERM ended a run without a word."""
     command = [sys.executable, str(h.ROOT / "recipes" / f"{recipe}.py")]
     environment = os.environ | {"PYTHONPATH": str(h.ROOT)}
@@ -84,14 +84,14 @@ def test_a_second_signal_ends_at_once(hang):
     assert process.returncode == 143 and "ended at once (a second signal)" in err
 
 
-def test_a_way_out_that_hangs_is_ended_as_well():
+def test_hanging_shutdown_is_ended():
     process = start("time.sleep(60)", "import atexit; atexit.register(time.sleep, 60); ENDING.grace = lambda: 0.5")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and "no end after" in err
 
 
-def test_an_error_that_a_signal_brought_about_is_no_traceback():
+def test_error_caused_by_a_signal_prints_no_traceback():
     """As of a process whose peer left a moment before."""
     error = "raise RuntimeError('closed by peer')"
     assert "Traceback" in start(error).communicate(timeout=20)[1]
@@ -101,20 +101,20 @@ def test_an_error_that_a_signal_brought_about_is_no_traceback():
     assert process.returncode == 130 and "Ctrl-C: ended. Give" in err and "Traceback" not in err
 
 
-def test_a_signal_of_the_last_step_is_heeded_after_it():
+def test_signal_during_the_last_step_ends_the_run_after_it():
     process = start("time.sleep(1); ENDING.deferred = False; ENDING.heed(); time.sleep(60)", "ENDING.deferred = True")
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 143 and "SIGTERM: ended. Give" in err
 
 
-def test_other_processes_of_a_run_say_nothing():
+def test_only_the_first_process_prints_the_message():
     process = start("time.sleep(60)", RANK="1")
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[1] == "" and process.returncode == 143
 
 
-def test_handlers_of_others_come_back():
+def test_earlier_signal_handlers_are_restored():
     script = "before = signal.getsignal(signal.SIGINT); ENDING.uninstall()\n"
     script += "print(before != signal.getsignal(signal.SIGINT) == signal.default_int_handler, file=sys.stderr)"
     assert start(script).communicate(timeout=20)[1] == "True\n"

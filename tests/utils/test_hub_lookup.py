@@ -26,7 +26,7 @@ def answer(error):
     return dataset_info
 
 
-def test_unknown_path_suggests_its_neighbours(tmp_path):
+def test_unknown_path_suggests_similar_paths(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "zebras").mkdir()
     with pytest.raises(ValueError, match="no such file or folder") as caught:

@@ -19,7 +19,7 @@ def rows():
 
 @pytest.mark.parametrize("size", [1, 7, 90])
 @pytest.mark.parametrize("pad", [False, True])
-def test_any_blocks_give_the_full_sort(rows, size, pad):
+def test_blocked_search_equals_full_sort(rows, size, pad):
     values, order = (rows[:20] @ rows[20:].T).sort(dim=1, descending=True)
     best, found = blocked_topk(rows[:20], cut(rows[20:], size), 6, pad=pad)
     assert torch.equal(found, order[:, :6])

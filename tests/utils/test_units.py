@@ -16,5 +16,5 @@ from coss_hf.utils.units import duration
         (391_843.5 * 60, "272 days 2 h"),  # was given in minutes
     ],
 )
-def test_times_that_a_person_reads(seconds, text):
+def test_durations_are_readable(seconds, text):
     assert duration(seconds) == text
