@@ -36,7 +36,7 @@ def grouped(logs: dict[str, float]) -> dict[str, float]:
 
 
 def without_totals(logs: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The scalars of a log line, and apart from them the totals of a whole training, which are no curve."""
+    """The scalars of a log line, and apart from them the totals of a complete training, which are no curve."""
     totals = {name: value for name, value in logs.items() if name.startswith("train_")}
     return {name: value for name, value in logs.items() if name not in totals}, totals
 

@@ -56,7 +56,7 @@ class TrackioTracker(TrackioCallback):
             self._trackio.log(grouped(scalars), step=state.global_step)
 
     def on_train_end(self, *args, **kwargs):
-        """The run goes on until its report, see ``report``."""
+        """The run stays open until its report, see ``report``."""
 
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which it finishes."""

@@ -263,7 +263,7 @@ def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: Teache
     return {
         "--model": f"{type(model).__name__} {shapes(model)}",
         "--seed": str(args.seed),
-        "--per_device_train_batch_size": f"{step} images a step",
+        "--per_device_train_batch_size": f"{step} images per step",
     } | of_views
 
 

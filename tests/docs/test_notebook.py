@@ -17,7 +17,7 @@ def test_notebook_runs(tmp_path, monkeypatch, capsys):
     scope = {"__name__": "notebook"}
     for cell in cells:
         if cell["cell_type"] == "code":
-            exec("".join(cell["source"]).replace("EPOCHS = 20", "EPOCHS = 4"), scope)
+            exec("".join(cell["source"]).replace("EPOCHS = 20", "EPOCHS = 3"), scope)
     results = scope["report"].record["results"]
     assert results["student"]["knn10"] > results["random"]["knn10"] + 0.05, results
     assert scope["embeddings"].shape == (5, 64)
