@@ -50,7 +50,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         image: upright and in RGB.
-        size: width and height of the whole image, upright.
+        size: width and height of the full image, upright.
         scale: how many times smaller in each direction the image was decoded; 1 for most.
     """
 
@@ -87,7 +87,7 @@ def decode_reduced(record: dict, reduction: Callable[[tuple[int, int]], float] |
 
     Args:
         record: as of `decode`.
-        reduction: from width and height of the whole image, upright, to how many times smaller it may be decoded; None
+        reduction: from width and height of the full image, upright, to how many times smaller it may be decoded; None
             for whole images.
 
     Raises:

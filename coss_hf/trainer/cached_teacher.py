@@ -36,7 +36,7 @@ def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_map
     if reads_maps:
         raise ValueError(
             f"--teacher_cache={teacher_cache} keeps the teacher's embeddings, and --method={method} reads its feature "
-            f"maps, which take hundreds of times the room: leave --teacher_cache out, or choose a method of embeddings "
+            f"maps, which take hundreds of times the space: leave --teacher_cache out, or choose a method of embeddings "
             f"(coss, pkt, rkd, dist, ...) or of logits (kd)."
         )
     if not view_epochs:
@@ -82,7 +82,7 @@ class CachedTeacher(TrainerCallback):
         """Check the room for some epochs, make the files and say what is there; all processes together.
 
         Raises:
-            ValueError: on all processes, where one cannot write or finds no room.
+            ValueError: on all processes, where one cannot write or finds no space.
         """
         cache = self.cache
         with Processes().together():

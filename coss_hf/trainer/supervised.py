@@ -56,7 +56,7 @@ class TeacherArguments(TrainingArguments):
     )
     reduced_decoding: bool = field(
         default=True,
-        metadata={"help": "Decode JPEGs at the smallest scale that has the pixels of a view. If False, whole."},
+        metadata={"help": "Decode JPEGs at the smallest scale that has the pixels of a view. If False, at full size."},
     )
     num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(

@@ -76,7 +76,7 @@ class DistillationArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "Decode JPEG photographs at the smallest scale (1/2, 1/4, 1/8) that has all pixels which a view "
-            "needs: several times as fast, with pixels that differ by little. If False, decode them whole."
+            "needs: several times as fast, with pixels that differ by little. If False, decode them at full size."
         },
     )
     view_seed: int | None = field(
@@ -103,7 +103,7 @@ class DistillationArguments(TrainingArguments):
     teacher_cache_dtype: str = field(
         default="float32",
         metadata={
-            "help": "Data type of the embeddings in --teacher_cache. float16 takes half the room.",
+            "help": "Data type of the embeddings in --teacher_cache. float16 takes half the space.",
             "choices": list(DTYPES),
         },
     )

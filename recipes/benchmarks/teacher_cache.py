@@ -13,7 +13,7 @@ loader processes. Modes:
     student  a bare PyTorch loop on tensors in memory, with embeddings in memory: the limit
 
 Rounds run all modes one after another, so that each meets the machine in the same state; each line of the file is one
-run. The same command goes on where it stopped. At the end the medians over rounds are printed.
+run. The same command resumes where it stopped. At the end the medians over rounds are printed.
 """
 
 import argparse
@@ -85,7 +85,7 @@ class Clock(TrainerCallback):
 
 
 def run_trainer(pair: str, images: ImageSplits | None, cache: Path | None, steps: int, workers: int) -> dict:
-    """Train for some steps, and return images a second and shares of the time.
+    """Train for some steps, and return images per second and shares of the time.
 
     Args:
         pair: of networks.
@@ -170,7 +170,7 @@ def missing_runs(output: Path, datasets: dict[str, list[str]], rounds: int) -> I
 
 
 def summary(output: Path) -> str:
-    """Return medians of images a second, and how they stand to the live rate and to that of the student alone."""
+    """Return medians of images per second, and how they stand to the live rate and to that of the student alone."""
     rates: dict[tuple[str, str], dict[str, list[float]]] = {}
     shares: dict[tuple[str, str, str], list[float]] = {}
     for line in map(json.loads, output.read_text().splitlines()):
