@@ -171,7 +171,7 @@ def _save(copies: DatasetDict, output: Path) -> None:
         if not isinstance(error, OSError) and full_disk(error) is None:
             raise
         raise ValueError(
-            f"--output={output} cannot be written ({full_disk(error) or error}); free some space, or give another folder. "
+            f"--output={output} cannot be written ({full_disk(error) or error}); free space, or give another folder. "
             f"The same command then continues with what it has copied."
         ) from error
     finally:

@@ -135,7 +135,7 @@ class TeacherCache:
             raise ValueError(
                 f"--teacher_cache={self.folder}: the missing rows of {epochs} epochs take {size_in_bytes(needed)} "
                 f"({self.shape[1]:,} images x {self.shape[2]} views x {self.shape[3]} numbers of {self.dtype} each), "
-                f"and {size_in_bytes(free)} are free there; free some space, give another folder, fewer --view_epochs, or "
+                f"and {size_in_bytes(free)} are free there; free space, give another folder, fewer --view_epochs, or "
                 f"--teacher_cache_dtype float16."
             )
 
@@ -300,7 +300,7 @@ class TeacherCache:
             self._full = True
             self._unflushed.clear()
             logger.warning(
-                "--teacher_cache=%s: %s cannot be written any more (%s): the training continues, and the teacher embeds "
+                "--teacher_cache=%s: %s cannot be written any more (%s): training continues, and the teacher embeds "
                 "what is missing there.",
                 *(self.folder, self.path, error.strerror or error),
             )
