@@ -88,7 +88,7 @@ def decode_reduced(record: dict, reduction: Callable[[tuple[int, int]], float] |
     Args:
         record: as of `decode`.
         reduction: from width and height of the full image, upright, to how many times smaller it may be decoded; None
-            for whole images.
+            for full images.
 
     Raises:
         ValueError: as of `decode`.

@@ -249,7 +249,7 @@ class _First:
         """The next images that can be decoded.
 
         Raises:
-            ValueError: one cannot be, with "error".
+            ValueError: one cannot be decoded, with "error".
         """
         found = []
         while len(found) < count:

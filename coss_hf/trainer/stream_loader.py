@@ -71,7 +71,7 @@ class StreamLoader:
                     self._next = (chunk.worker + 1) % self._workers
             if not found and not self._resumed:
                 raise RunStopped(
-                    "The stream gives no images to this process in a whole pass; give more images, or fewer processes."
+                    "The stream gives no images to this process in a full pass; give more images, or fewer processes."
                 )
             self._start_next_epoch()
 

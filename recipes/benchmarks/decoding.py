@@ -1,16 +1,16 @@
-"""Measure how many views a second one core makes of photographs, decoded whole, at a reduced scale, and from a copy.
+"""Measure how many views a second one core makes of photographs, decoded in full, at a reduced scale, and from a copy.
 
     python recipes/benchmarks/decoding.py --output decoding.json
 
 JPEGs of 4000 x 3000 and of 500 x 375 pixels, of made-up textures; views of 224 pixels. Ways:
 
-    former   the whole photograph is decoded and, for `imagenet`, made a tensor before it is cropped
-    whole    --reduced_decoding False: only the crop is made a tensor; the same pixels as `former`
+    former   the full photograph is decoded and, for `imagenet`, made a tensor before it is cropped
+    full     --reduced_decoding False: only the crop is made a tensor; the same pixels as `former`
     reduced  the default: decoded at the smallest scale at which the crop has the pixels of the view
     copy     from a copy with a shorter side of 288 pixels, as coss-hf prepare writes it
 
 Rounds run all ways one after another; the medians over rounds are kept, with the mean difference of pixels between
-`reduced` and `whole`. (Crops of a copy are other ones: their corners are drawn in whole pixels.)
+`reduced` and `full`. (Crops of a copy are other ones: their corners are drawn at integer pixels.)
 """
 
 import argparse
@@ -67,11 +67,11 @@ def measure(records: list[dict], augmentation: str, rounds: int) -> dict:
     """Return views a second by the way they are made, and how much reduced views differ."""
     copies = [{"bytes": smaller_image(record, COPY, 95), "path": None} for record in records]
     ways = {
-        "whole": ViewDataset(rows_of(records), "image", augmentation, VIEW, reduced_decoding=False),
+        "full": ViewDataset(rows_of(records), "image", augmentation, VIEW, reduced_decoding=False),
         "reduced": ViewDataset(rows_of(records), "image", augmentation, VIEW),
         "copy": ViewDataset(rows_of(copies), "image", augmentation, VIEW),
     }
-    transform = former(ways["whole"])
+    transform = former(ways["full"])
     rates: dict[str, list[float]] = {"former": [], **{way: [] for way in ways}}
     differences = []
     for epoch in range(rounds):
@@ -86,7 +86,7 @@ def measure(records: list[dict], augmentation: str, rounds: int) -> dict:
             items = views.__getitems__(list(range(len(records))))
             rates[way].append(len(records) / (time.perf_counter() - start))
             found[way] = torch.stack([item["pixel_values"][0] for item in items]).float()
-        differences.append((found["reduced"] - found["whole"]).abs().mean().item())
+        differences.append((found["reduced"] - found["full"]).abs().mean().item())
     return {
         "views_per_second": {way: round(statistics.median(values), 1) for way, values in rates.items()},
         "mean_difference_of_255": round(statistics.fmean(differences), 2),

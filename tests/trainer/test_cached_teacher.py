@@ -287,9 +287,7 @@ def test_bad_input_is_refused_before_the_training(world, tmp_path):
     with pytest.raises(ValueError, match="teacher_cache=.*file: .* cannot be written"):
         make(teacher_cache=str(tmp_path / "file"), view_epochs=1)
     huge = {"teacher_cache": str(tmp_path / "huge"), "view_epochs": 10**9, "num_train_epochs": 10**9, "max_steps": -1}
-    with pytest.raises(
-        ValueError, match=r"the missing rows of 1000000000 epochs take 3\.5 TB .* free there; free"
-    ):
+    with pytest.raises(ValueError, match=r"the missing rows of 1000000000 epochs take 3\.5 TB .* free there; free"):
         make(**huge)
     assert not (tmp_path / "huge").exists()
     with pytest.raises(ValueError, match="view_epochs=-1: give 0 or more"):
