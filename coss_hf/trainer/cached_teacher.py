@@ -36,8 +36,8 @@ def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_map
     if reads_maps:
         raise ValueError(
             f"--teacher_cache={teacher_cache} keeps the teacher's embeddings, and --method={method} reads its feature "
-            f"maps, which take hundreds of times the space: leave --teacher_cache out, or choose a method of embeddings "
-            f"(coss, pkt, rkd, dist, ...) or of logits (kd)."
+            f"maps, which take hundreds of times the space: leave --teacher_cache out, or choose a method of "
+            f"embeddings (coss, pkt, rkd, dist, ...) or of logits (kd)."
         )
     if not view_epochs:
         raise ValueError(

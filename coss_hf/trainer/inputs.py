@@ -207,11 +207,12 @@ def check_networks(teacher: Backbone, student: Backbone) -> None:
 def how_checked(args: DistillationArguments) -> dict:
     """What a run must know of its images beforehand, as options of ``DataArguments.load``.
 
-    Neighbours are those of each image's content. Without them images are checked as they are read.
+    Neighbours and cached embeddings are those of each image's content. Without them images are checked as they are
+    read.
     """
     if args.dry_run:
         return {"by_content": False, "sample": DRY_RUN_SAMPLE}
-    return {"by_content": args.neighbors_k > 0}
+    return {"by_content": args.neighbors_k > 0 or bool(args.teacher_cache)}
 
 
 def as_splits(

@@ -387,6 +387,12 @@ class DistillationArguments(TrainingArguments):
                 f"index of them; set it to 0, or load the images without streaming. For very many images, "
                 f"recipes/neighbors.py adds neighbours shard by shard."
             )
+        for name in ("view_epochs", "teacher_cache"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"--{name}={getattr(self, name)}: views that come back are numbered by image, and a stream has no "
+                    f"numbers of images; leave it out, or load the images without streaming."
+                )
         for method in self.methods:
             loss = LOSSES[method.name]
             options = inspect.signature(loss).parameters

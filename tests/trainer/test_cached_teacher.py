@@ -17,6 +17,7 @@ from coss_hf.data.loading import load_images
 from coss_hf.data.views import ViewDataset
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -347,3 +348,33 @@ def test_killed_at_random_moments_while_filling(world, tmp_path):
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_images_of_one_name_and_size_are_told_apart(world, tmp_path, caplog):
+    """Without neighbours a run knows its images by name and size alone: a cache needs their content."""
+    (tmp_path / "photos").mkdir()
+    images, _ = h.colour_images(17, seed=0)
+    for i, image in enumerate(images[:16]):
+        image.save(tmp_path / "photos" / f"{i:02d}.bmp")
+
+    def cached(output):
+        args = DistillationArguments(
+            str(tmp_path / output),
+            per_device_train_batch_size=8,
+            max_steps=2,
+            view_epochs=1,
+            teacher_cache=str(tmp_path / "cache"),
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            report_to="none",
+        )
+        data = DataArguments(validation_size=0)
+        networks = str(world / "teacher"), str(world / "vit")
+        trainer = DistillationTrainer(*networks, args, str(tmp_path / "photos"), data=data)
+        trainer.train()
+        return trainer.train_dataset.identity()["--dataset"]
+
+    first = cached("one")
+    images[16].save(tmp_path / "photos" / "03.bmp")
+    assert cached("two") != first
