@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def main() -> None:
         "versions": versions(),
     }
     if len(runs) > 1:
-        record["standard_deviation"] = over_seeds(runs, lambda values: np.std(values, ddof=1))
+        record["standard_deviation"] = over_seeds(runs, statistics.stdev)
         print(f"\nStandard deviation over the seeds:\n\n{table(record['standard_deviation'])}")
     write_json(args.output / "results.json", record)
     student = args.output / f"seed{args.seeds[0]}" / "student"
