@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from coss_hf.models.embedding import embed
     from coss_hf.models.loading import load_backbone
     from coss_hf.neighbors.mining import add_neighbors
+    from coss_hf.trainer.arguments import DataArguments
     from coss_hf.trainer.trainer import DistillationTrainer
     from coss_hf.trainer.training_args import DistillationArguments
 
 __version__ = "0.1.0"
 __all__ = [
     "Backbone",
+    "DataArguments",
     "DistillationArguments",
     "DistillationTrainer",
     "Evaluator",
@@ -39,6 +41,7 @@ __getattr__ = lazy_names(
     __name__,
     {
         "Backbone": "models.backbone",
+        "DataArguments": "trainer.arguments",
         "DistillationArguments": "trainer.training_args",
         "DistillationTrainer": "trainer.trainer",
         "Evaluator": "evaluation.evaluator",

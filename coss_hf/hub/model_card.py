@@ -125,7 +125,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     teacher = trainer.teacher
     name = trainer.hub_model_id or args.output_dir
     title = title or Path(name).absolute().name
-    arguments = record.get("arguments", {})
+    arguments = record.get("arguments", trainer.arguments)
     revision = revision_of(teacher, arguments.get("teacher_revision"))
     licence, sentence = licence_of(teacher.name, revision)
     if licence not in PERMISSIVE:
@@ -221,7 +221,7 @@ def _training(trainer, arguments: dict, revision: str | None, licence: str) -> s
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
         "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
         "head": head,
-        "method": f"`{' + '.join(map(str, trainer.args.methods))}`, no labels",
+        "method": f"`{trainer.method}`, no labels",
         "dataset": images,
         "images seen": f"{trainer.images_seen:,}",
     }
@@ -256,7 +256,7 @@ def _evaluation(record: dict, folder: Path) -> list[str]:
 
 def _citations(trainer, dataset: str | None) -> list[str]:
     """The papers of the methods, and links to what the student was made from."""
-    cited = papers([method.name for method in trainer.args.methods])
+    cited = papers(trainer.methods)
     entries = "\n\n".join(entry for *_, entry in cited)
     links = [f"* [{paper}]({address})" if address else f"* {paper}" for paper, address, _ in cited]
     if on_hub(trainer.teacher.name):

@@ -21,6 +21,8 @@ def command() -> str:
     """The command line, its secrets hidden; how many processes and which precision, where accelerate launched it."""
     if os.environ.get("COSS_HF_COMMAND"):
         return os.environ["COSS_HF_COMMAND"]
+    if "ipykernel" in sys.modules:
+        return "a notebook"  # what started its kernel tells nothing, but where this machine keeps its files
     world = int(os.environ.get("WORLD_SIZE", 1))
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     launcher = ["accelerate", "launch"] if LAUNCHED or world > 1 else ["python"]

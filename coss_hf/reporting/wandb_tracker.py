@@ -163,3 +163,4 @@ class WandbTracker(WandbCallback):
                     student.add_file(str(path))
             run.log_artifact(student, aliases=["final_model"])
         run.finish()
+        self._initialized = False  # what comes later belongs to this run, too

@@ -88,7 +88,44 @@ def remove_temporary_files(output_dir: str | Path) -> None:
             path.unlink()
 
 
-def enter_output_dir(args: TrainingArguments) -> None:
+def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_run: bool = False) -> str | None:
+    """Lock the output folder and return the checkpoint to resume from; None for a fresh start.
+
+    All processes of a run call together.
+
+    Args:
+        args: of the training.
+        asked: what to resume from, see ``find_checkpoint``.
+        dry_run: only look.
+
+    Raises:
+        ValueError: another run is at work there, a run is there already and would be overwritten, or there is no such
+            checkpoint.
+    """
+    output = Path(args.output_dir)
+    if not dry_run:
+        enter_output_dir(args, asked)
+    checkpoint = find_checkpoint(str(output), asked)
+    used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
+    if used and checkpoint is None and not (args.overwrite_output_dir or dry_run):
+        resume = "continue it with --resume_from_checkpoint"
+        if asked:
+            resume = "it has no complete checkpoint to resume from"
+        raise ValueError(
+            f"--output_dir={output} already holds a run: {resume}, replace it with --overwrite_output_dir, or give "
+            f"another folder."
+        )
+    return checkpoint
+
+
+def remove_earlier_run(args: TrainingArguments, asked: str | bool | None) -> None:
+    """Remove the checkpoints that ``--overwrite_output_dir`` replaces: the newest of them would be resumed from."""
+    if args.overwrite_output_dir and not asked and args.process_index == 0:
+        for old in Path(args.output_dir).glob("checkpoint-*"):
+            shutil.rmtree(old)
+
+
+def enter_output_dir(args: TrainingArguments, asked: str | bool | None) -> None:
     """Lock a run's folder and put it in order. All processes of a run call together.
 
     Raises:
@@ -99,7 +136,7 @@ def enter_output_dir(args: TrainingArguments) -> None:
             lock_output_dir(args.output_dir)
             remove_temporary_files(args.output_dir)
             # Only if asked to go on: a refusal changes nothing.
-            if args.resume_from_checkpoint or args.overwrite_output_dir:
+            if asked or args.overwrite_output_dir:
                 recover(args.output_dir)
 
 

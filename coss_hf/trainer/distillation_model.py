@@ -1,5 +1,7 @@
 """What is trained: student, projection head and the learnable parts of the loss, in one forward pass."""
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
@@ -12,6 +14,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import first_line
 
 
 class DistillationModel(nn.Module):
@@ -67,7 +70,8 @@ class DistillationModel(nn.Module):
         head = _build_head(student, teacher, args, needs, built_in=criterion is None)
         if criterion is None:
             criterion = _build_criterion(student, teacher, head, args, num_images)
-        aligned = any(getattr(need, "same_dim", False) for need in needs)
+        # A loss of the user's own that does not say is taken to compare embeddings of one space.
+        aligned = any(getattr(need, "same_dim", True) for need in needs)
         # Replaces that of an earlier run which the student may come from.
         student.model.config.teacher_space = _teacher_space(teacher, head) if aligned else None
         return cls(student, criterion, head)
@@ -113,7 +117,7 @@ class DistillationModel(nn.Module):
         if only_totals:
             return {"totals": self.criterion.totals(student, teacher)}
         exact = {} if other_totals is None else {"other_totals": other_totals}
-        output = self.criterion(student, teacher, index, **exact)
+        output = as_output(self.criterion(student, teacher, index, **exact))
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
         if "l_co" in output and "l_ss" in output:
             cosines = -output["l_co"].detach(), -output["l_ss"].detach()
@@ -124,6 +128,48 @@ class DistillationModel(nn.Module):
             return output
         output["cosine_sample"], output["cosine_dimension"] = cosines
         return output
+
+
+def as_output(output) -> dict[str, Tensor]:
+    """What a loss returned, as a dictionary with ``loss``.
+
+    Raises:
+        ValueError: it is none of both.
+    """
+    loss = output.get("loss") if isinstance(output, dict) else output
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(f"it returned {shape_of(output)}; return a scalar tensor, or a dictionary with it as 'loss'")
+    return output if isinstance(output, dict) else {"loss": output}
+
+
+def shape_of(value) -> str:
+    """A value in a message."""
+    if isinstance(value, dict):
+        return "a dictionary of " + (", ".join(map(repr, value)) or "nothing")
+    return f"a tensor of {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def try_criterion(model: DistillationModel, teacher: Backbone) -> None:
+    """Call a loss of the user's own on two images, before hours are spent on neighbours.
+
+    Raises:
+        ValueError: it cannot be called, or does not return a loss.
+    """
+    criterion = copy.deepcopy(model.criterion)
+    device = next(model.network.parameters()).device
+    student, teacher = model.student.example(), teacher.example()
+    student = Features(model.project(student.embedding).to(device), student.maps, student.logits)
+    teacher = Features(teacher.embedding.to(device), [one.to(device) for one in teacher.maps], teacher.logits)
+    try:
+        with torch.random.fork_rng():
+            as_output(criterion.to(device)(student, teacher, torch.arange(2, device=device)))
+    except Exception as error:  # of the user's code
+        shapes = f"embeddings {tuple(student.embedding.shape)} and {tuple(teacher.embedding.shape)}"
+        raise ValueError(
+            f"--criterion={type(criterion).__name__} fails when it is called as criterion(student, teacher, index) "
+            f"with Features of two images ({shapes}, {len(student.maps)} and {len(teacher.maps)} maps): "
+            f"{first_line(error)}."
+        ) from error
 
 
 def uses_maps(need) -> bool:

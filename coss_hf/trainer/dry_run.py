@@ -32,7 +32,7 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "head": head,
-        "loss": f"{args.method}: {trainer.model.criterion!r}",
+        "loss": f"{trainer.method}: {trainer.model.criterion!r}",
         "images": _images(splits),
         "bad images": _bad_images(splits, args.dry_run),
         "views": f"{size}x{size}, augmentation {args.augmentation}",

@@ -20,7 +20,11 @@ def check_engine(args: TrainingArguments) -> None:
             that cannot be synchronised, CUDA graphs with accumulated gradients.
     """
     if args.n_gpu > 1:
-        raise ValueError(f"{args.n_gpu} GPUs in one process: start with `accelerate launch` to use them.")
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process: to use them, start by `coss-hf distill --num_processes {args.n_gpu}`, "
+            f"by `accelerate launch`, or in a notebook by accelerate's notebook_launcher; to use one, set "
+            f"CUDA_VISIBLE_DEVICES=0."
+        )
     on_cpu = args.device.type == "cpu"
     if on_cpu and args.mixed_precision == "fp16":
         raise ValueError(

@@ -1,7 +1,5 @@
 """Where a run is put together: from arguments to a trainer that is ready for its first step."""
 
-from pathlib import Path
-
 import numpy as np
 from torch import nn
 from transformers import TrainerCallback, set_seed
@@ -12,7 +10,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.trainer.checkpoint_files import enter_output_dir, find_checkpoint
+from coss_hf.trainer.checkpoint_files import claim_output_dir
 from coss_hf.trainer.inputs import how_checked
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
@@ -34,7 +32,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     Raises:
         ValueError: any input that the run cannot use.
     """
-    checkpoint = check_output_dir(args)
+    checkpoint = claim_output_dir(args, args.resume_from_checkpoint, dry_run=args.dry_run)
     if not data.dataset:
         raise ValueError("--dataset is missing; see --help.")
     set_seed(args.seed)  # weights that the teacher's checkpoint lacks are drawn, and may be copied into a student
@@ -97,26 +95,3 @@ def build_trainer(
         neighbors=neighbors,
         callbacks=callbacks,
     )
-
-
-def check_output_dir(args: DistillationArguments) -> str | None:
-    """Lock the output folder and return the checkpoint to resume from; None for a fresh start.
-
-    Raises:
-        ValueError: another run is at work there, a run is there already and would be overwritten, or there is no such
-            checkpoint.
-    """
-    output = Path(args.output_dir)
-    if not args.dry_run:
-        enter_output_dir(args)
-    checkpoint = find_checkpoint(output, args.resume_from_checkpoint)
-    used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
-    if used and checkpoint is None and not (args.overwrite_output_dir or args.dry_run):
-        resume = "continue it with --resume_from_checkpoint"
-        if args.resume_from_checkpoint:
-            resume = "it has no complete checkpoint to resume from"
-        raise ValueError(
-            f"--output_dir={output} already holds a run: {resume}, replace it with --overwrite_output_dir, or give "
-            f"another folder."
-        )
-    return checkpoint

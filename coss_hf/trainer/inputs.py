@@ -1,6 +1,7 @@
 """What `DistillationTrainer` is given, in any form: as the backbones, images and evaluator that it works with."""
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +98,8 @@ def resolve_inputs(
         if not isinstance(train_dataset, ImageSplits):
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
             recorded = RunImages.of_checkpoint(checkpoint)
-            splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args))
+            with Processes().first(args.local_process_index == 0):  # one reads, the others find it in the cache
+                splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args))
         if splits.stream is not None:
             args = args.for_stream()
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
@@ -145,7 +147,18 @@ def described(value) -> str:
     found = getattr(value, "name", None) or getattr(value, "name_or_path", None)
     if isinstance(found, str) and found:
         return found
-    return module_name(value) if isinstance(value, nn.Module) else type(value).__name__
+    if isinstance(value, nn.Module):
+        return module_name(value)
+    return hub_dataset(value) or f"{type(value).__name__} (in memory)"
+
+
+def hub_dataset(images) -> str | None:
+    """The name on the Hub of what ``load_dataset`` returned, as far as the dataset knows it."""
+    if isinstance(images, dict):
+        images = next(iter(images.values()), None)
+    sources = getattr(getattr(images, "info", None), "download_checksums", None) or {}
+    found = re.match(r"hf://datasets/([^@]+)@", next(iter(sources), ""))
+    return found[1] if found else None
 
 
 def described_input(role: str, backbone: Backbone) -> dict[str, object]:
@@ -256,14 +269,18 @@ def with_held_out(splits: ImageSplits, eval_dataset, data: DataArguments, **chec
         ValueError: no such dataset, or one without images.
     """
     check_images("eval_dataset", eval_dataset)
-    own = replace(data, validation_size=0, train_split=None, max_train_samples=None, streaming=False)
+    only = None  # a split of another name than train is all that there is
+    if isinstance(eval_dataset, (DatasetDict, IterableDatasetDict)) and "train" not in eval_dataset:
+        names = [name for name in ("test", "validation") if name in eval_dataset] or [*eval_dataset]
+        only = names[0] if names else None
+    own = replace(data, validation_size=0, train_split=only, test_split=None, max_train_samples=None, streaming=False)
     own = own.load(eval_dataset, streams=True, evaluated=True, **checked)
-    held_out = own.test or own.validation or own.train
+    held_out = own.train if only else own.test or own.validation or own.train
     labelled = splits.label_column if splits.label_column in held_out.column_names else None
     bad_images = splits.bad_images + own.bad_images
     if own.image_column != splits.image_column:
         held_out = held_out.rename_column(own.image_column, splits.image_column)
-    return splits._replace(validation=held_out, label_column=labelled, bad_images=bad_images)
+    return splits._replace(validation=held_out, test=None, label_column=labelled, bad_images=bad_images)
 
 
 def make_views(

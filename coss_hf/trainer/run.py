@@ -1,11 +1,11 @@
 """A run from its first step to the page that it leaves."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.reporting.trackers import report_end_of_run
+from coss_hf.trainer.checkpoint_files import remove_earlier_run
 from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -39,9 +39,7 @@ class DistillationRun:
         """
         trainer = self.trainer
         args = trainer.args
-        if args.overwrite_output_dir and not args.resume_from_checkpoint and args.process_index == 0:
-            for old in Path(args.output_dir).glob("checkpoint-*"):
-                shutil.rmtree(old)
+        remove_earlier_run(args, args.resume_from_checkpoint)
         trainer.train(resume_from_checkpoint=self.checkpoint or args.resume_from_checkpoint)
         trainer.save_model(_internal_call=True)  # not pushed yet
         with trainer.checkpoints.disk_full_as_checkpoint_error(student_saved=True):
@@ -58,7 +56,7 @@ class DistillationRun:
     @command_line()
     def report(self) -> RunReport:
         """Write record, pictures, page and card: see ``DistillationTrainer.report``. On the first process alone."""
-        return self.trainer.report()
+        return self.trainer.write_report()
 
     @command_line()
     def publish(self, report: RunReport) -> None:

@@ -182,7 +182,7 @@ class SupervisedRun:
         """
         trainer = self.trainer
         args = trainer.args
-        enter_output_dir(args)
+        enter_output_dir(args, args.resume_from_checkpoint)
         if self.splits.run_images is not None and trainer.is_world_process_zero():
             self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
         trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -217,7 +217,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         ValueError: any input that the run cannot use.
     """
     if Path(args.output_dir).exists():  # bad input makes no folder
-        enter_output_dir(args)
+        enter_output_dir(args, args.resume_from_checkpoint)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, files=("config.json",))
     check_processes(args)
     check_graphs(args)

@@ -25,10 +25,12 @@ from coss_hf.data.views import ViewDataset, collate_views
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.hub.model_card import write_card
+from coss_hf.losses.base import DistillationLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
-from coss_hf.reporting.trackers import use_own_trackers
+from coss_hf.reporting.run_report import write_record
+from coss_hf.reporting.trackers import report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
 from coss_hf.trainer.callbacks.console import print_lines
@@ -39,16 +41,18 @@ from coss_hf.trainer.checkpoint_files import (
     RECORD,
     check_identity,
     check_training_state,
+    claim_output_dir,
     find_checkpoint,
     finished,
     incomplete,
     newest_complete,
     read_state,
+    remove_earlier_run,
     set_damaged_aside,
     shapes,
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
-from coss_hf.trainer.distillation_model import DistillationModel, uses_maps
+from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
@@ -171,7 +175,7 @@ class DistillationTrainer(Trainer):
         if self.splits is None:  # views draw what they were made with
             inputs.args = inputs.args.drawing(inputs.views.k)
         self._build(inputs, callbacks, optimizers)
-        self.arguments: dict = to_dict(data, self.args) | inputs.given
+        self.arguments: dict = to_dict(data, self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
             self._check_evaluations()
             self._use_neighbors(neighbors, data)
@@ -216,6 +220,8 @@ class DistillationTrainer(Trainer):
         self.length = inputs.args.run_length(count)
         self.teacher = inputs.teacher
         model = DistillationModel.from_args(student, self.teacher, inputs.args, count or 0, inputs.criterion)
+        if inputs.criterion is not None:
+            try_criterion(model, self.teacher)
         args = inputs.args.resolved(
             self.length,
             has_evaluator=evaluator is not None,
@@ -235,6 +241,7 @@ class DistillationTrainer(Trainer):
         self.record: dict = {}
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
+        self._owns_output_dir = False
         self._position: dict | None = None  # in a stream, after the last step
         self._stream_loader: StreamLoader | None = None
         diagnostics = []
@@ -265,6 +272,29 @@ class DistillationTrainer(Trainer):
             name_blocks(model, model.network)
             self._unsharded = unsharded_copy(model).to(args.device)
 
+    @property
+    def methods(self) -> list[str]:
+        """Names of the built-in methods that are trained by; of a loss of another kind there is none."""
+        given = self._given["criterion"]
+        if not isinstance(given, nn.Module):
+            return [method.name for method in self.args.methods]
+        return [name for name, loss in LOSSES.items() if type(given) is loss]
+
+    @property
+    def method(self) -> str:
+        """The loss as records and the card name it."""
+        given = self._given["criterion"]
+        if not isinstance(given, nn.Module):
+            return self.args.method
+        return repr(given) if isinstance(given, DistillationLoss) else type(given).__name__
+
+    def _loss_needs_embeddings_alone(self) -> bool:
+        """Whether the loss of held-out images can be computed from their embeddings."""
+        given = self._given["criterion"]
+        if isinstance(given, nn.Module):
+            return isinstance(given, DistillationLoss) and given.is_function_of_embeddings()
+        return all(LOSSES[name].is_function_of_embeddings() for name in self.methods)
+
     def _check_evaluations(self) -> None:
         """Refuse a ``metric_for_best_model`` that evaluations during training do not measure, and a wrong interval."""
         args = self.args
@@ -275,7 +305,7 @@ class DistillationTrainer(Trainer):
         if wanted == "overlap10" and args.lr_scheduler_type not in BY_METRIC:
             return  # the default, which few images do not have
         names = self.evaluator.metric_names()
-        if all(LOSSES[method.name].is_function_of_embeddings() for method in args.methods):
+        if self._loss_needs_embeddings_alone():
             names.append("loss")
         if wanted not in names:
             raise ValueError(
@@ -361,8 +391,11 @@ class DistillationTrainer(Trainer):
             LostWorker: a process that loads images ended; the message says what was saved.
             SystemExit: code 143 after SIGTERM or 130 after Ctrl-C, once a checkpoint is written.
         """
+        if self.args.dry_run:
+            return self._describe()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        self._claim_output_dir(resume_from_checkpoint)
         self._take_recorded_images(resume_from_checkpoint)
         self._bring_cached_rows()
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
@@ -375,14 +408,9 @@ class DistillationTrainer(Trainer):
             if finished(state, self.args):
                 return self._load_finished_run(checkpoint)
         else:
-            pretrain(self)
-            if resume_from_checkpoint and self.args.process_index == 0:
-                print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+            self._start_afresh(asked=resume_from_checkpoint)
         self._position = self._position_in(checkpoint)
-        if self.splits is not None and self.splits.run_images is not None:
-            with self.checkpoints.same_error_everywhere(self.args.output_dir):
-                if self.args.process_index == 0:
-                    self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
+        self._keep_list_of_images(checkpoint)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides
             self.add_callback(self.preemption)
         with self.preemption, self._lost_worker_as_error(), self._keeping_embeddings():
@@ -390,6 +418,34 @@ class DistillationTrainer(Trainer):
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         return result
+
+    def _start_afresh(self, asked: str | bool | None) -> None:
+        pretrain(self)
+        if asked and self.args.process_index == 0:
+            print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
+
+    def _keep_list_of_images(self, checkpoint: str | None) -> None:
+        """In the output folder, for a resume with the same images whatever happens to the files."""
+        if self.splits is not None and self.splits.run_images is not None:
+            with self.checkpoints.same_error_everywhere(self.args.output_dir):
+                if self.args.process_index == 0:
+                    self.splits.run_images.save(self.args.output_dir, replace=checkpoint is None)
+
+    def _describe(self) -> TrainOutput:
+        """What ``--dry_run`` prints, instead of a training with neighbours that were made up."""
+        from coss_hf.trainer.dry_run import describe  # measures trainers
+
+        if self.is_world_process_zero():
+            print(describe(self, self.splits, measure=True), flush=True)
+        return TrainOutput(0, 0.0, {})
+
+    def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Once: a trainer may train again in its own folder. A recipe did it before it read images."""
+        if self._owns_output_dir or isinstance(self._given["train_dataset"], (ImageSplits, ViewDataset)):
+            return
+        claim_output_dir(self.args, resume_from_checkpoint)
+        remove_earlier_run(self.args, resume_from_checkpoint)
+        self._owns_output_dir = True
 
     def _take_recorded_images(self, resume_from_checkpoint: str | bool | None) -> None:
         """Begin again with the images that the run to be resumed began with, where others are there now.
@@ -408,6 +464,7 @@ class DistillationTrainer(Trainer):
         args = copy.copy(given["args"] or DistillationArguments())
         args.resume_from_checkpoint = checkpoint
         self.__init__(self.teacher, self.student, **{**given, "args": args})
+        self._owns_output_dir = True
         present = {type(callback) for callback in self.callback_handler.callbacks}
         for callback in added:
             if type(callback) not in present:
@@ -619,11 +676,14 @@ class DistillationTrainer(Trainer):
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         if self.evaluator is None:
-            raise ValueError("evaluate() needs an evaluator: give --validation_size or a dataset with a test split.")
+            raise ValueError(
+                "There are no images to evaluate on: give evaluate or the trainer an eval_dataset, or hold some out of "
+                "train by --validation_size."
+            )
         self.collect()
         self._place_teacher()
         metrics, projected = self.evaluator(self.student, self.project)
-        if all(LOSSES[method.name].is_function_of_embeddings() for method in self.args.methods):
+        if self._loss_needs_embeddings_alone():
             metrics["loss"] = self._eval_loss(projected)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
         self.monitor.stop_clock()
@@ -674,9 +734,18 @@ class DistillationTrainer(Trainer):
         After ``train`` and ``save_model``. The first process works; the others return None at once. The record's
         ``results`` are empty without test or validation images.
 
+        Trackers are told, too, and their runs end. From a recipe they are told after the push.
+
         Raises:
             CheckpointError: the disk is full.
         """
+        made = self.write_report()
+        if made is not None:
+            report_end_of_run(self, made.record, made.neighbors, made.projection)
+        return made
+
+    def write_report(self) -> RunReport | None:
+        """See ``report``; trackers are not told."""
         self._place_teacher()
         return report(self)
 
@@ -710,9 +779,15 @@ class DistillationTrainer(Trainer):
             else:
                 super().save_model(output_dir, _internal_call=True)
         if not _internal_call:
+            self._write_first_record(output_dir or self.args.output_dir)
             self._check_reload(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def _write_first_record(self, folder: str) -> None:
+        """What the student came from, until ``report`` adds what it came to."""
+        if self.is_world_process_zero() and self.splits is not None and not self.record:
+            self.record = write_record(folder, self, {}, self.splits)
 
     def _check_reload(self, folder: str) -> None:
         """Load what was saved as anybody would, on the first process, and compare it with the student."""
@@ -792,7 +867,7 @@ class DistillationTrainer(Trainer):
                 "--teacher": self.teacher.fingerprint(),
                 "--student": f"{type(model.network).__name__} {shapes(model.network)}",
                 "--head": "none" if model.head is None else shapes(model.head),
-                "--method": self.args.method,
+                "--method": self.method,
                 "--seed": str(self.args.seed),
                 "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
             } | self.train_dataset.identity()
@@ -861,6 +936,7 @@ class DistillationTrainer(Trainer):
             PushFailed: the student is on disk; the message says how to push it.
         """
         self.save_model(_internal_call=True)
+        self._write_first_record(self.args.output_dir)
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:

@@ -95,8 +95,12 @@ class ConsoleCallback(TrainerCallback):
 
 def print_lines(trainer: Trainer, log_format: str = "text", optimum: float | None = None) -> None:
     """Let a trainer print lines instead of dictionaries and a bar; in a notebook its table stays."""
+    # By name, since importing it needs IPython.
+    in_notebook = any(type(one).__name__ == "NotebookProgressCallback" for one in trainer.callback_handler.callbacks)
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.pop_callback(theirs)
+    if in_notebook and log_format == "text":
+        return
     trainer.add_callback(ConsoleCallback(log_format, optimum))
 
 
