@@ -116,7 +116,7 @@ def test_fsdp_settings_that_are_refused(tmp_path, monkeypatch, change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_gpu": 2}, "2 GPUs in one process: start with `accelerate launch`"),
+        ({"n_gpu": 2}, "2 GPUs in one process: to use them, start by `coss-hf distill --num_processes 2`"),
         ({"WORLD_SIZE": "2"}, "2 processes were launched, but each would train alone.*add --use_cpu"),
     ],
 )

@@ -40,7 +40,7 @@ def test_the_step_is_saved(tmp_path, image_parquet, networks, capsys, number, co
     with pytest.raises(SystemExit) as stop:
         trainer.train()
     assert stop.value.code == code and signal.getsignal(number) is before and not ENDING.installed
-    assert f"{name}: step 3 is saved; resume with --resume_from_checkpoint." in capsys.readouterr().out
+    assert f"{name}: step 3 is saved; resume by train(resume_from_checkpoint=True)." in capsys.readouterr().out
     again = h.make_trainer(*arguments)
     again.train(resume_from_checkpoint=True)
     h.assert_same(h.state(again), h.state(whole))

@@ -53,7 +53,8 @@ def test_a_cache_that_cannot_be_written_is_named_instead_of_the_dataset(tmp_path
     cache = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "of the system": "/proc/x/y"}[place]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
     (tmp_path / "folder").mkdir()
-    h.colour_images(1, seed=0)[0][0].save(tmp_path / "folder" / "a.png")
+    for i, image in enumerate(h.colour_images(20, seed=0)[0]):  # few images would not be worth a file
+        image.save(tmp_path / "folder" / f"{i}.png")
     for images in (image_parquet, tmp_path / "folder"):
         with pytest.raises(ValueError, match=f"^HF_DATASETS_CACHE={cache} cannot be written") as caught:
             load_images(str(images))
