@@ -7,17 +7,21 @@ Each method has a page, made of the docstring and the declarations of its loss. 
 
 import inspect
 import json
+import math
 import re
 import statistics
 from pathlib import Path
 
 from coss_hf.losses.registry import LOSSES, SHAPES
+from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
+from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import quality_plot
 from coss_hf.study.tables import as_markdown, half_interval
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+PADDED = "student (resnet20), 10 epochs"
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
 SECTION = re.compile(rf"^({TITLES})(?: \(when called\))?:[ \n]", re.MULTILINE)
@@ -64,7 +68,7 @@ def select(rows: list[dict], **wanted) -> list[dict]:
 
 
 def front_rows() -> dict[str, tuple[str, list[dict]]]:
-    """Rows of the front page: which network it is, and its results."""
+    """Rows of the front page: the network whose costs were measured, or "" where its own were not, and its results."""
     short = json_lines("cifar10_resnet56_resnet20.jsonl")
     long = select(json_lines("gpu_cifar10.jsonl"), method="coss")
     untrained = select(json_lines("table1_cifar10.jsonl"), split="test")
@@ -72,20 +76,29 @@ def front_rows() -> dict[str, tuple[str, list[dict]]]:
     longest = max(long, key=lambda row: row["images_seen"])
     return {
         "teacher (resnet56)": ("teacher", select(untrained, method="teacher")),
-        "student (resnet20), 100 epochs": ("student", [longest]),
-        "student (resnet20), 10 epochs": ("student", trained),
+        "student (resnet20), 100 epochs, one seed": ("student", [longest]),
+        PADDED: ("", trained),
         "student at random weights": ("student", select(untrained, method="random")),
     }
+
+
+def padded_parameters() -> int:
+    """Parameters of the resnet20 of 10 epochs, whose shortcuts are padded (recipes/configs/)."""
+    return CifarResNetModel(CifarResNetConfig(depth=20, shortcut="padding")).num_parameters()
 
 
 def front_page() -> str:
     """Teacher, students and random weights, with what they cost."""
     costs = json_record("report_cifar10.json")["costs"]
-    lines = [["CIFAR-10, test images", "k-NN accuracy, %", "parameters", "file, MB", "one image, ms", "images/s"]]
+    lines = [["CIFAR-10, test images", "k-NN 20, %", "parameters", "file, MB", "one image, ms", "images/s"]]
     for name, (network, found) in front_rows().items():
+        accuracy = score(found, "knn20", statistics.stdev)
+        if not network:
+            lines.append([name, accuracy, f"{padded_parameters():,}", "", "", ""])
+            continue
         cost = costs[network]
         cells = [
-            score(found, "knn20", statistics.stdev),
+            accuracy,
             f"{cost['parameters']:,}",
             f"{cost['bytes'] / 1e6:.1f}",
             f"{cost['batch_1']['ms']:.1f}",
@@ -96,7 +109,7 @@ def front_page() -> str:
 
 
 def front_picture(path: Path) -> None:
-    """Accuracy against latency: the rows of the front page as a picture."""
+    """Accuracy against latency: the rows of the front page whose latency was measured, as a picture."""
     costs = json_record("report_cifar10.json")["costs"]
     points = {
         name.replace("teacher (resnet56)", "teacher"): (
@@ -104,9 +117,10 @@ def front_picture(path: Path) -> None:
             [row["knn20"] for row in found],
         )
         for name, (network, found) in front_rows().items()
+        if network
     }
     path.parent.mkdir(exist_ok=True)
-    quality_plot(path, points, "k-NN accuracy", "CIFAR-10: resnet56 and the students that it taught without labels")
+    quality_plot(path, points, "k-NN 20", "CIFAR-10: resnet56 and the students that it taught without labels")
 
 
 def quickstart_digits() -> str:
@@ -126,7 +140,7 @@ def quickstart_digits() -> str:
 
 
 def cifar10_short() -> str:
-    """Ten epochs on CIFAR-10, beside a bare PyTorch loop."""
+    """Ten epochs on CIFAR-10, next to a bare PyTorch loop."""
     rows = json_lines("cifar10_resnet56_resnet20.jsonl")
     metrics = {"knn10": "k-NN 10", "knn20": "k-NN 20", "probe": "linear probe", "overlap10": "overlap 10"}
     groups = {
@@ -241,6 +255,34 @@ def neighbor_search() -> str:
     return as_markdown(lines)
 
 
+def cost_model() -> str:
+    """The formulas of docs/scaling.md at d = 256, float16, 31 neighbours and 8 probes, on one core."""
+    dim, size, pool, probes = 256, 2, 31, 8
+    lines = [["images", "embeddings", "ivf index", "neighbours", "exact search", "build ivf", "search ivf"]]
+    for images in (50_000, 200_000, 10**6, 10**7, 10**8, 10**9):
+        root = math.sqrt(images)
+        sizes = (images * dim * size, images * (dim * size + 8) + 16 * root * dim, 4 * images * pool)
+        exact = 2 * images**2 * dim / 51e9
+        build = images * dim * (20_480 + 8 * root) / 85e9
+        search = images * root * dim * (8 + probes / 2) / 15e9
+        lines.append([f"{images:,}", *map(in_bytes, sizes), *map(in_time, (exact, build, search))])
+    return as_markdown(lines)
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes in GB or MB, with three digits."""
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB")
+    return f"{count / unit:.3g} {name}"
+
+
+def in_time(seconds: float) -> str:
+    """A time in the largest of days, hours, minutes and seconds of which it has two."""
+    for unit, name in ((86_400, "days"), (3_600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:,.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 TABLES = (
     front_page,
     quickstart_digits,
@@ -252,6 +294,7 @@ TABLES = (
     export,
     correlation,
     neighbor_search,
+    cost_model,
 )
 
 
@@ -306,9 +349,10 @@ def cost(loss: type) -> list[str]:
 
 
 def results_of(name: str) -> str:
-    """What table 1 on CIFAR-10 says of a method, with the seeds and the budget."""
+    """What table 1 on CIFAR-10, or else tables 2 to 4, say of a method, with the seeds and the budget."""
     rows = select(json_lines("table1_cifar10.jsonl"), method=name)
-    reported = select(rows, split="test")
+    rows = rows or select(json_lines("tables234_cifar10.jsonl"), method=name)
+    reported = [*{row["seed"]: row for row in select(rows, split="test")}.values()]
     tried = sorted(select(rows, split="validation"), key=lambda row: -row["probe"])
     if reported:
         text = (

@@ -32,7 +32,7 @@ class CompareArguments:
 
     methods: list[str] = field(
         default_factory=lambda: ["coss", "srrl", "vid", "dist", "crd", "pkt"],
-        metadata={"help": "Expressions as of --method of recipes/distill.py, each at its own beta."},
+        metadata={"help": "Methods to compare, written as for --method of coss-hf distill, each at its own beta."},
     )
     seeds: int = field(
         default=3, metadata={"help": "Number of runs of each method; at least 3, to tell differences from noise."}

@@ -5,7 +5,7 @@
 FOLDER holds its state dict as model.safetensors; the model, its code and the image processor are written to OUT.
 """
 
-from coss_hf.cli.help import show_help
+from coss_hf.cli.help import as_commands, show_help
 
 show_help(__name__, "convert")
 
@@ -20,7 +20,7 @@ from coss_hf.models.cifar.registry import cifar_image_processor
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="coss-hf convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="coss-hf convert", description=as_commands(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=path, help="Folder that holds the checkpoint as model.safetensors.")
     parser.add_argument("--output", type=path, required=True, help="Folder to which the model is written.")

@@ -35,12 +35,19 @@ SPLITS = ("train", "validation", "test")
 class EmbedArguments:
     """The network, and where its embeddings go."""
 
-    model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network."})
+    model: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of the network that embeds the images."}
+    )
     output: str | None = field(default=None, metadata={"help": "File to write, with the suffix .npy or .parquet."})
-    split: str = field(default="train", metadata={"help": "Split of the dataset to embed.", "choices": list(SPLITS)})
+    split: str = field(
+        default="train", metadata={"help": "Split of the dataset whose images are embedded.", "choices": list(SPLITS)}
+    )
     head: bool = field(default=False, metadata={"help": "Apply the student's projection head."})
-    normalize: bool = field(default=False, metadata={"help": "Scale each embedding to length 1."})
-    pooling: str = field(default="auto", metadata={"help": "Pooling: auto, cls, mean, pooler or gap."})
+    normalize: bool = field(default=False, metadata={"help": "Scale each embedding to a length of 1."})
+    pooling: str = field(
+        default="auto",
+        metadata={"help": "How features become one embedding: cls, mean, pooler, gap, or auto (by the architecture)."},
+    )
     batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})

@@ -38,7 +38,7 @@ from coss_hf.trainer.arguments import DataArguments, ModelArguments
 class EvaluationArguments:
     """Where the result goes, and how it is computed."""
 
-    output: str | None = field(default=None, metadata={"help": "JSON file to write."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to which the results are written."})
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the random weights; default: that of the student's run, else 0."}
     )

@@ -35,22 +35,28 @@ from coss_hf.trainer.arguments import DataArguments
 class ExportArguments:
     """What is exported, and how it is measured."""
 
-    model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network."})
-    output: str | None = field(default=None, metadata={"help": "Folder to write."})
+    model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network to export."})
+    output: str | None = field(
+        default=None, metadata={"help": "Folder to which the ONNX files and export.json are written."}
+    )
     head: bool = field(default=False, metadata={"help": "Export the model's projection head, too."})
     quantize: str = field(
         default="none",
         metadata={
-            "help": "Also write a file in int8: static for convolutional networks, dynamic for transformers.",
+            "help": "Quantisation of a second file in int8: static suits convolutional networks, dynamic suits "
+            "transformers.",
             "choices": list(QUANTIZATIONS),
         },
     )
-    pooling: str = field(default="auto", metadata={"help": "Pooling: auto, cls, mean, pooler or gap."})
+    pooling: str = field(
+        default="auto",
+        metadata={"help": "How features become one embedding: cls, mean, pooler, gap, or auto (by the architecture)."},
+    )
     num_images: int = field(default=1000, metadata={"help": "Largest number of test images to compare on."})
     calibration_images: int = field(
         default=200, metadata={"help": "Number of training images that calibrate static quantisation."}
     )
-    timing_rounds: int = field(default=20, metadata={"help": "Timed runs of each batch size."})
+    timing_rounds: int = field(default=20, metadata={"help": "Number of timed runs of each batch size."})
     batch_size: int = field(default=50, metadata={"help": "Number of images per forward pass."})
 
 

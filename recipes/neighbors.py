@@ -51,13 +51,17 @@ from coss_hf.utils.errors import RunStopped
 class NeighborsArguments:
     """How neighbours are searched, and where the result goes. Of the models only the teacher is read."""
 
-    output: str | None = field(default=None, metadata={"help": "New folder to write the dataset to."})
-    neighbors_pool: int = field(default=31, metadata={"help": "Nearest neighbours kept for each image."})
+    output: str | None = field(default=None, metadata={"help": "New folder to which the dataset is written."})
+    neighbors_pool: int = field(
+        default=31, metadata={"help": "Number of nearest neighbours that are kept for each image."}
+    )
     batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU; several processes on a CPU need it."})
-    push_to_hub: str | None = field(default=None, metadata={"help": "Hub dataset USER/NAME to push the result to."})
-    hub_private_repo: bool = field(default=False, metadata={"help": "Create a private Hub dataset."})
+    push_to_hub: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub to push the dataset to, as USER/NAME."}
+    )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Create a private dataset repository on the Hub."})
 
 
 def find_neighbors(
@@ -142,7 +146,7 @@ def main() -> None:
     sizes = ", ".join(f"{name} {len(split):,}" for name, split in result.items())
     print(f"{args.output}: {sizes} images, each of train with its {args.neighbors_pool} nearest neighbours.")
     pool = f"--neighbors_k {min(15, args.neighbors_pool)} --neighbors_pool {args.neighbors_pool}"
-    print(f"Next: recipes/distill.py --dataset {args.output} {pool} ...")
+    print(f"Next: coss-hf distill --dataset {args.output} {pool} ...")
     if args.push_to_hub:
         with stopped_run_exits():
             push_dataset(args.output, args.push_to_hub, private=args.hub_private_repo)

@@ -39,19 +39,24 @@ class PrepareArguments:
         default=None, metadata={"help": "Branch, tag or commit of the dataset on the Hub."}
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images. Default: the one that holds images."}
+        default=None, metadata={"help": "Name of the column of the images. Default: the one that holds images."}
     )
-    output: str | None = field(default=None, metadata={"help": "Folder to write, which --dataset then takes."})
-    shorter_side: int = field(default=288, metadata={"help": "Shorter side of the copies in pixels, at most."})
-    quality: int = field(default=95, metadata={"help": "Quality of the copies as JPEG, 1 to 95."})
+    output: str | None = field(
+        default=None,
+        metadata={"help": "Folder to which the copy is written; --dataset of coss-hf distill then takes it."},
+    )
+    shorter_side: int = field(default=288, metadata={"help": "Largest shorter side of a copied image, in pixels."})
+    quality: int = field(default=95, metadata={"help": "Quality of the copies as JPEG files, from 1 to 95."})
     on_bad_image: str = field(
         default="error",
         metadata={
-            "help": "What to do with images that cannot be decoded. skip: they are left out.",
+            "help": "What to do with images that cannot be decoded: error ends the command, skip leaves them out.",
             "choices": ["error", "skip"],
         },
     )
-    num_proc: int | None = field(default=None, metadata={"help": "Number of processes. Default: one."})
+    num_proc: int | None = field(
+        default=None, metadata={"help": "Number of processes that decode and write images. Default: one."}
+    )
 
 
 ARGUMENTS = (PrepareArguments,)

@@ -6,7 +6,7 @@
 It pushes what could not be pushed when its run ended. The token is that of `hf auth login` or HF_TOKEN.
 """
 
-from coss_hf.cli.help import show_help
+from coss_hf.cli.help import as_commands, show_help
 
 show_help(__name__, "push")
 
@@ -19,7 +19,7 @@ from coss_hf.hub.push import check_name, push, push_dataset
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="coss-hf push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="coss-hf push", description=as_commands(__doc__), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=path, help="Output folder of coss-hf distill or coss-hf neighbors.")
     parser.add_argument("--repo_id", required=True, help="Repository USER/NAME, which is created if it does not exist.")

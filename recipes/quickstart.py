@@ -4,10 +4,10 @@
 
 It writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels
 into a smaller student (recipes/distill.py), and prints how well the embeddings of test images tell their classes. Each
-command is printed before it runs. It needs scikit-learn: pip install 'coss-hf[quickstart]'.
+command is printed before it runs. It needs scikit-learn: pip install scikit-learn.
 """
 
-from coss_hf.cli.help import show_help
+from coss_hf.cli.help import as_commands, show_help
 
 show_help(__name__, "quickstart")
 
@@ -46,7 +46,7 @@ def bundled_digits():
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        print("error: the digits come with scikit-learn: pip install 'coss-hf[quickstart]'.", file=sys.stderr)
+        print("error: the digits come with scikit-learn: pip install scikit-learn.", file=sys.stderr)
         raise SystemExit(2) from None
     return load_digits()
 
@@ -107,7 +107,9 @@ def over_seeds(runs: list[dict[str, dict]], statistic) -> dict[str, dict]:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="coss-hf quickstart", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="coss-hf quickstart",
+        description=as_commands(__doc__),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="Seeds; each trains one teacher and one student."

@@ -40,7 +40,7 @@ class ReportArguments:
         default=None, metadata={"help": "Hours for everything, on this machine; or give --num_images."}
     )
     jobs: int = field(default=1, metadata={"help": "Number of runs that train at the same time."})
-    timing_rounds: int = field(default=20, metadata={"help": "Timed runs of each network and batch size."})
+    timing_rounds: int = field(default=20, metadata={"help": "Number of timed runs of each network and batch size."})
 
 
 ARGUMENTS = (ReportArguments, ModelArguments, DataArguments, DistillationArguments)

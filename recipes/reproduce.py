@@ -1,6 +1,6 @@
 """Reproduce the paper's tables on your own images: pairs x methods x scales of the loss, and fresh seeds to report.
 
-    python recipes/reproduce.py --table 1 --dataset ../shared/data/cifar10 --validation_size 5000 \
+    python recipes/reproduce.py --table 1 --dataset path/to/cifar10 --validation_size 5000 \
         --pairs resnet20/resnet56 --teacher runs/teacher-resnet56 --scales 0.5 1 4 --finalists 4 --budget 0.005 \
         --jobs 2 --use_cpu --output_dir runs/table1
 

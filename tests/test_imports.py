@@ -1,4 +1,4 @@
-"""The direction of imports: a wing knows only itself and the wings before it."""
+"""The direction of imports: a package knows only itself and the packages before it."""
 
 import ast
 import subprocess
@@ -8,8 +8,8 @@ import pytest
 
 from tests.helpers.runs import ROOT
 
-WINGS = "utils features losses data models evaluation neighbors hub reporting trainer study cli".split()
-# Beside torch and their own wing, all that a loss may import.
+PACKAGES = "utils features losses data models evaluation neighbors hub reporting trainer study cli".split()
+# Next to torch and their own package, all that a loss may import.
 LOSS_IMPORTS = {"features", "losses", "utils.distributed", "utils.lazy", "utils.vectors"}
 
 
@@ -24,20 +24,20 @@ def imports(path) -> set[str]:
     return found
 
 
-def files(wing: str):
-    return [ROOT / "coss_hf" / f"{wing}.py"] if wing == "features" else (ROOT / "coss_hf" / wing).rglob("*.py")
+def files(package: str):
+    return [ROOT / "coss_hf" / f"{package}.py"] if package == "features" else (ROOT / "coss_hf" / package).rglob("*.py")
 
 
-@pytest.mark.parametrize("wing", WINGS)
-def test_wings_import_only_wings_before_them(wing):
-    for path in files(wing):
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_import_only_packages_before_them(package):
+    for path in files(package):
         ours = {name.split(".")[1] for name in imports(path) if name.startswith("coss_hf.")}
-        assert ours <= {*WINGS[: WINGS.index(wing) + 1]}, path
+        assert ours <= {*PACKAGES[: PACKAGES.index(package) + 1]}, path
 
 
-def test_every_module_belongs_to_a_wing():
+def test_every_module_belongs_to_a_package():
     found = {path.name.removesuffix(".py") for path in (ROOT / "coss_hf").iterdir()}
-    assert found - {"__pycache__", "__init__", "__main__", "py.typed"} == {*WINGS}
+    assert found - {"__pycache__", "__init__", "__main__", "py.typed"} == {*PACKAGES}
 
 
 def test_losses_import_torch_features_and_distributed_alone():
@@ -73,5 +73,5 @@ def test_the_package_offers_its_public_names_without_importing_them_all():
         "from coss_hf.models import CIFAR_NETWORKS, CifarResNetConfig, CifarResNetModel, cifar_config",
     ],
 )
-def test_public_names_of_the_wings(line):
+def test_public_names_of_the_packages(line):
     exec(line, {})

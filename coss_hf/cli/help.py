@@ -52,14 +52,34 @@ def render(command: str, document: str, dataclass_types: Iterable[type], everyth
         dataclass_types: what its options are fields of.
         everything: whether all options are shown, instead of those in ``options.GROUPS``.
     """
-    document = re.sub(r"(?<=\S)  +", " ", RECIPE.sub(_as_command, document))  # line continuations
+    document = re.sub(r"(?<=\S)  +", " ", as_commands(document))  # line continuations
     title, _, rest = document.strip().partition("\n\n")
     blocks = [f"usage: coss-hf {command} [--option value ...]", title]
-    blocks += [f"{group}:\n" + "\n".join(rows) for group, rows in _groups(dataclass_types, everything).items()]
-    blocks.append(rest)
-    if not everything:
-        blocks.append(f"All options of the training: coss-hf {command} --help_all")
+    groups = _groups(dataclass_types, everything)
+    blocks += [f"{group}:\n" + "\n".join(rows) for group, rows in groups.items()]
+    blocks.append(rest.rstrip())
+    if not everything and groups != _groups(dataclass_types, True):
+        blocks.append(f"All options: coss-hf {command} --help_all")
     return "\n\n".join(blocks) + "\n"
+
+
+def as_commands(document: str) -> str:
+    """A docstring of a script, in which scripts are called by the names of their commands."""
+    return RECIPE.sub(_as_command, document)
+
+
+def own_help(kind: type, field: dataclasses.Field) -> str:
+    """The help of an option: what a class of the project says of it, else the sentence in ``options.SENTENCES``.
+
+    Args:
+        kind: dataclass whose field it is; its base may be ``transformers.TrainingArguments``.
+        field: the option.
+    """
+    declaring = next(base for base in kind.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
+    text = field.metadata.get("help") or ""
+    if declaring.__module__.startswith("transformers.") or not text:
+        text = SENTENCES.get(field.name) or text
+    return text
 
 
 def _as_command(found: re.Match) -> str:
@@ -70,11 +90,13 @@ def _as_command(found: re.Match) -> str:
 def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list[str]]:
     """Lines of each group of options."""
     fields = {"config": None}
+    texts = {"config": SENTENCES["config"]}
     own = []
     shared = {name for names in GROUPS.values() for name in names}
     for kind in dataclass_types:
         found = {field.name: field for field in dataclasses.fields(kind) if field.init}
         fields |= found
+        texts |= {name: own_help(kind, field) for name, field in found.items()}
         if not kind.__module__.startswith("coss_hf.trainer") or kind.__name__ == "TeacherArguments":
             declared = kind.__dict__.get("__annotations__", {})
             own += [name for name in found if name in declared and name not in shared]
@@ -82,14 +104,17 @@ def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list
     if everything:
         seen = {name for names in groups.values() for name in names}
         groups["All other options"] = [name for name in fields if name not in seen | NOT_OFFERED]
-    lines = {title: [_row(name, fields[name]) for name in names if name in fields] for title, names in groups.items()}
+    lines = {
+        title: [_row(name, fields[name], texts[name]) for name in names if name in fields]
+        for title, names in groups.items()
+    }
     return {title: rows for title, rows in lines.items() if rows}
 
 
-def _row(name: str, field: dataclasses.Field | None) -> str:
+def _row(name: str, field: dataclasses.Field | None, text: str) -> str:
     """One option: its name and kind of value, then its sentence and its default."""
     option = f"  --{name} {'FILE' if field is None else _kind(field)}".rstrip()
-    text = SENTENCES.get(name) or _sentence(field.metadata.get("help") or "")
+    text = _sentence(text)
     if field is not None:
         text += _default(field, text)
     lines = textwrap.wrap(text, WIDTH - INDENT)

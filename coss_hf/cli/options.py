@@ -63,7 +63,7 @@ GROUPS = {
     ),
 }
 
-# Sentences for options that are those of transformers.TrainingArguments.
+# Sentences for options that are inherited from transformers.TrainingArguments as they are.
 SENTENCES = {
     "bf16": "Train under bfloat16 autocast; weights and loss stay float32.",
     "config": "YAML file with any of these options; the command line overrides it.",

@@ -36,7 +36,7 @@ class SearchOptions:
     )
     neighbors_dtype: str = field(
         default="float32",
-        metadata={"help": "Of the embeddings on disk and in the index.", "choices": ["float32", "float16"]},
+        metadata={"help": "Data type of the embeddings on disk and in the index.", "choices": ["float32", "float16"]},
     )
     neighbors_keep_embeddings: bool = field(
         default=False, metadata={"help": "Keep the embeddings on disk when the neighbours are found."}

@@ -26,7 +26,7 @@ class TensorBoardTracker(TensorBoardCallback):
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which closes the file."""
         trainer = self.trainer
-        if self.tb_writer is None:  # a finished run was gone on from
+        if self.tb_writer is None:  # a finished run was resumed
             self.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
         step = trainer.state.global_step
         for name, value in end.results.items():

@@ -61,7 +61,7 @@ class TrackioTracker(TrackioCallback):
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which it finishes."""
         trainer, trackio = self.trainer, self._trackio
-        if not self._initialized:  # a finished run was gone on from: its report is all that is left to keep
+        if not self._initialized:  # a finished run was resumed: its report is all that is left to keep
             self.setup(trainer.args, trainer.state, trainer.model)
         logs = {"images_seen": end.images_seen, **end.results}
         logs |= {name: trackio.Image(path) for name, path in end.pictures.items()}

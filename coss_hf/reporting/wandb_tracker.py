@@ -145,7 +145,7 @@ class WandbTracker(WandbCallback):
 
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which it finishes."""
-        if not self._initialized:  # a finished run was gone on from: its report is all that is left to keep
+        if not self._initialized:  # a finished run was resumed: its report is all that is left to keep
             self.setup(self.trainer.args, self.trainer.state, self.trainer.model)
         wandb, run = self._wandb, self._wandb.run
         logs = {"images_seen": end.images_seen}

@@ -78,7 +78,7 @@ class ReproduceArguments:
     channels_last: bool = field(
         default=False, metadata={"help": "Use the channels-last memory layout, faster on most machines."}
     )
-    torch_compile: bool = field(default=False, metadata={"help": "Compile both networks."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile teacher and student with torch.compile."})
     torch_compile_mode: str | None = field(
         default=None, metadata={"help": "Mode of torch.compile; reduce-overhead uses CUDA graphs."}
     )

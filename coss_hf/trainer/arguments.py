@@ -124,8 +124,8 @@ class ModelArguments:
             if getattr(self, name) == default != run.get(name, default):
                 changes[name] = run[name]
         if changes:
-            said = ", ".join(f"--{name} {value}" for name, value in changes.items())
-            logger.info("As in the run that left %s: %s.", self.student, said)
+            summary = ", ".join(f"--{name} {value}" for name, value in changes.items())
+            logger.info("As in the run that left %s: %s.", self.student, summary)
         return replace(self, **changes), run
 
     def load_teacher(self) -> Backbone:
@@ -159,9 +159,7 @@ class DataArguments(SearchOptions):
 
     dataset: str | None = field(
         default=None,
-        metadata={
-            "help": "Images to train on: a Hub name, a folder of images, parquet files or a save_to_disk folder."
-        },
+        metadata={"help": "Images to read: a Hub name, a folder of images, parquet files or a save_to_disk folder."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Name of the configuration of a Hub dataset that has several."}
@@ -170,7 +168,8 @@ class DataArguments(SearchOptions):
         default=None, metadata={"help": "Branch, tag or commit of the dataset on the Hub."}
     )
     train_split: str | None = field(
-        default=None, metadata={"help": "Split to train on. Default: train, or the only split."}
+        default=None,
+        metadata={"help": "Name of the split that holds the training images. Default: train, or the only split."},
     )
     test_split: str | None = field(
         default=None,
@@ -180,12 +179,13 @@ class DataArguments(SearchOptions):
         },
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column of the images. Default: the one that holds images."}
+        default=None, metadata={"help": "Name of the column of the images. Default: the one that holds images."}
     )
     label_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of the labels, which only evaluation reads. Default: the one that holds labels, if any."
+            "help": "Name of the column of the labels, which only evaluation reads. Default: the one that holds "
+            "labels, if any."
         },
     )
     validation_size: float | None = field(
@@ -196,7 +196,7 @@ class DataArguments(SearchOptions):
         },
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Largest number of images to train on. Default: all."}
+        default=None, metadata={"help": "Largest number of images of the training split that are used. Default: all."}
     )
     streaming: bool = field(
         default=False,

@@ -156,8 +156,8 @@ def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECO
         state = json.loads((Path(folder) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return None
-    whole = all((Path(folder) / name).is_file() for name in files)
-    return state if "global_step" in state and whole else None
+    complete = all((Path(folder) / name).is_file() for name in files)
+    return state if "global_step" in state and complete else None
 
 
 def finished(state: dict, args) -> bool:

@@ -37,13 +37,21 @@ from coss_hf.utils.randomness import StepSeed
 class TeacherArguments(TrainingArguments):
     """``transformers.TrainingArguments`` with the method's defaults."""
 
-    output_dir: str = field(default="teacher", metadata={"help": "Folder for network and image processor."})
+    output_dir: str = field(
+        default="teacher", metadata={"help": "Folder to which the network and its image processor are written."}
+    )
     overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network that is already there."})
     model: str | None = field(
         default=None, metadata={"help": "Network to train: resnet56, resnet32x4, ..., or a Hub name or folder."}
     )
-    hidden_sizes: list[int] | None = field(default=None, metadata={"help": "Widths of a CIFAR network's stages."})
-    image_size: int | None = field(default=None, metadata={"help": "Input side; default: 32, or the checkpoint's."})
+    hidden_sizes: list[int] | None = field(
+        default=None,
+        metadata={"help": "Numbers of channels of the stages of a CIFAR network. Default: those of its name."},
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the input in pixels. Default: that of the checkpoint, or 32 for a CIFAR network."},
+    )
     mean: list[float] | None = field(
         default=None, metadata={"help": "Mean of the pixels per channel. Default: that of CIFAR-100."}
     )
@@ -56,9 +64,12 @@ class TeacherArguments(TrainingArguments):
     )
     reduced_decoding: bool = field(
         default=True,
-        metadata={"help": "Decode JPEGs at the smallest scale that has the pixels of a view. If False, at full size."},
+        metadata={
+            "help": "Decode JPEG files at the smallest scale that has all pixels which a view needs. If False, at full "
+            "size."
+        },
     )
-    num_train_epochs: float = field(default=240, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float = field(default=240, metadata={"help": "Number of passes over the training images."})
     per_device_train_batch_size: int = field(
         default=128, metadata={"help": "Number of images per device and optimizer step."}
     )
@@ -72,18 +83,31 @@ class TeacherArguments(TrainingArguments):
     momentum: float = field(
         default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
     )
-    weight_decay: float = field(default=5e-4, metadata={"help": "With SGD on every parameter, as in the paper."})
+    weight_decay: float = field(
+        default=5e-4,
+        metadata={"help": "Weight decay. The SGD optimizer applies it to every parameter, as in the paper."},
+    )
     lr_scheduler_type: str = field(
         default="cosine", metadata={"help": "Schedule of the learning rate, as of transformers.TrainingArguments."}
     )
-    lr_milestones: list[float] | None = field(default=None, metadata={"help": "Epochs where SGD's rate falls tenfold."})
+    lr_milestones: list[float] | None = field(
+        default=None, metadata={"help": "Epochs after which the learning rate of the SGD optimizer is divided by 10."}
+    )
     max_grad_norm: float = field(
         default=0.0,
         metadata={"help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping."},
     )
-    save_strategy: str = field(default="no", metadata={"help": "Checkpoints; the result is saved in any case."})
+    save_strategy: str = field(
+        default="no",
+        metadata={
+            "help": "When checkpoints are written: steps, epoch or no. The trained network is saved in any case."
+        },
+    )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay off."})
+    remove_unused_columns: bool = field(
+        default=False,
+        metadata={"help": "Drop columns that the model does not read. Must be False: rows hold views and row numbers."},
+    )
 
     @parameter_names()
     def __post_init__(self):

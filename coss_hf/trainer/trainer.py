@@ -87,7 +87,9 @@ class DistillationTrainer(Trainer):
     evaluation measures embeddings.
 
     Args:
-        teacher: the network to learn from, never saved: a Hub name or folder, a ``PreTrainedModel``, or a ``Backbone``.
+        teacher: the network to learn from, never saved: a Hub name or folder, a ``PreTrainedModel``, another
+            ``torch.nn.Module`` (of timm or torchvision), or a ``Backbone``, such as ``Backbone.from_module`` makes of a
+            module of your own.
         student: the network to train: the same.
         args: ``DistillationArguments``; the trainer works with a resolved copy. By default those of a run in the folder
             ``student``.

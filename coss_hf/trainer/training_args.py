@@ -76,7 +76,7 @@ class DistillationArguments(TrainingArguments):
         default=True,
         metadata={
             "help": "Decode JPEG photographs at the smallest scale (1/2, 1/4, 1/8) that has all pixels which a view "
-            "needs: several times as fast, with pixels that differ by little. If False, decode them at full size."
+            "needs, which is faster and changes pixels slightly. If False, decode them at full size."
         },
     )
     view_seed: int | None = field(
@@ -185,7 +185,10 @@ class DistillationArguments(TrainingArguments):
         },
     )
     eval_steps: float | None = field(
-        default=None, metadata={"help": "Number of steps between evaluations. Default: as many as see 50,000 images."}
+        default=None,
+        metadata={
+            "help": "Number of optimizer steps between two evaluations. Default: the number that sees 50,000 images."
+        },
     )
     eval_sample_size: int = field(
         default=2_000, metadata={"help": "Largest number of held-out images of an evaluation during training."}

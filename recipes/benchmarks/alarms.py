@@ -1,6 +1,6 @@
 """Show which alarms a healthy run, one with a shuffled teacher and one that collapses raise, on real images.
 
-    python recipes/benchmarks/alarms.py --teacher runs/teacher-resnet56 --dataset ../shared/data/cifar10 \
+    python recipes/benchmarks/alarms.py --teacher runs/teacher-resnet56 --dataset path/to/cifar10 \
         --output alarms.json
 
 The student is resnet20 from random weights. Shuffled: each image gets the teacher's embedding of another image of its

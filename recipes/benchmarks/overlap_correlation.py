@@ -1,6 +1,6 @@
 """Measure which label-free figure tells the better of two students: rank correlations with accuracy over students.
 
-    python recipes/benchmarks/overlap_correlation.py --teacher runs/teacher-resnet56 --dataset ../shared/data/cifar10 \
+    python recipes/benchmarks/overlap_correlation.py --teacher runs/teacher-resnet56 --dataset path/to/cifar10 \
         --validation_size 5000 --output_dir runs/correlation --results overlap_correlation.json
 
 20 students resnet20 that have seen equally many images: CoSS at several lambdas, scales, learning rates and seeds, and

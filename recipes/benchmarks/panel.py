@@ -1,6 +1,6 @@
 """Measure what the diagnostics on held-out images cost: their share of training time at the default interval.
 
-    python recipes/benchmarks/panel.py --teacher runs/teacher-resnet56 --dataset ../shared/data/cifar10 \
+    python recipes/benchmarks/panel.py --teacher runs/teacher-resnet56 --dataset path/to/cifar10 \
         --output panel.json
 
 resnet20 learns from resnet56 at batch 128; every 20 steps 2,000 images are evaluated, with labels (k-NN and probe

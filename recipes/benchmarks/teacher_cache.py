@@ -1,7 +1,7 @@
 """Measure what a teacher cache gives: live, cold and warm training, and a bare loop that trains the student alone.
 
     python recipes/benchmarks/teacher_cache.py --output teacher_cache.jsonl \
-        --resnet_images ../shared/data/cifar10 --vit_images ../shared/data/imagenette --workers 1
+        --resnet_images path/to/cifar10 --vit_images path/to/imagenette --workers 1
 
 Two pairs at random weights: resnet56 -> resnet20 (32 pixels, batch 128) and DINOv2-S/14 with registers -> resnet18 (112
 pixels, batch 32). `tensors`: views in memory, which cost nothing to make. `images`: the given images, augmented in

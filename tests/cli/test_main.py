@@ -73,7 +73,7 @@ def test_bad_input(capsys, words, message):
         (subprocess.CalledProcessError(143, "distill.py"), 143),
     ],
 )
-def test_the_launcher_adds_no_traceback_to_what_its_processes_said(monkeypatch, error, code):
+def test_launcher_adds_no_traceback_to_errors_of_its_processes(monkeypatch, error, code):
     """Ctrl-C on several processes ended with accelerate's."""
 
     def launch(args):

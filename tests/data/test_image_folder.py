@@ -151,7 +151,7 @@ def test_links_that_lead_nowhere(tmp_path):
         load(folder)
 
 
-def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+def test_unreadable_folder_is_named(tmp_path, monkeypatch):
     folder = write(tmp_path / "d", "a/1.jpg", "b/2.jpg")
     real = os.scandir
 
@@ -264,7 +264,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
     assert len(load(folder).train) == 1
 
 
-def test_nothing_is_said_where_nothing_is_left_out(tmp_path, caplog):
+def test_no_message_where_no_image_is_left_out(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         load(write(tmp_path / "d", "a.jpg", "b.jpg"))
     assert "left out" not in caplog.text.lower()
@@ -332,7 +332,7 @@ def test_an_image_that_a_table_names_and_that_is_not_there(tmp_path):
         ("", "metadata.csv cannot be read"),
     ],
 )
-def test_tables_that_cannot_be_used(tmp_path, table, message):
+def test_invalid_metadata_tables_are_rejected(tmp_path, table, message):
     folder = write(tmp_path / "d", "a.jpg")
     (folder / "metadata.csv").write_text(table)
     with pytest.raises(ValueError, match=message):
@@ -359,7 +359,7 @@ def test_a_card_that_names_the_files_is_obeyed(tmp_path, caplog):
         ("notes.txt", "is not a parquet file"),
     ],
 )
-def test_a_file_that_is_no_table(tmp_path, name, message):
+def test_metadata_file_that_holds_no_table_is_rejected(tmp_path, name, message):
     (tmp_path / name).write_text("x")
     with pytest.raises(ValueError, match=message):
         load(tmp_path / name)

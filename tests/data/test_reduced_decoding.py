@@ -140,7 +140,7 @@ def test_an_image_that_takes_the_place_of_a_damaged_one_gets_the_crop_of_its_own
     assert torch.equal(*found)
 
 
-def test_a_users_transform_gets_whole_images():
+def test_user_transform_gets_full_images():
     sizes = []
 
     def transform(image):

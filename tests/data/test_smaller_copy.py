@@ -62,7 +62,7 @@ def test_splits_and_other_columns_are_kept(image_parquet, tmp_path):
     assert copy["train"][0]["image"].size == (8, 8)
 
 
-def test_images_that_cannot_be_decoded_are_named_or_left_out(photos, tmp_path, monkeypatch, capsys):
+def test_undecodable_images_are_named_or_left_out(photos, tmp_path, monkeypatch, capsys):
     (photos / "cat" / "broken.jpg").write_bytes(encoded(smooth(0, 640, 480))["bytes"][:2000])
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, capsys, dataset=photos, output=tmp_path / "copy")

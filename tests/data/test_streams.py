@@ -157,7 +157,7 @@ def test_bad_input(shards, options, message):
         load_stream(shards, **options)
 
 
-def test_what_is_no_stream(tmp_path):
+def test_inputs_other_than_streams_are_rejected(tmp_path):
     h.colour_images(1, 0)[0][0].save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="--streaming reads parquet files or tar files.*it holds none"):
         load_stream(tmp_path)

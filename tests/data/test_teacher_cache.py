@@ -97,7 +97,7 @@ def test_rows_of_anything_else_are_missing(tmp_path):
     assert "with another --teacher" in cache.differences()
 
 
-def test_more_epochs_go_on_from_fewer(tmp_path):
+def test_more_view_epochs_extend_the_cache_of_fewer(tmp_path):
     """The views of the first 2 of 5 epochs are those of 2 epochs."""
     filled(tmp_path)
     longer = cache_in(tmp_path, shape=(5, 10, 3, 8))
@@ -217,7 +217,7 @@ def test_a_disk_that_is_too_small_is_refused_with_sizes(tmp_path):
     small.check_room(2)  # all is there
 
 
-def test_a_folder_that_cannot_be_written_is_refused_unless_it_is_complete(tmp_path, monkeypatch):
+def test_read_only_cache_is_rejected_unless_it_is_complete(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--teacher_cache=.*file: .* cannot be written .*another folder"):
         cache_in(tmp_path / "file")

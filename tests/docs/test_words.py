@@ -6,8 +6,9 @@ import re
 
 import tests.helpers.documents as d
 from coss_hf.cli.help import PAGES as HELP_PAGES
+from coss_hf.cli.help import own_help
 from coss_hf.cli.main import COMMANDS
-from coss_hf.cli.options import NOT_OFFERED, SENTENCES
+from coss_hf.cli.options import SENTENCES
 from coss_hf.cli.pages import load_recipe
 
 # What is not written, and what is written instead.
@@ -71,8 +72,8 @@ def test_help_pages():
         assert not complaints(page.read_text()), page.name
 
 
-def own_help() -> dict[str, str]:
-    """Help of all options but those whose text is that of transformers and that nothing overrides."""
+def all_own_help() -> dict[str, str]:
+    """Help of all options, by command, but those whose text is that of transformers and that nothing overrides."""
     found = {}
     for command in COMMANDS:
         if command == "env":
@@ -86,8 +87,8 @@ def own_help() -> dict[str, str]:
             own = {name for base in kind.__mro__ if base.__module__.startswith("coss_hf") for name in annotations(base)}
             own |= {*SENTENCES}
             for field in dataclasses.fields(kind):
-                if field.init and field.name in own - NOT_OFFERED:
-                    found[field.name] = SENTENCES.get(field.name) or field.metadata.get("help") or ""
+                if field.init and field.name in own:
+                    found[f"{command}: {field.name}"] = own_help(kind, field)
     return found
 
 
@@ -99,10 +100,28 @@ def test_no_help_is_a_fragment():
     """Of 143 texts 56 had five words or fewer, such as "Of SGD."."""
     fragments = {
         name: text
-        for name, text in own_help().items()
+        for name, text in all_own_help().items()
         if len(text.split()) <= 5 or not text.endswith(".") or text[0] != text[0].upper()
     }
     assert not fragments
+
+
+def test_help_of_a_command_is_its_own():
+    """`coss-hf neighbors --push_to_hub` was shown the sentence of `coss-hf distill`: "Push the finished student"."""
+    found = all_own_help()
+    assert found["neighbors: push_to_hub"] == "Repository on the Hub to push the dataset to, as USER/NAME."
+    assert found["distill: push_to_hub"] == SENTENCES["push_to_hub"]
+    assert not [name for name, text in found.items() if text.startswith("Images to train on")]
+
+
+def test_help_pages_name_commands():
+    """`coss-hf push --help` showed `python recipes/push.py`."""
+    assert not [page.name for page in HELP_PAGES.glob("*.txt") if "python recipes/" in page.read_text()]
+
+
+def test_no_page_names_a_folder_of_the_workplace():
+    paths = [*d.PAGES, *SOURCES, *(d.ROOT / "recipes" / "configs").glob("*.yaml"), *HELP_PAGES.glob("*.txt")]
+    assert not [str(path) for path in paths if "../shared/" in path.read_text()]
 
 
 def test_the_check_finds_them():

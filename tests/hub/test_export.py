@@ -111,5 +111,5 @@ def test_slow_int8_model_is_reported(one, many, words):
     assert ("do not ship" in advice) == (one > 10 and many > 100)
 
 
-def test_without_int8_there_is_no_advice():
+def test_advice_needs_an_int8_file():
     assert int8_advice({"onnx": {}}) == ""

@@ -1,4 +1,4 @@
-"""Students that were saved before the package was laid out in wings: published folders must keep loading.
+"""Students that were saved before the package was laid out in packages: published folders must keep loading.
 
 `old_students/NAME/` is a folder as `recipes/distill.py` of commit ca5c395 left it, less
 pictures, card and trainer state;

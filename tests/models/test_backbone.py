@@ -258,7 +258,7 @@ def test_embed_reads_every_kind_of_image(backbone):
         (torch.zeros(2, 1, 32, 32, dtype=torch.uint8), "uint8"),
     ],
 )
-def test_embed_refuses_what_is_no_image(wrong, named, backbone):
+def test_embed_rejects_values_other_than_images(wrong, named, backbone):
     with pytest.raises(ValueError, match=f"^images: .*{named}"):
         embed(backbone("resnet"), wrong)
 
@@ -270,7 +270,7 @@ def test_embed_needs_a_processor_for_images_only():
     assert embed(model, torch.zeros(2, 3, 32, 32)).shape == embed(model, images(2), processor=half()).shape == (2, 32)
 
 
-def test_embed_refuses_what_is_no_network():
+def test_embed_rejects_values_other_than_networks():
     with pytest.raises(ValueError, match="^model: Linear; give a Backbone"):
         embed(torch.nn.Linear(2, 2), images())
 

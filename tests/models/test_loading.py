@@ -216,7 +216,7 @@ def test_layers_of_other_transformers(name, world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet", "convnext", "swin"])
-def test_layers_of_a_network_that_is_no_plain_stack(name, world):
+def test_teacher_layers_rejects_networks_without_a_plain_stack(name, world):
     message = f"^--student_init=teacher_layers: .*{name}.* is no plain stack of transformer layers"
     with pytest.raises(ValueError, match=message):
         load_backbone(None, argument="student", init="teacher_layers", teacher=load_backbone(str(world / name)))
@@ -359,11 +359,11 @@ def test_misshapen_weights_are_refused(world, tmp_path):
         ("timm_wrapper", {"architecture": "resnet18", "model_args": {"dept": 3}}, "^--student_config_overrides=.*dept"),
     ],
 )
-def test_overrides_that_cannot_be_built(teacher, name, overrides, message):
+def test_invalid_config_overrides_are_rejected(teacher, name, overrides, message):
     refused(message, name, init="random", config_overrides=overrides, teacher=teacher)
 
 
-def test_an_override_that_cannot_be_read():
+def test_unreadable_config_override_is_rejected():
     models = ModelArguments(student_config_overrides=["hidden_sizes=[4, 8"])
     with pytest.raises(ValueError, match=r"^--student_config_overrides hidden_sizes=\[4, 8: the value cannot be read"):
         models.overrides()

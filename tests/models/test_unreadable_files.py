@@ -61,7 +61,7 @@ def test_only_an_absent_image_processor_is_replaced(networks, tmp_path, init):
         load_backbone(str(tmp_path / "bare"), argument="student", teacher=teacher, init=init)
 
 
-def test_a_hub_that_does_not_answer_has_said_nothing(monkeypatch, networks):
+def test_unreachable_hub_is_not_reported_as_missing_file(monkeypatch, networks):
     """With no answer, files were taken for absent: a head was left out of an evaluation, and none the wiser."""
 
     def no_answer(*args, **options):
@@ -94,7 +94,7 @@ def test_what_is_followed_is_not_changed(tmp_path):
     assert given.validation_size is None and not given.holds_out_by_default
 
 
-def test_a_classifier_that_cannot_be_read_is_not_one_that_is_absent(tmp_path):
+def test_unreadable_classifier_is_not_reported_as_absent(tmp_path):
     teacher = load_backbone(h.save_vit(tmp_path / "vit")).freeze()
     assert find_classifier(teacher) is not None
     (tmp_path / "vit" / "model.safetensors").write_bytes(b"cut")
@@ -121,7 +121,7 @@ def test_a_broken_network_to_train_as_a_classifier(tmp_path, file, message):
         load_classifier(folder, ["a", "b"])
 
 
-def test_a_yaml_file_that_is_no_text(tmp_path):
+def test_binary_yaml_file_is_rejected(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="^--config .*run.yaml cannot be read"):
         parse((DataArguments,), ["--config", str(tmp_path / "run.yaml")])

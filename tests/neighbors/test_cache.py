@@ -95,7 +95,7 @@ def write_often(folder, number):
         write_neighbors(folder, np.full((50, 4), number, dtype=np.int32), {})
 
 
-def test_concurrent_writers_leave_a_whole_entry(tmp_path):
+def test_concurrent_writers_leave_a_complete_entry(tmp_path):
     context = multiprocessing.get_context("fork")
     writers = [context.Process(target=write_often, args=(tmp_path / "entry", number)) for number in range(3)]
     for writer in writers:
@@ -110,7 +110,7 @@ def test_concurrent_writers_leave_a_whole_entry(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["entry"]
 
 
-def test_neighbors_that_cannot_be_kept_are_used(tmp_path, monkeypatch, caplog):
+def test_neighbors_are_used_where_the_cache_is_unwritable(tmp_path, monkeypatch, caplog):
     def full(*_):
         raise OSError(28, "No space left on device")
 

@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_finished_shards(small, tmp_path, monkeypatch):
     np.testing.assert_allclose(embed(tmp_path).read(0, N - 1), direct(), atol=1e-6)
 
 
-def test_an_index_that_cannot_be_written(tmp_path, monkeypatch):
+def test_unwritable_index_is_reported(tmp_path, monkeypatch):
     import faiss
 
     def full(*_):
@@ -105,7 +105,7 @@ def test_an_index_that_cannot_be_written(tmp_path, monkeypatch):
     assert [path.name for path in work.iterdir()] == ["00000.npy"]
 
 
-def test_a_cache_folder_that_cannot_be_made(tmp_path):
+def test_invalid_cache_folder_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="--neighbors_cache .*file.*give another folder"):
         nearest_neighbors(image_dataset(range(N)), TinyBackbone(), "picture", k=K, cache_dir=tmp_path / "file")

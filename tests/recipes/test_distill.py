@@ -100,7 +100,7 @@ def test_a_run_is_not_written_over(world, capsys):
     assert (world.out / "model.safetensors").read_bytes() != before
 
 
-def test_a_folder_that_cannot_be_made(world, capsys):
+def test_invalid_output_folder_is_rejected(world, capsys):
     world.out.write_text("a file")
     with pytest.raises(SystemExit) as stop:
         world.run(output_dir=world.out / "inside")

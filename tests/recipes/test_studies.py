@@ -61,7 +61,7 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
         ({"metric": "eval_knn"}, "--metric: invalid choice: 'eval_knn'"),
     ],
 )
-def test_what_cannot_be_reproduced_is_refused(refused, options, message):
+def test_reproduce_rejects_invalid_arguments(refused, options, message):
     """Before a teacher is trained."""
     assert message in refused(reproduce, **{"validation_size": 8, "batch_size": 8} | options)
 
@@ -89,7 +89,7 @@ def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling
         ({"num_images": 4}, "--num_images=4 is less than one step"),
     ],
 )
-def test_what_cannot_be_compared_is_refused(refused, networks, options, message):
+def test_compare_rejects_invalid_arguments(refused, networks, options, message):
     models = {"teacher": networks.teacher, "student": networks.resnet, "per_device_train_batch_size": 8}
     assert message in refused(compare, **models | {"validation_size": 12} | options)
 
@@ -103,7 +103,7 @@ def test_what_cannot_be_compared_is_refused(refused, networks, options, message)
         ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
     ],
 )
-def test_what_cannot_be_reported_is_refused(refused, networks, options, message):
+def test_report_rejects_invalid_arguments(refused, networks, options, message):
     models = {"teacher": networks.teacher, "student": networks.resnet, "per_device_train_batch_size": 8}
     assert message in refused(report, **models | options)
 

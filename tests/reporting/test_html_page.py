@@ -26,7 +26,7 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
-def test_a_page_is_whole_and_fetches_nothing(tmp_path):
+def test_page_is_complete_and_loads_nothing_from_elsewhere(tmp_path):
     path = tmp_path / "a.png"
     Image.new("RGB", (2, 3)).save(path)
     parts = [

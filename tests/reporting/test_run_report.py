@@ -31,7 +31,7 @@ def test_the_picture_shows_the_nearest_images(tmp_path, image_parquet, monkeypat
         assert torch.equal(torch.as_tensor(rows), cosines.topk(3).indices)
 
 
-def test_json_is_whole_or_not_there(tmp_path):
+def test_json_is_written_atomically(tmp_path):
     path = tmp_path / "a" / "b.json"
     write_json(path, {"x": 1})
     try:
@@ -45,7 +45,7 @@ def results(student: float, key: str = "knn20") -> dict:
     return {name: {key: value} for name, value in (("teacher", 0.9), ("student", student), ("random", 0.5))}
 
 
-def test_what_is_said_of_a_run():
+def test_summary_of_a_run():
     (sentence,) = report.summary(results(0.8), [], [])
     assert sentence.startswith(
         "The student has learnt from its teacher: k-NN 20 accuracy 80.0 %, at random weights 50.0 %"

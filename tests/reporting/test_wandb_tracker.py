@@ -99,7 +99,7 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
-def test_a_finished_run_that_is_gone_on_from_still_has_its_report(world, wandb_folder, monkeypatch):  # noqa: F811
+def test_resumed_finished_run_still_logs_its_report(world, wandb_folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", "offline")
     world.run(save_strategy="epoch")  # the process died in its last evaluation, say
     world.run("--resume_from_checkpoint", report_to="wandb")
@@ -196,7 +196,7 @@ def server(monkeypatch):
         running.shutdown()
 
 
-def test_what_is_no_web_server_is_out_of_reach():
+def test_host_without_web_server_is_unreachable():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -217,7 +217,7 @@ REASONS["silent"] = "no answer from"
 
 
 @pytest.mark.parametrize("kind", REASONS)
-def test_training_goes_on_without_a_server(
+def test_training_continues_without_a_server(
     tmp_path, image_parquet, networks, wandb_folder, server, monkeypatch, caplog, kind
 ):
     monkeypatch.setattr(tracking, "INIT_SECONDS", 2)

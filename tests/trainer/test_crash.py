@@ -174,7 +174,7 @@ def test_sigkill_in_the_final_save(world, tmp_path, set_up):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("set_up", EVERY_SET_UP)
-def test_sigkill_before_the_first_checkpoint_is_whole(world, tmp_path, set_up):
+def test_sigkill_before_the_first_checkpoint_is_complete(world, tmp_path, set_up):
     output = tmp_path / "run"
     process = start(world, output, *set_up)
     wait_for(process, lambda: any(output.glob("unfinished-checkpoint-*")))
@@ -237,7 +237,7 @@ def test_a_full_disk_ends_all_processes(world, tmp_path):
     assert not list((tmp_path / "run").glob("*checkpoint-*"))
 
 
-def test_a_full_disk_leaves_earlier_checkpoints_whole(world, tmp_path):
+def test_full_disk_leaves_earlier_checkpoints_complete(world, tmp_path):
     output = tmp_path / "run"
     whole = uninterrupted(world, 1, 2)
     earlier = f"checkpoint-{STEPS - 2}"

@@ -271,7 +271,7 @@ def test_activations_inside_timms_batch_norm_survive():
     torch.testing.assert_close(model(pixel_values=images).pooler_output, expected)
 
 
-def test_batch_norm_that_cannot_be_synchronised_is_refused(tmp_path):
+def test_sync_batch_norm_is_rejected_where_it_is_impossible(tmp_path):
     with pytest.raises(ValueError, match="^sync_batch_norm: PyTorch synchronises batch norm on GPUs only"):
         DistillationArguments(output_dir=str(tmp_path), use_cpu=True, sync_batch_norm=True)
     with pytest.raises(ValueError, match="--sync_batch_norm: the student .ViTModel. has no batch norm"):

@@ -76,7 +76,7 @@ def test_resume_is_bit_identical(world):
         assert torch.equal(found["resumed"]["projected"], found["fsdp"]["projected"])
 
 
-def test_the_published_folder_is_the_whole_student_and_nothing_else(world):
+def test_published_folder_holds_the_unsharded_student_only(world):
     folder, (found, _) = world
     vit = {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin", "head.safetensors"}
     for name, student, files in (("fsdp", "vit", vit), ("resnet-out", "resnet", vit - {"head.safetensors"})):
@@ -93,7 +93,7 @@ def test_the_published_folder_is_the_whole_student_and_nothing_else(world):
     assert load_file(folder / "fsdp" / "head.safetensors")["0.weight"].shape == (12, 8)
 
 
-def test_evaluation_sees_the_whole_student_the_same_on_every_process(world):
+def test_evaluation_sees_the_same_unsharded_student_on_every_process(world):
     """In training and after it; batch norm's statistics are the first process's, which are those published."""
     folder, both = world
     for name in ("fsdp", "resnet"):

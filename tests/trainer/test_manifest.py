@@ -101,7 +101,7 @@ def test_every_file_of_a_checkpoint_is_in_its_manifest(world):
     assert {*listed, MANIFEST} == {path.name for path in folder.iterdir()} and {*FILES} < {*listed}
 
 
-def test_a_manifest_that_cannot_be_read_is_damage(run):
+def test_unreadable_manifest_counts_as_damage(run):
     for content in ("", "[]", '{"files": 3}', '{"files": {"model.safetensors": {}}}'):
         (run / "checkpoint-4" / MANIFEST).write_text(content)
         assert find_damage(run / "checkpoint-4") == f"{MANIFEST} cannot be read"

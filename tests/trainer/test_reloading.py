@@ -124,7 +124,7 @@ class Changed(type(h.processor())):
 
 
 @pytest.mark.parametrize(("kind", "message"), [(Lost, "cannot be loaded once it is saved"), (Changed, "other pixels")])
-def test_a_processor_that_cannot_be_saved_is_found_before_training(tmp_path, networks, kind, message):
+def test_unsavable_processor_is_rejected_before_training(tmp_path, networks, kind, message):
     student = load_backbone(networks.small, argument="student")
     student.preprocessing.processor = student.processor = kind(
         **{key: getattr(student.processor, key) for key in ("size", "image_mean", "image_std")}

@@ -69,7 +69,7 @@ def test_a_wrong_checkpoint_path_is_refused(tmp_path, image_parquet, networks):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
 
 
-def test_a_student_without_training_state_is_no_checkpoint_to_go_on_from(tmp_path, image_parquet, networks):
+def test_resume_rejects_checkpoint_without_optimizer_state(tmp_path, image_parquet, networks):
     options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
     arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
     h.make_trainer(*arguments, **options, max_steps=2).train()
@@ -107,7 +107,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_parquet, network
         run({**options, **change}, resume_from_checkpoint=True)
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_earlier_one(tmp_path, image_parquet, networks, monkeypatch):
+def test_unwritable_checkpoint_leaves_the_earlier_one(tmp_path, image_parquet, networks, monkeypatch):
     arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
     options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
     whole = h.make_trainer(*arguments, **options)

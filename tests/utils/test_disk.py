@@ -48,7 +48,7 @@ def test_other_errors_are_no_full_disk():
 
 
 @pytest.mark.parametrize("place", ["file", "below a file", "of the system"])
-def test_a_cache_that_cannot_be_written_is_named_instead_of_the_dataset(tmp_path, image_parquet, monkeypatch, place):
+def test_unwritable_cache_is_named_instead_of_the_dataset(tmp_path, image_parquet, monkeypatch, place):
     (tmp_path / "file").write_text("")
     cache = {"file": tmp_path / "file", "below a file": tmp_path / "file" / "x", "of the system": "/proc/x/y"}[place]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))

@@ -1,4 +1,4 @@
-"""One normalisation for all wings."""
+"""One normalisation for all packages."""
 
 import doctest
 
