@@ -77,7 +77,7 @@ def _labels(rows: Dataset, column: str) -> list:
         elif names is not None:
             found.append(names[value])
         else:
-            # Whole floats are what tables with gaps make of integers.
+            # Tables with gaps turn integers into floats without a fraction.
             found.append(int(value) if isinstance(value, float) and value.is_integer() else value)
     return found
 

@@ -99,7 +99,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         self.chunk_size = chunk_size
         self.shuffles_itself = is_shuffled(stream.rows)
         self.shuffle = bool(shuffle_buffer_size) and not self.shuffles_itself
-        # Of whole chunks.
+        # Of complete chunks.
         self.block_size = -(-max(shuffle_buffer_size, 1) // chunk_size) * chunk_size if self.shuffle else chunk_size
         self.process = process
         self.processes = processes

@@ -80,7 +80,7 @@ class RandomCrop(torch.nn.Module):
 
     def _cut(self, image: Image.Image, top: int, left: int, height: int, width: int) -> Image.Image | Tensor:
         image = F.crop(image, top, left, height, width)
-        if self.to_tensor:  # the crop alone: it takes a second to make a tensor of a whole photograph
+        if self.to_tensor:  # the crop alone: it takes a second to make a tensor of a full photograph
             image = F.pil_to_tensor(image)
         return F.resize(image, [self.size, self.size], antialias=True)
 

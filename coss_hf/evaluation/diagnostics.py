@@ -10,7 +10,7 @@ DUPLICATES = "duplicates"
 NEIGHBORS = 10  # of the overlap
 # Images below which neither ranks nor neighbours tell one network from another.
 MIN_IMAGES = 50
-# Images below which a verdict says on how few it rests.
+# Number of images below which a verdict warns that there are few.
 FEW_IMAGES = 500
 # Images seen below which missing progress says little.
 SHORT_RUN = 50_000

@@ -34,7 +34,7 @@ from coss_hf.utils.process_group import Processes
 logger = logging.getLogger(__name__)
 
 EXACT_UP_TO = {"cpu": 100_000, "cuda": 1_000_000}  # images; beyond, `auto` takes ivf
-# Share of its lists beyond which ivf is slower than exact search: 15 against 51 billion operations a second and core.
+# Share of its lists beyond which ivf is slower than exact search: 15 against 51 billion operations per second and core.
 QUICKER_EXACT = 0.3
 PACKAGES = ("torch", "transformers", "datasets", "pillow")
 

@@ -135,7 +135,7 @@ def enter_output_dir(args: TrainingArguments, asked: str | bool | None) -> None:
         if args.process_index == 0:
             lock_output_dir(args.output_dir)
             remove_temporary_files(args.output_dir)
-            # Only if asked to go on: a refusal changes nothing.
+            # Only where the run is to be resumed: a refusal changes nothing.
             if asked or args.overwrite_output_dir:
                 recover(args.output_dir)
 

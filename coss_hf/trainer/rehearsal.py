@@ -137,7 +137,7 @@ def try_trainer(args: TrainingArguments, build: Callable[[], Trainer]) -> None:
         if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or args.torch_compile):
             with _refusing(args, STEP, "a first step on two images of noise fails"):
                 trainer.accelerator.free_memory = lambda: None  # collecting garbage takes longer than the step
-                Trainer.train(trainer)  # not the run's own, which watches for SIGTERM
+                Trainer.train(trainer)  # not the run's own, which handles SIGTERM
         if args.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -25,7 +25,7 @@ _VALUES = (
     "static|cls|mean|pooler|gap|coss|true|false"
 )
 _COMMAND_OR_FLAG = re.compile(f"{_COMMAND}|{_FLAG.format(values=_VALUES)}")
-# What is said of the command that runs, and of the lines of Python that run.
+# What messages call the command that runs, and the lines of Python that run.
 _PHRASES = {
     "give the same command with --resume_from_checkpoint": "call train(resume_from_checkpoint=True) in the same lines",
     "resume with --resume_from_checkpoint": "resume by train(resume_from_checkpoint=True)",

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import re
+import tokenize
 
 import tests.helpers.documents as d
 from coss_hf.cli.help import PAGES as HELP_PAGES
@@ -56,6 +57,17 @@ def test_strings_of_the_code():
     for path in SOURCES:
         for line, value in user_texts(path.read_text()):
             found += [f"{path.relative_to(d.ROOT)}:{line}: {text}" for text in complaints(value)]
+    assert not found, "\n".join(found)
+
+
+def test_comments_of_the_code():
+    found = []
+    for path in SOURCES:
+        with path.open("rb") as file:
+            comments = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
+        for comment in comments:
+            place = f"{path.relative_to(d.ROOT)}:{comment.start[0]}"
+            found += [f"{place}: {text}" for text in complaints(comment.string)]
     assert not found, "\n".join(found)
 
 

@@ -22,7 +22,7 @@ def records(folder: Path):
         _, length, kind = struct.unpack("<IHB", data[position : position + HEADER])
         parts.append(data[position + HEADER : position + HEADER + length])
         position += HEADER + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # the complete value, or the last part
             record = Record()
             record.ParseFromString(b"".join(parts))
             parts = []

@@ -78,7 +78,7 @@ def test_every_stage(world, capsys):
         assert Image.open(world.out / picture).size[0] > 300
     page = (world.out / "report.html").read_text()
     assert page.count("data:image/png") == 4 and "random weights" in page and "neighbors_k: 2" in page
-    # The folder is the student, whole, for anybody.
+    # The folder is the complete student, for anybody.
     images, _ = h.colour_images(3, seed=5)
     model = AutoModel.from_pretrained(world.out).eval()
     with torch.no_grad():

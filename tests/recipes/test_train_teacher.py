@@ -117,7 +117,7 @@ def test_the_papers_optimiser_and_steps(tmp_path, image_parquet):
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.05, 0.9, 5e-4)
     assert len(group["params"]) == len(list(trainer.model.parameters()))
     rates = []
-    for _ in range(12):  # 48 images: 3 steps an epoch
+    for _ in range(12):  # 48 images: 3 steps per epoch
         rates.append(trainer.lr_scheduler.get_last_lr()[0])
         trainer.optimizer.step()
         trainer.lr_scheduler.step()

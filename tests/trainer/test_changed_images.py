@@ -133,7 +133,7 @@ def test_skip_reaches_the_search_for_neighbours(world, tmp_path, monkeypatch, da
     assert run.trainer.train_dataset.neighbors[5][0] == stand_in, "the same image is in both rows"
     run.train()
     assert run.trainer.state.global_step == 6
-    # What was kept for the images as they are now is not taken for those of the whole folder.
+    # What was kept for the images as they are now is not taken for those of the full folder.
     lost.write_bytes(whole["05.png"])
     monkeypatch.setattr(mining, "nearest_neighbors", search)
     again = world("skip", output="again", neighbors_k=1, neighbors_pool=3)

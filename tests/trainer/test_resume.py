@@ -15,7 +15,7 @@ from coss_hf.utils.errors import CheckpointError
 def test_resume_is_bit_identical(tmp_path, image_parquet, networks, kind, workers):
     """In mid-epoch, with random views, for a student whose file has another key layout than its modules (ViT)."""
     options = {
-        "max_steps": 9,  # 6 steps an epoch
+        "max_steps": 9,  # 6 steps per epoch
         "save_strategy": "steps",
         "save_steps": 4,
         "dataloader_num_workers": workers,

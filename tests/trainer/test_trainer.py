@@ -69,7 +69,7 @@ def test_milestones(tmp_path, image_parquet, networks):
         learning_rate=0.1,
     )
     trainer.add_callback(Rates())
-    trainer.train()  # 6 steps an epoch; the rate after step n is that of step n + 1
+    trainer.train()  # 6 steps per epoch; the rate after step n is that of step n + 1
     assert rates == pytest.approx([0.1] * 5 + [0.01] * 12 + [0.001] * 7)
 
 

@@ -28,7 +28,7 @@ class DiagnosticsCallback(TrainerCallback):
         finished = state.global_step >= state.max_steps
         # Of the history, which checkpoints hold: a resumed run does not raise an alarm again.
         earlier = [i for i, entry in enumerate(state.log_history) if has_diagnostics(entry)]
-        # Of all panels before, not of the last alone: what comes and goes is said once, too.
+        # Of all evaluations before, not of the last alone: an alarm that comes and goes is printed once, too.
         before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
         for name, text in alarms(state.log_history, self.images, finished=finished).items():
             if name not in before and state.is_world_process_zero:
