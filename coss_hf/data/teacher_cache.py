@@ -101,7 +101,7 @@ class TeacherCache:
                 file = os.open(self.path / name, os.O_RDWR | os.O_CREAT, 0o666)
                 self._files[name] = file
                 if os.fstat(file).st_size < size:
-                    # Takes no disk space yet, and unlike ftruncate never makes shorter what another process has made longer.
+                    # Takes no disk space yet; unlike ftruncate, never shortens what another process has lengthened.
                     _write_at(file, b"\0", size - 1)
             self._write_meta()
         except OSError as error:
