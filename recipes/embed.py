@@ -42,7 +42,7 @@ class EmbedArguments:
     split: str = field(
         default="train", metadata={"help": "Split of the dataset whose images are embedded.", "choices": list(SPLITS)}
     )
-    head: bool = field(default=False, metadata={"help": "Apply the student's projection head."})
+    head: bool = field(default=False, metadata={"help": "Apply the student's projection head to its embeddings."})
     normalize: bool = field(default=False, metadata={"help": "Scale each embedding to a length of 1."})
     pooling: str = field(
         default="auto",

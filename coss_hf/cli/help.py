@@ -99,7 +99,7 @@ def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list
         texts |= {name: own_help(kind, field) for name, field in found.items()}
         if not kind.__module__.startswith("coss_hf.trainer") or kind.__name__ == "TeacherArguments":
             declared = kind.__dict__.get("__annotations__", {})
-            own += [name for name in found if name in declared and name not in shared]
+            own += [name for name in found if name in declared and name not in shared | NOT_OFFERED]
     groups = {"Options of this command": own, **GROUPS}
     if everything:
         seen = {name for names in groups.values() for name in names}

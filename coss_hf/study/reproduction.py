@@ -51,7 +51,7 @@ class ReproduceArguments:
             "choices": [*METRICS, *(f"eval_{name}" for name in METRICS)],
         },
     )
-    batch_size: int = field(default=128, metadata={"help": "Images per step, of students and teachers."})
+    batch_size: int = field(default=128, metadata={"help": "Number of images per step, of students and teachers."})
     teacher: str | None = field(
         default=None, metadata={"help": "Folder of a single pair's teacher; default: teachers are trained first."}
     )
@@ -82,7 +82,9 @@ class ReproduceArguments:
     torch_compile_mode: str | None = field(
         default=None, metadata={"help": "Mode of torch.compile; reduce-overhead uses CUDA graphs."}
     )
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Worker processes that make a trial's views."})
+    dataloader_num_workers: int = field(
+        default=0, metadata={"help": "Number of worker processes that make a trial's views."}
+    )
     dataloader_persistent_workers: bool = field(
         default=False, metadata={"help": "Keep worker processes from epoch to epoch."}
     )

@@ -40,7 +40,9 @@ class TeacherArguments(TrainingArguments):
     output_dir: str = field(
         default="teacher", metadata={"help": "Folder to which the network and its image processor are written."}
     )
-    overwrite_output_dir: bool = field(default=False, metadata={"help": "Replace a network that is already there."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace a network that is already in --output_dir."}
+    )
     model: str | None = field(
         default=None, metadata={"help": "Network to train: resnet56, resnet32x4, ..., or a Hub name or folder."}
     )
@@ -103,7 +105,7 @@ class TeacherArguments(TrainingArguments):
             "help": "When checkpoints are written: steps, epoch or no. The trained network is saved in any case."
         },
     )
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of each epoch."})
     remove_unused_columns: bool = field(
         default=False,
         metadata={"help": "Drop columns that the model does not read. Must be False: rows hold views and row numbers."},

@@ -201,7 +201,7 @@ class DistillationArguments(TrainingArguments):
         default="overlap10",
         metadata={"help": "Metric of evaluations during training by which the best student is kept in best/."},
     )
-    logging_steps: float = field(default=50, metadata={"help": "Number of steps between log lines."})
+    logging_steps: float = field(default=50, metadata={"help": "Number of optimizer steps between two log lines."})
     log_format: str = field(
         default="text",
         metadata={
@@ -217,7 +217,7 @@ class DistillationArguments(TrainingArguments):
         default_factory=lambda: ["none"],
         metadata={"help": "Trackers: wandb, trackio, tensorboard, several of them, all or none."},
     )
-    project: str = field(default="coss_hf", metadata={"help": "Project of the run in Trackio."})
+    project: str = field(default="coss_hf", metadata={"help": "Name of the project of the run in Trackio."})
     save_strategy: str = field(
         default="epoch", metadata={"help": "When checkpoints are written: steps, epoch, best or no."}
     )
