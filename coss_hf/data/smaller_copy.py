@@ -22,6 +22,7 @@ from coss_hf.utils.messages import first_names
 BEFORE = "bytes_before"
 STATE = "copy_state"
 SAME, SMALLER, BAD = range(3)
+MAX_JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 
 class SmallerCopy(NamedTuple):
@@ -138,7 +139,9 @@ def _smaller_row(row: dict, column: str, side: int, quality: int) -> dict:
 
 
 def smaller_image(record: dict, side: int, quality: int) -> bytes | None:
-    """The image with a shorter side of `side` pixels, upright, as JPEG; None where its shorter side is not longer.
+    """The image with a shorter side of `side` pixels, upright, as JPEG.
+
+    None where it is kept as it is: its shorter side is not longer, or the copy would be longer than a JPEG can be.
 
     Args:
         record: a row's image `{"bytes", "path"}`.
@@ -152,7 +155,10 @@ def smaller_image(record: dict, side: int, quality: int) -> bytes | None:
     if min(size) <= side:
         return None
     factor = side / min(size)
-    image = image.resize([max(side, round(factor * length)) for length in size], Image.Resampling.BICUBIC)
+    smaller = [max(side, round(factor * length)) for length in size]
+    if max(smaller) > MAX_JPEG_SIDE:
+        return None
+    image = image.resize(smaller, Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=quality, subsampling=0)
     return buffer.getvalue()

@@ -53,6 +53,14 @@ def test_the_copy_is_the_dataset_with_smaller_images(photos, tmp_path, monkeypat
     assert small["image"]["bytes"] == (photos / "cat" / "small.jpg").read_bytes()
 
 
+def test_an_image_longer_than_a_jpeg_can_be_is_kept_as_it_is():
+    """A strip of 70,000 pixels: libjpeg takes 65,500, and the error was reported as that of the image."""
+    record = {"bytes": encoded(Image.new("RGB", (70_000, 3)), "PNG")["bytes"], "path": None}
+    assert smaller_image(record, 2, 95) is not None
+    record = {"bytes": encoded(Image.new("RGB", (131_100, 4)), "PNG")["bytes"], "path": None}
+    assert smaller_image(record, 2, 95) is None
+
+
 def test_splits_and_other_columns_are_kept(image_parquet, tmp_path):
     found = write_smaller_copy(str(image_parquet), tmp_path / "copy", 8)
     assert found.images == found.smaller == 72
