@@ -1,19 +1,23 @@
 """What tells two augmentations apart: their code and options, and what they make of a few images."""
 
-import inspect
 import re
 from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
 import torch
+from datasets.fingerprint import Hasher
 from PIL import Image
+
+from coss_hf.utils.code_identity import code_identity
 
 TRIES = 6  # draws for each test image
 
 
 def transform_identity(transform: Callable, name: str, size: int) -> str:
     """Return the name of an augmentation with a hash of its code, its options and its views of test images.
+
+    The code includes the helpers and global values that it names, and attributes; see `code_identity`.
 
     Args:
         transform: from a PIL image to a uint8 tensor (3, h, w).
@@ -37,7 +41,7 @@ def transform_identity(transform: Callable, name: str, size: int) -> str:
             f"(torch.rand, torchvision.transforms.v2), not from random or numpy, or leave --teacher_cache out."
         )
     digest = blake2b(shown, digest_size=8)
-    digest.update(_code(transform).encode())
+    digest.update(f"{code_identity(transform)} {_state(transform)}".encode())
     return f"{name} {digest.hexdigest()}"
 
 
@@ -54,21 +58,9 @@ def _views(transform: Callable, size: int) -> bytes:
     return digest.digest()
 
 
-def _code(transform: Callable) -> str:
-    """Source, values that it closes over, and printed options, which hold what rarely shows in a view."""
-    function = inspect.unwrap(getattr(transform, "func", transform))  # of functools.partial, too
-    parts = [repr(transform), repr(getattr(transform, "args", ())), repr(getattr(transform, "keywords", {}))]
+def _state(transform: Callable) -> str:
+    """Hash of values that the code alone does not tell, such as tables and weights; printed where it has none."""
     try:
-        parts.append(inspect.getsource(function if inspect.isroutine(function) else type(function)))
-    except (OSError, TypeError):  # typed in, or not written in Python
-        parts.append(repr(getattr(getattr(function, "__code__", None), "co_code", "")))
-    parts.append(repr(getattr(function, "__defaults__", None)))
-    parts += [repr(cell.cell_contents) for cell in getattr(function, "__closure__", None) or () if _is_set(cell)]
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", "\n".join(parts))
-
-
-def _is_set(cell) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+        return Hasher.hash(transform)
+    except Exception:  # of objects that cannot be pickled
+        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
