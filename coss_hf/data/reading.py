@@ -36,6 +36,8 @@ class ImageReader:
         self.on_bad_image = on_bad_image
         self._replaced = torch.zeros(len(self.rows), dtype=torch.bool)
         self._contents: torch.Tensor | None = None
+        self._expected: np.ndarray | None = None
+        self._changed = torch.zeros(len(self.rows), dtype=torch.bool)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,6 +69,7 @@ class ImageReader:
     def share_memory(self) -> None:
         """Let this process know what loader workers will have replaced."""
         self._replaced.share_memory_()
+        self._changed.share_memory_()
         if self._contents is not None:
             self._contents.share_memory_()
 
@@ -74,6 +77,10 @@ class ImageReader:
         """Keep a hash of the content of each image from now on, of this process and its loader workers."""
         self._contents = torch.zeros(len(self.rows), dtype=torch.int64)
         self.share_memory()
+
+    def expect_contents(self, hashes: np.ndarray) -> None:
+        """From now on compare the content of each image, when it is read, with its hash, uint64 (n,)."""
+        self._expected = hashes
 
     def contents(self) -> np.ndarray:
         """Hashes of the content of each image, uint64; 0 where it was not read."""
@@ -83,9 +90,12 @@ class ImageReader:
         """The rows that this process and its workers have replaced so far."""
         return self._replaced.nonzero().flatten().tolist()
 
-    def is_replaced(self, indices: list[int]) -> list[bool]:
-        """Whether this process or its workers had to take another image, for each of the rows."""
-        return self._replaced[indices].tolist()
+    def is_other_image(self, indices: list[int]) -> list[bool]:
+        """For each of the rows, whether this process or its workers met another image than was expected.
+
+        It could not be decoded and another one took its place, or its file has another content by now.
+        """
+        return (self._replaced | self._changed)[indices].tolist()
 
     def replaced_names(self) -> list[str]:
         """The names of the images that were replaced so far."""
@@ -100,8 +110,8 @@ class ImageReader:
 
     def _decode_reduced(self, index: int, record: dict, reduction: Callable | None) -> Decoded:
         try:
-            if self._contents is not None:
-                record = self._with_content_kept(index, record)
+            if self._contents is not None or self._expected is not None:
+                record = self._with_content_known(index, record)
             return decode_reduced(record, reduction)
         except ValueError as error:
             if self.on_bad_image != "skip":
@@ -127,12 +137,22 @@ class ImageReader:
                 rows.append(row)
         return rows
 
-    def _with_content_kept(self, index: int, record: dict | None) -> dict | None:
+    def _with_content_known(self, index: int, record: dict | None) -> dict | None:
         try:
             data = encoded_bytes(record)
         except (OSError, ValueError):  # met again by `decode`, which says more
             return record
-        self._contents.numpy().view(np.uint64)[index] = content_hash(data)
+        found = content_hash(data)
+        if self._contents is not None:
+            self._contents.numpy().view(np.uint64)[index] = found
+        if self._expected is not None and found != int(self._expected[index]):
+            if not self._changed.any():
+                logger.warning(
+                    "%s was changed after its content was identified: the teacher's embedding of its views is neither "
+                    "read from --teacher_cache nor kept there.",
+                    record["path"] or f"row {index}",
+                )
+            self._changed[index] = True
         return {"bytes": data, "path": record["path"]}
 
     def _replace(self, index: int, error: ValueError, reduction: Callable | None) -> tuple[int, Decoded]:

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class TeacherCache:
         self.folder = Path(folder)
         self.identity = {**identity, "shape": " x ".join(map(str, shape[1:])), "dtype": dtype}
         self.shape = shape
-        self.dtype = np.dtype(dtype)
+        self.dtype = np.dtype(dtype).newbyteorder("<")  # on every machine
         self._key = hashlib.blake2b(json.dumps(self.identity, sort_keys=True).encode(), digest_size=16).digest()
         self.path = self.folder / self._key.hex()
         self.row_bytes = shape[-1] * self.dtype.itemsize
@@ -89,12 +90,17 @@ class TeacherCache:
 
     # ---- before the start ----
 
-    def create(self) -> None:
+    def create(self, epochs: int | None = None) -> None:
         """Make the files where they are missing or too short; what they hold stays.
+
+        Args:
+            epochs: of the training; None for all. Files that cannot be written will do where these are there.
 
         Raises:
             ValueError: they cannot be written and rows are missing.
         """
+        self.close()
+        weakref.finalize(self, _close_files, self._files).atexit = False
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name, size in self._sizes().items():
@@ -106,12 +112,32 @@ class TeacherCache:
             self._write_meta()
         except OSError as error:
             self.close()
-            if self.present() == len(self):
-                return
-            raise ValueError(
-                f"--teacher_cache={self.folder}: {self.path} cannot be written ({error.strerror or error}); get the "
-                f"permission or give another folder. (One that cannot be written can be read once it is complete.)"
-            ) from error
+            if not self.is_complete(epochs):
+                raise self._unwritable(error.strerror or error) from error
+        self._maps = None  # of files that may have been shorter
+
+    def check_writable(self, epochs: int | None = None) -> None:
+        """As far as it can be told without writing, check that `create` will succeed.
+
+        Raises:
+            ValueError: it will not.
+        """
+        paths = [path for path in (self.path / ROWS, self.path / MAP) if path.exists()]
+        folder = self.path.absolute()
+        while not folder.exists():
+            folder = folder.parent
+        problem = None if folder.is_dir() else f"{folder} is no folder"
+        for path in (folder, *paths):
+            if problem is None and not os.access(path, os.W_OK):
+                problem = f"{path} is read-only"
+        if problem is not None and not self.is_complete(epochs):
+            raise self._unwritable(problem)
+
+    def _unwritable(self, problem) -> ValueError:
+        return ValueError(
+            f"--teacher_cache={self.folder}: {self.path} cannot be written ({problem}); get the permission or give "
+            f"another folder. (One that cannot be written can be read once it is complete.)"
+        )
 
     def _sizes(self) -> dict[str, int]:
         return {ROWS: len(self) * self.row_bytes, MAP: len(self) * 8}
@@ -134,9 +160,9 @@ class TeacherCache:
         if needed > free:
             raise ValueError(
                 f"--teacher_cache={self.folder}: the missing rows of {epochs} epochs take {size_in_bytes(needed)} "
-                f"({self.shape[1]:,} images x {self.shape[2]} views x {self.shape[3]} numbers of {self.dtype} each), "
-                f"and {size_in_bytes(free)} are free there; free space, give another folder, fewer --view_epochs, or "
-                f"--teacher_cache_dtype float16."
+                f"({self.shape[1]:,} images x {self.shape[2]} views x {self.shape[3]} numbers of {self.dtype.name} "
+                f"each), and {size_in_bytes(free)} are free there; free space, give another folder, fewer "
+                f"--view_epochs, or --teacher_cache_dtype float16."
             )
 
     def free_bytes(self) -> int:
@@ -157,9 +183,14 @@ class TeacherCache:
             return 0
         return int(np.count_nonzero(self._maps[1][: self.rows_of(epochs or self.shape[0])]))
 
-    def is_complete(self) -> bool:
-        """Whether the map knows all rows."""
-        return self.present() == len(self)
+    def is_complete(self, epochs: int | None = None) -> bool:
+        """Whether the map knows all rows, or those of the first epochs."""
+        return self.present(epochs) == self.rows_of(epochs or self.shape[0])
+
+    def has_similar(self, unknown: set[str]) -> bool:
+        """Whether a cache in the folder may be this one, of which some entries of the identity are not known yet."""
+        known = {name: value for name, value in self.identity.items() if name not in unknown}
+        return any(known.items() <= other.items() for other in self.others())
 
     def others(self) -> list[dict[str, str]]:
         """What other caches in the same folder were made of."""
@@ -175,7 +206,7 @@ class TeacherCache:
         size = sum(self._sizes().values())
         return (
             f"{self.path}: {size_in_bytes(size)} for {epochs:,} epochs x {images:,} images x {views} views x {dim:,} "
-            f"numbers ({self.dtype}), {100 * self.present() / len(self):.0f} % there, "
+            f"numbers ({self.dtype.name}), {100 * self.present() / len(self):.0f} % there, "
             f"{size_in_bytes(self.free_bytes())} free"
         )
 
@@ -189,15 +220,14 @@ class TeacherCache:
     # ---- reading: in loader workers ----
 
     def _open(self) -> bool:
-        """Map the files, whose size must be right; whether that could be done."""
+        """Map the files, or as many rows as they have room for; whether there are any."""
         if self._maps is not None:
             return True
         try:
-            for name, size in self._sizes().items():
-                if (self.path / name).stat().st_size < size:
-                    return False
-            rows = np.memmap(self.path / ROWS, self.dtype, "r", shape=(len(self), self.shape[-1]))
-            there = np.memmap(self.path / MAP, "<u8", "r", shape=(len(self),))
+            widths = {ROWS: self.row_bytes, MAP: 8}
+            count = min(len(self), *((self.path / name).stat().st_size // width for name, width in widths.items()))
+            rows = np.memmap(self.path / ROWS, self.dtype, "r", shape=(count, self.shape[-1]))
+            there = np.memmap(self.path / MAP, "<u8", "r", shape=(count,))
         except (OSError, ValueError):
             return False
         self._maps = (rows, there)
@@ -217,7 +247,7 @@ class TeacherCache:
         if self._open():
             array, there = self._maps
             for position, row in enumerate(rows):
-                checksum = int(there[row])
+                checksum = int(there[row]) if row < len(there) else 0
                 if checksum:
                     values = array[row]
                     known[position] = self._checksum(row, values.tobytes()) == checksum
@@ -305,22 +335,16 @@ class TeacherCache:
                 *(self.folder, self.path, error.strerror or error),
             )
 
-    def discard_if_empty(self) -> None:
-        """Close the files, and remove them where no row is there: `create` was a check."""
-        self.close()
-        if not self.present():
-            self._maps = None
-            shutil.rmtree(self.path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other caches are there
-                self.folder.rmdir()
-
     def close(self) -> None:
         """Flush, and close the files."""
         self.flush()
-        for file in self._files.values():
-            os.close(file)
-        self._files = {}
+        _close_files(self._files)
         self._maps = None
+
+
+def _close_files(files: dict[str, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def _sync(file: int) -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from coss_hf.data import teacher_cache
+from coss_hf.data.checking import content_hashes
 from coss_hf.data.reading import ImageReader
 from coss_hf.data.teacher_cache import TeacherCache
 from coss_hf.data.transforms import Fit, RandomCrop, augmentation
@@ -145,6 +146,19 @@ class ViewDataset(torch.utils.data.Dataset):
             "--view_seed": str(self.seed),
         }
 
+    def know_contents(self) -> str:
+        """From now on an image whose content changes counts as replaced, so that its embedding is not kept.
+
+        Returns:
+            A digest of the contents of all images. Where they are known by their files alone, these are read.
+        """
+        hashes = self._hashes.with_format("numpy")[:]["hash"]
+        if self.is_by_file or hashes.dtype != np.uint64:  # names, or what somebody else calls a hash
+            hashes = content_hashes(self.reader.rows, self.reader.column)
+        self.reader.expect_contents(hashes)
+        self._kept = None  # of files that nobody compared
+        return _digest(hashes)
+
     @property
     def epoch(self) -> int:
         """The current epoch, in shared memory: a change reaches loader workers that are already running."""
@@ -173,7 +187,7 @@ class ViewDataset(torch.utils.data.Dataset):
                 views = [self._view(next(images), epoch, anchor, slot) for slot in range(len(group))]
                 items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
         if self.teacher_cache is not None:
-            replaced = [self.reader.is_replaced(group) for group in groups]
+            replaced = [self.reader.is_other_image(group) for group in groups]
             for item, cached in zip(items, self.teacher_cache.items(epoch, anchors, replaced), strict=True):
                 item |= cached
         return items

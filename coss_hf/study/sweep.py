@@ -68,9 +68,7 @@ class Sweep:
                 rehearse_trial(trial, config, Path(folder))
         for trial in {(trial.pair, trial.method): trial for trial in trials}.values():
             with tempfile.TemporaryDirectory() as folder:
-                trainer = build_trial_trainer(trial, config, Path(folder))
-                if trainer.cached_teacher is not None:
-                    trainer.cached_teacher.cache.discard_if_empty()
+                build_trial_trainer(trial, config, Path(folder))
 
     def result(self, trial: Trial, key: str) -> dict | None:
         """Return the result of a finished trial; None for any other."""

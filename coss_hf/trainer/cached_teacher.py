@@ -5,7 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
+import PIL
 import torch
+import torchvision
+from PIL import features as pil_features
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -14,10 +18,15 @@ from coss_hf.data.transform_identity import transform_identity
 from coss_hf.data.views import ViewDataset
 from coss_hf.features import Features
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.code_identity import code_identity
 from coss_hf.utils.process_group import Processes
 
 logger = logging.getLogger(__name__)
+
+FORMAT = "1"  # raise it where decoding, drawing or pooling change: rows of before are then not read
+NOT_KNOWN_YET = {"--neighbors_pool", "--dataset"}  # before neighbours are searched, and in a dry run
 
 
 def cache_folder(teacher_cache: str) -> Path:
@@ -46,6 +55,32 @@ def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_map
         )
 
 
+def teacher_identity(teacher: Backbone) -> str:
+    """What tells the embeddings of teachers apart: their fingerprint, and their code.
+
+    Fingerprints do not cover code, and name neighbours and runs that are on disk already.
+    """
+    network = teacher.model
+    if isinstance(network, ModuleNetwork):
+        code = code_identity(network, network.embedding)
+    else:
+        classes = {type(module) for module in network.modules()}
+        code = code_identity(*sorted(classes, key=lambda found: (found.__module__, found.__qualname__)))
+    return f"{teacher.fingerprint()} {code}"
+
+
+def libraries() -> str:
+    """Versions of all that decides pixels and draws besides the run's own arguments."""
+    jpeg = pil_features.version("libjpeg_turbo") or pil_features.version("jpg")
+    torchvision_version, numpy_version, torch_version = (
+        ".".join(module.__version__.split(".")[:count]) for module, count in ((torchvision, 2), (np, 2), (torch, 1))
+    )
+    return (
+        f"{FORMAT}, Pillow {PIL.__version__}, JPEG {jpeg}, torchvision {torchvision_version}, NumPy {numpy_version}, "
+        f"PyTorch {torch_version}"
+    )
+
+
 class CachedTeacher(TrainerCallback):
     """Embeddings of a teacher, from a cache where they are there.
 
@@ -56,6 +91,7 @@ class CachedTeacher(TrainerCallback):
         teacher: frozen.
         views: of the training images, neighbours included.
         precision: in which the teacher computes: ``no``, ``bf16`` or ``fp16``.
+        epochs: number of epochs of the training.
 
     Attributes:
         cache: the rows on disk.
@@ -64,34 +100,71 @@ class CachedTeacher(TrainerCallback):
         ValueError: views that do not come back.
     """
 
-    def __init__(self, args: DistillationArguments, teacher: Backbone, views: ViewDataset, precision: str):
-        identity = {
-            "--teacher": teacher.fingerprint(),
-            "precision": f"{precision} {args.tf32}",
-            **views.identity(),
-            "--augmentation": transform_identity(views.augment, views.augmentation_name, views.size),
-        }
-        del identity["--view_epochs"]  # the first epochs of more are those of fewer
-        shape = (views.view_epochs, len(views), 1 + views.k, teacher.dim)
-        self.cache = TeacherCache(cache_folder(args.teacher_cache), identity, shape, dtype=args.teacher_cache_dtype)
-        self._of_views = views.identity()
+    def __init__(self, args: DistillationArguments, teacher: Backbone, views: ViewDataset, precision: str, epochs: int):
+        self._args = args
+        self._dim = teacher.dim
+        self._epochs = epochs
         self._whole_batches = args.torch_compile  # else each number of missing rows would be compiled
         self._last: tuple[list[int], Tensor] | None = None
+        with Processes().together():
+            self._fixed = {
+                "--teacher": teacher_identity(teacher),
+                "precision": f"{precision} {args.tf32}",
+                "--augmentation": transform_identity(views.augment, views.augmentation_name, views.size),
+                "decoding and drawing": libraries(),
+            }
+            self._open(views, views.identity(), args.neighbors_k)
 
-    def start(self, epochs: int, show: bool) -> None:
-        """Check the room for some epochs, make the files and say what is there; all processes together.
+    def _open(self, views: ViewDataset, of_views: dict[str, str], k: int) -> None:
+        args = self._args
+        identity = of_views | self._fixed | {"--neighbors_k": str(k)}
+        del identity["--view_epochs"]  # the first epochs of more are those of fewer
+        shape = (views.view_epochs, len(views), 1 + k, self._dim)
+        self.cache = TeacherCache(cache_folder(args.teacher_cache), identity, shape, dtype=args.teacher_cache_dtype)
+        self._of_views: dict[str, str] | None = None
+
+    def check_early(self) -> None:
+        """Check folder and free space before neighbours are searched, on which the cache's own folder depends.
+
+        Raises:
+            ValueError: on all processes, where one cannot write or finds no space, and no cache there may be this one.
+        """
+        with Processes().together():
+            if not self.cache.has_similar(NOT_KNOWN_YET):
+                self.cache.check_writable(self._epochs)
+                self.cache.check_room(self._epochs)
+
+    def use(self, views: ViewDataset, show: bool) -> None:
+        """Take the cache of these views as they are now, check it and say what is there; all processes together.
 
         Raises:
             ValueError: on all processes, where one cannot write or finds no space.
         """
-        cache = self.cache
         with Processes().together():
-            cache.check_room(epochs)
-            cache.create()
+            of_views = views.identity()
+            contents = views.know_contents()
+            self._open(views, of_views | {"--dataset": contents}, views.k)
+            self._of_views = of_views
+            cache = self.cache
+            cache.check_writable(self._epochs)
+            cache.check_room(self._epochs)
         if show:
             logger.info("Teacher cache %s", cache.describe())
             if not cache.present() and cache.differences():
                 logger.info("Teacher cache: %s.", cache.differences())
+
+    def start(self) -> None:
+        """Make the files; all processes together.
+
+        Raises:
+            ValueError: on all processes, where one cannot write.
+        """
+        with Processes().together():
+            self.cache.create(self._epochs)
+
+    def is_complete(self) -> bool:
+        """Whether all rows that the training needs are there."""
+        return self.cache.is_complete(self._epochs)
 
     def knows(self, views: ViewDataset) -> bool:
         """Whether the views are still those that the cache was opened for."""
@@ -119,7 +192,7 @@ class CachedTeacher(TrainerCallback):
             embedding = embed(views).embedding[positions]
         else:
             embedding = embed(views[positions]).embedding
-        embedding = embedding.float()
+        embedding = embedding.to(torch.float32, copy=True)  # the next step of a CUDA graph writes over its output
         self._last = (batch["missing_rows"], embedding)
         rounded = embedding.to(getattr(torch, self.cache.dtype.name)).float()
         rounded = torch.where(rounded.isfinite(), rounded, embedding)

@@ -293,15 +293,15 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     """
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
-    reduced = identity.get("--reduced_decoding")  # of little effect, and on few images
-    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": reduced} | saved
+    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": "False"} | saved
     other = [key for key in identity if saved.get(key) != identity[key]]
     if not other:
         return
     shown = [f"{key} (then {saved.get(key)}, now {identity[key]})" for key in other if len(str(identity[key])) < 40]
+    decoding = "--reduced_decoding False (images were decoded at full size)" if "--reduced_decoding" in other else ""
     raise ValueError(
-        f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown or other)}. Give what it "
-        f"was written with, or start afresh in another --output_dir."
+        f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown or other)}. Give "
+        f"{decoding or 'what it was written with'}, or start afresh in another --output_dir."
     )
 
 

@@ -42,7 +42,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     rehearse(student, teacher, args)
     recorded = RunImages.of_checkpoint(checkpoint)
     with Processes().first(args.local_process_index == 0):
-        splits = data.load(hold_out_by_default=True, recorded=recorded, streams=True, **how_checked(args))
+        splits = data.load(hold_out_by_default=True, recorded=recorded, streams=True, **how_checked(args, recorded))
     if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "

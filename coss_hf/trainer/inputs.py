@@ -86,7 +86,7 @@ def resolve_inputs(
     check_networks(teacher, student)
     for role, backbone in (("teacher", teacher), ("student", student)):
         given |= described_input(role, backbone)
-    teacher.model.to(args.device)
+    _place(teacher, args)
     if not isinstance(train_dataset, (ViewDataset, ImageSplits)):  # a recipe does it before it reads images
         from coss_hf.trainer.rehearsal import rehearse  # builds trainers
 
@@ -99,7 +99,7 @@ def resolve_inputs(
             checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
             recorded = RunImages.of_checkpoint(checkpoint)
             with Processes().first(args.local_process_index == 0):  # one reads, the others find it in the cache
-                splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args))
+                splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args, recorded))
         if splits.stream is not None:
             args = args.for_stream()
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
@@ -110,6 +110,12 @@ def resolve_inputs(
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
     criterion = None if isinstance(criterion, str) else criterion
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given)
+
+
+def _place(teacher: Backbone, args: DistillationArguments) -> None:
+    """With a cache the teacher comes to the device where it embeds: it may never have to."""
+    if not args.teacher_cache:
+        teacher.model.to(args.device)
 
 
 def with_names(
@@ -217,15 +223,16 @@ def check_networks(teacher: Backbone, student: Backbone) -> None:
         )
 
 
-def how_checked(args: DistillationArguments) -> dict:
+def how_checked(args: DistillationArguments, recorded: RunImages | None = None) -> dict:
     """What a run must know of its images beforehand, as options of ``DataArguments.load``.
 
     Neighbours and cached embeddings are those of each image's content. Without them images are checked as they are
-    read.
+    read; a run that began so is resumed so, and a cache then reads the contents for itself.
     """
     if args.dry_run:
         return {"by_content": False, "sample": DRY_RUN_SAMPLE}
-    return {"by_content": args.neighbors_k > 0 or bool(args.teacher_cache)}
+    began_by_file = recorded is not None and bool(recorded.checked) and not recorded.by_content
+    return {"by_content": args.neighbors_k > 0 or (bool(args.teacher_cache) and not began_by_file)}
 
 
 def as_splits(

@@ -180,37 +180,49 @@ class DistillationTrainer(Trainer):
         self.arguments: dict = to_dict(data, self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
             self._check_evaluations()
+        cached = self._find_cache()
+        if self.splits is not None:
             self._use_neighbors(neighbors, data)
-        self._open_cache()
+        if cached is not None and not self.args.dry_run:
+            self._open_cache(cached)
 
     def _use_neighbors(self, neighbors: np.ndarray | None, data: DataArguments) -> None:
         """Find them last, since that takes longest."""
         if not self.args.neighbors_k:
             return
         if neighbors is None:
+            self._place_teacher()
             neighbors = find_neighbors(self.splits, self.teacher, data, self.args)
         self.train_dataset.use_neighbors(neighbors, self.args.neighbors_k)
 
-    def _open_cache(self) -> None:
-        """Behind the neighbours, on which views depend."""
+    def _find_cache(self) -> CachedTeacher | None:
+        """The cache of this teacher; before neighbours are searched, which takes long."""
         args = self.args
-        if not args.teacher_cache or args.dry_run:
-            return
-        views = self.train_dataset
-        self.cached_teacher = CachedTeacher(args, self.teacher, views, self.accelerator.mixed_precision)
+        if not args.teacher_cache:
+            return None
         images = self.length.images_after(self.length.steps_per_epoch)
         seen = self.length.images_after(args.max_steps) / images if args.max_steps > 0 else args.num_train_epochs
-        self.cached_teacher.start(math.ceil(seen), show=args.process_index == 0)
-        self.add_callback(self.cached_teacher)
-        if self.cached_teacher.cache.is_complete():
-            self.teacher.model.to("cpu")  # evaluations, and rows that turn out to be damaged, bring it back
+        precision = self.accelerator.mixed_precision
+        cached = CachedTeacher(args, self.teacher, self.train_dataset, precision, math.ceil(seen))
+        cached.check_early()
+        return cached
+
+    def _open_cache(self, cached: CachedTeacher) -> None:
+        """Behind the neighbours, on which views depend; nothing is written before the training."""
+        cached.use(self.train_dataset, show=self.args.process_index == 0)
+        self.cached_teacher = cached
+        self.add_callback(cached)
 
     def _bring_cached_rows(self) -> None:
         """From now on the views come with this teacher's embeddings: another trainer may have had the same views."""
-        if self.cached_teacher is not None and not self.cached_teacher.knows(self.train_dataset):
-            self.remove_callback(self.cached_teacher)
-            self._open_cache()
-        self.train_dataset.teacher_cache = None if self.cached_teacher is None else self.cached_teacher.cache
+        cached = self.cached_teacher
+        self.train_dataset.teacher_cache = None
+        if cached is None:
+            return
+        if not cached.knows(self.train_dataset):
+            cached.use(self.train_dataset, show=self.args.process_index == 0)
+        cached.start()
+        self.train_dataset.teacher_cache = cached.cache
 
     def _build(self, inputs: RunInputs, callbacks: list[TrainerCallback] | None, optimizers) -> None:
         """Build model, callbacks and all that ``Trainer`` needs."""
@@ -265,7 +277,8 @@ class DistillationTrainer(Trainer):
         use_own_trackers(self)
         self.preemption = Preemption()
         self._step_seed = StepSeed(args.seed, args.device)
-        self.teacher.model.to(args.device)
+        if not args.teacher_cache:  # else where it embeds: it may never have to
+            self.teacher.model.to(args.device)
         if args.torch_compile:
             self._compile_teacher()
         if self.is_fsdp_enabled:
@@ -535,8 +548,7 @@ class DistillationTrainer(Trainer):
     @torch.no_grad()
     def embed_teacher(self, views: Tensor) -> Features:
         """Return the teacher's features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
-        if self.cached_teacher is not None:
-            self._place_teacher()
+        self._place_teacher()  # another trainer may have put it aside
         with self._times.teacher(), self.accelerator.autocast():
             return self._teacher_features(views)
 
@@ -573,12 +585,15 @@ class DistillationTrainer(Trainer):
 
     @contextlib.contextmanager
     def _keeping_embeddings(self):
-        """What the teacher embedded is kept, however the training ends."""
+        """What the teacher embedded is kept, however the training ends; who uses the teacher next finds it in place."""
         try:
+            if self.cached_teacher is not None and self.cached_teacher.is_complete():
+                self.teacher.model.to("cpu")  # evaluations, and rows that turn out to be damaged, bring it back
             yield
         finally:
             if self.cached_teacher is not None:
                 self.cached_teacher.flush()
+                self._place_teacher()
 
     @contextlib.contextmanager
     def _lost_worker_as_error(self):

@@ -235,6 +235,41 @@ def test_read_only_cache_is_rejected_unless_it_is_complete(tmp_path, monkeypatch
     assert assert_right_or_missing(cache) == 60
 
 
+def test_files_that_cannot_be_written_will_do_for_the_epochs_that_they_hold(tmp_path, monkeypatch):
+    """A shared folder of 2 epochs, for the first 2 of 5."""
+    filled(tmp_path)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+
+    def read_only(*args, **kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("os.open", read_only)
+    cache = TeacherCache(tmp_path, IDENTITY, (5, 10, 3, 8))
+    cache.check_writable(2)
+    cache.create(2)
+    assert cache.is_complete(2) and not cache.is_complete() and assert_right_or_missing(cache, range(150)) == 60
+    with pytest.raises(ValueError, match="cannot be written .*rows is read-only|cannot be written .* is read-only"):
+        cache.check_writable(3)
+    with pytest.raises(ValueError, match="Read-only file system"):
+        cache.create(3)
+
+
+def test_files_are_closed_with_the_cache(tmp_path):
+    """A study opens one cache a trial."""
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        cache = filled(tmp_path)
+        cache.create()
+    assert assert_right_or_missing(cache) == 60  # mapped, too
+    del cache
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_files_have_one_byte_order(tmp_path):
+    assert TeacherCache(tmp_path, IDENTITY, SHAPE).dtype.str == "<f4"
+    assert TeacherCache(tmp_path, IDENTITY, SHAPE, dtype="float16").dtype.str == "<f2"
+
+
 def test_a_disk_that_fills_up_ends_the_keeping_not_the_training(tmp_path, caplog):
     cache = cache_in(tmp_path, shape=(1, 10_000, 1, 8))
     with h.no_file_larger_than(1000):
@@ -243,14 +278,6 @@ def test_a_disk_that_fills_up_ends_the_keeping_not_the_training(tmp_path, caplog
         cache.flush()
     assert caplog.text.count("cannot be written any more") == 1
     assert assert_right_or_missing(cache) == 0
-
-
-def test_a_check_leaves_nothing_behind_and_takes_no_rows(tmp_path):
-    cache_in(tmp_path / "new").discard_if_empty()
-    assert not (tmp_path / "new").exists()
-    filled(tmp_path / "old")
-    cache_in(tmp_path / "old").discard_if_empty()
-    assert assert_right_or_missing(cache_in(tmp_path / "old")) == 60
 
 
 def test_what_a_batch_brings(tmp_path):
@@ -284,6 +311,34 @@ def maker(probability):
 def from_numpy(image):
     view = augmentation("none", 32)(image)
     return view.flip(-1) if np.random.rand() < 0.5 else view
+
+
+RARE = 0.0001
+
+
+def by_global(image):
+    view = augmentation("none", 32)(image)
+    return view.flip(-1) if torch.rand(()) < RARE else view
+
+
+class Flip:
+    """Without a printed form of its own."""
+
+    def __init__(self, probability):
+        self.probability = probability
+
+    def __call__(self, image):
+        view = augmentation("none", 32)(image)
+        return view.flip(-1) if torch.rand(()) < self.probability else view
+
+
+def test_attributes_and_globals_of_a_transform_count(monkeypatch):
+    """Neither shows in its source text, and a rare one not in the views of test images."""
+    found = [transform_identity(Flip(p), "flip", 32) for p in (0.0001, 0.0002, 0.0001)]
+    assert found[0] != found[1] and found[0] == found[2]
+    first = transform_identity(by_global, "name", 32)
+    monkeypatch.setitem(globals(), "RARE", 0.0002)
+    assert transform_identity(by_global, "name", 32) != first
 
 
 def test_transforms_are_known_by_what_they_do():

@@ -1,5 +1,6 @@
 """A training with the teacher's embeddings from disk is the training with the teacher itself."""
 
+import json
 import os
 import random
 import re
@@ -10,14 +11,18 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import TrainerCallback
 
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.data.views import ViewDataset
 from coss_hf.losses.registry import LOSSES
+from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.cached_teacher import libraries, teacher_identity
+from coss_hf.trainer.checkpoint_files import check_identity
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -378,3 +383,171 @@ def test_images_of_one_name_and_size_are_told_apart(world, tmp_path, caplog):
     first = cached("one")
     images[16].save(tmp_path / "photos" / "03.bmp")
     assert cached("two") != first
+
+
+def photos(folder):
+    """16 files of one size, and the image of a 17th."""
+    folder.mkdir()
+    images, _ = h.colour_images(17, seed=0)
+    for i, image in enumerate(images[:16]):
+        image.save(folder / f"{i:02d}.bmp")
+    return images[16]
+
+
+def of_files(world, tmp_path, **options):
+    """A trainer on the photographs, without neighbours: it knows them by their names and sizes."""
+    options = {"per_device_train_batch_size": 8, "max_steps": 4, "view_epochs": 2, "logging_steps": 1} | options
+    args = DistillationArguments(
+        str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, report_to="none", augmentation="cifar", **options
+    )
+    networks = str(world / "teacher"), str(world / "vit")
+    images = str(tmp_path / "photos")
+    return DistillationTrainer(*networks, args, images, data=DataArguments(validation_size=0))
+
+
+def losses_of(trainer):
+    return [line["loss"] for line in trainer.state.log_history if "loss" in line]
+
+
+def test_a_live_run_that_knows_its_images_by_file_goes_on_with_a_cache(world, tmp_path):
+    """Its record stays as it is; the rows are those of the contents."""
+    photos(tmp_path / "photos")
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    live = of_files(world, tmp_path, **saving)
+    live.train()
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    caching = {"teacher_cache": str(tmp_path / "cache"), "resume_from_checkpoint": checkpoint}
+    resumed = of_files(world, tmp_path, **saving, **caching)
+    resumed.train()
+    assert losses_of(resumed) == pytest.approx(losses_of(live), rel=1e-5)
+    assert resumed.identity() == live.identity() and resumed.cached_teacher.cache.present() == 16
+    fresh = of_files(world, tmp_path, teacher_cache=str(tmp_path / "cache"), save_strategy="no")
+    assert fresh.train_dataset.identity()["--dataset"] != live.identity()["--dataset"]
+    assert fresh.cached_teacher.cache.path == resumed.cached_teacher.cache.path
+
+
+def test_views_that_are_known_by_file_are_cached_by_content(world, tmp_path):
+    """Given splits and views may come without content hashes."""
+    other = photos(tmp_path / "photos")
+
+    def cache_of(by_content):
+        splits = load_images(str(tmp_path / "photos"), validation_size=0, by_content=by_content)
+        views = ViewDataset(splits.train, "image", "cifar", 16, view_epochs=1)
+        assert views.is_by_file != by_content
+        cache = str(tmp_path / "cache")
+        args = DistillationArguments(
+            str(tmp_path / "out"), teacher_cache=cache, use_cpu=True, per_device_train_batch_size=8
+        )
+        networks = load_backbone(str(world / "teacher")), load_backbone(str(world / "vit"))
+        return DistillationTrainer(*networks, args, views).cached_teacher.cache.path
+
+    first = cache_of(by_content=False)
+    assert first == cache_of(by_content=True)
+    other.save(tmp_path / "photos" / "03.bmp")
+    assert cache_of(by_content=False) != first
+
+
+def test_an_image_that_changes_during_the_training_is_neither_kept_nor_read(world, tmp_path, caplog):
+    """Its embedding would stand under the content that it had at the start."""
+    other = photos(tmp_path / "photos")
+    before = (tmp_path / "photos" / "03.bmp").read_bytes()
+    options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 1, "max_steps": 2, "save_strategy": "no"}
+    first = of_files(world, tmp_path, **options)
+    other.save(tmp_path / "photos" / "03.bmp")
+    first.train()
+    assert first.cached_teacher.cache.present() == 15
+    assert caplog.text.count("03.bmp was changed after its content was identified") == 1
+    (tmp_path / "photos" / "03.bmp").write_bytes(before)
+    second = of_files(world, tmp_path, **options)
+    second.train()
+    assert second.cached_teacher.cache.path == first.cached_teacher.cache.path
+    assert second.cached_teacher.cache.present() == 16
+
+
+def plain(embedding=None, activation=nn.ReLU):
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 8, 4, 4), activation(), nn.Flatten(2))
+    return Backbone.from_module(body, embedding=embedding, size=16, mean=0.5, std=0.5)
+
+
+def test_plain_networks_of_equal_weights_have_caches_of_their_own():
+    """Their fingerprints, which name neighbours and runs on disk, are equal."""
+    first, second = (plain(lambda o: o[:, :, 0])), (plain(lambda o: o.mean(2)))
+    assert first.fingerprint() == second.fingerprint()
+    others = [plain(lambda o: o.mean(2), nn.GELU), plain(lambda o: o.mean(1))]
+    assert len({teacher_identity(teacher) for teacher in (first, second, *others)}) == 4
+    assert teacher_identity(plain(lambda o: o[:, :, 0])) == teacher_identity(first)
+
+
+def test_rows_of_other_libraries_are_missing(world, tmp_path, monkeypatch):
+    """Pillow and libjpeg decide pixels, NumPy's Generator.choice neighbours."""
+    before = libraries()
+    monkeypatch.setattr("PIL.__version__", "99.0")
+    pillow = libraries()
+    monkeypatch.setattr("numpy.__version__", "99.0.1")
+    assert len({before, pillow, libraries()}) == 3 and "NumPy 99.0" in libraries()
+
+
+def test_a_teacher_that_was_put_aside_is_back_after_the_training(world, tmp_path, monkeypatch):
+    """The next who uses it, a live trainer or a measurement, expects it on the device."""
+    options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 1, "max_steps": 6, "neighbors_k": 0}
+    Run(world, tmp_path / "first", **options)
+    networks = str(world / "teacher"), str(world / "vit")
+    trainer = h.make_trainer(tmp_path, world / "images", *networks, **OPTIONS | options)
+    placed = []
+    monkeypatch.setattr(trainer, "_place_teacher", lambda: placed.append(trainer.state.global_step))
+    trainer.train()
+    assert placed == [6]
+
+
+def test_folder_room_and_transform_are_checked_before_neighbours_are_searched(world, tmp_path, monkeypatch):
+    """And in a dry run, which writes nothing."""
+
+    def search(*args, **kwargs):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("coss_hf.trainer.trainer.find_neighbors", search)
+    networks = str(world / "teacher"), str(world / "vit")
+    (tmp_path / "file").write_text("")
+
+    def make(cache="cache", **options):
+        options = OPTIONS | {"teacher_cache": str(tmp_path / cache)} | options
+        h.make_trainer(tmp_path, world / "images", *networks, **options)
+
+    for more in ({}, {"dry_run": True}):
+        with pytest.raises(ValueError, match="file: .* cannot be written .*another folder"):
+            make("file", **more)
+        with pytest.raises(ValueError, match="the missing rows of .* epochs take .* free there"):
+            make(view_epochs=10**9, num_train_epochs=10**9, max_steps=-1, **more)
+        with monkeypatch.context() as patched:
+            patched.setattr("os.access", lambda path, mode: False)
+            with pytest.raises(ValueError, match="cannot be written .*is read-only"):
+                make(**more)
+        with pytest.raises(AssertionError, match="searched"):
+            make(**more)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_cache_that_may_be_this_one_is_not_refused_before_the_search(world, tmp_path, monkeypatch):
+    """A full disk that holds all rows already."""
+    Run(world, tmp_path / "first", teacher_cache=str(tmp_path / "cache"))
+    monkeypatch.setattr("coss_hf.data.teacher_cache.TeacherCache.free_bytes", lambda self: 0)
+    run = Run(world, tmp_path / "second", teacher_cache=str(tmp_path / "cache"))
+    assert run.embedded == 0
+
+
+def test_building_a_trainer_writes_nothing(world, tmp_path):
+    """A study builds one of each method as a check: it must not touch the files that another run is about to fill."""
+    options = OPTIONS | {"teacher_cache": str(tmp_path / "cache")}
+    h.make_trainer(
+        tmp_path, world / "images", str(world / "teacher"), str(world / "vit"), neighbors=NEIGHBORS, **options
+    )
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_checkpoint_from_before_reduced_decoding_was_of_images_at_full_size(tmp_path):
+    saved = {"--seed": "3"}
+    (tmp_path / "distillation.json").write_text(json.dumps(saved))
+    check_identity(str(tmp_path), saved | {"--reduced_decoding": "False"})
+    with pytest.raises(ValueError, match=r"then False, now True\)\. Give --reduced_decoding False"):
+        check_identity(str(tmp_path), saved | {"--reduced_decoding": "True"})
