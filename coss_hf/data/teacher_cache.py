@@ -54,7 +54,7 @@ class TeacherCache:
         >>> cache.create()
         >>> cache.write([2], torch.ones(1, 2))
         >>> cache.flush()
-        >>> cache.read([1, 2])[1].tolist()
+        >>> cache.read([1, 2])[1]
         [False, True]
     """
 

@@ -29,8 +29,8 @@ def code_identity(*values) -> str:
         values: any objects.
 
     Example:
-        >>> first, second = (lambda x: x[:, 0]), (lambda x: x.mean(1))
-        >>> code_identity(first) == code_identity(second)
+        >>> from functools import partial
+        >>> code_identity(partial(max, 1)) == code_identity(partial(max, 2))
         False
     """
     description = _Description()
