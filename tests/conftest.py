@@ -5,6 +5,8 @@ from pathlib import Path
 # Before any Hugging Face import: no test may reach for the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Bars share a lock with forked processes, and one that a test kills may take it along.
+os.environ.setdefault("TQDM_DISABLE", "1")
 
 import pytest
 import torch
