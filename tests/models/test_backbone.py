@@ -2,11 +2,13 @@
 
 import copy
 import functools
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
     AutoModel,
@@ -335,6 +337,7 @@ def test_the_fingerprint_outlives_saving(checkpoint, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_embed_dataset(dtype, checkpoint, capfd, monkeypatch):
     monkeypatch.setattr("coss_hf.models.embedding.BAR_DELAY", 0)
+    monkeypatch.setattr("coss_hf.models.embedding.tqdm", partial(tqdm, disable=False))  # tests show no bars
     loaded = load_backbone(checkpoint("resnet"), dtype=dtype)
     loaded.model.train()
     pixels = torch.cat([loaded.preprocess(images()), torch.randn(4, 3, 32, 32)])

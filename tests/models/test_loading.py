@@ -114,7 +114,8 @@ def no_remote_modules():
 
 def test_code_in_a_checkpoint_runs_only_if_allowed(tmp_path, monkeypatch, no_remote_modules):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path)  # and with it, what Transformers will add is taken away
+    (tmp_path / "modules").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # before the folder that another test's checkpoint added
     folder = tmp_path / "checkpoint"
     model = CifarResNetModel(cifar_config("resnet8x4"))
     model.save_pretrained(folder)

@@ -197,6 +197,7 @@ def test_sigkill_in_an_evaluation(world, tmp_path, set_up):
     h.assert_same(student, load_file(tmp_path / "whole" / "model.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_a_killed_launcher_leaves_ends_before_the_next_run_begins(world, tmp_path):
     output = tmp_path / "run"
     process = start(world, output, 2, 0)

@@ -79,6 +79,7 @@ def test_resume_is_bit_identical(world):
 def test_published_folder_holds_the_unsharded_student_only(world):
     folder, (found, _) = world
     vit = {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin", "head.safetensors"}
+    vit |= {"run.json"}
     for name, student, files in (("fsdp", "vit", vit), ("resnet-out", "resnet", vit - {"head.safetensors"})):
         assert {path.name for path in (folder / name).iterdir() if path.is_file() and path.suffix != ".py"} == files
         model = AutoModel.from_pretrained(folder / name)

@@ -56,7 +56,7 @@ def test_failed_final_evaluation_does_not_fail_the_run(trainer, tmp_path, monkey
     # And when the reason is gone:
     assert trainer.report().record["problems"] == []
     record, card, page = left(tmp_path)
-    assert set(record["results"]) == {"teacher", "student", "random"} and "failed" not in card + page
+    assert set(record["results"]) == {"teacher", "student", "random"} and "evaluation failed" not in card + page
 
 
 def test_failed_pictures_do_not_fail_the_run(trainer, tmp_path, monkeypatch):
