@@ -53,7 +53,9 @@ class Program:
         socket.send_fds(server(modules), [json.dumps(request).encode()], theirs)
         for descriptor in theirs:
             os.close(descriptor)
-        self.stdin, self.stdout, self.stderr = open(pipes[0][1], "w"), open(pipes[1][0]), open(pipes[2][0])
+        self.stdin = open(pipes[0][1], "w")
+        self.stdout = open(pipes[1][0])
+        self.stderr = open(pipes[2][0])
         self.answers = open(pipes[3][0])
         self.pid = int(self.answers.readline())
         os.set_blocking(self.answers.fileno(), False)

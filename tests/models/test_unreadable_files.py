@@ -3,6 +3,7 @@
 A student's broken ``preprocessor_config.json`` was once silently replaced by the teacher's, and published.
 """
 
+import json
 import shutil
 
 import pytest
@@ -125,3 +126,26 @@ def test_binary_yaml_file_is_rejected(tmp_path):
     (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match="^--config .*run.yaml cannot be read"):
         parse((DataArguments,), ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_evaluation_follows_the_images_of_the_run(tmp_path, monkeypatch):
+    """Another test split, column or number of training images gave a table that contradicted the run's record."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    run = {"dataset": str(tmp_path / "images"), "test_split": "held", "label_column": "kind", "max_train_samples": 9}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": run | {"validation_size": 7}}))
+    given = DataArguments(dataset="images", label_column="label")  # the same place, by another path
+    followed = given.follow(str(tmp_path))
+    assert followed.test_split == "held" and followed.max_train_samples == 9 and followed.validation_size == 7
+    assert followed.label_column == "label", "what is given stands"
+    other = DataArguments(dataset="elsewhere").follow(str(tmp_path))
+    assert other.test_split is None and other.max_train_samples is None
+
+
+def test_a_teacher_by_another_path_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    run = {"teacher": str(tmp_path / "teacher"), "teacher_size": 24}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": run}))
+    assert ModelArguments(teacher="./teacher", student=str(tmp_path)).follow()[0].teacher_size == 24
+    assert ModelArguments(teacher="other", student=str(tmp_path)).follow()[0].teacher_size is None

@@ -61,7 +61,8 @@ class Run:
         neighbors = NEIGHBORS if options["neighbors_k"] else None
         self.trainer = trainer = h.make_trainer(output, world / "images", *networks, neighbors=neighbors, **options)
         trainer.model.double()
-        self.losses, self.embedded = [], 0
+        self.losses = []
+        self.embedded = 0
         compute, embed = trainer.compute_loss, trainer._teacher_features
 
         def compute_loss(*args, **kwargs):

@@ -68,6 +68,8 @@ def test_the_newest_complete_checkpoint_is_found(run, capsys, damage, name):
     said = capsys.readouterr().out
     assert said.startswith(f"Damaged, and passed over for {run}/checkpoint-2: {run}/checkpoint-4: ")
     assert name in said or name == "config.json"
+    find_checkpoint(str(run), "auto")
+    assert capsys.readouterr().out == "", "a run looks for its checkpoint several times, and says so once"
     with pytest.raises(ValueError, match=rf"checkpoint-4 is not a complete.*Give {run}/checkpoint-2, which is\."):
         find_checkpoint(str(run), str(run / "checkpoint-4"))
     shutil.rmtree(run / "checkpoint-2")
@@ -76,7 +78,7 @@ def test_the_newest_complete_checkpoint_is_found(run, capsys, damage, name):
 
 
 def test_incomplete_first_checkpoint_does_not_stop_a_run(tmp_path, capsys):
-    """A supervised run that is killed while it writes its first checkpoint in place."""
+    """A supervised run of an earlier version, killed while it wrote its first checkpoint in place."""
     half = tmp_path / "checkpoint-1"
     half.mkdir()
     (half / "config.json").write_text("{}")
