@@ -283,7 +283,26 @@ def in_time(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
+def teacher_cache() -> str:
+    """Images a second live, with an empty and with a complete cache, and of the student alone; medians of rounds."""
+    names = {"resnet": "resnet56 → resnet20, 32 px, batch 128", "vit": "DINOv2-S/14 → resnet18, 112 px, batch 32"}
+    kinds = {"tensors": "views in memory", "images": "images, one loader process"}
+    lines = [["", "live", "empty cache", "complete cache", "student alone", "complete / live", "complete / student"]]
+    rows = json_lines("teacher_cache.jsonl")
+    for pair, networks in names.items():
+        for kind, views in kinds.items():
+            found = [row for row in rows if (row["run"]["pair"], row["run"]["data"]) == (pair, kind)]
+            rates = {}
+            for mode in ("live", "cold", "warm", "student"):
+                values = [row["images_per_second"] for row in found if row["run"]["mode"] == mode]
+                rates[mode] = statistics.median(values)
+            ratios = [f"{rates['warm'] / rates[mode]:.2f}" for mode in ("live", "student")]
+            lines.append([f"{networks}, {views}", *(f"{rate:.1f}" for rate in rates.values()), *ratios])
+    return as_markdown(lines)
+
+
 TABLES = (
+    teacher_cache,
     front_page,
     quickstart_digits,
     cifar10_short,

@@ -23,7 +23,12 @@ class ReproduceArguments:
     """What to run, and how much of it."""
 
     table: int = field(
-        default=1, metadata={"help": "Number of the supplementary document's table.", "choices": [1, 2, 3, 4]}
+        default=1,
+        metadata={
+            "help": "Number of the supplementary document's table; 5: SEED and SEED with space similarity, with and "
+            "without neighbours.",
+            "choices": list(paper.ROWS),
+        },
     )
     pairs: list[str] | None = field(
         default=None, metadata={"help": "Pairs of networks, as student/teacher. Default: those of the table."}
@@ -59,10 +64,10 @@ class ReproduceArguments:
         default=None, metadata={"help": "Epochs of a teacher that is trained first; default: 240 * budget."}
     )
     view_epochs: int = field(
-        default=0,
+        default=20,
         metadata={
             "help": "Number of epochs after which the same views come back. All trials then see the same views, and "
-            "share the teacher's embeddings of them. 0: never."
+            "share the teacher's embeddings of them. 0: never, as in the paper."
         },
     )
     teacher_cache: str | None = field(
@@ -217,7 +222,8 @@ def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduc
         choice_images, report_images = _lengths(args, len(splits.train))
         choices = []
         for pair in args.table_pairs:
-            choices += paper.choice_trials(args.table, pair, args.table_methods, args.scales, choice_images)
+            rows = args.table_methods
+            choices += paper.choice_trials(args.table, pair, rows, args.scales, choice_images, args.batch_size)
         sweep.check(choices, untrained)
         teachers.check(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
     teachers.train(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
@@ -263,6 +269,8 @@ def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders:
     }
     views = shared_views(args.view_epochs, 0, args.teacher_cache, Path(args.output_dir))
     training = paper.TRAINING | args.engine() | {"channels_last": args.channels_last} | views
+    if any(name in paper.NEIGHBORS for name in args.table_methods):
+        training["neighbors_pool"] = paper.NEIGHBORS_POOL
     milestones = tuple(drop / paper.EPOCHS for drop in paper.MILESTONES)
     return StudyConfig(data, models, training, milestones)
 

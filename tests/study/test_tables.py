@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict
 
 import pytest
 
@@ -90,6 +91,18 @@ def test_plan_uses_test_images_only_for_reported_trials():
     report = report_trials("s/t", chosen, 1, 3, 200)
     assert {trial.method for trial in report} == {"vid", "coss", "random", "teacher"}
     assert {trial.split for trial in report} == {"test"} and {trial.seed for trial in report} == {1, 2, 3}
+
+
+def test_rows_with_neighbours_take_as_many_images_a_step():
+    """Without, a row is compared at another batch."""
+    names = list(ROWS[5])
+    trials = {trial.method: trial for trial in choice_trials(5, "s/t", names, [1], 640, batch_size=64)}
+    assert (trials["seed + SS"].neighbors_k, trials["seed + SS"].anchors) == (0, None)
+    assert (trials["seed + SS, neighbours"].neighbors_k, trials["seed + SS, neighbours"].anchors) == (3, 16)
+    assert trials["seed + SS"].expression == "seed(beta=1.0) + coss(beta=1.0, lambda_co=0)"
+    chosen = [asdict(trial) for trial in trials.values()]
+    reported = {trial.method: trial for trial in report_trials("s/t", chosen, None, 1, 640)}
+    assert (reported["seed, neighbours"].neighbors_k, reported["seed, neighbours"].anchors) == (3, 16)
 
 
 def test_published_figures_have_their_rows():
