@@ -99,7 +99,7 @@ def test_rows_with_neighbours_take_as_many_images_a_step():
     trials = {trial.method: trial for trial in choice_trials(5, "s/t", names, [1], 640, batch_size=64)}
     assert (trials["seed + SS"].neighbors_k, trials["seed + SS"].anchors) == (0, None)
     assert (trials["seed + SS, neighbours"].neighbors_k, trials["seed + SS, neighbours"].anchors) == (3, 16)
-    assert trials["seed + SS"].expression == "seed(beta=1.0) + coss(beta=1.0, lambda_co=0)"
+    assert trials["seed + SS"].expression == "seed(beta=1.0) + coss(beta=1, lambda_co=0)"
     chosen = [asdict(trial) for trial in trials.values()]
     reported = {trial.method: trial for trial in report_trials("s/t", chosen, None, 1, 640)}
     assert (reported["seed, neighbours"].neighbors_k, reported["seed, neighbours"].anchors) == (3, 16)
