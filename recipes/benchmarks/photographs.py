@@ -259,7 +259,7 @@ def main() -> None:
         return
     if options.stage == "warm":
         experiment.train_earlier()
-    # Seed by seed, so that a stage that is stopped early has whole rounds.
+    # Seed by seed, so that a stage that is stopped early has complete rounds.
     for seed in SEEDS:
         for arm in training_arms(options.stage, options.students, experiment):
             experiment.train(arm, seed)
