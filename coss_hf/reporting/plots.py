@@ -63,6 +63,8 @@ def neighbor_picture(
     Raises:
         ValueError: neighbours that are not (q, n) for both networks.
     """
+    from matplotlib.patches import Rectangle
+
     student_neighbors, teacher_neighbors = np.asarray(student_neighbors), np.asarray(teacher_neighbors)
     expected = (len(query_rows), *student_neighbors.shape[1:])
     if student_neighbors.ndim != 2 or not student_neighbors.shape == teacher_neighbors.shape == expected:
@@ -77,21 +79,22 @@ def neighbor_picture(
     columns = 1 + gap + n + gap + n
     figure = _figure(0.85 * (columns + 0.4), 0.85 * (q * tile + header + 0.45))
     width, height = figure.get_size_inches() / 0.85  # in tiles
+    # One for all images: axes of their own would take seconds to make.
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.axis("off")
 
     def text(x: float, y: float, string: str, **style) -> None:
         figure.text(x / width, 1 - y / height, string, color=style.pop("color", TEXT), **style)
 
     def show(x: float, y: float, row: int, query: int, color: str, line: float) -> None:
-        axes = figure.add_axes((x / width, 1 - (y + 0.88) / height, 0.88 / width, 0.88 / height))
         picture = images[int(row)]
         smooth = "nearest" if max(picture.size) < 100 else "antialiased"
-        axes.imshow(np.asarray(picture.convert("RGB")), interpolation=smooth)
-        axes.set(xticks=[], yticks=[])
-        for spine in axes.spines.values():
-            spine.set(color=color, linewidth=line)
+        extent = (x, x + 0.88, y + 0.88, y)
+        axes.imshow(np.asarray(picture.convert("RGB")), interpolation=smooth, extent=extent, aspect="auto")
+        axes.add_patch(Rectangle((x, y), 0.88, 0.88, fill=False, edgecolor=color, linewidth=line))
         if labels is not None:
             color = MUTED if labels[int(row)] == labels[int(query)] else WRONG
-            axes.set_xlabel(str(labels[int(row)]), fontsize=7, color=color, labelpad=3)
+            text(x + 0.44, y + 0.93, str(labels[int(row)]), fontsize=7, color=color, ha="center", va="top")
 
     starts = {"Query": 0.2, "Teacher": 0.2 + 1 + gap, "Student": 0.2 + 1 + gap + n + gap}
     text(starts["Query"], 0.35, "Query", fontsize=10, weight="bold")
