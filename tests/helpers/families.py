@@ -194,25 +194,31 @@ def read_by_classifier(network: PreTrainedModel, images: Tensor) -> Tensor | Non
     return read[0].flatten(1)
 
 
-def _twice_as_wide(embedding: Tensor, read: Tensor) -> bool:
-    """DINOv2's classifier reads the class token and the mean of the patches; the paper's k-NN the class token."""
-    return torch.allclose(embedding, read[:, : embedding.shape[1]])
+def _and_mean_of_patches(network: PreTrainedModel, embedding: Tensor, images: Tensor) -> Tensor:
+    """DINOv2: the class token beside the mean of the patches; the paper's k-NN reads the class token alone."""
+    others = 1 + getattr(network.config, "num_register_tokens", 0)
+    patches = network.base_model(pixel_values=images).last_hidden_state[:, others:]
+    return torch.cat([embedding, patches.mean(1)], 1)
 
 
-def _same_after_a_norm(embedding: Tensor, read: Tensor) -> bool:
-    """The classifier has a norm of its own, which AutoModel drops: of one channel each, or of all."""
-    return read.shape == embedding.shape and torch.cosine_similarity(read, embedding).min() > 0.8
+def _behind_norm_of_map(network: PreTrainedModel, embedding: Tensor, images: Tensor) -> Tensor:
+    """PoolFormer: the mean of its normalised map, which has one mean and one deviation for an image."""
+    values = network.base_model(pixel_values=images).last_hidden_state.flatten(1)
+    deviation = (values.var(1, unbiased=False) + network.norm.eps).sqrt()
+    centred = embedding - values.mean(1, keepdim=True)
+    return centred / deviation[:, None] * network.norm.weight + network.norm.bias
 
 
-# Families whose classifier reads something else than the embedding, and how that is related.
-RELATED: dict[str, Callable[[Tensor, Tensor], bool]] = {
-    "cvt": _same_after_a_norm,
-    "data2vec-vision": _same_after_a_norm,
-    "dinov2": _twice_as_wide,
-    "dinov2_with_registers": _twice_as_wide,
-    "levit": _same_after_a_norm,
-    "poolformer": _same_after_a_norm,
-    "swiftformer": _same_after_a_norm,
+# What a classifier reads that reads something else than the embedding, computed from the embedding. Most have a norm of
+# their own, which AutoModel drops.
+RELATED: dict[str, Callable[[PreTrainedModel, Tensor, Tensor], Tensor]] = {
+    "cvt": lambda network, embedding, _: embedding * network.layernorm.weight + network.layernorm.bias,
+    "data2vec-vision": lambda network, embedding, _: network.base_model.pooler.layernorm(embedding),
+    "dinov2": _and_mean_of_patches,
+    "dinov2_with_registers": _and_mean_of_patches,
+    "levit": lambda network, embedding, _: network.classifier.batch_norm(embedding),
+    "poolformer": _behind_norm_of_map,
+    "swiftformer": lambda network, embedding, _: network.norm(embedding[:, :, None, None]).flatten(1),
 }
 
 
