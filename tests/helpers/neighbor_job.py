@@ -42,17 +42,18 @@ class SlowBackbone(TinyBackbone):
         return features
 
 
-def add(cache, k=5, seconds=0.0, broken=None, **options):
+def add(cache, k=5, seconds=0.0, broken=None, lost=(), on_bad_image="error", **options):
     """Neighbours, what was measured, and the number of forward passes."""
     backbone = SlowBackbone(seconds, broken)
     found = nearest_neighbors(
-        image_dataset(range(COUNT)),
+        image_dataset(range(COUNT), lost),
         backbone,
         "picture",
         k=k,
         options=SearchOptions(**options),
         cache_dir=cache,
         batch_size=3,
+        on_bad_image=on_bad_image,
     )
     return *found, backbone.passes
 

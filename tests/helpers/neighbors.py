@@ -32,8 +32,8 @@ class TinyBackbone:
         return hashlib.sha256(self.weights.encode()).hexdigest()
 
 
-def image_dataset(seeds):
-    """One PNG a seed, hashed as load_images does: equal seeds are equal images."""
+def image_dataset(seeds, lost=()):
+    """One PNG a seed, hashed as load_images does: equal seeds are equal images. Those ``lost`` went since."""
     encoded = []
     for seed in seeds:
         pixels = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -41,11 +41,12 @@ def image_dataset(seeds):
         PIL.Image.fromarray(pixels).save(buffer, "PNG")
         encoded.append(buffer.getvalue())
     hashes = [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") for data in encoded]
+    kept = [b"" if seed in lost else data for seed, data in zip(seeds, encoded)]
     features = datasets.Features(
         picture=datasets.Image(decode=False), image_hash=datasets.Value("uint64"), name=datasets.Value("string")
     )
     rows = [
-        pyarrow.array([{"bytes": data, "path": None} for data in encoded], features["picture"].pa_type),
+        pyarrow.array([{"bytes": data, "path": None} for data in kept], features["picture"].pa_type),
         pyarrow.array(hashes, pyarrow.uint64()),  # Dataset.from_dict refuses integers above 2**63
         pyarrow.array([f"{seed}.png" for seed in seeds]),
     ]

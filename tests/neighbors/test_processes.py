@@ -21,6 +21,7 @@ JOBS = [
     {"neighbors_search": "hnsw", "neighbors_dtype": "float16", "neighbors_keep_embeddings": True},
     {"neighbors_max_similarity": 0.94},
 ]
+LOST = {"lost": [6], "on_bad_image": "skip"}
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def start(folder, jobs, world=2):
 
 
 def test_two_processes_find_what_one_finds(tmp_path):
-    processes = start(tmp_path, [*JOBS, {"broken": 6}, {"k": COUNT}])
+    processes = start(tmp_path, [*JOBS, {"broken": 6}, {"k": COUNT}, LOST])
     assert [process.wait(timeout=200) for process in processes] == [0, 0]
     for number, job in enumerate(JOBS):
         neighbors, meta, passes = add(tmp_path / "alone", **job)
@@ -56,7 +57,11 @@ def test_two_processes_find_what_one_finds(tmp_path):
     late = [json.loads((tmp_path / f"{len(JOBS) + 1}-{rank}.json").read_text())["error"] for rank in range(2)]
     assert late[0] == late[1] and f"--neighbors_pool {COUNT}" in late[0]
     left = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith("embeddings-"))
-    assert len(left) == 2  # those kept on purpose, and those of the broken job
+    assert len(left) == 3  # those kept on purpose, those of the broken job, and those next to the lost image
+    # An image that is gone is replaced for all by the same other one, next to which it then lies.
+    neighbors, _, _ = add(tmp_path / "lost alone", **LOST)
+    assert all((np.load(tmp_path / f"{len(JOBS) + 2}-{rank}.npy") == neighbors).all() for rank in range(2))
+    assert neighbors[neighbors[6, 0], 0] == 6
     assert not list((tmp_path / "cache").glob("*.lock"))
 
 
