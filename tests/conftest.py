@@ -1,5 +1,7 @@
+import gc
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 # Before any Hugging Face import: no test may reach for the network.
@@ -18,6 +20,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 LONGEST = ("test_crash", "test_push", "test_two_processes", "test_distributed", "test_processes", "test_fsdp")
 
 
+def pytest_configure(config):
+    """One empty cache for all processes of the session, instead of what other programs of this machine have cached."""
+    if "HF_HOME" not in os.environ:
+        home = tempfile.TemporaryDirectory(prefix="coss-hf-tests-")
+        os.environ["HF_HOME"] = home.name
+        config.add_cleanup(home.cleanup)
+
+
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in LONGEST)
 
@@ -28,6 +38,13 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent: it holds the real images and checkpoints of this test")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_imported_is_kept():
+    """Each training collects garbage first, which would look at all of it: a second of each test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

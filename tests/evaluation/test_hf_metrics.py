@@ -10,7 +10,6 @@ import torch
 import coss_hf.evaluation as library
 from coss_hf.evaluation import hf_metrics
 from coss_hf.evaluation.hf_metrics import KNNAccuracy, LinearProbe, MeanCosine, NeighborOverlap, Retrieval
-from tests.helpers.processes import NO_HUB
 from tests.helpers.processes import run as run_program
 from tests.helpers.runs import ROOT
 
@@ -178,7 +177,7 @@ def test_metrics_are_loaded_by_path_without_the_network(tmp_path):
     """In a process and with caches of its own, from another folder, as somebody else would."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
     command = ["-c", PROGRAM, FOLDER, tmp_path / "cache"]
-    result = run_program(command, cwd=tmp_path, environment=environment, modules=NO_HUB)
+    result = run_program(command, cwd=tmp_path, environment=environment)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "loaded"
 
@@ -218,5 +217,5 @@ def test_the_evaluation_imports_the_library_only_where_labels_exist():
         "y = torch.zeros(30, dtype=torch.long); "
         "evaluate_embeddings(x, x, train_features=x, train_labels=y, test_labels=y); print('evaluate' in sys.modules)"
     )
-    result = run_program(["-c", program], modules=NO_HUB)
+    result = run_program(["-c", program])
     assert result.stdout.split() == ["False", "True"]

@@ -1,8 +1,8 @@
 """Losses under DistributedDataParallel, in real processes: all jobs of a test file in one launch."""
 
+from pathlib import Path
+
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from coss_hf.features import Features
 from coss_hf.losses.registry import LOSSES
 from coss_hf.utils.distributed import all_gather
+from tests.helpers.processes import spawn
 
 
 class Gathered(nn.Module):
@@ -67,22 +68,19 @@ def alone(job: dict) -> dict:
     return steps(Student(*job["student"]), job, slice(None))
 
 
-def _worker(rank: int, world: int, folder: str, jobs: list[dict]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/port", rank=rank, world_size=world)
+def _worker(rank: int, folder: Path, jobs: list[dict]) -> None:
     results = []
     for job in jobs:
         sizes = job["sizes"]
         rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
         student = DistributedDataParallel(Student(*job["student"]))
         results.append(steps(student, job, rows))
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(results, folder / f"{rank}.pt")
 
 
-def together(folder, world: int, jobs: list[dict]) -> list[list[dict]]:
+def together(folder: Path, world: int, jobs: list[dict]) -> list[list[dict]]:
     """Results of every job, of every process."""
     folder = folder / str(world)
     folder.mkdir()
-    mp.spawn(_worker, (world, str(folder), jobs), nprocs=world)
+    spawn(_worker, folder, folder, jobs, processes=world)
     return list(zip(*(torch.load(folder / f"{rank}.pt") for rank in range(world))))

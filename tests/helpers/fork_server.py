@@ -5,6 +5,7 @@
 A request names a program, its environment and its pipes; the answer is its process id, and later its exit status.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -106,6 +107,8 @@ def wait(children: list[int]) -> int:
 if __name__ == "__main__":
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a collection in a child would look at, and so copy, all of it
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request["processes"] > 1:
         launch(request["processes"])

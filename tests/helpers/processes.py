@@ -17,16 +17,37 @@ import threading
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
-NO_HUB = ("torch", "torchvision", "numpy", "scipy.stats", "pandas", "pyarrow.parquet", "sklearn", "PIL.Image", "faiss")
-HUB = ("transformers.trainer", "datasets", "accelerate", "transformers.models.vit.modeling_vit", "torch.distributed")
+MODULES = (
+    "torch",
+    "torch.distributed",
+    "torchvision",
+    "numpy",
+    "scipy.stats",
+    "pandas",
+    "pyarrow.parquet",
+    "sklearn",
+    "PIL.Image",
+    "faiss",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "httpx",
+    "transformers.trainer",
+    "transformers.hf_argparser",
+    "transformers.models.vit.modeling_vit",
+    "datasets",
+    "accelerate",
+)
 
 
 @functools.cache
-def server(modules: tuple[str, ...]) -> socket.socket:
-    """The connection to a server that has imported ``modules``, one for each process that runs tests."""
+def server(modules: tuple[str, ...], environment: tuple[tuple[str, str], ...] | None = None) -> socket.socket:
+    """The connection to a server that has imported ``modules`` under ``environment``, by default that of this process;
+    one for each process that runs tests."""
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = dict(environment or os.environ) | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, f"{ROOT}/tests/helpers/fork_server.py", str(its.fileno()), *modules]
     process = subprocess.Popen(command, env=environment, pass_fds=[its.fileno()], stdin=subprocess.DEVNULL)
     its.close()
@@ -36,9 +57,12 @@ def server(modules: tuple[str, ...]) -> socket.socket:
 
 class Program:
     """As ``subprocess.Popen`` with pipes and text, for ``argv`` of a Python script; ``processes`` of them in a group
-    of torch.distributed share the pipes."""
+    of torch.distributed share the pipes. ``imported_in`` are the variables that packages read at their import: a
+    server of its own imports them so."""
 
-    def __init__(self, argv, *, environment=None, cwd=ROOT, processes: int = 1, modules=NO_HUB + HUB):
+    def __init__(
+        self, argv, *, environment=None, cwd=ROOT, processes: int = 1, modules=MODULES, imported_in: dict | None = None
+    ):
         self.args = [str(word) for word in argv]
         self.returncode = None
         request = {
@@ -50,7 +74,8 @@ class Program:
         }
         pipes = [os.pipe() for _ in range(4)]  # stdin, stdout, stderr, answers
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1], pipes[3][1]]
-        socket.send_fds(server(modules), [json.dumps(request).encode()], theirs)
+        variables = None if imported_in is None else tuple(sorted(imported_in.items()))
+        socket.send_fds(server(modules, variables), [json.dumps(request).encode()], theirs)
         for descriptor in theirs:
             os.close(descriptor)
         self.stdin = open(pipes[0][1], "w")
@@ -108,3 +133,22 @@ def run(argv, timeout: float = 300, **options) -> subprocess.CompletedProcess:
         program.kill()
         raise
     return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+
+
+FUNCTION = """
+import importlib, sys
+import torch, torch.distributed as dist
+module, name, arguments = sys.argv[1:]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+getattr(importlib.import_module(module), name)(dist.get_rank(), *torch.load(arguments, weights_only=False))
+dist.destroy_process_group()
+"""
+
+
+def spawn(function, folder: Path, *arguments, processes: int) -> None:
+    """``function(rank, *arguments)`` in each process of a gloo group; ``folder`` is for the arguments."""
+    torch.save(arguments, folder / "arguments.pt")
+    words = ["-c", FUNCTION, function.__module__, function.__qualname__, folder / "arguments.pt"]
+    done = run(words, processes=processes)
+    assert done.returncode == 0, done.stderr

@@ -122,9 +122,8 @@ def save_swin(folder, seed: int = 0, **options):
     return str(folder)
 
 
-def start_distill(world: dict, output, *argv, processes: int, launcher: bool = False, **options):
-    """Starts recipes/distill.py on 48 images: 16 anchors and their neighbours a step, 3 steps an epoch. With
-    ``launcher`` as a user starts it, by ``accelerate launch``."""
+def distill_words(world: dict, output, *argv, processes: int, **options) -> list[str]:
+    """Options of recipes/distill.py for 48 images: 16 anchors and their neighbours a step, 3 steps an epoch."""
     options = {
         "teacher": world["teacher"],
         "student": world["student"],
@@ -140,7 +139,17 @@ def start_distill(world: dict, output, *argv, processes: int, launcher: bool = F
         "save_steps": 4,
         "disable_tqdm": True,
     } | options
-    words = [f"{ROOT}/recipes/distill.py", *(f"--{key}={value}" for key, value in options.items()), *argv]
+    return [*(f"--{key}={value}" for key, value in options.items()), *argv]
+
+
+def start_distill(world: dict, output, *argv, processes: int, **options):
+    """Starts recipes/distill.py with ``distill_words``."""
+    return start_program(distill_words(world, output, *argv, processes=processes, **options), processes)
+
+
+def start_program(words: list[str], processes: int, launcher: bool = False):
+    """Starts recipes/distill.py; with ``launcher`` as a user does, by ``accelerate launch``."""
+    words = [f"{ROOT}/recipes/distill.py", *words]
     if not launcher:
         return Program(words, processes=processes)
     launch = ("-m", "accelerate.commands.launch", "--config_file", f"{ROOT}/accelerate_configs/cpu.yaml")

@@ -14,7 +14,6 @@ import tests.helpers.runs as h
 from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
-from tests.helpers.processes import NO_HUB
 from tests.helpers.processes import run as run_program
 
 DISTILL = ["recipes/distill.py", "--use_cpu", "--per_device_train_batch_size=8", "--num_images=16", "--seed=1"]
@@ -53,8 +52,9 @@ main([sys.argv[1], "--repo_id=my-student"])
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub():
+    """One for all tests, which use different repositories: packages read its address at their import."""
     server = Hub()
     yield server
     server.shutdown()
@@ -69,14 +69,24 @@ def world(tmp_path):
     return {"teacher": teacher, "student": student, "dataset": str(images), "neighbors_cache": str(tmp_path / "nn")}
 
 
-def run(hub: Hub | str, tmp_path, words: list, token: str | None = TOKEN, **options) -> subprocess.CompletedProcess:
-    """In a fresh process with an empty cache; retries of huggingface_hub do not wait."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub if isinstance(hub, str) else hub.address, "HF_HUB_DISABLE_XET": "1"}
-    environment |= {"HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(h.ROOT), "OMP_NUM_THREADS": "1"}
-    environment |= {"HF_TOKEN": token} if token else {}
+@pytest.fixture(scope="module")
+def environment(hub, tmp_path_factory):
+    """Of the programs: the Hub's address, a cache that is empty at first, and no token."""
+    found = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    found |= {"HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1"}
+    return found | {"HF_HOME": str(tmp_path_factory.mktemp("home")), "PYTHONPATH": str(h.ROOT)}
+
+
+@pytest.fixture
+def run(environment):
+    return lambda words, token=TOKEN, **options: run_words(environment, words, token, **options)
+
+
+def run_words(imported_in: dict, words: list, token: str | None, **options) -> subprocess.CompletedProcess:
+    """In a fresh process; retries of huggingface_hub do not wait."""
+    environment = imported_in | ({"HF_TOKEN": token} if token else {})
     words = [*map(str, words), *(f"--{key}={value}" for key, value in options.items())]
-    done = run_program(words, environment=environment, modules=NO_HUB)
+    done = run_program(words, environment=environment, imported_in=imported_in)
     assert not re.search(f"{TOKEN}|{READ_TOKEN}", done.stdout + done.stderr), "a token was printed"
     assert "Traceback" not in done.stderr, done.stderr
     return done
@@ -86,20 +96,20 @@ def error(done: subprocess.CompletedProcess) -> str:
     return "".join(line for line in done.stderr.splitlines() if line.startswith("error: "))
 
 
-def test_a_student_makes_the_round_trip(hub, tmp_path, world):
+def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     out = tmp_path / "my-student"
     words = [*DISTILL, "--push_to_hub", "--hub_private_repo=true", "--hub_token", TOKEN]
     world |= {"hub_model_id": "me/my-student", "output_dir": out}
 
     # The upload breaks off: the student is complete, nothing was committed, and the message's own command pushes it.
     hub.break_uploads = True
-    done = run(hub, tmp_path, words, token=None, **world)
+    done = run(words, token=None, **world)
     assert done.returncode == 1 and f"{out} is complete" in error(done), done.stderr
     assert len(hub.commits["models/me/my-student"]) == 1
     again = re.search(r"python (recipes/push\.py .*)", error(done))[1].split()
     assert again == ["recipes/push.py", str(out), "--repo_id", "me/my-student", "--private"]
     hub.break_uploads = False
-    done = run(hub, tmp_path, again)
+    done = run(again)
     assert done.returncode == 0, done.stderr
     sha, message, files = hub.commits["models/me/my-student"][-1]
     assert f"revision {sha}" in done.stdout and message == "Student, 16 images seen"
@@ -120,7 +130,7 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
     assert not any(TOKEN.encode() in data for data in [*files.values(), *here])
 
     # By name, in a fresh process, by the card's own words.
-    loaded = run(hub, tmp_path, ["-c", LOAD, "me/my-student"])
+    loaded = run(["-c", LOAD, "me/my-student"])
     assert "EMBEDDED (1, 8)" in loaded.stdout, loaded.stderr
     _, message, copied = hub.commits["models/me/copy"][-1]
     assert message == "A copy" and {*copied} == {*files}
@@ -130,17 +140,17 @@ def test_a_student_makes_the_round_trip(hub, tmp_path, world):
     (out / "head.safetensors").unlink()
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(record | {"images_seen": 32}))
-    done = run(hub, tmp_path, ["-c", AGAIN, out])
+    done = run(["-c", AGAIN, out])
     assert done.returncode == 0 and "is public" in error(done), done.stderr
     (first, _, old), (second, message, files) = hub.commits["models/me/my-student"][-2:]
     assert message == "Student, 32 images seen" and first == sha != second
     assert "head.safetensors" in old and "head.safetensors" not in files
 
 
-def test_neighbours_make_the_round_trip(hub, tmp_path, world):
+def test_neighbours_make_the_round_trip(hub, run, tmp_path, world):
     out = tmp_path / "with-neighbors"
     words = ["recipes/neighbors.py", "--use_cpu", "--push_to_hub=me/neighbours", "--neighbors_pool=4"]
-    done = run(hub, tmp_path, words, output=out, **{k: v for k, v in world.items() if k != "student"})
+    done = run(words, output=out, **{k: v for k, v in world.items() if k != "student"})
     assert done.returncode == 0, done.stderr
     files = hub.files("datasets/me/neighbours")
     assert "neighbors.json" in files and any(name.endswith(".parquet") for name in files)
@@ -153,7 +163,7 @@ def test_neighbours_make_the_round_trip(hub, tmp_path, world):
         "output_dir": tmp_path / "s",
         "neighbors_cache": tmp_path / "unused",
     }
-    done = run(hub, tmp_path, DISTILL, **world, neighbors_k=1, neighbors_pool=4)
+    done = run(DISTILL, **world, neighbors_k=1, neighbors_pool=4)
     assert done.returncode == 0, done.stderr
     assert not (tmp_path / "unused").exists(), "nothing had to be searched"
     card = (tmp_path / "s" / "README.md").read_text()
@@ -187,9 +197,9 @@ for name, token in [*cases, ("me/x", token)]:
 """
 
 
-def test_errors_of_a_push_name_reason_and_remedy(hub, tmp_path):
+def test_errors_of_a_push_name_reason_and_remedy(hub, run, tmp_path):
     student = h.save_resnet(tmp_path / "s")
-    done = run(hub, tmp_path, ["-c", CHECKS, student, TOKEN, READ_TOKEN])
+    done = run(["-c", CHECKS, student, TOKEN, READ_TOKEN])
     asked, ok, pushed, *rest = done.stdout.splitlines()
     assert asked == "ASKED me/later" and "models/me/later" not in hub.commits
     assert ok == "OK me/x" and pushed.startswith("Pushed: ")

@@ -1,9 +1,9 @@
 """The memories of CRD and SEED, against loops, and over processes."""
 
+from pathlib import Path
+
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from coss_hf.losses.memory_bank import (
     enqueue,
@@ -13,6 +13,7 @@ from coss_hf.losses.memory_bank import (
     update_rows,
     weighted_sums,
 )
+from tests.helpers.processes import spawn
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -112,15 +113,12 @@ def written(rows: slice) -> dict[str, torch.Tensor]:
     return {"memory": memory, "queue": queue, "pointer": pointer}
 
 
-def _write(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/port", rank=rank, world_size=2)
-    torch.save(written(slice(0, 3) if rank == 0 else slice(3, 5)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def _write(rank: int, folder: Path) -> None:
+    torch.save(written(slice(0, 3) if rank == 0 else slice(3, 5)), folder / f"{rank}.pt")
 
 
 def test_two_processes_write_what_one_does(tmp_path):
-    mp.spawn(_write, (str(tmp_path),), nprocs=2)
+    spawn(_write, tmp_path, tmp_path, processes=2)
     expected = written(slice(None))
     for rank in range(2):
         got = torch.load(tmp_path / f"{rank}.pt")

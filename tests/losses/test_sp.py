@@ -1,7 +1,8 @@
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +19,7 @@ from tests.helpers.loss_cases import (
     maps,
 )
 from tests.helpers.loss_references import reference_cases
+from tests.helpers.processes import spawn
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -65,9 +67,7 @@ def test_an_image_without_features_gets_a_bounded_gradient():
     assert s.grad.abs().max() < 1e4  # the literal derivative of the clamped norm: 1e12 times as much
 
 
-def step(rank: int, sizes: dict, port_file: str, x, t, weight, results: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{port_file}", rank=rank, world_size=2)
+def step(rank: int, sizes: dict, x, t, weight, results: Path) -> None:
     out = {}
     for name, loss in (("sp", SPLoss()), ("at", ATLoss())):
         student = nn.Conv2d(*weight.shape[1::-1], 1, bias=False, dtype=torch.float64)
@@ -80,15 +80,14 @@ def step(rank: int, sizes: dict, port_file: str, x, t, weight, results: str) -> 
         mean = value.detach().clone()
         dist.all_reduce(mean)
         out[name] = value.detach(), mean / 2, student.module.weight.grad
-    torch.save(out, f"{results}/{rank}.pt")
-    dist.destroy_process_group()
+    torch.save(out, results / f"{rank}.pt")
 
 
 def test_two_processes_equal_one(tmp_path):
     """SP whatever the shards; AT, for all losses that are means over images, at equal shards."""
     x, t, weight = draw((8, 3, 2, 2), (8, 5, 2, 2), (4, 3, 1, 1), dtype=torch.float64)
     sizes = {"sp": [3, 5], "at": [4, 4]}
-    mp.spawn(step, (sizes, str(tmp_path / "port"), x, t, weight, str(tmp_path)), nprocs=2)
+    spawn(step, tmp_path, sizes, x, t, weight, tmp_path, processes=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name, loss in (("sp", SPLoss()), ("at", ATLoss())):
         w = weight.clone().requires_grad_()

@@ -1,4 +1,5 @@
 import json
+import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,14 @@ def config(image_parquet, networks):
     return StudyConfig(data, models, training | {"logging_steps": 2}, milestones=(0.5,))
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Workers that need not import everything again; tests/study/test_teachers.py starts one from nothing."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr("multiprocessing.get_context", lambda method=None: context)
+
+
+@pytest.mark.usefixtures("forked")
 def test_finished_trials_are_kept_and_never_repeated(tmp_path, config):
     failing = replace(TRIAL, method="diverges", expression="coss(beta=1e30)", num_images=40)
     trials = [TRIAL, TRIAL, failing, replace(TRIAL, method="random", expression="", num_images=0)]

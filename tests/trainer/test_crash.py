@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 
 import psutil
@@ -14,6 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import tests.helpers.runs as h
+from recipes.distill import main
 
 STEPS = 30
 # All four in `-m slow`, at several moments each.
@@ -36,11 +38,15 @@ def world(tmp_path_factory):
     }
 
 
-def start(world, output, processes: int, workers: int, *argv, launcher: bool = False):
+def words(world, output, processes: int, workers: int, *argv) -> list[str]:
     """The same command every time: what a user repeats after a crash."""
     options = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0, "seed": 3}
     flags = ("--use_cpu", "--resume_from_checkpoint", *argv)
-    return h.start_distill(world, output, *flags, processes=processes, launcher=launcher, max_steps=STEPS, **options)
+    return h.distill_words(world, output, *flags, processes=processes, max_steps=STEPS, **options)
+
+
+def start(world, output, processes: int, workers: int, *argv, launcher: bool = False):
+    return h.start_program(words(world, output, processes, workers, *argv), processes, launcher)
 
 
 def end(process, number: int) -> None:
@@ -59,9 +65,19 @@ def finish(world, output, *set_up, argv=()):
     return out, load_file(output / "model.safetensors")
 
 
+def run_here(world, output, *set_up, argv=()):
+    """A run of one process in this one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["distill.py", *words(world, output, *set_up, *argv)])
+        main()
+    return load_file(output / "model.safetensors")
+
+
 def uninterrupted(world, *set_up):
     if set_up not in world["finished"]:
-        world["finished"][set_up] = finish(world, world["folder"] / f"whole-{set_up}", *set_up)[1]
+        output = world["folder"] / f"whole-{set_up}"
+        run = run_here if set_up[0] == 1 else lambda *args: finish(*args)[1]
+        world["finished"][set_up] = run(world, output, *set_up)
     return world["finished"][set_up]
 
 
@@ -255,13 +271,13 @@ def test_full_disk_leaves_earlier_checkpoints_complete(world, tmp_path):
     err = final.communicate(timeout=120)[1]
     assert final.returncode == 1 and "final could not be written" in err and "Traceback" not in err, err
     assert "No checkpoint was written before" in err
-    _, student = finish(world, output, 1, 2)
-    h.assert_same(student, whole)
+    h.assert_same(run_here(world, output, 1, 2), whole)
 
 
-def test_a_checkpoint_of_another_run_is_refused(world):
+def test_a_checkpoint_of_another_run_is_refused(world, capsys):
     uninterrupted(world, 1, 2)
-    process = start(world, world["folder"] / "whole-(1, 2)", 1, 2, "--seed=4", "--neighbors_pool=5")
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 2, err
+    with pytest.raises(SystemExit) as stop:
+        run_here(world, world["folder"] / "whole-(1, 2)", 1, 2, argv=("--seed=4", "--neighbors_pool=5"))
+    err = capsys.readouterr().err
+    assert stop.value.code == 2, err
     assert "was written with another --seed (then 3, now 4), --neighbors_pool" in err and "Traceback" not in err

@@ -97,9 +97,13 @@ def test_srrl_takes_a_classifier_only_of_its_own_features(tmp_path, image_parque
         assert (trainer.model.criterion.teacher_fc is not None) == expected
 
 
+METHODS = [*LOSSES, "at(beta=10) + coss + rkd", "seed + coss(lambda_co=0)"]
+METHODS[METHODS.index("factor")] = "factor(pretraining_steps=3)"  # of 500 by default
+
+
 # The small student has another dimension than the teacher, the ViT tokens and other sizes of map. With neighbours.
 @pytest.mark.parametrize("student", ["small", "vit"])
-@pytest.mark.parametrize("method", [*LOSSES, "at(beta=10) + coss + rkd", "seed + coss(lambda_co=0)"])
+@pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_student(tmp_path, image_parquet, networks, method, student):
     options = {"max_steps": 2, "logging_steps": 1, "head_hidden_size": 12, "learning_rate": 1e-5, "bf16": True}
     options |= {"per_device_train_batch_size": 4, "neighbors_k": 1, "neighbors_pool": 2}

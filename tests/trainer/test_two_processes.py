@@ -1,63 +1,102 @@
 """The recipe on two real processes (gloo): the run of one process, resumed exactly, and never two lone runs."""
 
-import shutil
-import subprocess
+import json
+import socket
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import tests.helpers.runs as h
+from recipes.distill import main
+from tests.helpers.processes import run as run_program
+
+# Slow enough that rounding, which differs with the order of a sum, does not grow from step to step.
+OPTIONS = {"max_steps": 5, "learning_rate": 0.0005}
+ACCUMULATED = ("--per_device_train_batch_size=4", "--gradient_accumulation_steps=2", "--exact_accumulation")
 
 
-def launch(world, output, *argv, processes: int = 2):
-    # Slow enough that rounding, which differs with the order of a sum, does not grow from step to step.
-    process = h.start_distill(world, output, *argv, processes=processes, max_steps=5, learning_rate=0.0005)
-    out, err = process.communicate(timeout=300)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
 
 
-@pytest.fixture
-def world(tmp_path, image_parquet):
-    return {
-        "teacher": h.save_resnet(tmp_path / "teacher", seed=1),
-        "student": h.save_vit(tmp_path / "student", seed=2),  # no batch norm, whose statistics are per process
-        "images": str(image_parquet),
-        "cache": str(tmp_path / "neighbours"),
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of one run by one process, ``one``, and several by two, ``two``, ``four`` (accumulated) and ``again``
+    (resumed); what the two said is in ``done-0.json`` and ``done-1.json``."""
+    folder = tmp_path_factory.mktemp("runs")
+    world = {
+        "teacher": h.save_resnet(folder / "teacher", seed=1),
+        "student": h.save_vit(folder / "student", seed=2),  # no batch norm, whose statistics are per process
+        "images": str(h.write_images(folder / "images")),
+        "cache": str(folder / "neighbours"),
     }
 
+    def words(name, *argv, processes=2):
+        return h.distill_words(world, folder / name, *argv, processes=processes, **OPTIONS)
 
-def test_two_processes_equal_one_and_resume_exactly(world, tmp_path):
-    one = launch(world, tmp_path / "one", "--use_cpu", processes=1)
-    assert one.returncode == 0, one.stderr
-    two = launch(world, tmp_path / "two", "--use_cpu")
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("| student |") == 1, "one process reports"
-    alone, together = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
-    start = load_file(f"{world['student']}/model.safetensors")
-    moved = max((alone[name] - start[f"vit.{name}"]).abs().max() for name in alone if f"vit.{name}" in start)
-    assert moved > 1e-2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["distill.py", *words("one", "--use_cpu", processes=1)])
+        main()
+    jobs = [
+        {"words": words("two", "--use_cpu")},
+        {"words": words("four", "--use_cpu", *ACCUMULATED)},
+        {
+            "words": words("again", "--use_cpu", "--resume_from_checkpoint"),
+            "copied": [f"{folder}/two/checkpoint-4", f"{folder}/again/checkpoint-4"],
+        },
+    ]
+    if not torch.cuda.is_available():  # a machine with GPUs trains on them
+        jobs.append({"words": words("alone")})
+    jobs = [job | {"port": port} for job, port in zip(jobs, free_ports(len(jobs)))]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    done = run_program([h.ROOT / "tests" / "helpers" / "distill_runs.py", folder], processes=2)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def said(folder, job: int) -> list[dict]:
+    return [json.loads((folder / f"done-{rank}.json").read_text())[job] for rank in range(2)]
+
+
+def students(folder, *names) -> list[dict[str, torch.Tensor]]:
+    return [load_file(folder / name / "model.safetensors") for name in names]
+
+
+def assert_close(folder, name: str) -> None:
+    alone, together = students(folder, "one", name)
     used = [name for name in alone if "pooler" not in name]  # not in the checkpoint: drawn at random, unused
     largest = max(alone[name].abs().max().item() for name in used)
     for name in used:
         torch.testing.assert_close(together[name], alone[name], rtol=0, atol=1e-4 * largest, msg=name)
 
-    accumulated = ("--per_device_train_batch_size=4", "--gradient_accumulation_steps=2", "--exact_accumulation")
-    four = launch(world, tmp_path / "four", "--use_cpu", *accumulated)
-    assert four.returncode == 0, four.stderr
-    in_four = load_file(tmp_path / "four" / "model.safetensors")
-    for name in used:
-        torch.testing.assert_close(in_four[name], alone[name], rtol=0, atol=1e-4 * largest, msg=name)
 
-    (tmp_path / "again").mkdir()
-    shutil.copytree(tmp_path / "two" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
-    again = launch(world, tmp_path / "again", "--use_cpu", "--resume_from_checkpoint")
-    assert again.returncode == 0 and "step 4" in again.stdout, again.stderr
-    h.assert_same(together, load_file(tmp_path / "again" / "model.safetensors"))
+def test_two_processes_train_the_student_of_one(folder):
+    (alone,), start = students(folder, "one"), load_file(folder / "student" / "model.safetensors")
+    moved = max((alone[name] - start[f"vit.{name}"]).abs().max() for name in alone if f"vit.{name}" in start)
+    assert moved > 1e-2
+    assert_close(folder, "two")
+    assert sum(one["out"].count("| student |") for one in said(folder, 0)) == 1, "one process reports"
+
+
+def test_accumulated_steps_of_two_processes_are_those_of_one(folder):
+    assert_close(folder, "four")
+
+
+def test_two_processes_resume_exactly(folder):
+    assert "step 4" in said(folder, 2)[0]["out"]
+    h.assert_same(*students(folder, "two", "again"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with GPUs trains on them")
-def test_processes_that_would_train_alone_are_refused(world, tmp_path):
-    done = launch(world, tmp_path / "out")
-    assert done.returncode != 0 and "add --use_cpu" in done.stderr
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+def test_processes_that_would_train_alone_are_refused(folder):
+    first, second = said(folder, 3)
+    assert first["code"] == second["code"] == 2 and "add --use_cpu" in first["err"]
+    assert not (folder / "alone" / "model.safetensors").exists()

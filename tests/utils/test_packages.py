@@ -1,6 +1,5 @@
 """Installed packages, next to scripts of the same name."""
 
-from tests.helpers.processes import NO_HUB
 from tests.helpers.processes import run as run_program
 
 
@@ -10,5 +9,5 @@ def test_a_script_of_that_name_is_not_taken_for_the_package(tmp_path):
         "from coss_hf.evaluation.hf_metrics import KNNAccuracy, evaluate; print(evaluate.Metric in KNNAccuracy.__mro__)"
     )
     (tmp_path / "run.py").write_text(program)
-    done = run_program([tmp_path / "run.py"], modules=NO_HUB)
+    done = run_program([tmp_path / "run.py"])
     assert done.stdout.strip() == "True", done.stderr
