@@ -15,12 +15,13 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff format --check .
 
 # The documentation site, in docs/_build/html.
-docs: $(VENV)/.docs
+docs: $(VENV)/.dev
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# One environment; each target adds what it needs, once.
+# One environment; each target adds what it needs, once. uv installs in a fraction of pip's time, where it can be had.
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): minutes the first time."
-	$(VENV)/bin/python -m pip install -q -e '.[$*]'
+	-$(VENV)/bin/python -m pip install -q uv
+	$(VENV)/bin/uv pip install -q -p $(VENV) -e '.[$*]' || $(VENV)/bin/python -m pip install -q -e '.[$*]'
 	touch $@

@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coss_hf" / "__init__.py").read_text())[1]
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
+DOCS = ["furo", "myst-parser", "sphinx"]
 
 setup(
     name="coss-hf",
@@ -64,9 +65,10 @@ setup(
         "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
         "export": EXPORT,
-        "docs": ["furo", "myst-parser", "sphinx"],
+        "docs": DOCS,
         "dev": [
             *EXPORT,
+            *DOCS,
             "psutil",
             "pytest",
             "pytest-xdist>=3.7",
