@@ -63,6 +63,8 @@ def main() -> None:
             methods=args.methods,
             held_out_only=True,
         )
+    if plan.settings.filled:
+        print(plan.settings.table(), flush=True)
     rows = plan.run()
     metric = ranking_metric(rows)
     title = f"{plan.pair}, {plan.num_images:,} images seen"

@@ -56,6 +56,8 @@ def main() -> None:
                 f"is of CoSS at its own beta, with a timed round at least; recipes/compare.py compares other methods."
             )
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
+    if plan.settings.filled:
+        print(plan.settings.table(), flush=True)
     rows = plan.run()
     _, teacher = load(plan.config, plan.pair)
     networks = {"student": models.load_student(teacher), "teacher": teacher}

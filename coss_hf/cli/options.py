@@ -29,6 +29,7 @@ GROUPS = {
         "gradient_accumulation_steps",
     ),
     "Optimizer": (
+        "settings",
         "optim",
         "learning_rate",
         "weight_decay",
@@ -40,7 +41,6 @@ GROUPS = {
     "Speed and precision": (
         "bf16",
         "fp16",
-        "channels_last",
         "torch_compile",
         "dataloader_num_workers",
         "use_cpu",

@@ -12,6 +12,11 @@ NEIGHBORS = 10  # of the overlap
 MIN_IMAGES = 50
 # Number of images below which a verdict warns that there are few.
 FEW_IMAGES = 500
+# What helps a student that is worse than before its training: a larger rate would make it worse still.
+GENTLE = (
+    "Long gradients of the first steps often destroy a student: give --warmup_steps 0.1 and --max_grad_norm 1.0, or "
+    "leave optimizer, rate, warm-up and clipping to --settings auto."
+)
 # Images seen below which missing progress says little.
 SHORT_RUN = 50_000
 
@@ -73,8 +78,7 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         found["no_progress"] = (
             f"The student does not come closer to its teacher: {100 * last[OVERLAP]:.1f} % of the 10 nearest "
             f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training ({on_images(images)})."
-            f"{_so_short(last)} Check that teacher and student see the images as they should (--dry_run)"
-            + ("." if "collapse" in found else ", or raise --learning_rate.")
+            f"{_so_short(last)} Check that teacher and student see the images as they should (--dry_run). {GENTLE}"
         )
     return found
 

@@ -57,6 +57,7 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
         "replaced_images": trainer.train_dataset.replaced_names(),
         "versions": versions(),
         "arguments": trainer.arguments,
+        "settings": trainer.settings.record(),
     }
     write_json(Path(output_dir, "run.json"), record)
     return record

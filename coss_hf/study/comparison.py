@@ -10,6 +10,8 @@ from coss_hf.study.baselines import changed_arguments, check_study, run_images, 
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.inputs import view_size
+from coss_hf.trainer.settings import Settings, fill, find_situation
 from coss_hf.trainer.training_args import DistillationArguments
 
 
@@ -24,6 +26,7 @@ class Comparison:
         trials: all trials.
         config: what they share.
         sweep: runs them.
+        settings: what was filled of that which the arguments of every run left out.
     """
 
     pair: str
@@ -32,6 +35,7 @@ class Comparison:
     trials: list[Trial]
     config: StudyConfig
     sweep: Sweep
+    settings: Settings
 
     def run(self) -> list[dict]:
         """Run the unfinished trials and return the results of all of them."""
@@ -69,6 +73,7 @@ def plan_comparison(
     pair = f"{models.student} / {models.teacher}"
     folder = Path(training.output_dir)
     view_seed = training.seed if training.view_seed is None else training.view_seed
+    training, settings = fill_for_trials(training, models, data, jobs)
     views = shared_views(training.view_epochs, view_seed, training.teacher_cache, folder)
     config = StudyConfig(data, {pair: models}, changed_arguments(training) | views).identified()
     splits, _ = load(config, pair)
@@ -83,7 +88,33 @@ def plan_comparison(
     others = untrained_trials(pair, models, seeds, split)
     num_images = training.num_images or run_images(folder, hours, trained, others, config)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others
-    return Comparison(pair, split, num_images, trials, config, sweep)
+    return Comparison(pair, split, num_images, trials, config, sweep, settings)
+
+
+def fill_for_trials(
+    training: DistillationArguments, models: ModelArguments, data: DataArguments, jobs: int
+) -> tuple[DistillationArguments, Settings]:
+    """Fill what the arguments of every run leave out, once for all of them: their results are compared.
+
+    Args:
+        training: arguments of every run.
+        models: teacher and student.
+        data: the images.
+        jobs: number of trials that run in parallel.
+    """
+    splits, teacher = load(StudyConfig(data, {"": models}), "")
+    student = models.load_student(teacher)
+    size = view_size(training, student, teacher)
+    situation = find_situation(
+        training,
+        student,
+        teacher,
+        size=size,
+        images=len(splits.train),
+        share_of_cores=jobs,
+        length_is_known=True,
+    )
+    return fill(training, situation)
 
 
 def held_out_size(data: DataArguments) -> int | float:

@@ -37,6 +37,7 @@ ROWS = {
 NEIGHBORS = {"seed, neighbours": 3, "seed + SS, neighbours": 3}
 NEIGHBORS_POOL = 15
 TRAINING = {
+    "settings": "paper",
     "augmentation": "cifar",
     "learning_rate": 0.05,
     "weight_decay": 5e-4,

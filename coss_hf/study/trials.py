@@ -26,7 +26,14 @@ from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.errors import NonFiniteLoss
 
 # Arguments that say how a trial is run and do not change its result.
-OPERATION = ("save_strategy", "save_steps", "dataloader_num_workers", "dataloader_persistent_workers", "teacher_cache")
+OPERATION = (
+    "save_strategy",
+    "save_steps",
+    "dataloader_num_workers",
+    "dataloader_persistent_workers",
+    "dataloader_prefetch_factor",
+    "teacher_cache",
+)
 # Of what is measured; raise it where a metric changes, so that one table never mixes two meanings of a column.
 # 2: linear evaluation of standardised embeddings.
 MEASURES = 2
@@ -111,6 +118,8 @@ class StudyConfig:
     def key(self, trial: Trial) -> str:
         """Return the file name of a trial's result: a hash of everything that it depends on, not of its row's name."""
         training = {name: value for name, value in self.training.items() if name not in OPERATION}
+        if training.setdefault("settings", "auto") == "paper":
+            del training["settings"]  # as before there were others
         shared = [
             asdict(self.data),
             asdict(self.models[trial.pair]),

@@ -49,7 +49,11 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         where = "of the device" if args.device.type == "cuda" else "per process, its loader workers not counted"
         time_needed = duration(images / args.world_size * seconds)
         facts["estimate"] = f"{time_needed} without data loading, {memory / 2**30:.2f} GiB of memory {where}"
-    return "\n".join(f"{name:<12}{value}" for name, value in facts.items() if value)
+    lines = [f"{name:<12}{value}" for name, value in facts.items() if value]
+    if trainer.settings.filled:
+        lines.append(trainer.settings.table())
+        trainer.settings.shown = True
+    return "\n".join(lines)
 
 
 def _images(splits: ImageSplits) -> str:

@@ -150,5 +150,6 @@ def check_numbers(args: TrainingArguments) -> None:
     if args.max_steps == 0:
         raise ValueError("--max_steps=0: give 1 or more, or leave it out for --num_train_epochs.")
     by_epochs = args.max_steps < 0 and getattr(args, "num_images", None) is None
-    if by_epochs and not 0 < args.num_train_epochs < math.inf:
-        raise ValueError(f"--num_train_epochs={args.num_train_epochs}: give more than 0.")
+    epochs = args.num_train_epochs
+    if by_epochs and epochs is not None and not 0 < epochs < math.inf:
+        raise ValueError(f"--num_train_epochs={epochs}: give more than 0.")

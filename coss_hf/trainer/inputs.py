@@ -25,6 +25,7 @@ from coss_hf.models.modules import module_name
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.settings import Settings, fill, find_situation, recorded_settings
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.process_group import Processes
 
@@ -38,12 +39,13 @@ class RunInputs:
     Attributes:
         teacher: frozen.
         student: to be trained.
-        args: of the training, with ``criterion`` and ``transform`` where they are names.
+        args: of the training, with ``criterion`` and ``transform`` where they are names, and nothing left out.
         views: groups of views of the training images.
         splits: the images; None where only views were given.
         evaluator: measures held-out images during training; None without any.
         criterion: the loss; None for ``args.method``.
         given: names of teacher, student and dataset, and what both networks are given, for the record.
+        settings: what was filled of that which ``args`` left out.
     """
 
     teacher: Backbone
@@ -54,6 +56,7 @@ class RunInputs:
     evaluator: Evaluator | None
     criterion: nn.Module | None
     given: dict[str, object]
+    settings: Settings
 
 
 def resolve_inputs(
@@ -93,23 +96,46 @@ def resolve_inputs(
         rehearse(student, teacher, args)
     views = train_dataset
     splits = None
-    if not isinstance(train_dataset, ViewDataset):
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    if isinstance(train_dataset, ViewDataset):
+        args = args.drawing(views.k)  # what they were made with
+        args, settings = fill_settings(args, student, teacher, views.size, len(views), checkpoint)
+    else:
         splits = train_dataset
         if not isinstance(train_dataset, ImageSplits):
-            checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
             recorded = RunImages.of_checkpoint(checkpoint)
             with Processes().first(args.local_process_index == 0):  # one reads, the others find it in the cache
                 splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args, recorded))
         if splits.stream is not None:
             args = args.for_stream()
+        images = None if splits.stream is not None else len(splits.train)
+        args, settings = fill_settings(args, student, teacher, view_size(args, student, teacher), images, checkpoint)
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
             evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
-    elif eval_dataset is not None:
+    if splits is None and eval_dataset is not None:
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
     criterion = None if isinstance(criterion, str) else criterion
-    return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given)
+    return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
+
+
+def fill_settings(
+    args: DistillationArguments,
+    student: Backbone,
+    teacher: Backbone,
+    size: int,
+    images: int | None,
+    checkpoint: str | None,
+) -> tuple[DistillationArguments, Settings]:
+    """What ``args`` leave out, filled for this run; or as in the run that ``checkpoint`` is of. See ``settings``."""
+    situation = find_situation(args, student, teacher, size=size, images=images)
+    return fill(args, situation, recorded_settings(checkpoint))
+
+
+def view_size(args: DistillationArguments, student: Backbone, teacher: Backbone) -> int:
+    """The side of a view in pixels: that of the larger network unless ``args`` give one."""
+    return max(*teacher.size, *student.size) if args.view_size is None else args.view_size
 
 
 def _place(teacher: Backbone, args: DistillationArguments) -> None:
@@ -299,7 +325,7 @@ def make_views(
     shuffle_buffer_size: int = 0,
 ) -> ViewDataset | StreamViews:
     """Views of the training images, of the size that the larger network takes unless ``args`` give one."""
-    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
+    size = view_size(args, student, teacher)
     augmentation = transform if callable(transform) else args.augmentation
     if splits.stream is not None:
         _check_same_stream(splits.stream)

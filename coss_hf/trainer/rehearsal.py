@@ -89,7 +89,9 @@ def short_arguments(args: TrainingArguments) -> TrainingArguments:
     args = copy.copy(args)
     args.per_device_train_batch_size = min(args.per_device_train_batch_size, 2)
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 1)
-    args.dataloader_num_workers = min(args.dataloader_num_workers, 1)
+    needs_workers = args.dataloader_prefetch_factor or args.dataloader_persistent_workers
+    workers = args.dataloader_num_workers
+    args.dataloader_num_workers = int(bool(needs_workers)) if workers is None else min(workers, 1)
     args.max_steps = 1
     args.save_strategy = SaveStrategy.NO
     args.eval_strategy = IntervalStrategy.NO

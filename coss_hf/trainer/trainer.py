@@ -33,10 +33,11 @@ from coss_hf.reporting.run_report import write_record
 from coss_hf.reporting.trackers import report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
-from coss_hf.trainer.callbacks.console import print_lines
+from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
+from coss_hf.trainer.callbacks.waiting import WaitingCallback
 from coss_hf.trainer.checkpoint_files import (
     RECORD,
     check_identity,
@@ -63,9 +64,11 @@ from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
+from coss_hf.trainer.settings import RECORDED, recorded_settings, take_over, values_to_record
 from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.stream_loader import StreamLoader, load_position, save_position
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
+from coss_hf.trainer.weight_decay import matrices
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
 from coss_hf.utils.messages import parameter_names
@@ -112,6 +115,7 @@ class DistillationTrainer(Trainer):
     Attributes:
         splits: the images; None where a ``ViewDataset`` was given.
         arguments: what the run was given, for its record; a recipe adds what it was given besides ``args``.
+        settings: what was filled of that which ``args`` left out, with the reasons.
         monitor: running means, throughput and the check for losses that are not finite.
         checkpoints: writes folders that are complete or not there.
         publisher: pushes the student to the Hub.
@@ -174,8 +178,7 @@ class DistillationTrainer(Trainer):
             data=data,
         )
         self.splits = inputs.splits
-        if self.splits is None:  # views draw what they were made with
-            inputs.args = inputs.args.drawing(inputs.views.k)
+        self.settings = inputs.settings
         self._build(inputs, callbacks, optimizers)
         self.arguments: dict = to_dict(data, self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
@@ -269,7 +272,7 @@ class DistillationTrainer(Trainer):
             train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[told, *diagnostics, *(callbacks or [])],
+            callbacks=[told, *diagnostics, WaitingCallback(), *(callbacks or [])],
             optimizers=optimizers,
         )
         print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
@@ -414,6 +417,8 @@ class DistillationTrainer(Trainer):
         self._take_recorded_images(resume_from_checkpoint)
         self._bring_cached_rows()
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        take_over(self.args, self.settings, recorded_settings(checkpoint))
+        self._show_settings()
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
             if self.args.process_index == 0:
@@ -433,6 +438,14 @@ class DistillationTrainer(Trainer):
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         return result
+
+    def _show_settings(self) -> None:
+        """Unless the user has seen them, or wants lines for a program: ``run.json`` keeps them, too."""
+        prints = any(isinstance(one, ConsoleCallback) for one in self.callback_handler.callbacks)
+        if self.is_world_process_zero() and prints and not self.settings.shown and self.args.log_format == "text":
+            if self.settings.filled:
+                print(self.settings.table(), flush=True)
+            self.settings.shown = True
 
     def _start_afresh(self, asked: str | bool | None) -> None:
         pretrain(self)
@@ -611,7 +624,7 @@ class DistillationTrainer(Trainer):
     def get_decay_parameter_names(self, model) -> list[str]:
         if self.args.weight_decay_on == "all":
             return [name for name, _ in model.named_parameters()]
-        return super().get_decay_parameter_names(model)
+        return matrices(model)
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(args, model=None):
@@ -840,7 +853,8 @@ class DistillationTrainer(Trainer):
         self._save_images(folder)
         if not self.args.should_save:
             return
-        Path(folder, RECORD).write_text(json.dumps(self.identity(), indent=2))
+        record = self.identity() | {RECORDED: values_to_record(self.args)}
+        Path(folder, RECORD).write_text(json.dumps(record, indent=2))
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self._store_callback_state(callback)

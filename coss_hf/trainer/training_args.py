@@ -14,6 +14,7 @@ from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.heads import HEADS
+from coss_hf.trainer.default_settings import PAPER, SETTINGS
 from coss_hf.trainer.engine import check_engine
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused
 from coss_hf.trainer.schedule import RunLength
@@ -34,7 +35,11 @@ HUB_STRATEGIES = ["end", "every_save"]
 
 @dataclass
 class DistillationArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` with the method's own defaults, and what distillation adds."""
+    """``transformers.TrainingArguments`` with the method's own defaults, and what distillation adds.
+
+    Arguments that are None are left out: the trainer fills them, in its own copy, as ``settings`` says; see
+    ``coss_hf.trainer.settings``.
+    """
 
     output_dir: str = field(
         default="student", metadata={"help": "Folder of the student, its checkpoints and its report."}
@@ -44,6 +49,16 @@ class DistillationArguments(TrainingArguments):
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Print what the run would do, with an estimate of time and memory, and stop."}
+    )
+
+    settings: str = field(
+        default="auto",
+        metadata={
+            "help": "Values of what is left out among optimizer, learning rate, weight decay, warm-up, clipping, "
+            "epochs, precision and loader workers. auto: by student, images and machine, each printed with its reason; "
+            "paper: those of the paper's CIFAR recipe, for 3 epochs.",
+            "choices": list(SETTINGS),
+        },
     )
 
     method: str = field(
@@ -136,22 +151,65 @@ class DistillationArguments(TrainingArguments):
         default=False, metadata={"help": "Compute the student's batch statistics over all processes. Needs GPUs."}
     )
 
-    # The paper trains with SGD, and clips nothing: Trainer's clipping at 1.0 would act at every step.
-    optim: str = field(
-        default="sgd", metadata={"help": "Optimizer: sgd, or any other of transformers.TrainingArguments."}
+    optim: str | None = field(
+        default=None,
+        metadata={"help": "Optimizer: sgd, or any other of transformers.TrainingArguments. Default: see --settings."},
     )
-    learning_rate: float = field(default=0.05, metadata={"help": "Largest learning rate of the schedule."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest learning rate of the schedule. Default: see --settings; it grows with the views a step."
+        },
+    )
     momentum: float = field(
         default=0.9, metadata={"help": "Momentum of the SGD optimizer; other optimizers ignore it."}
     )
-    weight_decay: float = field(
-        default=5e-4, metadata={"help": "Weight decay of the parameters that --weight_decay_on names."}
+    weight_decay: float | None = field(
+        default=None,
+        metadata={"help": "Weight decay of the parameters that --weight_decay_on names. Default: see --settings."},
     )
-    weight_decay_on: str = field(
-        default="all",
+    weight_decay_on: str | None = field(
+        default=None,
         metadata={
-            "help": "Parameters with weight decay: all, as in the paper, or matrices, without biases and norms.",
+            "help": "Parameters with weight decay: all, as in the paper, or matrices, without biases, norms, position "
+            "and class tokens. Default: see --settings.",
             "choices": ["all", "matrices"],
+        },
+    )
+    warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Number of steps during which the learning rate rises from 0; below 1, a share of all steps. "
+            "Default: see --settings."
+        },
+    )
+    num_train_epochs: float | None = field(
+        default=None,
+        metadata={"help": "Number of passes over the training images. Default: by their number, see --settings."},
+    )
+    # `nargs` and `const` let the bare flag stand for True, as that of any other switch.
+    bf16: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Train under bfloat16 autocast; weights and loss stay float32. Default: on GPUs that compute in "
+            "it, see --settings; false: never.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Number of processes that load and augment images, for each training process. Default: by the "
+            "free cores, see --settings."
+        },
+    )
+    dataloader_persistent_workers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Keep loader workers from epoch to epoch. Default: where there are any.",
+            "nargs": "?",
+            "const": True,
         },
     )
     lr_scheduler_type: str = field(
@@ -167,9 +225,12 @@ class DistillationArguments(TrainingArguments):
         },
     )
     lr_gamma: float = field(default=0.1, metadata={"help": "Factor of the learning rate at each of --lr_milestones."})
-    max_grad_norm: float = field(
-        default=0.0,
-        metadata={"help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping."},
+    max_grad_norm: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping, as in the paper. "
+            "Default: see --settings."
+        },
     )
     per_device_train_batch_size: int = field(
         default=128, metadata={"help": "Number of images per device and batch, their neighbours not counted."}
@@ -251,6 +312,9 @@ class DistillationArguments(TrainingArguments):
         self.given = given(self)
         check_unused(self.given)
         check_numbers(self)
+        self._check_settings()
+        left_out = self.left_out
+        self._stand_in(left_out)
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
         self.evaluates_by_default = strategy == "steps" and not self.eval_steps
@@ -276,6 +340,32 @@ class DistillationArguments(TrainingArguments):
         self._check_hub()
         check_engine(self)
         self._check_batch()
+        if self.settings == "auto":
+            for name in left_out:
+                setattr(self, name, None)  # until the student and its images are known
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the settings that were not given, and are not filled yet."""
+        return tuple(name for name in PAPER if getattr(self, name) is None)
+
+    def _check_settings(self) -> None:
+        if self.settings not in SETTINGS:
+            raise ValueError(f"--settings={self.settings!r} is unknown: choose one of {', '.join(SETTINGS)}.")
+        optim = str(getattr(self.optim, "value", self.optim or PAPER["optim"]))
+        if self.settings == "paper" and "sgd" not in optim and self.learning_rate is None:
+            raise ValueError(
+                f"--settings=paper: its learning rate of {PAPER['learning_rate']:g} is one of SGD, and --optim={optim} "
+                f"was given; give --learning_rate, too, or leave --settings out."
+            )
+
+    def _stand_in(self, left_out: tuple[str, ...]) -> None:
+        """Put the paper's values in the place of what was left out: ``Trainer`` checks and derives what it is given."""
+        for name in left_out:
+            setattr(self, name, PAPER[name])
+        needs_workers = self.dataloader_prefetch_factor or self.dataloader_persistent_workers
+        if self.settings == "auto" and "dataloader_num_workers" in left_out and needs_workers:
+            self.dataloader_num_workers = 1
 
     def _resolve_metric(self) -> None:
         """Decide whether more of ``metric_for_best_model`` is better, unless it was given."""

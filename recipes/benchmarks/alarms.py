@@ -50,6 +50,7 @@ def train(name: str, options: argparse.Namespace, splits: ImageSplits) -> list[d
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
             output_dir=folder,
+            settings="paper",
             num_images=options.num_images,
             learning_rate=LEARNING_RATES[name],
             augmentation="cifar",

@@ -57,6 +57,7 @@ def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
     # One segment more: the first starts the loaders.
     args = DistillationArguments(
         output_dir=f"{folder}/out",
+        settings="paper",
         augmentation="cifar",
         seed=0,
         per_device_train_batch_size=BATCH,

@@ -60,6 +60,7 @@ def measure(options: argparse.Namespace, splits: ImageSplits) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationArguments(
             output_dir=folder,
+            settings="paper",
             augmentation="cifar",
             seed=0,
             eval_bank_size=2000,

@@ -100,6 +100,7 @@ def run_trainer(pair: str, images: ImageSplits | None, cache: Path | None, steps
     with tempfile.TemporaryDirectory() as output:
         args = DistillationArguments(
             output,
+            settings="paper",
             seed=0,
             augmentation=augmentation,
             view_size=size,

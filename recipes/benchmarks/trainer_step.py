@@ -132,6 +132,7 @@ def measure(batch_size: int, steps: int, folder: str, teacher_name: str) -> dict
     data = InMemory(batch_size * 8)
     args = DistillationArguments(
         f"{folder}/out",
+        settings="paper",
         per_device_train_batch_size=batch_size,
         max_steps=steps + 5,
         save_strategy="no",

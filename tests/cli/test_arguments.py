@@ -104,7 +104,7 @@ def test_bare_resume(argv, expected):
 
 
 def test_defaults_are_the_methods_own(tmp_path):
-    args = DistillationArguments(output_dir=str(tmp_path), use_cpu=True)
+    args = DistillationArguments(output_dir=str(tmp_path), settings="paper", use_cpu=True)
     expected = {"optim": "sgd", "momentum": 0.9, "lr_scheduler_type": "cosine", "max_grad_norm": 0.0}
     assert {name: getattr(args, name) for name in expected} == expected
     assert not args.logging_nan_inf_filter and not args.remove_unused_columns and args.dataloader_drop_last

@@ -36,9 +36,8 @@ def test_distill_shows_what_a_new_user_needs():
     titles = [line[:-1] for line in page.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert titles == [*GROUPS]
     assert "  --teacher VALUE                 Hub name" in page and "coss-hf distill --teacher google" in page
-    assert (
-        "  --bf16                          Train" in page and "Default: 0.05." in page and "Default: false" not in page
-    )
+    assert "  --bf16                          Train" in page and "Default: 50." in page
+    assert "Default: false" not in page and "Default: see --settings." in page
 
 
 def test_all_options_but_those_of_no_use():

@@ -29,6 +29,7 @@ SHORT = {
     "max_steps": 2,
     "per_device_train_batch_size": 8,
     "augmentation": "none",
+    "dataloader_num_workers": 0,
     "disable_tqdm": True,
     "save_strategy": "no",
 }

@@ -130,6 +130,7 @@ def distill_words(world: dict, output, *argv, processes: int, **options) -> list
         "dataset": world["images"],
         "neighbors_cache": world["cache"],
         "output_dir": output,
+        "settings": "paper",
         "per_device_train_batch_size": 16 // processes,
         "augmentation": "cifar",
         "learning_rate": 0.005,
@@ -178,6 +179,7 @@ def make_trainer(
     """A trainer on the tiny images; ``args`` override the defaults of a short, quiet run on the CPU."""
     options = {
         "output_dir": str(tmp_path / "out"),
+        "settings": "paper",
         "per_device_train_batch_size": 8,
         "max_steps": 6,
         "learning_rate": 0.01,

@@ -17,7 +17,13 @@ from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
 from tests.helpers.processes import run as run_program
 
 DISTILL = ["recipes/distill.py", "--use_cpu", "--per_device_train_batch_size=8", "--num_images=16", "--seed=1"]
-DISTILL += ["--disable_tqdm=true", "--augmentation=cifar", "--save_strategy=no", "--logging_steps=1"]
+DISTILL += [
+    "--settings=paper",
+    "--disable_tqdm=true",
+    "--augmentation=cifar",
+    "--save_strategy=no",
+    "--logging_steps=1",
+]
 
 LOAD = """
 import sys, re, torch, transformers

@@ -48,6 +48,7 @@ def world(tmp_path, image_parquet, monkeypatch):
             "student": w.student,
             "dataset": w.images,
             "output_dir": str(w.out),
+            "settings": "paper",
             "per_device_train_batch_size": 8,
             "augmentation": "cifar",
             "num_images": 48,

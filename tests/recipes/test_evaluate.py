@@ -167,6 +167,7 @@ def test_the_figures_are_those_of_the_run(tmp_path, image_parquet, networks, mon
     data = DataArguments(dataset=str(image_parquet), neighbors_cache=str(tmp_path / "cache"))
     args = DistillationArguments(
         str(tmp_path / "out"),
+        settings="paper",
         per_device_train_batch_size=8,
         max_steps=2,
         eval_strategy="no",

@@ -85,6 +85,7 @@ def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
         "student": save(tmp_path / "student", student, 2),
         "dataset": str(image_parquet),
         "output_dir": str(tmp_path / "out"),
+        "settings": "paper",
         "per_device_train_batch_size": 4,
         "max_steps": 3,
         "neighbors_k": 1,

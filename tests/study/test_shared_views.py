@@ -18,6 +18,7 @@ def config(image_parquet, networks, tmp_path):
     """48 images: 2 epochs of 6 steps a trial."""
     data = DataArguments(dataset=str(image_parquet), validation_size=0)
     training = {
+        "settings": "paper",
         "use_cpu": True,
         "per_device_train_batch_size": 8,
         "augmentation": "cifar",
@@ -75,7 +76,12 @@ def test_a_comparison_shares_by_default_where_views_come_back(image_parquet, net
 
     def plan(**options):
         training = DistillationArguments(
-            str(tmp_path / "out"), num_images=64, per_device_train_batch_size=8, use_cpu=True, **options
+            str(tmp_path / "out"),
+            num_images=64,
+            settings="paper",
+            per_device_train_batch_size=8,
+            use_cpu=True,
+            **options,
         )
         methods = ["at", "rkd"]
         return plan_comparison("c", models, data, training, seeds=3, hours=None, jobs=1, methods=methods)

@@ -20,7 +20,13 @@ TRIAL = Trial("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
 @pytest.fixture
 def config(image_parquet, networks):
     data = DataArguments(dataset=str(image_parquet), validation_size=12)
-    training = {"use_cpu": True, "per_device_train_batch_size": 8, "augmentation": "cifar", "learning_rate": 0.01}
+    training = {
+        "settings": "paper",
+        "use_cpu": True,
+        "per_device_train_batch_size": 8,
+        "augmentation": "cifar",
+        "learning_rate": 0.01,
+    }
     models = {"pair": ModelArguments(teacher=networks.teacher, student=networks.resnet, student_init="random")}
     return StudyConfig(data, models, training | {"logging_steps": 2}, milestones=(0.5,))
 

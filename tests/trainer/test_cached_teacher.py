@@ -200,6 +200,7 @@ def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
         )
         args = DistillationArguments(
             str(tmp_path / name),
+            settings="paper",
             per_device_train_batch_size=8,
             max_steps=6,
             save_strategy="no",
@@ -226,6 +227,7 @@ def test_views_that_two_trainers_share_bring_the_rows_of_the_one_that_trains(wor
     def make(name, teacher, cache):
         args = DistillationArguments(
             str(tmp_path / name),
+            settings="paper",
             per_device_train_batch_size=8,
             max_steps=3,
             logging_steps=1,
@@ -366,6 +368,7 @@ def test_images_of_one_name_and_size_are_told_apart(world, tmp_path, caplog):
     def cached(output):
         args = DistillationArguments(
             str(tmp_path / output),
+            settings="paper",
             per_device_train_batch_size=8,
             max_steps=2,
             view_epochs=1,
@@ -397,7 +400,13 @@ def photos(folder):
 
 def of_files(world, tmp_path, **options):
     """A trainer on the photographs, without neighbours: it knows them by their names and sizes."""
-    options = {"per_device_train_batch_size": 8, "max_steps": 4, "view_epochs": 2, "logging_steps": 1} | options
+    options = {
+        "settings": "paper",
+        "per_device_train_batch_size": 8,
+        "max_steps": 4,
+        "view_epochs": 2,
+        "logging_steps": 1,
+    } | options
     args = DistillationArguments(
         str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, report_to="none", augmentation="cifar", **options
     )

@@ -48,6 +48,7 @@ def world(tmp_path, monkeypatch):
         data = DataArguments(dataset=str(tmp_path / "images"), on_bad_image=on_bad_image, validation_size=0)
         args = DistillationArguments(
             output_dir=str(tmp_path / output),
+            settings="paper",
             per_device_train_batch_size=8,
             max_steps=6,
             augmentation="moco",

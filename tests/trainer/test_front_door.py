@@ -30,6 +30,7 @@ def images(image_parquet):
 
 def arguments(tmp_path, name: str = "out", **options) -> DistillationArguments:
     options = {
+        "settings": "paper",
         "per_device_train_batch_size": 8,
         "max_steps": 4,
         "augmentation": "cifar",

@@ -87,6 +87,7 @@ def test_fsdp_with_one_process(tmp_path, image_parquet, networks, precision):
         "teacher": networks.teacher,
         "student": networks.vit,
         "dataset": str(image_parquet),
+        "settings": "paper",
         "per_device_train_batch_size": 8,
         "augmentation": "cifar",
         "max_steps": 5,

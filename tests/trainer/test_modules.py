@@ -32,6 +32,7 @@ def images(image_parquet):
 
 def arguments(folder, **options) -> DistillationArguments:
     options = {
+        "settings": "paper",
         "per_device_train_batch_size": 8,
         "max_steps": 4,
         "augmentation": "cifar",

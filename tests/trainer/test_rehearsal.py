@@ -57,7 +57,10 @@ def test_refused_when_arguments_are_read(tmp_path, case):
 
 
 REFUSED_BY_TRIAL = {
-    "workers": ({"dataloader_persistent_workers": True}, "^dataloader_persistent_workers=True: the data loader"),
+    "workers": (
+        {"settings": "paper", "dataloader_persistent_workers": True},
+        "^dataloader_persistent_workers=True: the data loader",
+    ),
     "tracker not installed": ({"report_to": ["dvclive"]}, "^report_to=dvclive.*dvclive"),
     "unknown tracker": ({"report_to": ["wandbb"]}, "^report_to=wandbb: Trainer cannot be set up"),
     "optimizer not installed": ({"optim": "adamw_bnb_8bit"}, "^optim=adamw_bnb_8bit: the optimizer.*bitsandbytes"),

@@ -48,6 +48,7 @@ def build(tmp_path, images, teacher: str, student: str, **models):
     models = ModelArguments(teacher=teacher, student=student, **models)
     args = DistillationArguments(
         str(tmp_path / "out"),
+        settings="paper",
         per_device_train_batch_size=8,
         max_steps=1,
         augmentation="cifar",

@@ -12,6 +12,7 @@ from coss_hf.trainer.arguments import DataArguments
 def trainer(tmp_path, image_parquet, networks):
     args = DistillationArguments(
         str(tmp_path / "out"),
+        settings="paper",
         per_device_train_batch_size=8,
         max_steps=1,
         save_strategy="no",

@@ -113,6 +113,7 @@ def test_resumes_after_any_batch_with_workers(tmp_path, workers, processes, coun
 
 def make_trainer(tmp_path, networks, train_dataset, output="out", data=None, **options) -> DistillationTrainer:
     options = {
+        "settings": "paper",
         "per_device_train_batch_size": 8,
         "max_steps": 9,
         "augmentation": "cifar",

@@ -1,0 +1,122 @@
+"""What kind of network a module is, and whether it was trained, read off its layers, whoever built it."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+TRANSFORMER = "transformer"
+BATCH_NORM = "convolutional, with batch norm"
+LAYER_NORM = "convolutional, without batch norm"
+
+# How attention calls its projections: in Transformers, timm, torchvision and most other code.
+_QUERIES = re.compile(
+    r"(to_|w)?qkv(_proj|_bias)?|(to_|w)?q(_?proj|_?lin|_bias|_norm)?|query(_proj|_projection|_layer)?|"
+    r"quer(y|ies)_keys?_values?|in_proj(_weight)?|convolution_projection_query",
+    re.IGNORECASE,
+)
+# Networks with a layer of attention here and there are convolutional.
+MIN_ATTENTION_SHARE = 0.1
+
+
+def family(network: nn.Module) -> str:
+    """Return the family of a network: ``TRANSFORMER``, ``BATCH_NORM`` or ``LAYER_NORM``.
+
+    The norm that most of its channels go through tells networks with batch norm from those without, among which those
+    with attention are transformers. Of the networks with batch norm those are transformers of whose parameters a tenth
+    or more belong to attention, not counting a single layer of it that pools.
+
+    Args:
+        network: any module.
+
+    Example:
+        >>> family(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        'convolutional, with batch norm'
+        >>> family(nn.TransformerEncoderLayer(16, 2))
+        'transformer'
+    """
+    batch_norm, other_norm = _channels(network)
+    attention = list(_attention(network))
+    total = sum(parameter.numel() for parameter in network.parameters())
+    share = sum(parameter.numel() for module in attention for parameter in module.parameters()) / max(total, 1)
+    if batch_norm <= other_norm:
+        return TRANSFORMER if attention else LAYER_NORM
+    return TRANSFORMER if len(attention) > 1 and share >= MIN_ATTENTION_SHARE else BATCH_NORM
+
+
+def is_trained(network: nn.Module) -> bool:
+    """Return whether a network has weights that were trained, or copied from trained ones.
+
+    Norms tell: at random weights each of their scales is one number everywhere, and each shift is 0. Of a network
+    without such norms nothing is known, and it counts as random.
+
+    Args:
+        network: any module.
+
+    Example:
+        >>> is_trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
+        False
+    """
+    return any(_has_moved(norm) for norm in network.modules() if _is_batch_norm(norm) or _is_other_norm(norm))
+
+
+@torch.no_grad()
+def _has_moved(norm: nn.Module) -> bool:
+    scale = getattr(norm, "weight", None)
+    shift = getattr(norm, "bias", None)
+    if isinstance(shift, Tensor) and shift.any():
+        return True
+    if isinstance(scale, Tensor) and scale.numel():
+        return bool((scale != scale.flatten()[0]).any())
+    # Without a scale its statistics are all that there is.
+    mean = getattr(norm, "running_mean", None)
+    return isinstance(mean, Tensor) and bool(mean.any())
+
+
+def _channels(network: nn.Module) -> tuple[int, int]:
+    """Numbers of channels that go through batch norms, and through other norms."""
+    batch = other = 0
+    for module in network.modules():
+        count = max((parameter.numel() for parameter in _of_its_own(module)), default=0)
+        if _is_batch_norm(module):
+            batch += max(count, getattr(module, "num_features", 0))
+        elif _is_other_norm(module):
+            other += max(count, 1)
+    return batch, other
+
+
+def _of_its_own(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters(recurse=False)
+    yield from module.buffers(recurse=False)
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    # Frozen ones are classes of their own in torchvision, timm and Transformers.
+    return isinstance(module, _BatchNorm) or "batchnorm" in type(module).__name__.lower()
+
+
+def _is_other_norm(module: nn.Module) -> bool:
+    if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
+        return True
+    name = type(module).__name__.lower()
+    return "norm" in name and not _is_batch_norm(module) and any(True for _ in module.parameters(recurse=False))
+
+
+def _attention(network: nn.Module) -> Iterator[nn.Module]:
+    """The outermost modules that project their inputs to queries."""
+    inside: set[nn.Module] = set()
+    for module in network.modules():
+        if module in inside or not _projects_to_queries(module):
+            continue
+        inside.update(module.modules())
+        yield module
+
+
+def _projects_to_queries(module: nn.Module) -> bool:
+    if isinstance(module, nn.MultiheadAttention):
+        return True
+    names = [name for name, _ in module.named_children()]
+    names += [name for name, _ in module.named_parameters(recurse=False)]
+    return any(_QUERIES.fullmatch(name) for name in names)

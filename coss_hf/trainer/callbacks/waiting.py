@@ -1,0 +1,112 @@
+"""What a training waits for, and which cores wait for work: named once, with the option that mends it."""
+
+import logging
+
+import torch
+from transformers import TrainerCallback
+
+from coss_hf.utils.cores import OtherLoad, processes_on_machine, usable_cores
+
+logger = logging.getLogger(__name__)
+
+# Shares of the time and of a core from which on something is reported.
+LONG_WAIT = 0.2
+BUSY_CORE = 0.5
+
+
+class WaitingCallback(TrainerCallback):
+    """Say at the start that cores have no work or that other programs need them, and later that images come too slowly.
+
+    Each is reported once. The first log entry of a training is passed over: loader workers were just started.
+    """
+
+    def __init__(self):
+        self._load = OtherLoad()
+        self._entries = 0
+        self._said_wait = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._entries = 0
+        if not state.is_world_process_zero or args.device.type != "cpu":
+            return
+        cores = usable_cores()
+        threads = torch.get_num_threads()
+        for sentence in (
+            idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers),
+            shared_cores(cores, threads, self._load.cores()),
+        ):
+            if sentence:
+                logger.warning(sentence)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        share = (logs or {}).get("data_wait_share")
+        if share is None or self._said_wait or not state.is_world_process_zero:
+            return
+        self._entries += 1
+        if self._entries < 2 or share <= LONG_WAIT:
+            return
+        self._said_wait = True
+        free = usable_cores() // processes_on_machine()
+        logger.warning(slow_images(share, args.dataloader_num_workers, free, torch.get_num_threads(), args.device.type))
+
+
+def idle_cores(cores: int, processes: int, threads: int, workers: int) -> str:
+    """A sentence on cores that a training on CPUs leaves without work; empty where there are none.
+
+    Args:
+        cores: number of cores that may be used.
+        processes: number of processes that train on this machine.
+        threads: number of threads that each computes with.
+        workers: number of loader workers of each.
+    """
+    free = cores // processes - threads - workers
+    if free < 1:
+        return ""
+    return (
+        f"{free * processes} of {cores} cores have no work: load images with --dataloader_num_workers "
+        f"{workers + free}, or set OMP_NUM_THREADS={threads + free} to compute with more threads."
+    )
+
+
+def shared_cores(cores: int, threads: int, others: float | None) -> str:
+    """A sentence on other programs that need the cores that a training computes with; empty where there are none.
+
+    Threads of one computation wait for the slowest of them, so that one that shares its core holds up all.
+
+    Args:
+        cores: number of cores that may be used.
+        threads: number of threads that this process computes with.
+        others: number of cores that are busy with other programs; None where it is not known.
+    """
+    if others is None or threads < 2 or others < BUSY_CORE or threads + others <= cores + BUSY_CORE:
+        return ""
+    fewer = max(1, int(cores - others))
+    return (
+        f"Other programs keep {others:.1f} of {cores} cores busy, and PyTorch's {threads} threads wait for each other "
+        f"where they share one, up to ten times as long: OMP_NUM_THREADS={fewer} is faster until they end."
+    )
+
+
+def slow_images(share: float, workers: int, cores: int, threads: int, device: str) -> str:
+    """A sentence on a training that waits for its images.
+
+    Args:
+        share: of the time that it waits.
+        workers: number of loader workers.
+        cores: number of cores of this process.
+        threads: number of threads that it computes with.
+        device: type of the device that trains.
+    """
+    more = cores - 1 if device != "cpu" else cores - threads
+    if more > workers:
+        remedy = f"--dataloader_num_workers {more} uses the {cores} cores that there are"
+    elif device == "cpu" and threads > 1 and not workers:
+        remedy = (
+            f"OMP_NUM_THREADS={threads - 1} with --dataloader_num_workers 1 lets one core load while the others train"
+        )
+    else:
+        remedy = "all cores are at work"
+    return (
+        f"The training waits {100 * share:.0f} % of its time for images: {remedy}. `coss-hf prepare` makes a copy of "
+        f"large photographs that loads several times as fast."
+    )

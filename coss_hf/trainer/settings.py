@@ -1,0 +1,460 @@
+"""What the user left out, filled by what the student is, by its images and by the machine; each with its reason."""
+
+import copy
+import json
+import math
+import multiprocessing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from coss_hf.models.architecture import family, is_trained
+from coss_hf.models.backbone import Backbone
+from coss_hf.trainer import default_settings as table
+from coss_hf.trainer.checkpoint_files import RECORD
+from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
+from coss_hf.utils.cores import processes_on_machine, usable_cores
+from coss_hf.utils.process_group import Processes
+from coss_hf.utils.shared_memory import check_shared_memory
+
+RECORDED = "settings"  # entry of the record in a checkpoint
+RESUMED = "as in the run that is resumed"
+# Schedules that have no warm-up.
+WITHOUT_WARMUP = (*BY_METRIC, SchedulerType.CONSTANT)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What settings depend on.
+
+    Attributes:
+        family: of the student; see ``coss_hf.models.architecture``.
+        trained: whether the student has weights that were trained.
+        size: side of the views in pixels.
+        images: number of training images; None for a stream.
+        views: number of views a step, over all processes, neighbours included.
+        device: type of the device that trains: ``cuda``, ``cpu``, ...
+        cores: number of cores for each process.
+        threads: number of threads that PyTorch computes with, in each process.
+        bf16: whether the device computes in bfloat16, and both networks have float32 weights.
+        length_is_known: whether the length is decided elsewhere, as by a study.
+    """
+
+    family: str
+    trained: bool
+    size: int
+    images: int | None
+    views: int
+    device: str = "cpu"
+    cores: int = 1
+    threads: int = 1
+    bf16: bool = False
+    length_is_known: bool = False
+
+    def __str__(self) -> str:
+        weights = "trained" if self.trained else "random"
+        images = "a stream" if self.images is None else f"{self.images:,} images"
+        return f"{self.family}, {weights} weights, views of {self.size} px, {images}, {self.views:,} views a step"
+
+    @property
+    def is_small(self) -> bool:
+        """Whether its views are as small as those of CIFAR."""
+        return self.size <= table.SMALL_SIZE
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A value that the user left out, and why it was taken."""
+
+    value: object
+    reason: str
+
+
+@dataclass
+class Settings:
+    """What was filled.
+
+    Attributes:
+        mode: ``auto`` or ``paper``.
+        situation: what it was filled by; None for ``paper``.
+        filled: by the name of the argument.
+        shown: whether the user has seen them.
+    """
+
+    mode: str
+    situation: Situation | None = None
+    filled: dict[str, Filled] = field(default_factory=dict)
+    shown: bool = False
+
+    def record(self) -> dict:
+        """What ``run.json`` keeps."""
+        values = {name: {"value": one.value, "reason": one.reason} for name, one in self.filled.items()}
+        return {"mode": self.mode, "situation": None if self.situation is None else str(self.situation)} | values
+
+    def table(self) -> str:
+        """Name, value and reason of each, in lines; empty where nothing was filled."""
+        if not self.filled:
+            return ""
+        rows = [(name, _shown(one.value), one.reason) for name, one in self.filled.items()]
+        names = max(len(name) for name, _, _ in rows)
+        values = max(len(value) for _, value, _ in rows)
+        lines = [f"  {name:<{names}}  {value:<{values}}  {reason}" for name, value, reason in rows]
+        return "\n".join([f"settings    for {self.situation} (--settings paper: the paper's)", *lines])
+
+
+def _shown(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---- the situation ----
+
+
+def find_situation(
+    args: DistillationArguments,
+    student: Backbone,
+    teacher: Backbone,
+    *,
+    size: int,
+    images: int | None,
+    share_of_cores: int = 1,
+    length_is_known: bool = False,
+) -> Situation:
+    """Find out what the settings of a run depend on. All processes of a run call together.
+
+    Args:
+        args: of the training.
+        student: to be trained.
+        teacher: frozen.
+        size: side of the views in pixels.
+        images: number of training images; None for a stream.
+        share_of_cores: number of trainings that share the machine.
+        length_is_known: whether the length is decided elsewhere.
+    """
+    return Situation(
+        family=family(student.model),
+        trained=is_trained(student.model),
+        size=size,
+        images=images,
+        views=args.images_per_step,
+        device=args.device.type,
+        cores=max(1, usable_cores() // (processes_on_machine() * share_of_cores)),
+        threads=torch.get_num_threads(),
+        bf16=all(Processes().gather(_supports_bf16(args.device, student, teacher))),
+        length_is_known=length_is_known,
+    )
+
+
+def _supports_bf16(device: torch.device, *backbones: Backbone) -> bool:
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return False
+    return all(next(backbone.model.parameters()).dtype == torch.float32 for backbone in backbones)
+
+
+# ---- filling ----
+
+
+def fill(
+    args: DistillationArguments, situation: Situation, recorded: Mapping[str, object] | None = None
+) -> tuple[DistillationArguments, Settings]:
+    """Return a copy of ``args`` in which nothing is left out, and what was filled. What was given stands.
+
+    Args:
+        args: of the training.
+        situation: what to fill it by.
+        recorded: values of the run that is to be resumed, of ``recorded_settings``; None for a fresh start.
+
+    Raises:
+        ValueError: the run that is to be resumed was trained in a precision that this machine does not have.
+
+    Example::
+
+        args, settings = fill(args, find_situation(args, student, teacher, size=224, images=len(images)))
+        print(settings.table())
+    """
+    if args.settings == "paper":
+        check_optimizer(args, recorded)
+        return args, Settings("paper")
+    args = copy.copy(args)
+    left_out = args.left_out
+    if args.deepspeed_plugin is not None:
+        values = {name: Filled(value, "DeepSpeed is set up before the student is known") for name, value in _of_paper()}
+    else:
+        values = _of_optimizer(args, situation, left_out) | _of_length(args, situation)
+        values |= _of_precision(args, situation)
+        values |= _of_schedule(args, situation, values)
+    values |= _of_loader(args, situation)
+    if recorded is not None:
+        values |= _resumed(recorded, values, situation)
+    filled = {name: values[name] for name in table.PAPER if name in left_out and name in values}
+    _check_precision(filled, situation)
+    for name in left_out:
+        setattr(args, name, filled[name].value if name in filled else table.PAPER[name])
+    args.optim = OptimizerNames(args.optim)
+    if "bf16" in filled and args.bf16:
+        args.mixed_precision = "bf16"
+    check_optimizer(args, recorded)
+    return args, Settings("auto", situation, filled)
+
+
+def _of_paper():
+    return ((name, value) for name, value in table.PAPER.items() if name not in table.OPERATION)
+
+
+def _of_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> dict[str, Filled]:
+    usual = table.BY_SITUATION[situation.family, situation.is_small]
+    optim = Filled(usual.optim, situation.family)
+    if usual != table.BY_SITUATION[situation.family, not situation.is_small]:
+        compared = "of at most" if situation.is_small else "over"
+        optim = Filled(usual.optim, f"{situation.family}, views {compared} {table.SMALL_SIZE} px")
+    if args.optim is not None:
+        usual = table.SGD if _is_sgd(args.optim) else _like_adam(usual)
+    elif "learning_rate" not in left_out and args.learning_rate >= table.LEAST_RATE_OF_SGD:
+        usual = table.SGD
+        optim = Filled(usual.optim, f"a learning rate of {args.learning_rate:g} was given, which is one of SGD")
+    elif "momentum" in args.given:
+        usual = table.SGD
+        optim = Filled(usual.optim, "a momentum was given, which is one of SGD")
+    elif any(name.startswith("adam_") for name in args.given):
+        usual = _like_adam(usual)
+        optim = Filled(usual.optim, "options of Adam were given")
+    name = _optimizer_name(args.optim or usual.optim)
+    return {
+        "optim": optim,
+        "learning_rate": _rate(usual, situation),
+        "weight_decay": Filled(usual.weight_decay, f"usual with {name}"),
+        "weight_decay_on": Filled(
+            usual.weight_decay_on,
+            "as in the paper" if usual.weight_decay_on == "all" else "not on norms, biases, position and class tokens",
+        ),
+        "max_grad_norm": Filled(usual.max_grad_norm, "else the long gradients of the first steps destroy the student"),
+        "warmup_steps": Filled(usual.warmup, ""),
+    }
+
+
+def _is_sgd(optim) -> bool:
+    return "sgd" in _optimizer_name(optim)
+
+
+def _like_adam(usual: table.StartingValues) -> table.StartingValues:
+    """Of an optimizer that scales each gradient by itself, whatever the family."""
+    return table.ADAMW if _is_sgd(usual.optim) else usual
+
+
+def _optimizer_name(optim) -> str:
+    return str(getattr(optim, "value", optim))
+
+
+def _rate(usual: table.StartingValues, situation: Situation) -> Filled:
+    least, most = table.RATE_FACTORS
+    factor = min(max(math.sqrt(situation.views / usual.at_views), least), most)
+    reason = f"{usual.learning_rate:g} at {usual.at_views} views a step"
+    if factor != 1:
+        root = f"the square root of {situation.views:,} / {usual.at_views}"
+        reason += f", times {factor:.3g}" + (
+            f" ({root})" if least < factor < most else f" (within {least:g} and {most:g})"
+        )
+    rate = usual.learning_rate * factor
+    if situation.trained:
+        rate *= table.TRAINED_RATE
+        reason += f", times {table.TRAINED_RATE:g} since its weights are trained"
+    return Filled(float(f"{rate:.2g}"), reason)
+
+
+def _of_length(args, situation: Situation) -> dict[str, Filled]:
+    """Nothing where the length was given in steps or images."""
+    if args.max_steps > 0 or args.num_images is not None or situation.length_is_known or not situation.images:
+        return {}
+    wanted = table.IMAGES_SEEN / (situation.images * (1 + args.neighbors_k))
+    epochs = min(max(math.ceil(wanted), table.MIN_EPOCHS), table.MAX_EPOCHS)
+    reason = f"{table.IMAGES_SEEN:,} images seen, in {table.MIN_EPOCHS} to {table.MAX_EPOCHS} epochs"
+    if args.lr_milestones and epochs <= args.lr_milestones[-1]:
+        epochs = math.ceil(args.lr_milestones[-1] * 8 / 7)
+        reason = "an eighth of the run behind the last of --lr_milestones"
+    return {"num_train_epochs": Filled(float(epochs), reason)}
+
+
+def _of_schedule(args, situation: Situation, values: dict[str, Filled]) -> dict[str, Filled]:
+    """The warm-up, which depends on the length."""
+    if not args.lr_milestones and args.lr_scheduler_type in WITHOUT_WARMUP:
+        return {"warmup_steps": Filled(0, f"--lr_scheduler_type {args.lr_scheduler_type.value} has none")}
+    share = values["warmup_steps"].value
+    epochs = _epochs(args, situation, values)
+    if epochs and share * epochs > table.MAX_WARMUP_EPOCHS:
+        return {
+            "warmup_steps": Filled(
+                round(table.MAX_WARMUP_EPOCHS / epochs, 4),
+                f"share of the run: its first {table.MAX_WARMUP_EPOCHS} epochs",
+            )
+        }
+    return {"warmup_steps": Filled(share, f"share of the run, {table.MAX_WARMUP_EPOCHS} epochs at most")}
+
+
+def _epochs(args, situation: Situation, values: dict[str, Filled]) -> float | None:
+    """Length of the run; None where it is not known here."""
+    if situation.length_is_known or not situation.images:
+        return None
+    views = situation.images * (1 + args.neighbors_k)
+    if args.num_images is not None:
+        return args.num_images / views
+    if args.max_steps > 0:
+        return args.max_steps * situation.views / views
+    if args.num_train_epochs is not None:
+        return args.num_train_epochs
+    return values["num_train_epochs"].value
+
+
+def _of_precision(args, situation: Situation) -> dict[str, Filled]:
+    """Nothing where a precision was given, to the training or to its launcher."""
+    if args.fp16 or args.mixed_precision != "no":
+        return {}
+    if situation.bf16:
+        return {"bf16": Filled(True, "this GPU computes in bfloat16; weights and loss stay float32")}
+    if situation.device == "cpu":
+        return {"bf16": Filled(False, "a CPU trains in float32")}
+    return {"bf16": Filled(False, "not on this device, or not with weights of this data type")}
+
+
+def _of_loader(args, situation: Situation) -> dict[str, Filled]:
+    """Loader workers. Views are pure functions, so their number changes no student; a stream's order depends on it."""
+    workers = _workers(args, situation)
+    count = workers.value if args.dataloader_num_workers is None else args.dataloader_num_workers
+    found = {"dataloader_num_workers": workers}
+    if not count:
+        return found
+    found["dataloader_persistent_workers"] = Filled(True, "workers are started once, not for each epoch")
+    prefetch = _largest_prefetch(args, situation, count)
+    if prefetch is not None:
+        found["dataloader_prefetch_factor"] = Filled(prefetch, "batches that each worker loads ahead")
+    return found
+
+
+def _workers(args, situation: Situation) -> Filled:
+    least = 1 if args.dataloader_persistent_workers or args.dataloader_prefetch_factor else 0
+    cores = f"{situation.cores} core{'s' if situation.cores > 1 else ''}"
+    if situation.device != "cpu":
+        count = min(situation.cores - 1, table.MAX_WORKERS)
+        reason = f"of {cores} one is for the training, and {table.MAX_WORKERS} workers at most"
+    else:
+        count = min(situation.cores - situation.threads, table.MAX_WORKERS)
+        if situation.images is None:
+            count = 0
+        reason = f"{cores}, and PyTorch computes with {situation.threads}"
+    if multiprocessing.get_start_method() != "fork" and not args.dataloader_multiprocessing_context:
+        return Filled(least, "workers of this system are not forked, and may not be able to load these images")
+    count = max(count, least)
+    while count > least and not _fits(args, situation, count):
+        count -= 1
+        reason = "as many as shared memory has room for"
+    return Filled(count, reason)
+
+
+def _largest_prefetch(args, situation: Situation, workers: int) -> int | None:
+    """None for PyTorch's default."""
+    if situation.device == "cpu" or not _fits(args, situation, workers, table.PREFETCH):
+        return None
+    return table.PREFETCH
+
+
+def _fits(args, situation: Situation, workers: int, prefetch: int | None = None) -> bool:
+    """Whether shared memory has room for the batches of so many workers."""
+    views = args.per_device_train_batch_size * (1 + args.neighbors_k)
+    pixels = 3 * situation.size**2
+    batches = {"views": views * pixels, "images to embed": args.per_device_eval_batch_size * pixels * 4}
+    try:
+        check_shared_memory(workers, batches, prefetch or args.dataloader_prefetch_factor)
+    except ValueError:
+        return False
+    return True
+
+
+# ---- the run that is resumed ----
+
+
+def recorded_settings(checkpoint: str | Path | None) -> dict[str, object] | None:
+    """Return the settings that a checkpoint was trained with; None without one.
+
+    Runs of before settings were filled had the paper's where nothing was given.
+    """
+    if checkpoint is None:
+        return None
+    return json.loads(Path(checkpoint, RECORD).read_text()).get(RECORDED) or table.PAPER
+
+
+def values_to_record(args: DistillationArguments) -> dict[str, object]:
+    """The values of all settings of a run, given or filled, for its checkpoints; JSON can hold them."""
+    values = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in table.PAPER}
+    if args.max_steps > 0 or args.num_images is not None:
+        values["num_train_epochs"] = None  # decides nothing
+    return values
+
+
+def _resumed(recorded: Mapping[str, object], values: dict[str, Filled], situation: Situation) -> dict[str, Filled]:
+    """What a resumed run takes over: everything that changes a student, so that another machine leaves the same."""
+    found = {}
+    for name, value in recorded.items():
+        of_machine = name in table.OPERATION and not (situation.images is None and name == "dataloader_num_workers")
+        if name in table.PAPER and value is not None and not of_machine and name in values:
+            found[name] = Filled(value, RESUMED)
+    return found
+
+
+def take_over(args: DistillationArguments, settings: Settings, recorded: Mapping[str, object] | None) -> None:
+    """Put what the run to be resumed began with in the place of what was filled, in place.
+
+    For a trainer that is told only in ``train`` that it resumes.
+
+    Args:
+        args: of the trainer, filled.
+        settings: what was filled.
+        recorded: see ``recorded_settings``.
+
+    Raises:
+        ValueError: another precision, in which the trainer was built, or another optimizer, which was given.
+    """
+    if recorded is None:
+        return
+    taken_over = _resumed(recorded, settings.filled, settings.situation) if settings.filled else {}
+    for name, taken in taken_over.items():
+        if name == "bf16" and bool(taken.value) != bool(args.bf16):
+            raise ValueError(
+                f"--resume_from_checkpoint: the run was trained with --bf16 {str(taken.value).lower()}; make the "
+                f"trainer with that argument."
+            )
+        setattr(args, name, OptimizerNames(taken.value) if name == "optim" else taken.value)
+        settings.filled[name] = taken
+    check_optimizer(args, recorded)
+
+
+def check_optimizer(args: DistillationArguments, recorded: Mapping[str, object] | None) -> None:
+    """Refuse to resume a run with an optimizer that cannot read the state of the run's own.
+
+    Args:
+        args: of the training, filled.
+        recorded: see ``recorded_settings``.
+
+    Raises:
+        ValueError: another optimizer.
+    """
+    if recorded is None or recorded is table.PAPER:  # what it was trained with is not known
+        return
+    before = recorded["optim"]
+    now = _optimizer_name(args.optim)
+    if before != now:
+        raise ValueError(
+            f"--resume_from_checkpoint: the run was trained with --optim {before}, and now --optim is {now}; leave "
+            f"--optim and --settings out, or start afresh in another --output_dir."
+        )
+
+
+def _check_precision(filled: dict[str, Filled], situation: Situation) -> None:
+    """A CPU computes in bfloat16, slowly; a GPU without it does not."""
+    taken = filled.get("bf16")
+    if taken is not None and taken.value and not situation.bf16 and situation.device != "cpu":
+        raise ValueError(
+            "--resume_from_checkpoint: the run was trained in bfloat16, which this device does not compute in; resume "
+            "it where it can, or give --bf16 false, which changes the student slightly."
+        )

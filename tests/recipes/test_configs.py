@@ -1,0 +1,48 @@
+"""The YAML files that come with the package: each is read and checked as a command would."""
+
+import pytest
+import yaml
+
+import tests.helpers.runs as h
+from coss_hf.cli import parse
+from coss_hf.models.architecture import TRANSFORMER
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.settings import Situation, fill
+from coss_hf.trainer.training_args import DistillationArguments
+
+CONFIGS = sorted((h.ROOT / "recipes" / "configs").glob("*.yaml"))
+SITUATIONS = {
+    "cifar10_resnet56_resnet20",
+    "cifar10_resnet56_resnet20_neighbors",
+    "cnn_photographs",
+    "imagenet_paper",
+    "quickstart",
+    "retrieval",
+    "small_set_pretrained",
+    "vit_photographs",
+}
+EVERYTHING = (ModelArguments, DataArguments, DistillationArguments)
+
+
+def test_one_for_each_situation():
+    assert {path.stem for path in CONFIGS} == SITUATIONS
+
+
+@pytest.mark.parametrize("name", sorted(SITUATIONS))
+def test_it_is_read_and_filled(name):
+    words = ["--config", name, "--use_cpu", "--fp16", "false"]
+    models, data, args = parse(EVERYTHING, [*words, "--teacher", "teacher"])
+    assert models.student and data.dataset
+    given = yaml.safe_load((h.ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
+    found, settings = fill(args, Situation(TRANSFORMER, False, 224, 50_000, args.images_per_step))
+    assert not {*given} & {*settings.filled} and found.learning_rate > 0
+    published = name.startswith(("cifar10", "imagenet", "quickstart"))
+    assert (args.settings == "paper") == published, "published figures are not filled by anything else"
+
+
+def test_imagenet_as_the_paper_has_it():
+    _, _, args = parse(EVERYTHING, ["--config", "imagenet_paper", "--use_cpu", "--fp16", "false"])
+    assert args.images_per_step * 4 == 1_024 and args.methods[0].options["beta"] == 142.86
+    assert (args.optim, args.learning_rate, args.momentum, args.weight_decay) == ("sgd", 0.03, 0.9, 1e-4)
+    assert (args.num_train_epochs, args.augmentation, args.warmup_steps, args.max_grad_norm) == (25, "moco", 0, 0)
+    assert (args.neighbors_k, args.neighbors_pool, args.lr_scheduler_type) == (15, 31, "cosine")

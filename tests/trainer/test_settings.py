@@ -1,0 +1,432 @@
+"""What is left out is filled by student, images and machine; what is given stands; a resumed run keeps its own."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from transformers import ConvNextConfig, ConvNextModel, HfArgumentParser
+
+import tests.helpers.runs as h
+from coss_hf import DistillationArguments, DistillationTrainer
+from coss_hf.cli import parse
+from coss_hf.models.architecture import BATCH_NORM, LAYER_NORM, TRANSFORMER
+from coss_hf.trainer import default_settings as table
+from coss_hf.trainer import settings as module
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.dry_run import describe
+from coss_hf.trainer.factory import build_run
+from coss_hf.trainer.settings import RECORDED, Situation, fill, recorded_settings, values_to_record
+
+EVERYTHING = (ModelArguments, DataArguments, DistillationArguments)
+
+
+def arguments(**options) -> DistillationArguments:
+    return DistillationArguments("out", **{"use_cpu": True, **options})
+
+
+def situation(family: str = TRANSFORMER, **options) -> Situation:
+    usual = {"trained": False, "size": 224, "images": 50_000, "views": 64}
+    return Situation(family, **{**usual, **options})
+
+
+def filled(args: DistillationArguments, **options) -> DistillationArguments:
+    return fill(args, situation(**options))[0]
+
+
+def values(args: DistillationArguments, *names: str) -> tuple:
+    return tuple(getattr(getattr(args, name), "value", getattr(args, name)) for name in names)
+
+
+OPTIMIZER = ("optim", "learning_rate", "weight_decay", "weight_decay_on", "warmup_steps", "max_grad_norm")
+
+
+# ---- by family, start and views ----
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"family": TRANSFORMER}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"family": TRANSFORMER, "size": 32}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"family": LAYER_NORM}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"family": BATCH_NORM}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "size": 32, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.05, 1.0)),
+        # The square root of the views, within a quarter and four times.
+        ({"views": 256}, ("adamw_torch", 1e-3, 0.05, "matrices", 0.1, 1.0)),
+        ({"views": 128}, ("adamw_torch", 7.1e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"views": 2}, ("adamw_torch", 1.3e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"views": 10**6}, ("adamw_torch", 2e-3, 0.05, "matrices", 0.1, 1.0)),
+        # Trained weights are not thrown away.
+        ({"trained": True}, ("adamw_torch", 1e-4, 0.05, "matrices", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "size": 32, "views": 128, "trained": True}, ("sgd", 0.01, 5e-4, "all", 0.05, 1.0)),
+    ],
+)
+def test_starting_values(options, expected):
+    assert values(filled(arguments(), **options), *OPTIMIZER) == expected
+
+
+def test_each_filled_value_has_a_reason():
+    args, settings = fill(arguments(), situation(views=256))
+    assert args.left_out in ((), ("dataloader_prefetch_factor",))
+    assert all(one.reason for one in settings.filled.values()) and set(settings.filled) <= set(table.PAPER)
+    lines = settings.table().splitlines()
+    assert lines[0].startswith("settings    for transformer, random weights, views of 224 px, 50,000 images, 256 views")
+    assert "--settings paper" in lines[0] and len(lines) == 1 + len(settings.filled)
+    (rate,) = [line for line in lines if "learning_rate" in line]
+    assert rate.split()[:2] == ["learning_rate", "0.001"] and "times 2 (the square root of 256 / 64)" in rate
+
+
+@pytest.mark.parametrize(
+    ("options", "images", "epochs"),
+    [
+        ({}, 50_000, 40),
+        ({}, 3_000, 100),
+        ({}, 1_281_167, 10),
+        ({"neighbors_k": 3}, 50_000, 10),
+        ({"neighbors_k": 1}, 50_000, 20),
+        ({"lr_milestones": [150.0, 210.0]}, 50_000, 240),
+        ({"lr_milestones": [20.0]}, 50_000, 40),
+    ],
+)
+def test_length(options, images, epochs):
+    assert filled(arguments(**options), images=images).num_train_epochs == epochs
+
+
+@pytest.mark.parametrize("given", [{"max_steps": 100}, {"num_images": 9_000}, {"num_train_epochs": 3.0}])
+def test_a_length_that_was_given_stands(given):
+    args, settings = fill(arguments(**given), situation())
+    assert "num_train_epochs" not in settings.filled
+    assert {name: getattr(args, name) for name in given} == given
+
+
+@pytest.mark.parametrize(
+    ("given", "warmup"),
+    [
+        ({"num_train_epochs": 20}, 0.1),
+        ({"num_train_epochs": 400}, 0.025),
+        ({"num_images": 50_000 * 200}, 0.05),
+        ({"max_steps": 50_000 * 200 // 64}, 0.05),
+        ({"lr_scheduler_type": "constant"}, 0),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, 0),
+        ({"lr_milestones": [1.0]}, 0.1),
+    ],
+)
+def test_warmup_is_a_share_of_the_run_and_ten_epochs_at_most(given, warmup):
+    assert filled(arguments(**given)).warmup_steps == pytest.approx(warmup, abs=1e-3)
+
+
+# ---- what was given stands ----
+
+# Each at the value that would stand without it, by one rule or another.
+GIVEN = {
+    "optim": "sgd",
+    "learning_rate": 0.05,
+    "weight_decay": 5e-4,
+    "weight_decay_on": "all",
+    "warmup_steps": 0.0,
+    "max_grad_norm": 0.0,
+    "num_train_epochs": 3.0,
+    "bf16": False,
+    "dataloader_num_workers": 0,
+    "dataloader_persistent_workers": False,
+}
+
+
+@pytest.mark.parametrize("name", GIVEN)
+@pytest.mark.parametrize("way", ["python", "command line", "yaml", "another parser", "assigned", "replaced"])
+def test_what_was_given_stands_whatever_its_value(tmp_path, name, way):
+    """Also where it is a value of the paper, on every way in."""
+    value = GIVEN[name]
+    words = ["--output_dir=out", "--use_cpu"]
+    if way == "python":
+        args = arguments(**{name: value})
+    elif way == "command line":
+        args = parse(EVERYTHING, [*words, f"--{name}={str(value).lower()}"])[2]
+    elif way == "yaml":
+        (tmp_path / "run.yaml").write_text(f"{name}: {str(value).lower()}\n")
+        args = parse(EVERYTHING, [*words, "--config", str(tmp_path / "run.yaml")])[2]
+    elif way == "another parser":
+        parser = HfArgumentParser(DistillationArguments)
+        (args,) = parser.parse_args_into_dataclasses([*words, f"--{name}={str(value).lower()}"])
+    elif way == "assigned":
+        args = arguments()
+        setattr(args, name, value)
+    else:
+        args = dataclasses.replace(arguments(), **{name: value})
+    found, settings = fill(args, situation(bf16=True, cores=8, device="cuda"))
+    assert values(found, name) == (value,) and name not in settings.filled
+    assert {*GIVEN} - {*settings.filled} <= {name, "dataloader_persistent_workers"}
+    assert getattr(args, name) == value and not settings.shown
+
+
+def test_bare_switches(tmp_path):
+    words = ["--output_dir=out", "--use_cpu", "--bf16", "--dataloader_persistent_workers"]
+    args = parse(EVERYTHING, words)[2]
+    assert args.bf16 is True and args.dataloader_persistent_workers is True and args.learning_rate is None
+
+
+@pytest.mark.parametrize(
+    ("given", "optim", "rate"),
+    [
+        ({"optim": "sgd"}, "sgd", 0.05),
+        ({"optim": "adafactor"}, "adafactor", 5e-4),
+        ({"learning_rate": 0.03}, "sgd", 0.03),
+        ({"learning_rate": 1e-3}, "adamw_torch", 1e-3),
+        ({"momentum": 0.8}, "sgd", 0.05),
+    ],
+)
+def test_rate_and_optimizer_belong_together(given, optim, rate):
+    """A rate of SGD in the hands of AdamW destroys a student, and one of AdamW teaches nothing by SGD."""
+    args = filled(arguments(**given), views=128 if "sgd" in (given.get("optim"), optim) else 64)
+    assert values(args, "optim", "learning_rate") == (optim, rate)
+    assert args.weight_decay_on == ("all" if optim == "sgd" else "matrices")
+
+
+def test_options_of_adam_choose_it():
+    args = filled(arguments(adam_beta2=0.95), family=BATCH_NORM, size=32)
+    assert values(args, "optim", "weight_decay_on") == ("adamw_torch", "matrices") and args.learning_rate < 0.01
+
+
+def test_paper_is_what_stood_before():
+    args = arguments(settings="paper", warmup_steps=0.05)
+    expected = {**table.PAPER, "warmup_steps": 0.05}
+    assert dict(zip(expected, values(args, *expected))) == expected
+    found, settings = fill(args, situation())
+    assert dict(zip(expected, values(found, *expected))) == expected
+    assert not settings.filled and settings.table() == "" and settings.record() == {"mode": "paper", "situation": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"settings": "papper"}, "^settings='papper' is unknown: choose one of auto, paper"),
+        (
+            {"settings": "paper", "optim": "adamw_torch"},
+            "^settings=paper: its learning rate of 0.05 is one of SGD, and optim=adamw_torch was given; give",
+        ),
+    ],
+)
+def test_bad_settings(options, message):
+    with pytest.raises(ValueError, match=message):
+        arguments(**options)
+    if "optim" in options:
+        assert arguments(**options, learning_rate=1e-3).learning_rate == 1e-3
+
+
+# ---- the machine ----
+
+
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        ({"device": "cpu", "cores": 2, "threads": 2}, 0),
+        ({"device": "cpu", "cores": 2, "threads": 1}, 1),
+        ({"device": "cpu", "cores": 16, "threads": 1}, 8),
+        ({"device": "cpu", "cores": 1, "threads": 4}, 0),
+        ({"device": "cpu", "cores": 4, "threads": 1, "images": None}, 0),
+        ({"device": "cuda", "cores": 1}, 0),
+        ({"device": "cuda", "cores": 6}, 5),
+        ({"device": "cuda", "cores": 64}, 8),
+    ],
+)
+def test_loader_workers(options, workers, monkeypatch):
+    """Threads that compute share no core with a worker; the order of a stream depends on the workers."""
+    monkeypatch.setattr(module, "check_shared_memory", lambda *args: None)
+    args = filled(arguments(max_steps=9), **options)
+    assert args.dataloader_num_workers == workers
+    assert bool(args.dataloader_persistent_workers) == (workers > 0)
+    assert args.dataloader_prefetch_factor == (4 if workers and options["device"] == "cuda" else None)
+
+
+def test_workers_as_many_as_shared_memory_has_room_for(monkeypatch):
+    """Workers that were not asked for must not be the reason why a run is refused."""
+
+    def check(workers, batches, prefetch=None):
+        if workers * (prefetch or 2) > 6:
+            raise ValueError
+
+    monkeypatch.setattr(module, "check_shared_memory", check)
+    args, settings = fill(arguments(), situation(device="cuda", cores=9))
+    assert args.dataloader_num_workers == 3 and args.dataloader_prefetch_factor is None
+    assert "shared memory" in settings.filled["dataloader_num_workers"].reason
+
+
+def test_no_workers_where_they_are_not_forked(monkeypatch):
+    monkeypatch.setattr(module.multiprocessing, "get_start_method", lambda: "spawn")
+    assert filled(arguments(), device="cuda", cores=9).dataloader_num_workers == 0
+
+
+@pytest.mark.parametrize("given", [{"dataloader_prefetch_factor": 3}, {"dataloader_persistent_workers": True}])
+def test_options_of_workers_bring_one(given):
+    args = filled(arguments(**given), cores=1)
+    assert args.dataloader_num_workers == 1 and args.dataloader_persistent_workers is True
+
+
+def test_precision_by_the_device():
+    args = filled(arguments(), device="cuda", bf16=True)
+    assert args.bf16 is True and args.mixed_precision == "bf16"
+    args = filled(arguments())
+    assert args.bf16 is False and args.mixed_precision == "no"
+    with_launcher = arguments()
+    with_launcher.mixed_precision = "fp16"
+    args, settings = fill(with_launcher, situation(device="cuda", bf16=True))
+    assert not args.bf16 and args.mixed_precision == "fp16" and "bf16" not in settings.filled
+
+
+# ---- real students ----
+
+
+def tiny(kind: str, networks):
+    torch.manual_seed(0)
+    if kind == "convnext":
+        network = ConvNextModel(ConvNextConfig(hidden_sizes=[4, 4, 8, 8], depths=[1, 1, 1, 1], image_size=32))
+        network.save_pretrained(Path(networks.teacher).with_name("convnext"))
+        h.processor(32).save_pretrained(Path(networks.teacher).with_name("convnext"))
+        return str(Path(networks.teacher).with_name("convnext"))
+    if kind == "timm":
+        return pytest.importorskip("timm").create_model("resnet10t", num_classes=0)
+    if kind == "torchvision":
+        return torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5)
+    return getattr(networks, kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "optim"),
+    [
+        ("resnet", BATCH_NORM, "sgd"),
+        ("vit", TRANSFORMER, "adamw_torch"),
+        ("convnext", LAYER_NORM, "adamw_torch"),
+        ("timm", BATCH_NORM, "sgd"),
+        ("torchvision", BATCH_NORM, "sgd"),
+    ],
+)
+def test_students_of_every_kind(tmp_path, image_parquet, networks, kind, family, optim):
+    args = arguments(per_device_train_batch_size=8, dry_run=True, view_size=32, neighbors_k=1, neighbors_pool=2)
+    trainer = DistillationTrainer(networks.teacher, tiny(kind, networks), args, str(image_parquet))
+    found = trainer.settings.situation
+    assert (found.family, found.trained, found.size, found.views) == (family, False, 32, 16)
+    assert values(trainer.args, "optim") == (optim,) and trainer.args.num_train_epochs == 100
+    assert trainer.arguments["learning_rate"] == trainer.args.learning_rate and args.learning_rate is None
+    assert trainer.settings.table() in describe(trainer, trainer.splits) and trainer.settings.shown
+    assert trainer.create_optimizer().param_groups[0]["lr"] == trainer.args.learning_rate
+
+
+def test_python_and_command_line_fill_the_same(tmp_path, image_parquet, networks):
+    """The front page says that both give the same student."""
+    given = {"per_device_train_batch_size": 8, "max_steps": 2, "save_strategy": "no", "logging_steps": 1}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    words += [f"--teacher={networks.teacher}", f"--student={networks.vit}", f"--dataset={image_parquet}"]
+    words += ["--use_cpu", "--validation_size=8", f"--output_dir={tmp_path / 'recipe'}"]
+    run = build_run(*parse(EVERYTHING, words))
+    args = DistillationArguments(str(tmp_path / "python"), use_cpu=True, **given)
+    data = DataArguments(validation_size=8)
+    trainer = DistillationTrainer(networks.teacher, networks.vit, args, str(image_parquet), data=data)
+    assert trainer.settings == run.trainer.settings and trainer.settings.filled
+    weights = []
+    for one in (run, trainer):
+        one.train()
+    for one in (run.trainer, trainer):
+        one.save_model()
+        weights.append(Path(one.args.output_dir, "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+    record = json.loads(Path(trainer.args.output_dir, "run.json").read_text())
+    assert record["settings"]["optim"] == {"value": "adamw_torch", "reason": TRANSFORMER}
+    assert record["arguments"]["learning_rate"] == trainer.args.learning_rate
+
+
+def test_they_are_printed_once_at_the_start(tmp_path, image_parquet, networks, capsys):
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, settings="auto", max_steps=1)
+    trainer.train()
+    trainer.train()
+    out = capsys.readouterr().out
+    assert out.count("settings    for transformer") == 1 and "  max_grad_norm" in out
+    as_json = h.make_trainer(
+        tmp_path, image_parquet, networks.teacher, networks.vit, settings="auto", max_steps=1, log_format="json"
+    )
+    as_json.train()
+    assert all(json.loads(line) for line in capsys.readouterr().out.splitlines())
+
+
+# ---- resuming ----
+
+
+def interrupted(tmp_path, image_parquet, networks, **options):
+    options = {"settings": "auto", "learning_rate": None, "save_strategy": "steps", "save_steps": 2} | options
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    trainer.add_callback(h.StopAfter(2))
+    trainer.train()
+    return trainer
+
+
+def on_another_machine(monkeypatch, **changes):
+    """Another version of the rules, and another number of cores."""
+    for name, value in changes.items():
+        monkeypatch.setattr(table, name, value)
+    monkeypatch.setattr(module, "usable_cores", lambda: 3)
+
+
+@pytest.mark.parametrize("said", ["arguments", "train"])
+def test_a_resumed_run_keeps_what_it_began_with(tmp_path, image_parquet, networks, monkeypatch, said):
+    before = interrupted(tmp_path, image_parquet, networks)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    assert recorded_settings(checkpoint) == values_to_record(before.args)
+    on_another_machine(monkeypatch, ADAMW=table.SGD, BY_SITUATION=dict.fromkeys(table.BY_SITUATION, table.SGD))
+    options = {"settings": "auto", "learning_rate": None, "save_strategy": "no"}
+    if said == "arguments":
+        options["resume_from_checkpoint"] = checkpoint
+    resumed = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+    assert (values(resumed.args, "optim") == ("adamw_torch",)) == (said == "arguments")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    kept = [name for name in table.PAPER if name not in table.OPERATION]
+    assert values(resumed.args, *kept) == values(before.args, *kept)
+    assert resumed.settings.filled["optim"].reason == "as in the run that is resumed"
+    assert resumed.args.dataloader_num_workers == 2, "of this machine"
+    assert resumed.state.global_step == 6
+
+
+def test_checkpoints_of_before_had_the_papers(tmp_path, image_parquet, networks):
+    interrupted(tmp_path, image_parquet, networks, settings="paper", learning_rate=0.01)
+    record = tmp_path / "out" / "checkpoint-2" / "distillation.json"
+    (tmp_path / "out" / "checkpoint-2" / "manifest.json").unlink()
+    written = json.loads(record.read_text())
+    del written[RECORDED]
+    record.write_text(json.dumps(written))
+    resumed = h.make_trainer(
+        tmp_path,
+        image_parquet,
+        networks.teacher,
+        networks.vit,
+        settings="auto",
+        learning_rate=0.01,
+        resume_from_checkpoint="auto",
+    )
+    assert values(resumed.args, *OPTIMIZER) == ("sgd", 0.01, 5e-4, "all", 0, 0.0)
+
+
+def test_another_optimizer_is_refused(tmp_path, image_parquet, networks):
+    interrupted(tmp_path, image_parquet, networks)
+    with pytest.raises(ValueError, match="trained with --optim adamw_torch, and now --optim is sgd; leave"):
+        h.make_trainer(
+            tmp_path, image_parquet, networks.teacher, networks.vit, settings="paper", resume_from_checkpoint="auto"
+        )
+
+
+def test_bfloat16_stays_where_the_device_has_it():
+    recorded = {**table.PAPER, "optim": "adamw_torch", "bf16": True}
+    assert fill(arguments(), situation(), recorded)[0].bf16 is True, "a CPU computes in it"
+    assert fill(arguments(), situation(device="cuda", bf16=True), recorded)[0].mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="was trained in bfloat16, which this device does not compute in"):
+        fill(arguments(), situation(device="cuda"), recorded)
+    with pytest.raises(ValueError, match="trained with --bf16 true; make the trainer with that argument"):
+        args, settings = fill(arguments(), situation())
+        module.take_over(args, settings, recorded)
+
+
+def test_warmup_steps_of_a_schedule():
+    """The share is one of the steps of the run: the rate rises for so many, and falls to 0 at the end."""
+    args = filled(arguments(num_train_epochs=20))
+    assert args.get_warmup_steps(1_000) == math.ceil(0.1 * 1_000)

@@ -1,0 +1,73 @@
+"""Idle cores, other programs and slow images are named, each once, with the option that mends it."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from coss_hf.trainer.callbacks import waiting
+from coss_hf.trainer.callbacks.waiting import WaitingCallback, idle_cores, shared_cores, slow_images
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "workers", "expected"),
+    [
+        (2, 1, 2, 0, ""),
+        (2, 1, 1, 1, ""),
+        (2, 1, 2, 4, ""),
+        (8, 2, 4, 0, ""),
+        (
+            2,
+            1,
+            1,
+            0,
+            "1 of 2 cores have no work: load images with --dataloader_num_workers 1, or set OMP_NUM_THREADS=2",
+        ),
+        (
+            8,
+            2,
+            1,
+            1,
+            "4 of 8 cores have no work: load images with --dataloader_num_workers 3, or set OMP_NUM_THREADS=3",
+        ),
+    ],
+)
+def test_idle_cores(cores, processes, threads, workers, expected):
+    found = idle_cores(cores, processes, threads, workers)
+    assert found.startswith(expected) and bool(found) == bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "others", "fewer"),
+    [(2, 2, None, 0), (2, 2, 0.3, 0), (2, 1, 1.5, 0), (8, 4, 2.0, 0), (2, 2, 1.0, 1), (8, 8, 3.5, 4)],
+)
+def test_other_programs(cores, threads, others, fewer):
+    """Two threads that shared a core with another program took ten times as long a step."""
+    found = shared_cores(cores, threads, others)
+    assert bool(found) == bool(fewer) and (not fewer or f"OMP_NUM_THREADS={fewer} is faster" in found)
+
+
+def test_slow_images():
+    assert "--dataloader_num_workers 7 uses the 8 cores" in slow_images(0.4, 0, 8, 4, "cuda")
+    assert "--dataloader_num_workers 3 uses" in slow_images(0.4, 0, 4, 1, "cpu")
+    assert "OMP_NUM_THREADS=1 with --dataloader_num_workers 1" in slow_images(0.4, 0, 2, 2, "cpu")
+    assert "all cores are at work" in slow_images(0.4, 7, 8, 4, "cuda")
+    assert "waits 40 % of its time" in slow_images(0.4, 0, 2, 1, "cpu") and "coss-hf prepare" in slow_images(
+        0.4, 0, 2, 1, "cpu"
+    )
+
+
+def test_each_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(waiting, "usable_cores", lambda: 4)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    callback = WaitingCallback()
+    args = SimpleNamespace(device=torch.device("cpu"), dataloader_num_workers=0)
+    state = SimpleNamespace(is_world_process_zero=True)
+    with caplog.at_level(logging.WARNING):
+        callback.on_train_begin(args, state, None)
+        for share in (0.9, 0.1, 0.5, 0.6):  # workers are started in the first
+            callback.on_log(args, state, None, logs={"data_wait_share": share})
+        callback.on_log(args, state, None, logs={"eval_loss": 1.0})
+    messages = [record.message for record in caplog.records]
+    assert len(messages) == 2 and "3 of 4 cores have no work" in messages[0] and "waits 50 % of its time" in messages[1]
