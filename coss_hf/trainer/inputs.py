@@ -388,7 +388,7 @@ def build_evaluator(
         label_column=splits.label_column,
         train_images=sample(splits.train, args.eval_bank_size if during_training else None),
         batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
+        num_workers=args.dataloader_num_workers or 0,  # None where it is left out
         diagnostics=during_training,
         retrieval=not during_training,
         on_bad_image=splits.on_bad_image,
@@ -437,7 +437,7 @@ def find_neighbors(
         options=data,
         cache_dir=data.neighbors_cache,
         batch_size=args.per_device_eval_batch_size,
-        num_workers=args.dataloader_num_workers,
+        num_workers=args.dataloader_num_workers or 0,  # None where it is left out
         on_bad_image=splits.on_bad_image,
     )
     return found
