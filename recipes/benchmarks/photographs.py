@@ -116,7 +116,13 @@ class Experiment:
         if images:
             data = replace(data, max_train_samples=10_000)
         views = shared_views(8, 0, None, self.folder / ("other" if images else ""))
-        training = {"neighbors_pool": 15, "save_strategy": "steps", "save_steps": 100, "use_cpu": options.use_cpu}
+        training = {
+            "settings": "paper",
+            "neighbors_pool": 15,
+            "save_strategy": "steps",
+            "save_steps": 100,
+            "use_cpu": options.use_cpu,
+        }
         return StudyConfig(data, {arm.student: models}, training | views | SETTINGS.get(arm.settings, {}))
 
     @property
