@@ -1,7 +1,6 @@
 """The model card of a student: what it is, how to load it, and what it was made from."""
 
 import logging
-import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
@@ -10,6 +9,7 @@ from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
 from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
+from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 
 HUB = "https://huggingface.co"
 TASK = "image-feature-extraction"
+TAGS = ["coss_hf", "distillation", "coss"]
+# The page of a student offers to try it with this picture, of the Hub's own samples.
+WIDGET = {"src": f"{HUB}/datasets/mishig/sample_images/resolve/main/tiger.jpg", "example_title": "Tiger"}
 METRICS = {
     "knn10": ("accuracy", "k-NN accuracy, k = 10"),
     "knn20": ("accuracy", "k-NN accuracy, k = 20"),
@@ -30,11 +33,6 @@ METRICS = {
 }
 
 
-def renamed(card: str, name: str) -> str:
-    """The card with a snippet that loads ``name``."""
-    return re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
-
-
 def revision_of(network: Backbone, given: str | None = None) -> str | None:
     """The commit that a network of the Hub was loaded from; ``given`` where that is not known."""
     if not on_hub(network.name):
@@ -43,73 +41,6 @@ def revision_of(network: Backbone, given: str | None = None) -> str | None:
     file = try_to_load_from_cache(network.name, "config.json", revision=given)
     kept = Path(file).parent.name if isinstance(file, str) else given
     return getattr(network.model.config, "_commit_hash", None) or kept
-
-
-def snippet(name: str, student: Backbone) -> str:
-    """Code that embeds an image with Transformers alone; of a plain module, what it takes to load it."""
-    if isinstance(student.model, ModuleNetwork):
-        return _module_snippet(name, student)
-    trust = ", trust_remote_code=True" if getattr(student.model.config, "auto_map", None) else ""
-    height, width = student.size
-    expression = _pooling_expression(student)
-    options = "".join(f", {key}={value}" for key, value in student.options.items())
-    return f'''import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-name = "{name}"
-model = AutoModel.from_pretrained(name{trust}).eval()
-processor = AutoImageProcessor.from_pretrained(name)
-
-image = Image.new("RGB", ({width}, {height}))  # yours
-with torch.no_grad():
-    output = model(**processor(image, return_tensors="pt"){options})
-embedding = {expression}  # (1, {student.dim})'''
-
-
-def _module_snippet(name: str, student: Backbone) -> str:
-    config = student.model.config
-    built = "module"
-    if config.embedding_function is not None:
-        built = (
-            f"coss_hf.Backbone.from_module(module, embedding={config.embedding_function}{_input_arguments(student)})"
-        )
-    load = f"coss_hf.Student.from_pretrained(name, module={built})"
-    use = "student.encode([image])"
-    if config.teacher_space is None:
-        load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
-        use = "coss_hf.embed(student, [image])"
-    height, width = student.size
-    return f'''import coss_hf
-from PIL import Image
-
-name = "{name}"
-module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced
-student = {load}
-
-image = Image.new("RGB", ({width}, {height}))  # yours
-embedding = {use}'''
-
-
-def _input_arguments(student: Backbone) -> str:
-    """Of ``Backbone.from_module``, which cannot read them off every module."""
-    processor = student.processor
-    return f", size={student.size}, mean={tuple(processor.image_mean)}, std={tuple(processor.image_std)}"
-
-
-def _pooling_expression(student: Backbone) -> str:
-    layout = student.layout
-    if student.pooling == "pooler":
-        return f"output.{layout.pooled}.flatten(1)"
-    if student.pooling == "cls" and layout.class_output:
-        token = f"output.{layout.class_output}[:, 0]"
-        return f"torch.nn.functional.layer_norm({token}, ({student.dim},))"
-    if student.pooling == "cls":
-        return "output.last_hidden_state[:, 0]"
-    if layout.tokens:
-        return f"output.last_hidden_state[:, {layout.prefix}:{-layout.suffix or ''}].mean(1)"
-    axes = (1, 2) if layout.channels_last else (2, 3)
-    return f"output.last_hidden_state.mean({axes})"
 
 
 def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None:
@@ -130,25 +61,29 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     licence, sentence = licence_of(teacher.name, revision)
     if licence not in PERMISSIVE:
         logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    subject = Subject(name, trainer.student, trainer.full_model.head, folder)
     tags = metadata.pop("tags", None) or []
+    base_models = _base_models(trainer.student, teacher, arguments.get("student_init", "pretrained"))
     data = ModelCardData(
         **{key: value for key, value in metadata.items() if key in ("license", "language") and value},
-        library_name="coss-hf" if isinstance(trainer.student.model, ModuleNetwork) else "transformers",
+        library_name=_library(subject),
         pipeline_tag=TASK,
-        base_model=teacher.name if on_hub(teacher.name) else None,
+        base_model=base_models[0] if len(base_models) == 1 else base_models or None,
+        base_model_relation="finetune" if base_models else None,
         datasets=arguments.get("dataset") if on_hub(arguments.get("dataset")) else None,
-        tags=["distillation", "coss", *([tags] if isinstance(tags, str) else tags)],
+        tags=[*TAGS, *_library_tags(subject), *([tags] if isinstance(tags, str) else tags)],
+        widget=[WIDGET],
         model_name=title,
         eval_results=_results(record) or None,
     )
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     parts = [
         f"# {title}",
         f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
         f"teacher does.",
         "\n\n".join(record.get("verdict", [])),
-        f"## Use\n\n{_use(name, trainer.student)}",
+        f"## Use\n\n{usage(subject)}",
         f"## Training\n\n{_training(trainer, arguments, revision, sentence)}",
         f"```\n{record['command']}\n```" if "command" in record else "",
         *_evaluation(record, folder),
@@ -158,26 +93,26 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}")
 
 
-def _use(name: str, student: Backbone) -> str:
-    if isinstance(student.model, ModuleNetwork):
-        return (
-            f"A state dict in the keys of `{student.model.config.architecture}`, the module that it was trained from "
-            f"(`model.safetensors`), and its image processor. With that module at hand:\n\n"
-            f"```python\n{snippet(name, student)}\n```"
-        )
-    ours = "import coss_hf\n\nembeddings = coss_hf.embed(name, [image])"
-    text = (
-        f"```python\n{snippet(name, student)}\n```\n\nor, with pooling and pre-processing looked after, many images at "
-        f"once:\n\n```python\n{ours}\n```"
-    )
-    space = student.model.config.teacher_space
-    if space is not None:
-        text += (
-            f"\n\nIn the teacher's space ({space['dim']} numbers), to be compared with the teacher's embeddings, for "
-            f"instance in a gallery that the teacher has embedded:\n\n```python\n"
-            f"embeddings = coss_hf.Student.from_pretrained(name).embed([image])\n```"
-        )
-    return text
+def _base_models(student: Backbone, teacher: Backbone, init: str | None) -> list[str]:
+    """Names on the Hub of the networks that a student comes from: its own pre-trained weights, then its teacher.
+
+    The Hub has no relation for a distilled network. ``finetune`` is the nearest: weights were trained further, or were
+    trained to give what the teacher gives.
+    """
+    started_from = [student.name] if init == "pretrained" else []
+    return [name for name in dict.fromkeys([*started_from, teacher.name]) if on_hub(name)]
+
+
+def _library_tags(subject: Subject) -> list[str]:
+    """Names of the libraries that load it, as the Hub filters by them, but for ``library_name``."""
+    names = [name for name in ("transformers", "sentence-transformers") if is_loaded_by(name, subject)]
+    return [name for name in names if name != _library(subject)]
+
+
+def _library(subject: Subject) -> str:
+    if subject.is_module:
+        return "coss-hf"
+    return "timm" if is_loaded_by("timm", subject) else "transformers"
 
 
 def _results(record: dict) -> list[EvalResult]:

@@ -13,7 +13,8 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
-from coss_hf.hub.model_card import renamed
+from coss_hf.hub import sentence_modules
+from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import command_to, first_line
@@ -24,7 +25,7 @@ WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.
 # Card, record, page and pictures of the run, next to the student.
 COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *COMPANIONS]
+PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
 # Transport errors of httpx, and what sockets raise below it.
 NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
@@ -125,17 +126,24 @@ def push(
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             code = ["*.py"] if "auto_map" in _read(folder / "config.json") else []
+            folders = published_folders(folder)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message=message or f"Student{_images_seen(folder)}",
                 revision=revision,
-                allow_patterns=PUBLISHED + code,
-                ignore_patterns=["*/*"],
-                delete_patterns=WEIGHTS,  # of an earlier push, where this one has none of that name
+                allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
+                ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
+                # Of an earlier push, where this one has none of that name.
+                delete_patterns=[*WEIGHTS, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit
+
+
+def published_folders(folder: Path) -> list[str]:
+    """Names of the folders inside a student's folder that are pushed with it."""
+    return sentence_modules.module_folders(folder)
 
 
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:

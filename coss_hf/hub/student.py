@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 from coss_hf.data.decoding import decode
 from coss_hf.hub.push import COMPANIONS, PushFailed, push
+from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
+from coss_hf.models.pooler import settle_pooler
+from coss_hf.models.saving import save_network
 from coss_hf.utils.vectors import l2_normalize
 
 
@@ -171,7 +174,7 @@ class Student(nn.Module):
         return l2_normalize(a.float()) @ l2_normalize(b.float()).T
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write network, image processor and head to a folder that ``AutoModel`` and ``Student`` load.
+        """Write network, image processor and head to a folder that ``AutoModel``, ``Student`` and others load.
 
         Card, record and pictures of the run are written next to them where the student was loaded with them.
 
@@ -182,11 +185,13 @@ class Student(nn.Module):
         if folder.is_file():
             raise ValueError(f"folder={folder} is a file; give the name of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        self.model.save_pretrained(folder)
+        settle_pooler(self.model, self.backbone)
+        save_network(self.backbone, folder)
         self.backbone.processor.save_pretrained(folder)
         if self.head is not None:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
             save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
+        write_modules(folder, self.backbone, self.head)
         for name in COMPANIONS if self._source else ():
             found = find_student_file(self._source[0], name, self._source[1])
             if found is not None and Path(found).resolve() != (folder / name).resolve():

@@ -81,6 +81,8 @@ class Backbone:
         processor: its image processor.
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
+        pooler_alone: names of those of them that the network's own pooled output depends on.
+        output_shapes: shapes, for one image, of ``last_hidden_state`` and of the pooled output where there is one.
         can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
         maps: number of feature maps that ``features`` returns together with the embedding; 0 by default.
@@ -206,11 +208,17 @@ class Backbone:
             pooling = self._choose_pooling(pooling, output, parameters, argument)
             embedding = pool(output, pooling, self.layout)
             used = _reached(embedding, parameters)
+            pooled = getattr(output, self.layout.pooled) if self.layout.pooled else None
+            reached_by_pooler = set() if pooled is None else _reached(pooled, parameters)
         names = set(parameters.values())
         self._check_missing(used, names, argument)
         self.pooling = pooling
         self.dim = embedding.shape[1]
         self.unused = names - used
+        self.pooler_alone = reached_by_pooler - used
+        self.output_shapes = {"last_hidden_state": tuple(output.last_hidden_state.shape[1:])}
+        if pooled is not None:
+            self.output_shapes[self.layout.pooled] = tuple(pooled.shape[1:])
 
     def _choose_pooling(self, pooling: str, output, parameters: dict[Tensor, str], argument: str) -> str:
         """``pooling``, chosen by the architecture where it is ``auto``, if the network supports it."""

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -399,6 +400,40 @@ def _torchvision_defaults(module: nn.Module) -> InputDefaults:
             *(module_name(module), found.size, found.mean, found.std),
         )
     return found
+
+
+def torchvision_name(module: nn.Module) -> str | None:
+    """The function of ``torchvision.models`` that builds a network without classifier; None where there is none."""
+    if not _is_of_torchvision(module):
+        return None
+    from torchvision import models
+
+    file = _source_of(module)
+    for name in models.list_models(module=models):
+        if _file_of(models, name) != file:
+            continue
+        with torch.device("meta"):
+            built, _ = without_classifier(models.get_model_builder(name)())
+        if str(built) == str(module) and _shapes(built) == _shapes(module):
+            return name
+    return None
+
+
+def removal_of_classifier(module: nn.Module) -> str:
+    """The statement that removes the classifier of ``module`` as ``without_classifier`` did; empty where it did not."""
+    if _is_of_timm(module):
+        return "module.reset_classifier(0)"
+    if not _is_of_torchvision(module):
+        return ""
+    for name in CLASSIFIERS:
+        part = getattr(module, name, None)
+        layers = part.named_modules() if isinstance(part, nn.Module) else ()
+        removed = [path for path, layer in layers if isinstance(layer, nn.Identity)]
+        if removed:
+            path = ".".join(filter(None, (name, removed[-1])))
+            place = re.sub(r"\.(\d+)", r"[\1]", path)
+            return f"module.{place} = torch.nn.Identity()"
+    return ""
 
 
 def _source_of(module: nn.Module) -> str:

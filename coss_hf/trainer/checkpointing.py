@@ -12,8 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
+from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.models.modules import ModuleNetwork
+from coss_hf.models.pooler import settle_pooler
+from coss_hf.models.saving import save_network
 from coss_hf.trainer.checkpoint_files import newest_complete, publish, staging
 from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
@@ -147,8 +150,9 @@ def save_student(
         parts[part][name] = tensor
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{key} is not finite at step {step}: nothing was saved.")
-    model.network.save_pretrained(folder, state_dict=parts["network"])
+    save_network(model.student, folder, parts["network"])
     processor.save_pretrained(folder)
+    write_modules(folder, model.student, model.head, parts["head"])
     for part, file in (("head", HEAD_FILE), ("criterion", CRITERION_FILE)):
         path = Path(folder, file)
         path.unlink(missing_ok=True)  # of an earlier run in this folder
@@ -175,7 +179,9 @@ def load_student(
     if issubclass(network_class, ModuleNetwork):
         saved = network_class.saved_weights(folder)
     else:
-        saved = network_class.from_pretrained(folder, dtype=model.network.dtype).state_dict()
+        network = network_class.from_pretrained(folder, dtype=model.network.dtype)
+        settle_pooler(network, model.student)  # earlier versions wrote an untrained one
+        saved = network.state_dict()
     load_weights(model.network, saved)
     for part, file in ((model.head, HEAD_FILE), (model.criterion, CRITERION_FILE)):
         if part is not None and part.state_dict():

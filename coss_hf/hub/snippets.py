@@ -1,0 +1,411 @@
+"""Code on a student's card that loads it: one entry of ``LOADERS`` for each library, shown where it holds.
+
+A new library is one more entry: when it holds, or why not, and its code. Each code runs as it stands, leaves the
+embedding of one image as ``embedding``, and has a line ``name = "..."`` that ``renamed`` finds.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from coss_hf.features import Features
+from coss_hf.hub import sentence_modules
+from coss_hf.models.backbone import Backbone, evaluating
+from coss_hf.models.from_module import removal_of_classifier, torchvision_name
+from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.modules import ModuleNetwork
+from coss_hf.models.pooler import TIMM, pooler_is_embedding
+
+LOCAL = "local-dir:"  # timm's words for a folder
+HUB = "hf-hub:"  # and for a name on the Hub
+NOT_MENTIONED = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A student whose card is written.
+
+    Attributes:
+        name: folder or name on the Hub that the code loads.
+        student: the student.
+        head: its projection head, or None.
+        folder: where its files are.
+    """
+
+    name: str
+    student: Backbone
+    head: nn.Module | None
+    folder: Path
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it was trained from a plain module, which no library builds by its name."""
+        return isinstance(self.student.model, ModuleNetwork)
+
+    @property
+    def space(self) -> dict | None:
+        """What ``config.json`` says of the teacher's space; None where the student is not in it."""
+        return getattr(self.student.model.config, "teacher_space", None)
+
+
+@dataclass(frozen=True)
+class Loader:
+    """A way to load a student.
+
+    Attributes:
+        title: the heading above its code.
+        why_not: the reason why it does not give this student's embedding, as a clause; empty where it does;
+            ``NOT_MENTIONED`` where the card does not speak of it.
+        code: the code, for the card.
+        remark: a sentence or more above the code.
+    """
+
+    title: str
+    why_not: Callable[[Subject], str | None]
+    code: Callable[[Subject], str]
+    remark: Callable[[Subject], str]
+
+
+def renamed(card: str, name: str) -> str:
+    """The card with code that loads ``name``, a folder or a name on the Hub."""
+    card = re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
+    return re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name)}"', card)
+
+
+def usage(subject: Subject) -> str:
+    """The section of a card on how to use a student: code for each library that loads it, and why others do not."""
+    parts = []
+    reasons = []
+    for loader in LOADERS:
+        reason = loader.why_not(subject)
+        if reason == "":
+            parts.append(f"### {loader.title}\n\n{loader.remark(subject)}\n\n```python\n{loader.code(subject)}\n```")
+        elif reason is not NOT_MENTIONED:
+            reasons.append(f"* {loader.title}: {reason}.")
+    if reasons:
+        parts.append(
+            "### What does not load it\n\nThese do not give this student's embedding:\n\n" + "\n".join(reasons)
+        )
+    return "\n\n".join(parts)
+
+
+def is_loaded_by(library: str, subject: Subject) -> bool:
+    """Whether the loader of this title, in any case of letters, gives a student's embedding."""
+    return any(loader.why_not(subject) == "" for loader in LOADERS if loader.title.lower() == library)
+
+
+# ---- parts of several codes ----
+
+
+def _image(subject: Subject) -> str:
+    height, width = subject.student.size
+    return f'image = Image.new("RGB", ({width}, {height}))  # yours'
+
+
+def _trust(subject: Subject) -> str:
+    return ", trust_remote_code=True" if getattr(subject.student.model.config, "auto_map", None) else ""
+
+
+def _own_space(subject: Subject) -> str:
+    """A sentence for loaders that do not carry the head."""
+    if subject.space is None or subject.head is None:
+        return ""
+    return (
+        f" It is the student's own embedding, of {subject.student.dim} numbers; the projection head into the teacher's "
+        f"space is not part of it."
+    )
+
+
+def _shape(subject: Subject) -> str:
+    return f"(1, {subject.student.dim})"
+
+
+def _described_space(subject: Subject) -> str:
+    space = subject.space
+    if space is None:
+        return "the student's own embedding"
+    return f"in the teacher's space, {space['dim']} numbers"
+
+
+# ---- Transformers ----
+
+
+def _transformers_code(subject: Subject) -> str:
+    student = subject.student
+    trust = _trust(subject)
+    options = "".join(f", {key}={value}" for key, value in student.options.items())
+    return f'''import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+name = "{subject.name}"
+model = AutoModel.from_pretrained(name{trust}).eval()
+processor = AutoImageProcessor.from_pretrained(name)
+
+{_image(subject)}
+with torch.no_grad():
+    output = model(**processor(image, return_tensors="pt"){options})
+embedding = {pooling_expression(student)}  # {_shape(subject)}'''
+
+
+def pooling_expression(student: Backbone) -> str:
+    """The embedding as an expression of ``output``, what the network returns."""
+    layout = student.layout
+    if student.pooling == "pooler":
+        return f"output.{layout.pooled}.flatten(1)"
+    if student.pooling == "cls" and layout.class_output:
+        token = f"output.{layout.class_output}[:, 0]"
+        return f"torch.nn.functional.layer_norm({token}, ({student.dim},))"
+    return _pooled(student, "output.last_hidden_state")
+
+
+def _pooled(student: Backbone, hidden: str) -> str:
+    layout = student.layout
+    if student.pooling == "cls":
+        return f"{hidden}[:, 0]"
+    if layout.tokens:
+        patches = f"[:, {layout.prefix}:{-layout.suffix or ''}]" if layout.prefix or layout.suffix else ""
+        return f"{hidden}{patches}.mean(1)"
+    return f"{hidden}.mean({(1, 2) if layout.channels_last else (2, 3)})"
+
+
+def _transformers_remark(subject: Subject) -> str:
+    text = f"Needs `transformers`{' and `timm`' if _is_of_timm(subject) else ''}.{_own_space(subject)}"
+    trust = _trust(subject)
+    return f"{text} Its code is in this repository (`trust_remote_code`)." if trust else text
+
+
+def _no_module(subject: Subject) -> str | None:
+    return NOT_MENTIONED if subject.is_module else ""
+
+
+# ---- the pipeline of Transformers ----
+
+
+def _pipeline_code(subject: Subject) -> str:
+    return f'''from PIL import Image
+from transformers import pipeline
+
+name = "{subject.name}"
+extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust(subject)})
+
+{_image(subject)}
+embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)}'''
+
+
+def _pipeline_remark(subject: Subject) -> str:
+    return (
+        "The same embedding from the pipeline of Transformers, and from Inference Endpoints, whose default handler is "
+        'this pipeline: send `{"inputs": ..., "parameters": {"pool": true}}`.'
+    )
+
+
+def _why_no_pipeline(subject: Subject) -> str | None:
+    student = subject.student
+    if subject.is_module:
+        return NOT_MENTIONED
+    if student.options:
+        return f"it cannot be told to use `{'`, `'.join(student.options)}`, with which the student was trained"
+    if not pooler_is_embedding(student):
+        return (
+            f"with `pool=True` it returns `pooler_output`, which a {type(student.model).__name__} does not pool by "
+            f"`{student.pooling}`, as the student was trained"
+        )
+    return ""
+
+
+# ---- sentence-transformers ----
+
+
+def _sentence_code(subject: Subject) -> str:
+    options = "".join(f", {key}={value}" for key, value in subject.student.options.items())
+    dim = subject.space["dim"] if subject.space else subject.student.dim
+    return f'''from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+name = "{subject.name}"
+model = SentenceTransformer(name{_trust(subject)})
+
+{_image(subject)}
+embedding = model.encode([image]{options})  # (1, {dim})
+similarity = model.similarity(embedding, embedding)  # cosines'''
+
+
+def _sentence_remark(subject: Subject) -> str:
+    text = f"Needs `{sentence_modules.PACKAGE}`"
+    if subject.space is None:
+        return f"{text}; {_described_space(subject)}."
+    return f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
+
+
+def _why_no_sentence(subject: Subject) -> str | None:
+    if subject.is_module:
+        return NOT_MENTIONED
+    return sentence_modules.why_not(subject.student, subject.head)
+
+
+# ---- timm ----
+
+
+def _is_of_timm(subject: Subject) -> bool:
+    return not subject.is_module and subject.student.model.config.model_type == TIMM
+
+
+def _timm_source(name: str) -> str:
+    return LOCAL if Path(name).is_dir() or Path(name).is_absolute() else HUB
+
+
+def _timm_code(subject: Subject) -> str:
+    head = f"""import timm
+import torch
+from PIL import Image
+"""
+    pixels = 'processor(image, return_tensors="pt")["pixel_values"]'
+    prepare = "processor = AutoImageProcessor.from_pretrained(name)"
+    if is_timm_processor(subject.student.processor):
+        pixels = "transform(image).unsqueeze(0)"
+        prepare = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+    else:
+        head += "from transformers import AutoImageProcessor\n"
+    return f'''{head}
+name = "{subject.name}"
+model = timm.create_model("{_timm_source(subject.name)}" + name, pretrained=True).eval()
+{prepare}
+
+{_image(subject)}
+with torch.no_grad():
+    embedding = model({pixels})  # {_shape(subject)}'''
+
+
+def _timm_remark(subject: Subject) -> str:
+    return f"`{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
+
+
+def _why_no_timm(subject: Subject) -> str | None:
+    if not _is_of_timm(subject):
+        return NOT_MENTIONED
+    if subject.student.pooling != "pooler" and not pooler_is_embedding(subject.student):
+        return f"its networks pool by themselves, and not by `{subject.student.pooling}`"
+    return ""
+
+
+# ---- a plain module ----
+
+
+def _module_code(subject: Subject) -> str:
+    student = subject.student
+    builder = torchvision_name(student.model.module)
+    config = student.model.config
+    imports = "import torch\n"
+    build = f"module = ...  # a {config.architecture}, built as the trained one was"
+    if builder is not None:
+        imports += "import torchvision\n"
+        build = f"module = torchvision.models.{builder}()"
+    without = removal_of_classifier(student.model.module)
+    without = f"{without}  # no classifier\n" if without else ""
+    return f'''{imports}from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoImageProcessor
+from transformers.utils import cached_file
+
+name = "{subject.name}"
+{build}
+{without}module.load_state_dict(load_file(cached_file(name, "model.safetensors")))
+module.eval()
+processor = AutoImageProcessor.from_pretrained(name)
+
+{_image(subject)}
+with torch.no_grad():
+    output = module(processor(image, return_tensors="pt")["pixel_values"])
+embedding = {_module_expression(student)}  # {_shape(subject)}'''
+
+
+@torch.no_grad()
+def _module_expression(student: Backbone) -> str:
+    """The embedding as an expression of ``output``, what the module itself returns."""
+    network = student.model
+    if network.embedding is not None:
+        return f"{network.config.embedding_function}(output)"
+    first = next(network.parameters())
+    with evaluating(network):
+        output = network.module(torch.zeros(2, 3, *student.size, device=first.device, dtype=first.dtype))
+    if isinstance(output, Features):
+        return "output.embedding"
+    if isinstance(output, Tensor):
+        return "output" if output.dim() == 2 else _pooled(student, "output")
+    if isinstance(output, (list, tuple)):
+        return _pooled(student, "output[-1]")
+    is_mapping = hasattr(output, "keys")
+    hidden = output.get("last_hidden_state") if is_mapping else getattr(output, "last_hidden_state", None)
+    name = "pooler_output" if student.pooling == "pooler" or hidden is None else "last_hidden_state"
+    value = f'output["{name}"]' if is_mapping else f"output.{name}"
+    return f"{value}.flatten(1)" if name == "pooler_output" else _pooled(student, value)
+
+
+def _module_remark(subject: Subject) -> str:
+    config = subject.student.model.config
+    return (
+        f"A state dict in the keys of `{config.architecture}`, the module that it was trained from "
+        f"(`model.safetensors`), and its image processor.{_own_space(subject)}"
+    )
+
+
+def _only_module(subject: Subject) -> str | None:
+    return "" if subject.is_module else NOT_MENTIONED
+
+
+# ---- this package ----
+
+
+def _own_code(subject: Subject) -> str:
+    return f'''import coss_hf
+from PIL import Image
+
+name = "{subject.name}"
+{_own_loading(subject)}
+
+{_image(subject)}
+embedding = {"student.encode([image])" if subject.space else "coss_hf.embed(student, [image])"}'''
+
+
+def _own_loading(subject: Subject) -> str:
+    if not subject.is_module:
+        load = "coss_hf.Student.from_pretrained(name)" if subject.space else "name"
+        return f"student = {load}"
+    config = subject.student.model.config
+    built = "module"
+    if config.embedding_function is not None:
+        processor = subject.student.processor
+        built = (
+            f"coss_hf.Backbone.from_module(module, embedding={config.embedding_function}, size={subject.student.size}, "
+            f"mean={tuple(processor.image_mean)}, std={tuple(processor.image_std)})"
+        )
+    load = f"coss_hf.Student.from_pretrained(name, module={built})"
+    if subject.space is None:
+        load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
+    line = f"module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced"
+    builder = torchvision_name(subject.student.model.module)
+    if builder is not None:
+        line = f"module = torchvision.models.{builder}()  # its weights are replaced"
+    return f"{line}\nstudent = {load}"
+
+
+def _own_remark(subject: Subject) -> str:
+    text = "Needs `coss-hf`; pooling and pre-processing are looked after, many images at once"
+    if subject.space is None:
+        return f"{text}."
+    return f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
+
+
+LOADERS = [
+    Loader("Transformers", _no_module, _transformers_code, _transformers_remark),
+    Loader("Pipeline and Inference Endpoints", _why_no_pipeline, _pipeline_code, _pipeline_remark),
+    Loader("sentence-transformers", _why_no_sentence, _sentence_code, _sentence_remark),
+    Loader("timm", _why_no_timm, _timm_code, _timm_remark),
+    Loader("PyTorch", _only_module, _module_code, _module_remark),
+    Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
+]

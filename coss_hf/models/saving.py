@@ -1,0 +1,43 @@
+"""The network of a student in a folder: in one layout that both ``AutoModel`` and, for its networks, timm load."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.pooler import TIMM
+
+CONFIG_FILE = "config.json"
+PREFIX = "timm_model."  # of the keys by which Transformers' wrapper of timm knows them
+
+
+def save_network(student: Backbone, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
+    """Write configuration and weights of a student's network.
+
+    The weights of a network of timm are written by timm's own keys, and its configuration has what
+    ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads; Transformers' wrapper reads both, too.
+
+    Args:
+        student: whose network is written.
+        folder: made where it is missing.
+        state_dict: of the network, instead of its own.
+    """
+    network = student.model
+    if network.config.model_type != TIMM:
+        network.save_pretrained(folder, state_dict=state_dict)
+        return
+    state = network.state_dict() if state_dict is None else state_dict
+    own = {key.removeprefix(PREFIX): value for key, value in state.items()}
+    network.save_pretrained(folder, state_dict=own, save_original_format=False)
+    path = Path(folder, CONFIG_FILE)
+    path.write_text(json.dumps(_timm_config(json.loads(path.read_text()), student), indent=2, sort_keys=True) + "\n")
+
+
+def _timm_config(config: dict, student: Backbone) -> dict:
+    """The configuration of a network without classifier, which timm would look for in the weights."""
+    config = {key: value for key, value in config.items() if key not in ("label_names", "id2label", "label2id")}
+    if config.get("model_args") is None:
+        config.pop("model_args", None)  # timm takes what is there for a dictionary
+    kept = {key: value for key, value in config.get("pretrained_cfg", {}).items() if not key.startswith("label_")}
+    return {**config, "num_classes": 0, "num_features": student.dim, "pretrained_cfg": {**kept, "num_classes": 0}}
