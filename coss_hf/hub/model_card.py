@@ -100,7 +100,8 @@ def _base_models(student: Backbone, teacher: Backbone, init: str | None) -> list
     trained to give what the teacher gives.
     """
     started_from = [student.name] if init == "pretrained" else []
-    return [name for name in dict.fromkeys([*started_from, teacher.name]) if on_hub(name)]
+    # A network in memory that came from nowhere is called by its class.
+    return [name for name in dict.fromkeys([*started_from, teacher.name]) if "/" in name and on_hub(name)]
 
 
 def _library_tags(subject: Subject) -> list[str]:

@@ -1,7 +1,8 @@
 """A student for the package sentence-transformers: pooling and head as modules of its own kinds, next to the weights.
 
 ``SentenceTransformer(folder).encode([image])`` reads ``modules.json``: the network as Transformers loads it, the
-pooling of its tokens, and one dense layer after another. No code travels along.
+pooling of its tokens, and one dense layer after another. No code travels along, but for a mean that leaves several
+tokens out (``patch_pooling.py``).
 """
 
 import json
@@ -20,10 +21,12 @@ from coss_hf.models.modules import ModuleNetwork
 PACKAGE = "sentence-transformers>=5.4"  # earlier ones take images for CLIP alone
 MODULES_FILE = "modules.json"
 NETWORK_FILE = "sentence_bert_config.json"
-FILES = [MODULES_FILE, NETWORK_FILE, "config_sentence_transformers.json"]
-FOLDERS = ["*_Pooling/*", "*_LayerNorm/*", "*_Dense/*"]
-FOLDER = re.compile(r"\d+_(Pooling|LayerNorm|Dense)")
+CODE_FILE = "patch_pooling.py"
+FILES = [MODULES_FILE, NETWORK_FILE, "config_sentence_transformers.json", CODE_FILE]
+FOLDERS = ["*_Pooling/*", "*_PatchPooling/*", "*_LayerNorm/*", "*_Dense/*"]
+FOLDER = re.compile(r"\d+_(Pooling|PatchPooling|LayerNorm|Dense)")
 KINDS = {
+    "PatchPooling": "patch_pooling.PatchPooling",
     "Transformer": "sentence_transformers.base.modules.transformer.Transformer",
     "Pooling": "sentence_transformers.sentence_transformer.modules.pooling.Pooling",
     "LayerNorm": "sentence_transformers.sentence_transformer.modules.layer_norm.LayerNorm",
@@ -90,15 +93,12 @@ def _pooling(student: Backbone) -> tuple[str, str, list[Stage]]:
         return layout.class_output, TOKENS, [_pooling_of(student, "cls"), norm]
     if student.pooling == "cls":
         return "last_hidden_state", TOKENS, [_pooling_of(student, "cls")]
-    if not layout.tokens and layout.channels_last:
-        raise NotExpressible("its last map has the channels last")
-    if not layout.tokens or not (layout.prefix or layout.suffix):
-        return "last_hidden_state", TOKENS, [_pooling_of(student, "mean")]
-    if layout.prefix + layout.suffix > 1:
-        raise NotExpressible(
-            f"its pooling leaves {layout.prefix + layout.suffix} tokens that are no patches out of the mean"
-        )
-    return "last_hidden_state", TOKENS, _mean_of_patches(student)
+    if layout.prefix + layout.suffix > 1 or layout.channels_last:
+        config = {"first": layout.prefix, "last": -layout.suffix or None, "channels_last": layout.channels_last}
+        return "last_hidden_state", TOKENS, [Stage("PatchPooling", {"dimension": student.dim} | config)]
+    if layout.prefix or layout.suffix:
+        return "last_hidden_state", TOKENS, _mean_of_patches(student)
+    return "last_hidden_state", TOKENS, [_pooling_of(student, "mean")]
 
 
 def _pooling_of(student: Backbone, *modes: str) -> Stage:
@@ -182,6 +182,8 @@ def write_modules(
             if student.options:
                 entry["kwargs"] = list(student.options)  # of ``encode``, for the network
         entries.append(entry)
+        if stage.kind == "PatchPooling":
+            shutil.copy(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
     _write_json(folder / FILES[2], {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"})
     _write_json(folder / MODULES_FILE, entries)
 
@@ -212,6 +214,11 @@ def module_folders(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     return [entry["path"] for entry in json.loads(path.read_text()) if FOLDER.fullmatch(entry["path"])]
+
+
+def needs_code(student: Backbone) -> bool:
+    """Whether the package must trust a file in the student's folder."""
+    return any(stage.kind == "PatchPooling" for stage in stages(student, None))
 
 
 def why_not(student: Backbone, head: nn.Module | None) -> str:

@@ -137,6 +137,8 @@ def _described_space(subject: Subject) -> str:
 def _transformers_code(subject: Subject) -> str:
     student = subject.student
     trust = _trust(subject)
+    if student.model.dtype != torch.float32:
+        trust += ", dtype=torch.float32"  # of the processor's pixels
     options = "".join(f", {key}={value}" for key, value in student.options.items())
     return f'''import torch
 from PIL import Image
@@ -224,11 +226,12 @@ def _why_no_pipeline(subject: Subject) -> str | None:
 def _sentence_code(subject: Subject) -> str:
     options = "".join(f", {key}={value}" for key, value in subject.student.options.items())
     dim = subject.space["dim"] if subject.space else subject.student.dim
+    trust = _trust(subject) or (", trust_remote_code=True" if sentence_modules.needs_code(subject.student) else "")
     return f'''from PIL import Image
 from sentence_transformers import SentenceTransformer
 
 name = "{subject.name}"
-model = SentenceTransformer(name{_trust(subject)})
+model = SentenceTransformer(name{trust})
 
 {_image(subject)}
 embedding = model.encode([image]{options})  # (1, {dim})
@@ -237,6 +240,8 @@ similarity = model.similarity(embedding, embedding)  # cosines'''
 
 def _sentence_remark(subject: Subject) -> str:
     text = f"Needs `{sentence_modules.PACKAGE}`"
+    if sentence_modules.needs_code(subject.student):
+        text += f", and trust in the few lines of `{sentence_modules.CODE_FILE}`, which leave out what is no patch"
     if subject.space is None:
         return f"{text}; {_described_space(subject)}."
     return f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
@@ -260,7 +265,7 @@ def _timm_source(name: str) -> str:
 
 
 def _timm_code(subject: Subject) -> str:
-    head = f"""import timm
+    head = """import timm
 import torch
 from PIL import Image
 """

@@ -10,6 +10,9 @@ from coss_hf.models.pooler import TIMM
 
 CONFIG_FILE = "config.json"
 PREFIX = "timm_model."  # of the keys by which Transformers' wrapper of timm knows them
+# Where timm would look for other weights than those in the folder, and what it says of a classifier.
+NOT_KEPT = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"}
+NOT_KEPT |= {"label_names", "label_descriptions", "label_offset"}
 
 
 def save_network(student: Backbone, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -39,5 +42,6 @@ def _timm_config(config: dict, student: Backbone) -> dict:
     config = {key: value for key, value in config.items() if key not in ("label_names", "id2label", "label2id")}
     if config.get("model_args") is None:
         config.pop("model_args", None)  # timm takes what is there for a dictionary
-    kept = {key: value for key, value in config.get("pretrained_cfg", {}).items() if not key.startswith("label_")}
+    given = config.get("pretrained_cfg") or {}
+    kept = {key: value for key, value in given.items() if key not in NOT_KEPT and value is not None}
     return {**config, "num_classes": 0, "num_features": student.dim, "pretrained_cfg": {**kept, "num_classes": 0}}

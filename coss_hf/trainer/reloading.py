@@ -22,6 +22,7 @@ from coss_hf.models.heads import load_head
 from coss_hf.models.image_processor import noise_image
 from coss_hf.models.loading import quiet_loading
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
+from coss_hf.models.pooler import TIMM, pooler_is_embedding
 from coss_hf.models.pooling import pool
 from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import command_to, first_line
@@ -91,6 +92,8 @@ def check_reload(
     tolerance = TOLERANCE if student.model.dtype == torch.float32 else HALF_TOLERANCE
     trained = _embed(student.model, student, student_pixels)
     _compare(folder, "embeddings", embeddings, trained, tolerance)
+    if not isinstance(student.model, ModuleNetwork):
+        _check_pooler(folder, model, student, pixels, trained, tolerance)
     if head is not None:
         with _step(folder, "its head"), torch.no_grad():
             found = load_head(str(folder)).to(trained.device)(trained)
@@ -138,6 +141,28 @@ def _embed(model: torch.nn.Module, student: Backbone, pixels: Tensor) -> Tensor:
     with evaluating(model):
         output = model(pixel_values=pixels.to(first.device, first.dtype), **student.options)
     return pool(output, student.pooling, student.layout).float()
+
+
+@torch.no_grad()
+def _check_pooler(
+    folder: str | Path, model: torch.nn.Module, student: Backbone, pixels: Tensor, trained: Tensor, tolerance: float
+) -> None:
+    """Compare what pipelines and timm read with the embeddings, where the card says that it is the same."""
+    first = next(model.parameters())
+    if pooler_is_embedding(student):
+        with _step(folder, "its pooler_output"), evaluating(model):
+            output = model(pixel_values=pixels.to(first.device, first.dtype), **student.options)
+            pooled = output.pooler_output.flatten(1).float()
+        _compare(folder, "values of pooler_output", pooled, trained, tolerance)
+    elif any(value.any() for name, value in model.named_parameters() if name in student.pooler_alone):
+        raise _failed(folder, "it has a pooler that was not trained")
+    if model.config.model_type == TIMM and pooler_is_embedding(student):
+        with _step(folder, "timm.create_model"):
+            import timm
+
+            network = timm.create_model(f"local-dir:{folder}", pretrained=True).to(first.device, first.dtype).eval()
+            pooled = network(pixels.to(first.device, first.dtype)).float()
+        _compare(folder, "embeddings by timm", pooled, trained, tolerance)
 
 
 @contextmanager

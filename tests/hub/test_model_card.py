@@ -1,5 +1,6 @@
 import logging
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import coss_hf
 import tests.helpers.runs as h
 from coss_hf.hub import model_card
 from coss_hf.hub.push import PushFailed
+from coss_hf.hub.snippets import LOADERS, Subject
 from coss_hf.losses.registry import LOSSES, papers
 from coss_hf.trainer import publishing
 
@@ -67,7 +69,7 @@ def test_card_states_whether_distillation_helped(trainer, tmp_path):
 @pytest.mark.parametrize("network", ["vit", "resnet"])
 def test_the_snippet_embeds_as_the_package(trainer, networks, network, tmp_path):
     run = trainer(student=getattr(networks, network))
-    code = model_card.snippet(getattr(networks, network), run.student)
+    code = LOADERS[0].code(Subject(getattr(networks, network), run.student, None, tmp_path))
     space = {}
     exec(code, space)
     expected = coss_hf.embed(getattr(networks, network), space["image"])
@@ -75,9 +77,32 @@ def test_the_snippet_embeds_as_the_package(trainer, networks, network, tmp_path)
     assert f"(1, {run.student.dim})" in code and expected.shape == (1, run.student.dim)
 
 
-def test_renaming_touches_the_snippet_alone():
-    card = 'name = "a"\n`name = "a"` and\n    name = "a"\n'
-    assert model_card.renamed(card, r"me/\1") == card.replace('name = "a"', r'name = "me/\1"', 1)
+@pytest.mark.parametrize(
+    ("student", "teacher", "init", "expected"),
+    [
+        ("google/vit", "facebook/dino", "pretrained", ["google/vit", "facebook/dino"]),
+        ("google/vit", "facebook/dino", "random", ["facebook/dino"]),
+        ("google/vit", "google/vit", "pretrained", ["google/vit"]),
+        ("/a/folder", "facebook/dino", "pretrained", ["facebook/dino"]),
+        ("ResNet (torchvision.models.resnet)", "/a/folder", "pretrained", []),
+        ("ViTModel", "facebook/dino", "pretrained", ["facebook/dino"]),  # a network in memory
+        ("facebook/dino, layers [0, 2]", "facebook/dino", "teacher_layers", ["facebook/dino"]),
+    ],
+)
+def test_the_networks_that_a_student_comes_from(student, teacher, init, expected):
+    names = [SimpleNamespace(name=name) for name in (student, teacher)]
+    assert model_card._base_models(*names, init) == expected
+
+
+def test_the_hub_finds_it_by_its_libraries(trainer, tmp_path, monkeypatch):
+    run = trainer()
+    run.teacher.name = "facebook/dino"
+    monkeypatch.setattr(model_card, "licence_of", lambda *arguments: ("mit", "`mit`."))
+    run.create_model_card()
+    data = metadata_load(tmp_path / "out" / "README.md")
+    assert data["base_model"] == "facebook/dino" and data["base_model_relation"] == "finetune"
+    assert {"coss_hf", "sentence-transformers"} <= {*data["tags"]} and "transformers" not in data["tags"]
+    assert data["widget"][0]["src"].startswith("https://huggingface.co/datasets/")
 
 
 @pytest.mark.parametrize(

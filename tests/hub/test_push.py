@@ -30,20 +30,20 @@ import sys, re, torch, transformers
 from huggingface_hub import hf_hub_download, ModelCard
 name = sys.argv[1]
 card = ModelCard.load(name)
-codes = re.findall(r"```python\\n(.*?)```", card.content, re.DOTALL)
+codes = dict(re.findall(r"### (.+?)\\n.*?```python\\n(.*?)```", card.content, re.DOTALL))
 space = {}
-exec(codes[0], space)
-assert "coss_hf" not in sys.modules, "the snippet needs Transformers alone"
+exec(codes["Transformers"], space)
 before = space["embedding"]
-exec(codes[1], space)
-torch.testing.assert_close(before, space["embeddings"], rtol=1e-5, atol=1e-6)
-exec(codes[2], space)
-assert space["embeddings"].shape == (1, 16), "in the teacher's space"
+exec(codes["Pipeline and Inference Endpoints"], space)
+torch.testing.assert_close(before, space["embedding"], rtol=1e-5, atol=1e-6)
+assert "coss_hf" not in sys.modules, "the snippets need Transformers alone"
+exec(codes["coss_hf"], space)
+assert space["embedding"].shape == (1, 16), "in the teacher's space"
 import coss_hf
 student = coss_hf.Student.from_pretrained(name)
 student.push_to_hub("me/copy", commit_message="A copy")
 copied = coss_hf.Student.from_pretrained("me/copy").embed([space["image"]])
-torch.testing.assert_close(copied, space["embeddings"], rtol=0, atol=0)
+torch.testing.assert_close(copied, space["embedding"], rtol=0, atol=0)
 print("EMBEDDED", tuple(before.shape))
 """
 
@@ -121,6 +121,9 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     assert f"revision {sha}" in done.stdout and message == "Student, 16 images seen"
     assert hub.private["models/me/my-student"]
     expected = {"config.json", "model.safetensors", "preprocessor_config.json", "head.safetensors"}
+    expected |= {"modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+    expected |= {"1_Pooling/config.json"}
+    expected |= {f"{number}_Dense/{name}" for number in (2, 3) for name in ("config.json", "model.safetensors")}
     expected |= {
         "README.md",
         "run.json",
@@ -144,6 +147,8 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     # Another run pushes a second revision; weights that it does not have go.
     hub.private["models/me/my-student"] = False
     (out / "head.safetensors").unlink()
+    modules = json.loads((out / "modules.json").read_text())
+    (out / "modules.json").write_text(json.dumps(modules[:2]))  # no dense layers
     record = json.loads((out / "run.json").read_text())
     (out / "run.json").write_text(json.dumps(record | {"images_seen": 32}))
     done = run(["-c", AGAIN, out])
@@ -151,6 +156,7 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     (first, _, old), (second, message, files) = hub.commits["models/me/my-student"][-2:]
     assert message == "Student, 32 images seen" and first == sha != second
     assert "head.safetensors" in old and "head.safetensors" not in files
+    assert "2_Dense/model.safetensors" in old and not any(name.startswith("2_Dense") for name in files)
 
 
 def test_neighbours_make_the_round_trip(hub, run, tmp_path, world):

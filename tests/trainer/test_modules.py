@@ -131,10 +131,14 @@ def test_the_card_says_how_to_load_it(tmp_path, images, module):
     trainer.create_model_card()
     card = (tmp_path / "out" / "README.md").read_text()
     assert "library_name: coss-hf" in card and "AutoModel" not in card and "huggingface.co/Encoder" not in card
-    code = re.search(r"```python\n(.*?)```", card, re.S)[1].replace("module = ...", "module = encoder(form)")
-    names = {"encoder": encoder, "form": module, "read_features": read_features}
-    exec(code, names)
-    assert names["embedding"].shape == (1, 16)
+    codes = re.findall(r"```python\n(.*?)```", card, re.S)
+    found = []
+    for code in codes:
+        names = {"encoder": encoder, "form": module, "read_features": read_features}
+        exec(code.replace("module = ...", "module = encoder(form)"), names)
+        found.append(names["embedding"])
+    assert found[0].shape == (1, 16) and len(codes) == 2
+    torch.testing.assert_close(*found)
 
 
 def read_features(output: dict) -> torch.Tensor:

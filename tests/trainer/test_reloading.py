@@ -204,3 +204,24 @@ def test_missing_images_do_not_fail_the_reload_check(finished, monkeypatch):
     monkeypatch.setattr(reloading, "decode", gone)
     rest = (run.trainer.student, run.trainer.full_model.head, run.splits.train, run.splits.image_column)
     reloading.check_reload(folder / "out", *rest)
+
+
+def test_an_untrained_pooler_ends_the_run(tmp_path, image_parquet, networks):
+    """`pooler_output` of a ViT student was noise: AutoModel builds a pooler that no checkpoint of its kind has."""
+    from coss_hf.trainer.reloading import check_reload
+
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    folder = tmp_path / "out"
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["pooler.dense.weight"], torch.eye(16)) and not weights["pooler.dense.bias"].any()
+    random = {"pooler.dense.weight": torch.randn(16, 16)}
+    save_file(weights | random, folder / "model.safetensors", metadata={"format": "pt"})
+    rest = (trainer.student, trainer.full_model.head, trainer.splits.train, trainer.splits.image_column)
+    with pytest.raises(NotReloadable, match="values of pooler_output differ"):
+        check_reload(folder, *rest)
+    trainer.student.set_pooling("mean")
+    trainer.student.model.config.pooler_act = "tanh"
+    with pytest.raises(NotReloadable, match="embeddings differ|pooler that was not trained"):
+        check_reload(folder, *rest)
