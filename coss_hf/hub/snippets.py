@@ -303,7 +303,7 @@ def _why_no_timm(subject: Subject) -> str | None:
 
 def _module_code(subject: Subject) -> str:
     student = subject.student
-    builder = torchvision_name(student.model.module)
+    builder = _torchvision_builder(subject)
     config = student.model.config
     imports = "import torch\n"
     build = f"module = ...  # a {config.architecture}, built as the trained one was"
@@ -367,14 +367,20 @@ def _only_module(subject: Subject) -> str | None:
 
 
 def _own_code(subject: Subject) -> str:
+    builder = _torchvision_builder(subject)
+    imports = "" if builder is None else "import torchvision\n"
     return f'''import coss_hf
-from PIL import Image
+{imports}from PIL import Image
 
 name = "{subject.name}"
 {_own_loading(subject)}
 
 {_image(subject)}
 embedding = {"student.encode([image])" if subject.space else "coss_hf.embed(student, [image])"}'''
+
+
+def _torchvision_builder(subject: Subject) -> str | None:
+    return torchvision_name(subject.student.model.module) if subject.is_module else None
 
 
 def _own_loading(subject: Subject) -> str:
@@ -393,7 +399,7 @@ def _own_loading(subject: Subject) -> str:
     if subject.space is None:
         load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
     line = f"module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced"
-    builder = torchvision_name(subject.student.model.module)
+    builder = _torchvision_builder(subject)
     if builder is not None:
         line = f"module = torchvision.models.{builder}()  # its weights are replaced"
     return f"{line}\nstudent = {load}"

@@ -37,12 +37,15 @@ _POOLED_OUTPUTS = ("pooler_output", "summary")
 _CLASS_OUTPUT = "cls_token_value"
 # The entry of a configuration that counts the tokens after those of patches: YOLOS detects objects with them.
 _SUFFIX_ENTRY = "num_detection_tokens"
+# The entry of a configuration that says that a student's position embeddings are stretched to its size.
+_INTERPOLATION_ENTRY = "embedding_interpolate_pos_encoding"
 # Entries of a configuration that an embedding does not depend on, or that its fingerprint contains in another form.
 _NOT_IN_FINGERPRINT = {
     "_name_or_path",
     "architectures",
     "auto_map",
     "dtype",
+    "embedding_interpolate_pos_encoding",
     "embedding_pooling",
     "id2label",
     "label2id",
@@ -126,11 +129,13 @@ class Backbone:
             self.size = self.preprocessing.size
         self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
         # Teacher and student get the same flag: a ResNet takes any size without it.
-        interpolate = interpolate_pos_encoding and self.can_interpolate
-        self.options = {"interpolate_pos_encoding": True} if interpolate else {}
+        interpolate = interpolate_pos_encoding or getattr(self.model.config, _INTERPOLATION_ENTRY, False)
+        self.options = {"interpolate_pos_encoding": True} if interpolate and self.can_interpolate else {}
         self.set_pooling(pooling, argument)
         # Read by `embed` and by anybody who reloads the network.
         self.model.config.embedding_pooling = self.pooling
+        if self.options:
+            setattr(self.model.config, _INTERPOLATION_ENTRY, True)
 
     @classmethod
     def from_module(

@@ -409,9 +409,13 @@ def torchvision_name(module: nn.Module) -> str | None:
     from torchvision import models
 
     file = _source_of(module)
+    count = sum(parameter.numel() for parameter in module.parameters())
     for name in models.list_models(module=models):
         if _file_of(models, name) != file:
             continue
+        published = [entry.meta.get("num_params", 0) for entry in models.get_model_weights(name)]
+        if not any(_is_classifier(parameters - count, None) for parameters in published):
+            continue  # to build each takes a second
         with torch.device("meta"):
             built, _ = without_classifier(models.get_model_builder(name)())
         if str(built) == str(module) and _shapes(built) == _shapes(module):
