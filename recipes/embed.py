@@ -26,6 +26,7 @@ from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.models.embedding import embed_dataset
 from coss_hf.models.heads import load_head
 from coss_hf.models.loading import load_backbone
+from coss_hf.models.towers import SPACES
 from coss_hf.trainer.arguments import DataArguments
 
 SPLITS = ("train", "validation", "test")
@@ -47,6 +48,14 @@ class EmbedArguments:
     pooling: str = field(
         default="auto",
         metadata={"help": "How features become one embedding: cls, mean, pooler, gap, or auto (by the architecture)."},
+    )
+    space: str = field(
+        default="tower",
+        metadata={
+            "help": "Of a network of images and text, such as CLIP: the embedding of its vision tower, or the one "
+            "that is compared with embeddings of texts (projected).",
+            "choices": list(SPACES),
+        },
     )
     batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
@@ -78,7 +87,7 @@ def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
     if rows is None:
         names = ", ".join(name for name in SPLITS if getattr(splits, name) is not None)
         raise ValueError(f"--split {args.split}: the dataset has no such split; it has {names}.")
-    backbone = load_backbone(args.model, argument="model", pooling=args.pooling).freeze()
+    backbone = load_backbone(args.model, argument="model", pooling=args.pooling, space=args.space).freeze()
     head = load_head(args.model) if args.head else None
     if args.head and head is None:
         raise ValueError(f"--head: {args.model} has no projection head; leave --head out.")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from coss_hf.features import Features
 from coss_hf.models.image_processor import Preprocessing, is_timm_processor, transformers_processor
@@ -24,6 +24,15 @@ from coss_hf.models.pooling import (
     is_channels_last,
     pool,
     token_layout,
+)
+from coss_hf.models.towers import (
+    ProjectedTower,
+    check_space,
+    find_tower,
+    joint_embedding,
+    projected_tower,
+    space_of,
+    vision_config_of,
 )
 from coss_hf.utils.messages import first_line, flag
 
@@ -72,6 +81,8 @@ class Backbone:
         size: side of the input in pixels; by default the image processor's. ``(h, w)`` where there is no processor.
         interpolate_pos_encoding: whether to stretch position embeddings, where the network has them and can do it.
         argument: the command-line flag that errors name.
+        space: of a network of images and text, such as CLIP: ``tower``, the embedding of the vision tower; or
+            ``projected``, that in the space which images share with text, for a teacher.
 
     Attributes:
         model: the network, without a classifier.
@@ -92,7 +103,7 @@ class Backbone:
         classifier: the linear layer on the embedding that was left out of a plain module; None where none is known.
 
     Raises:
-        ValueError: a network that reads no images, a pooling or size that it does not support, missing weights.
+        ValueError: a network that reads no images, a pooling, size or space that it does not support, missing weights.
     """
 
     def __init__(
@@ -105,12 +116,18 @@ class Backbone:
         size: int | tuple[int, int] | None = None,
         interpolate_pos_encoding: bool = False,
         argument: str = "",
+        space: str = "tower",
     ):
+        check_space(space, pooling, argument)
         self.name = model.name_or_path or type(model).__name__
         self.maps = 0
         self.classifier: nn.Linear | None = None
-        self.model = vision_tower(model, argument)
         self.missing = set(missing)
+        if space == "projected":
+            self.model = projected_tower(model, argument)
+            self.missing = self.model.own_names(self.missing)
+        else:
+            self.model = vision_tower(model, argument)
         self.preprocessing = None
         self.processor = None
         self.size = size
@@ -127,11 +144,13 @@ class Backbone:
                 raise
             self.processor = self.preprocessing.processor
             self.size = self.preprocessing.size
-        self.can_interpolate = "interpolate_pos_encoding" in inspect.signature(self.model.forward).parameters
+        self.can_interpolate = "interpolate_pos_encoding" in _inputs(self.model)
         # Teacher and student get the same flag: a ResNet takes any size without it.
         interpolate = interpolate_pos_encoding or getattr(self.model.config, _INTERPOLATION_ENTRY, False)
         self.options = {"interpolate_pos_encoding": True} if interpolate and self.can_interpolate else {}
         self.set_pooling(pooling, argument)
+        if space == "projected":
+            self._check_projection(model, argument)
         # Read by `embed` and by anybody who reloads the network.
         self.model.config.embedding_pooling = self.pooling
         if self.options:
@@ -198,6 +217,9 @@ class Backbone:
         Raises:
             ValueError: a pooling or size that the network does not support, missing weights.
         """
+        if isinstance(self.model, ProjectedTower):
+            check_space("projected", pooling, argument)
+            pooling = "pooler"
         pooling = getattr(self.model.config, "embedding_pooling", "auto") if pooling == "auto" else pooling
         if pooling not in (*POOLINGS, "auto"):
             raise ValueError(
@@ -210,7 +232,8 @@ class Backbone:
         ):
             self.layout = _layout(self.model, output, self.size, argument)
             parameters = {parameter: name for name, parameter in twin.named_parameters()}
-            pooling = self._choose_pooling(pooling, output, parameters, argument)
+            if not isinstance(self.model, ProjectedTower):
+                pooling = self._choose_pooling(pooling, output, parameters, argument)
             embedding = pool(output, pooling, self.layout)
             used = _reached(embedding, parameters)
             pooled = getattr(output, self.layout.pooled) if self.layout.pooled else None
@@ -251,6 +274,20 @@ class Backbone:
                 f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
             )
 
+    @torch.no_grad()
+    def _check_projection(self, full: PreTrainedModel, argument: str) -> None:
+        """Refuse a network that gets into the space of its texts by another way than a projection of the pooler."""
+        first = next(self.model.parameters())
+        noise = torch.randn(1, 3, *self.size, generator=torch.Generator().manual_seed(0)).to(first)
+        with evaluating(full):
+            expected = joint_embedding(full, noise, self.options)
+            found = self.features(noise).embedding
+        if found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-2, atol=1e-3):
+            raise ValueError(
+                f"{flag(argument, 'space')}=projected: {self.name} ({type(full).__name__}) does not embed images in "
+                f"the space of its texts by a projection of its pooler; leave {flag(argument, 'space')} out."
+            )
+
     def _example_output(self, network: PreTrainedModel | ModuleNetwork, argument: str):
         """Output of two images of the network's input size; errors where it does not support them."""
         try:
@@ -264,7 +301,7 @@ class Backbone:
             raise ValueError(self._misfit(network, error, argument)) from error
         if hidden is None:
             raise ValueError(
-                f"{flag(argument)}={self.name}: {type(self.model).__name__} gives no last_hidden_state; give the "
+                f"{flag(argument)}={self.name}: {_class_name(self.model)} gives no last_hidden_state; give the "
                 f"backbone alone, as AutoModel loads it."
             )
         return output
@@ -299,7 +336,7 @@ class Backbone:
                 f"({first_line(error)}); give it as Backbone.from_module(module, size=...), of the size that it was "
                 f"built for."
             )
-        given = f"{flag(argument)}={self.name}: {type(self.model).__name__}"
+        given = f"{flag(argument)}={self.name}: {_class_name(self.model)}"
         own = _trained_size(network)
         if own is not None and (own == self.size or not _takes_images(network, own, self.options)):
             return (
@@ -312,7 +349,7 @@ class Backbone:
         trained = f" ({getattr(network.config, 'image_size', None)})" if own else ""
         stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
         return (
-            f"{flag(argument, 'size')}={size}: {type(self.model).__name__} ({self.name}) cannot take images of this "
+            f"{flag(argument, 'size')}={size}: {_class_name(self.model)} ({self.name}) cannot take images of this "
             f"size ({first_line(error)}){'' if whole else f', of which its patches are {patch[0]}x{patch[1]} pixels'}"
             f"; give {flag(argument, 'size')} as it was trained{trained}{stretch}."
         )
@@ -332,6 +369,11 @@ class Backbone:
             f"{self.name} ({_class_name(self.model)}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
             f"embedding {self.dim}, {self.num_parameters():,} parameters"
         )
+
+    @property
+    def space(self) -> str | None:
+        """Of a network that was trained with text: ``projected`` or ``tower``, see ``towers.space_of``; else None."""
+        return space_of(self.model, self.pooling)
 
     def num_parameters(self) -> int:
         """Number of parameters that the embedding depends on."""
@@ -399,21 +441,6 @@ def backbone_classes(config) -> tuple[type, ...]:
     return (found,)
 
 
-def vision_config_of(config) -> PreTrainedConfig | None:
-    """The configuration of the tower that reads images, of a network of several towers; None for any other."""
-    found = getattr(config, "vision_config", None)
-    return found if isinstance(found, PreTrainedConfig) else None
-
-
-def find_tower(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The tower that reads images within a network of several towers; None where there is none."""
-    wanted = vision_config_of(model.config)
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.config.model_type == wanted.model_type:
-            return module
-    return None
-
-
 def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
     """The part of a network that embeds images, without its classifier or text tower."""
     if isinstance(model, ModuleNetwork):
@@ -441,7 +468,7 @@ def vision_tower(model: PreTrainedModel, argument: str) -> PreTrainedModel:
 @contextlib.contextmanager
 def _shapes(model: PreTrainedModel | ModuleNetwork, run):
     """A network and ``run`` of it: without storage where its code allows that, else itself, left as it was."""
-    if isinstance(model, ModuleNetwork):  # there is no configuration to build another from
+    if isinstance(model, (ModuleNetwork, ProjectedTower)):  # there is no configuration to build another from
         with evaluating(model):
             model.requires_grad_(True)
             yield model, run(model)
@@ -485,9 +512,15 @@ def _inputs_besides_images(network: PreTrainedModel) -> list[str]:
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return [
         name
-        for name, parameter in inspect.signature(network.forward).parameters.items()
+        for name, parameter in _inputs(network).items()
         if name != "pixel_values" and parameter.default is inspect.Parameter.empty and parameter.kind in named
     ]
+
+
+def _inputs(network: nn.Module):
+    """Arguments of a network's forward pass; those of the tower where a projection follows it."""
+    network = network.tower if isinstance(network, ProjectedTower) else network
+    return inspect.signature(network.forward).parameters
 
 
 def _input_channels(network: PreTrainedModel) -> int | None:
@@ -506,6 +539,8 @@ def _reads_videos(network: PreTrainedModel) -> bool:
 
 
 def _class_name(network: nn.Module) -> str:
+    if isinstance(network, ProjectedTower):
+        return f"{type(network.tower).__name__} with projection"
     return type(network.module if isinstance(network, ModuleNetwork) else network).__name__
 
 

@@ -16,6 +16,7 @@ from coss_hf.data.decoding import upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
+from coss_hf.models.towers import check_space, without_shared_space
 from coss_hf.utils.errors import NonFiniteEmbedding
 
 NAMES_SHOWN = 5  # of images, in a message
@@ -31,6 +32,7 @@ def embed(
     *,
     processor=None,
     batch_size: int = 64,
+    space: str = "tower",
 ) -> Tensor:
     """Embed images with any vision network, in evaluation mode and without gradients; the network is left unchanged.
 
@@ -42,27 +44,32 @@ def embed(
             ``auto``: what was stored with the network (``config.embedding_pooling``), else by its architecture.
         processor: image processor; by default the one in the network's checkpoint.
         batch_size: number of images per forward pass.
+        space: of a network of images and text, such as CLIP: ``tower``, the embedding of the vision tower; or
+            ``projected``, that which is compared with embeddings of texts.
 
     Returns:
         The embeddings ``(b, d)``, of the network's dtype and on its device.
 
     Raises:
-        ValueError: images of another kind, no image processor, a network without this pooling, or one whose embedding
-            needs weights that its checkpoint did not contain.
+        ValueError: images of another kind, no image processor, a network without this pooling or space, or one whose
+            embedding needs weights that its checkpoint did not contain.
     """
+    check_space(space, pooling, "")
     are_pixels = isinstance(images, Tensor) and images.is_floating_point()
     if not are_pixels:
         images = _as_images(images)
     if not len(images) or (are_pixels and (images.dim() != 4 or images.shape[1] != 3)):
         raise ValueError(f"images: {_described(images)}; give one image or more, pixel values as (b, 3, h, w).")
     if isinstance(model, Backbone):
+        if space == "projected" and model.space != space:
+            raise without_shared_space(model.name, "a Backbone that was built without it", "")
         backbone = copy.copy(model)
         if pooling not in ("auto", model.pooling):
             backbone.set_pooling(pooling)
         if processor is not None:
             backbone.preprocessing = Preprocessing(processor)
     else:
-        backbone = _prepare(model, pooling, processor, tuple(images.shape[2:]) if are_pixels else None)
+        backbone = _prepare(model, pooling, processor, tuple(images.shape[2:]) if are_pixels else None, space)
     first = next(backbone.model.parameters())
     rows = []
     with evaluating(backbone.model):
@@ -75,11 +82,11 @@ def embed(
 
 
 def _prepare(
-    model: PreTrainedModel | str | Path, pooling: str, processor, pixel_size: tuple[int, int] | None
+    model: PreTrainedModel | str | Path, pooling: str, processor, pixel_size: tuple[int, int] | None, space: str
 ) -> Backbone:
     """A backbone of a network, whose configuration is left unchanged; without image processor for pixel values."""
     if isinstance(model, (str, Path)):
-        network, missing = load_network(str(model))
+        network, missing = load_network(str(model), space)
     else:
         network = model
         missing = None
@@ -87,14 +94,14 @@ def _prepare(
         raise ValueError(f"model: {_described(network)}; give a Backbone, a PreTrainedModel, a Hub name or a folder.")
     tower = vision_tower(network, "")
     if missing is None:
-        missing = missing_weights(tower, network.name_or_path)
+        missing = missing_weights(tower if space == "tower" else network, network.name_or_path)
     entries = dict(vars(tower.config))
     try:
         if pixel_size is not None:
             processor = None
         elif processor is None:
             processor = find_processor(network)
-        return Backbone(network, processor, pooling=pooling, missing=missing, size=pixel_size)
+        return Backbone(network, processor, pooling=pooling, missing=missing, size=pixel_size, space=space)
     finally:
         vars(tower.config).clear()
         vars(tower.config).update(entries)

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.towers import ProjectedTower
 from coss_hf.utils.messages import flag
 
 logger = logging.getLogger(__name__)
@@ -40,10 +41,11 @@ def build_from_layers(teacher: Backbone | None, overrides: dict, options: dict, 
         raise ValueError(
             f"{flag(argument, 'config_overrides')}={overrides}: with teacher_layers only num_hidden_layers can differ."
         )
-    config = teacher.model.config
-    timm_blocks = getattr(getattr(teacher.model, "timm_model", None), "blocks", ())
+    network = teacher.model.tower if isinstance(teacher.model, ProjectedTower) else teacher.model
+    config = network.config
+    timm_blocks = getattr(getattr(network, "timm_model", None), "blocks", ())
     total = getattr(config, "num_hidden_layers", None) or len(timm_blocks)
-    stacks = [path for path, module in teacher.model.named_modules() if total and _is_stack(module, total)]
+    stacks = [path for path, module in network.named_modules() if total and _is_stack(module, total)]
     if len(stacks) != 1:
         raise ValueError(
             f"{given}: {teacher.name} ({config.model_type}) is no plain stack of transformer layers; use "
@@ -56,9 +58,9 @@ def build_from_layers(teacher: Backbone | None, overrides: dict, options: dict, 
         depth = {"model_args": {**(config.model_args or {}), "depth": kept}}
     else:
         depth = {"num_hidden_layers": kept}
-    student = type(teacher.model)._from_config(rebuild_config(config, depth, argument), **options)
+    student = type(network)._from_config(rebuild_config(config, depth, argument), **options)
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
-    student.load_state_dict(_chosen_layers(teacher.model.state_dict(), stacks[0], chosen))
+    student.load_state_dict(_chosen_layers(network.state_dict(), stacks[0], chosen))
     student.name_or_path = f"{teacher.name}, layers {chosen}"
     logger.info("the student takes layers %s of the teacher's %d", chosen, total)
     return student

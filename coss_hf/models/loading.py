@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
@@ -14,11 +15,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
-from coss_hf.models.backbone import Backbone, backbone_classes, find_tower, vision_config_of
+from coss_hf.models.backbone import Backbone, backbone_classes
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
+from coss_hf.models.towers import check_space, find_tower, vision_config_of, without_shared_space
 from coss_hf.utils.messages import first_line, flag
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def load_backbone(
     config_overrides: dict | None = None,
     teacher: Backbone | None = None,
     module=None,
+    space: str = "tower",
 ) -> Backbone:
     """Load a vision network and find its pooling, dimension and input size.
 
@@ -65,18 +68,15 @@ def load_backbone(
         teacher: source of layers, and of the image processor where ``name`` has none.
         module: for a student that was saved from a plain ``nn.Module``: a network that is built as the trained one was,
             its constructor, or a ``Backbone`` of it.
+        space: of a teacher of images and text, such as CLIP: ``tower``, the embedding of the vision tower; or
+            ``projected``, that in the space which images share with text.
 
     Raises:
         ValueError: an unknown name (similar ones are suggested), a network that reads no images, a checkpoint that
-            lacks needed weights, a size or pooling that the network does not support.
+            lacks needed weights, a size, pooling or space that the network does not support.
     """
-    if init not in INITS:
-        raise ValueError(f"{flag(argument, 'init')}={init!r} is unknown: choose one of {', '.join(INITS)}.")
-    if config_overrides and init == "pretrained":
-        raise ValueError(
-            f"{flag(argument, 'config_overrides')}={config_overrides}: a pretrained checkpoint has its own shape; "
-            f"use {flag(argument, 'init')} random (or teacher_layers)."
-        )
+    _check_start(argument, init, config_overrides, space, module)
+    check_space(space, pooling, argument)
     options = {"dtype": _dtype(dtype, argument), "attn_implementation": attn_implementation}
     if init != "pretrained" and dtype == "auto":
         options["dtype"] = torch.float32
@@ -84,18 +84,18 @@ def load_backbone(
     hub = _hub_arguments(name, argument, revision, trust_remote_code) if is_checkpoint else {}
     if module is not None:
         return _load_saved_module(name, argument, hub, module, pooling, size)
-    overrides = config_overrides or {}
-    missing = set()
-    if init == "pretrained":
+    if space == "projected":
+        model, missing = _load_with_projection(name, argument, hub, options)
+    elif init == "pretrained":
         model, missing = _load_pretrained(name, argument, hub, options)
     elif init == "random":
-        config = _load_config(name, argument, hub) if is_checkpoint else _architecture_config(name)
-        config = rebuild_config(_vision_config(config, argument), overrides, argument)
-        model = _build(name, config, overrides, argument, {"trust_remote_code": trust_remote_code, **options})
-        model.name_or_path = name
+        model = _draw(
+            name, config_overrides or {}, argument, hub if is_checkpoint else None, trust_remote_code, options
+        )
+        missing = set()
     else:
-        model = build_from_layers(teacher, overrides, options, argument)
-        missing = teacher.missing
+        model = build_from_layers(teacher, config_overrides or {}, options, argument)
+        missing = {weight.removeprefix("tower.") for weight in teacher.missing}
     if init == "teacher_layers":
         processor = teacher.processor
     else:
@@ -113,12 +113,40 @@ def load_backbone(
         size=size,
         interpolate_pos_encoding=interpolate_pos_encoding,
         argument=argument,
+        space=space,
     )
     if is_timm_processor(backbone.processor):
         # timm's processors are saved in the network's configuration, not next to it.
         own = getattr(model.config, "pretrained_cfg", None) or {}
         model.config.pretrained_cfg = {**own, **backbone.processor.data_config}
     return backbone
+
+
+def _check_start(argument: str, init: str, config_overrides: dict | None, space: str, module) -> None:
+    """Refuse an unknown start of a network, and options that do not go with it."""
+    if init not in INITS:
+        raise ValueError(f"{flag(argument, 'init')}={init!r} is unknown: choose one of {', '.join(INITS)}.")
+    if config_overrides and init == "pretrained":
+        raise ValueError(
+            f"{flag(argument, 'config_overrides')}={config_overrides}: a pretrained checkpoint has its own shape; "
+            f"use {flag(argument, 'init')} random (or teacher_layers)."
+        )
+    if space == "projected" and (argument == "student" or module is not None or init != "pretrained"):
+        raise ValueError(
+            f"{flag(argument, 'space')}=projected is for the checkpoint of a teacher of images and text, such as CLIP "
+            f"or SigLIP: a student learns that space by a head, and a plain module has no projection; leave it out."
+        )
+
+
+def _draw(
+    name: str, overrides: dict, argument: str, hub: dict | None, trust_remote_code: bool, options: dict
+) -> PreTrainedModel:
+    """A network of an architecture at random weights; ``hub`` where a checkpoint names the architecture."""
+    config = _architecture_config(name) if hub is None else _load_config(name, argument, hub)
+    config = rebuild_config(_vision_config(config, argument), overrides, argument)
+    model = _build(name, config, overrides, argument, {"trust_remote_code": trust_remote_code, **options})
+    model.name_or_path = name
+    return model
 
 
 def _build(name: str, config, overrides: dict, argument: str, options: dict) -> PreTrainedModel:
@@ -139,9 +167,15 @@ def _build(name: str, config, overrides: dict, argument: str, options: dict) -> 
         ) from error
 
 
-def load_network(name: str) -> tuple[PreTrainedModel, set[str]]:
-    """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks."""
-    return _load_pretrained(name, "", _hub_arguments(name, "", None, False), {"dtype": torch.float32})
+def load_network(name: str, space: str = "tower") -> tuple[PreTrainedModel, set[str]]:
+    """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks.
+
+    Args:
+        name: Hub name or folder.
+        space: ``projected`` to load the text tower, too, and what leads to the space of both.
+    """
+    load = _load_pretrained if space == "tower" else _load_with_projection
+    return load(name, "", _hub_arguments(name, "", None, False), {"dtype": torch.float32})
 
 
 def _load_saved_module(name: str, argument: str, hub: dict, module, pooling: str, size: int | None) -> Backbone:
@@ -192,6 +226,26 @@ def _load_pretrained(name: str, argument: str, hub: dict, options: dict) -> tupl
             f"give a complete checkpoint of this architecture."
         ) from error
     return model, missing
+
+
+def _load_with_projection(name: str, argument: str, hub: dict, options: dict) -> tuple[PreTrainedModel, set[str]]:
+    """A network of images and text, or its half with a projection, and the names of weights that it lacks."""
+    config = _load_config(name, argument, hub)
+    loader = AutoModel
+    if vision_config_of(config) is None:
+        kind = (getattr(config, "architectures", None) or [config.model_type])[0]
+        loader = getattr(transformers, kind, None) if kind.endswith("VisionModelWithProjection") else None
+        if loader is None:
+            raise without_shared_space(name, kind, argument)
+    try:
+        with quiet_loading():
+            model, info = loader.from_pretrained(name, output_loading_info=True, **hub, **options)
+    except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
+        raise ValueError(
+            f"{flag(argument)}={name} cannot be loaded as a network of images and text ({first_line(error)}); give a "
+            f"complete checkpoint of this architecture."
+        ) from error
+    return model, _missing_names(info)
 
 
 def _loads_alone(tower_config) -> bool:

@@ -120,9 +120,12 @@ class StudyConfig:
         training = {name: value for name, value in self.training.items() if name not in OPERATION}
         if training.setdefault("settings", "auto") == "paper":
             del training["settings"]  # as before there were others
+        models = asdict(self.models[trial.pair])
+        if models["teacher_space"] == ModelArguments.teacher_space:
+            del models["teacher_space"]  # results of before this option stay valid
         shared = [
             asdict(self.data),
-            asdict(self.models[trial.pair]),
+            models,
             training,
             self.milestones,
             self.bank_size,

@@ -15,6 +15,7 @@ from coss_hf.data.streams import load_stream
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.heads import find_student_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
+from coss_hf.models.towers import SPACES
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.reporting.run_record import read_json
 from coss_hf.utils.messages import first_line
@@ -40,6 +41,15 @@ class ModelArguments:
         metadata={
             "help": "How the teacher's features become one embedding: cls, mean, pooler, gap, or auto (by its "
             "architecture)."
+        },
+    )
+    teacher_space: str = field(
+        default="tower",
+        metadata={
+            "help": "What a teacher of images and text, such as CLIP or SigLIP, embeds images in: the space of its "
+            "vision tower, or the one that it projects images and texts into (projected), so that its text tower "
+            "searches images that the student has embedded.",
+            "choices": list(SPACES),
         },
     )
     student_pooling: str = field(
@@ -116,7 +126,7 @@ class ModelArguments:
         run = read_json(record).get("arguments", {}) if record else {}
         names = ["student_size", "student_pooling", "student_dtype", "interpolate_pos_encoding"]
         if same_place(run.get("teacher"), self.teacher):
-            names += ["teacher_size", "teacher_pooling", "teacher_dtype", "teacher_revision"]
+            names += ["teacher_size", "teacher_pooling", "teacher_space", "teacher_dtype", "teacher_revision"]
         defaults = ModelArguments()
         changes = {}
         for name in names:
@@ -130,7 +140,7 @@ class ModelArguments:
 
     def load_teacher(self) -> Backbone:
         """The frozen network."""
-        return self._load("teacher").freeze()
+        return self._load("teacher", space=self.teacher_space).freeze()
 
     def load_student(self, teacher: Backbone) -> Backbone:
         """The network to train; random weights are drawn from torch's global generator."""

@@ -251,11 +251,12 @@ def _build_criterion(
 
 
 def _teacher_space(teacher: Backbone, head: nn.Module | None) -> dict:
-    """What ``Student.from_pretrained`` needs to know."""
-    return {
+    """What ``Student.from_pretrained`` needs to know, and of a teacher of images and text which of its spaces it is."""
+    space = {
         "teacher": teacher.name,
         "revision": getattr(teacher.model.config, "_commit_hash", None),
         "pooling": teacher.pooling,
         "dim": teacher.dim,
         "head": head is not None,
     }
+    return space if teacher.space is None else space | {"space": teacher.space}

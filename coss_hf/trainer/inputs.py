@@ -22,6 +22,7 @@ from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.from_module import backbone_from_module
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.models.modules import module_name
+from coss_hf.models.towers import ProjectedTower
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
@@ -197,11 +198,14 @@ def described_input(role: str, backbone: Backbone) -> dict[str, object]:
     """Pooling, size and data type of a network, under the names that the command line has for them."""
     height, width = backbone.size
     dtype = next(backbone.model.parameters()).dtype
-    return {
+    found = {
         f"{role}_pooling": backbone.pooling,
         f"{role}_size": height if height == width else None,
         f"{role}_dtype": str(dtype).removeprefix("torch."),
     }
+    if isinstance(backbone.model, ProjectedTower):
+        found[f"{role}_space"] = "projected"
+    return found
 
 
 def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Backbone:

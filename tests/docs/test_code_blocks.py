@@ -15,6 +15,7 @@ from coss_hf.cli.main import COMMANDS
 from coss_hf.cli.pages import load_recipe
 from coss_hf.losses.base import REGISTERED
 from tests.helpers.loss_registry import losses_of_a_test
+from tests.helpers.networks import save_with_tokenizer
 
 BLOCKS = [block for page in d.PAGES for block in d.blocks(page)]
 RUN = [block for block in BLOCKS if block.language in ("python", "bash") and not block.needs]
@@ -40,6 +41,12 @@ def world(saved, tmp_path_factory):
     arguments = coss_hf.DistillationArguments(str(folder / "my-student"), **d.SHORT, head_hidden_size=8)
     networks = (str(folder / "teacher"), str(folder / "cnn"))
     trainer = coss_hf.DistillationTrainer(*networks, arguments, str(folder / "photos"))
+    trainer.train()
+    trainer.save_model()
+    save_with_tokenizer(folder / "clip")
+    clip = coss_hf.load_backbone(str(folder / "clip"), argument="teacher", space="projected")
+    arguments = coss_hf.DistillationArguments(str(folder / "clip-student"), **d.SHORT, head_hidden_size=8)
+    trainer = coss_hf.DistillationTrainer(clip, networks[1], arguments, str(folder / "photos"))
     trainer.train()
     trainer.save_model()
     return folder

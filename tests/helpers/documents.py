@@ -20,6 +20,7 @@ REPLACED = {
     "facebook/dinov2-base": "teacher",
     "timm/resnet18.a1_in1k": "cnn",
     "timm/vit_small_patch16_224.augreg_in21k": "vit",
+    "openai/clip-vit-base-patch32": "clip",
     "ethz/food101": "photos",
     "path/to/images": "photos",
 }

@@ -1,5 +1,6 @@
 """Tiny networks of many architectures at random weights, and the embedding each should give."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BeitConfig,
     BeitForImageClassification,
@@ -35,6 +37,7 @@ from transformers import (
     MobileNetV2ForImageClassification,
     MobileNetV2ImageProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ResNetConfig,
     ResNetForImageClassification,
     SiglipConfig,
@@ -299,3 +302,17 @@ def save(name: str, folder: Path) -> PreTrainedModel:
     if NETWORKS[name].processor is not None:
         NETWORKS[name].processor().save_pretrained(folder)
     return model
+
+
+def save_with_tokenizer(folder: Path) -> None:
+    """CLIP of both towers, with a tokenizer of a few words."""
+    save("clip_two_towers", folder)
+    words = ["<pad>", "<unk>", "a", "photo", "of", "cat", "dog", "<end>"]
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = words.index("<end>")  # the position that it pools
+    (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 7)])
+    named = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>", "model_max_length": 8}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
