@@ -65,6 +65,8 @@ setup(
         "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
         "export": EXPORT,
+        "openvino": [*EXPORT, "openvino"],
+        "executorch": ["executorch"],
         "docs": DOCS,
         "dev": [
             *EXPORT,

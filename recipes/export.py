@@ -1,10 +1,13 @@
-"""Export a network to ONNX, in int8 as well on request, and compare it with PyTorch on real images.
+"""Export a network to ONNX, OpenVINO or ExecuTorch, and compare it with PyTorch on real images.
 
-    python recipes/export.py --model my-student --output my-student/onnx --dataset path/to/images --quantize static
+    python recipes/export.py --model my-student --dataset path/to/images --quantize static
+    python recipes/export.py --model my-student --dataset path/to/images --formats onnx openvino executorch
 
-The graph maps `pixel_values` (batch, 3, h, w) to `embedding` (batch, d); it includes pooling, and with --head the
-projection to the teacher's space. `dynamic` quantisation suits transformers; `static`, calibrated on training images,
-suits convolutional networks. Agreement and latency are measured on the test split (without one, on images that
+The files go to the student's own folder in the layout of the Hub: `onnx/model.onnx` (`model_int8.onnx` next to it with
+--quantize), `openvino/openvino_model.xml`, `executorch/model.pte`; with --output they all go to that folder, with their
+image processor. They map `pixel_values` (batch, 3, h, w) to `embedding` (batch, d) and include pooling, with --head
+also the projection to the teacher's space. `dynamic` quantisation suits transformers; `static`, calibrated on training
+images, suits convolutional networks. Agreement and latency are measured on the test split (without one, on images that
 --validation_size, or by default the model's own run, held out of train), printed and written to export.json.
 """
 
@@ -12,6 +15,7 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "export")
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,13 +26,16 @@ from torch.utils.data import DataLoader
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
-from coss_hf.hub.export import QUANTIZATIONS, export, int8_advice, onnx_packages
+from coss_hf.hub.export import FORMATS, QUANTIZATIONS, check_packages, export, int8_advice, versions_of
+from coss_hf.hub.export_folders import RECORD, weights_digest
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.study.tables import as_markdown
 from coss_hf.trainer.arguments import DataArguments
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -37,7 +44,18 @@ class ExportArguments:
 
     model: str | None = field(default=None, metadata={"help": "Hub name or folder of the network to export."})
     output: str | None = field(
-        default=None, metadata={"help": "Folder to which the ONNX files and export.json are written."}
+        default=None,
+        metadata={
+            "help": "Folder to which all files and export.json are written. Default: folders onnx, openvino and "
+            "executorch in the model's own folder, as on the Hub."
+        },
+    )
+    formats: list[str] = field(
+        default_factory=lambda: ["onnx"],
+        metadata={
+            "help": f"Formats to write: one or more of {', '.join(FORMATS)}. An executorch program takes one image at "
+            "a time."
+        },
     )
     head: bool = field(default=False, metadata={"help": "Export the model's projection head, too."})
     quantize: str = field(
@@ -62,16 +80,30 @@ class ExportArguments:
 
 def check(args: ExportArguments) -> None:
     """Raise ``ValueError`` for arguments that cannot be used."""
-    for name in ("model", "output"):
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is missing; see --help.")
+    if not args.model:
+        raise ValueError("--model is missing; see --help.")
     for name in ("num_images", "calibration_images", "timing_rounds", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
+    unknown = [name for name in args.formats if name not in FORMATS]
+    if unknown or not args.formats:
+        raise ValueError(f"--formats {' '.join(unknown)}: give one or more of {', '.join(FORMATS)}.")
+    if args.quantize != "none" and "onnx" not in args.formats:
+        raise ValueError(f"--quantize {args.quantize} is for the ONNX file: add onnx to --formats, or leave it out.")
+    check_output(args)
+
+
+def check_output(args: ExportArguments) -> None:
+    """Raise ``ValueError`` where the files cannot be written."""
+    if not args.output:
+        return
     if Path(args.output).is_file():
         raise ValueError(f"--output {args.output} is a file; give the name of a folder.")
-    if args.output and Path(args.output).resolve() == Path(args.model).resolve():
-        raise ValueError(f"--output {args.output} is the model's own folder; give another, such as {args.model}/onnx.")
+    if Path(args.output).resolve() == Path(args.model).resolve():
+        raise ValueError(
+            f"--output {args.output} is the model's own folder; leave it out to write folders such as "
+            f"{args.model}/onnx there."
+        )
 
 
 def draw(rows: Dataset, count: int) -> Dataset:
@@ -90,11 +122,15 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
         ValueError: any input that cannot be used.
     """
     check(args)
-    onnx_packages()
+    check_packages(args.formats)
     backbone = load_backbone(args.model, argument="model", pooling=args.pooling).freeze()
+    if not args.output and not Path(args.model).is_dir():
+        raise ValueError(f"--output is missing: --model {args.model} is a name on the Hub; give a folder to write to.")
     head = load_head(args.model) if args.head else None
     if args.head and head is None:
         raise ValueError(f"--head: there is no {HEAD_FILE} in {args.model}; leave it out.")
+    if not args.head and load_head(args.model) is not None:
+        logger.info("%s has a head into its teacher's space: --head exports it, too.", args.model)
     student = Student(backbone, head)
     data = data.follow(args.model)
     splits = data.load()
@@ -116,20 +152,23 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
         labels = tuple(found[0])
     results = export(
         student,
-        Path(args.output),
+        Path(args.output or args.model),
         images=batches(test),
         calibration=batches(draw(splits.train, args.calibration_images)),
         train_images=batches(splits.train),
         labels=labels,
         quantization=args.quantize,
         rounds=args.timing_rounds,
+        formats=args.formats,
+        hub_layout=not args.output,
     )
     return {"results": results, "images": len(test), "bank": len(splits.train) if labels else 0}
 
 
 def table(results: dict[str, dict]) -> str:
     """Return the results as a table in Markdown, one line for each network."""
-    keys = [key for key in results["onnx"] if not key.startswith("batch_")]
+    exported = next(row for name, row in results.items() if name != "pytorch")
+    keys = [key for key in exported if not key.startswith("batch_")]
     lines = [["", *keys, "ms, batch 1", "images/s, batch 1", "ms, batch 64", "images/s, batch 64"]]
     for name, row in results.items():
         line = [name, *(number(key, row.get(key)) for key in keys)]
@@ -153,17 +192,21 @@ def main() -> None:
     with bad_input_exits():
         data, args = parse(ARGUMENTS)
         record = run(data, args)
-    onnx, onnxruntime = onnx_packages()
-    record["versions"] = versions() | {"onnx": onnx.__version__, "onnxruntime": onnxruntime.__version__}
+    record["versions"] = versions() | versions_of(args.formats)
     record["command"] = command()
     record["quantize"] = args.quantize
+    record["head"] = args.head
     record["threads"] = torch.get_num_threads()
     record["advice"] = int8_advice(record["results"])
-    write_json(Path(args.output, "export.json"), record)
+    record["weights"] = weights_digest(args.model)
+    folders = [Path(args.output)] if args.output else [Path(args.model, name) for name in args.formats]
+    for folder in folders:
+        write_json(folder / RECORD, record)
     print(table(record["results"]))
     if record["advice"]:
         print(record["advice"])
-    print(f"{record['images']} test images, {record['threads']} threads. Written to {args.output}.")
+    written = ", ".join(map(str, folders))
+    print(f"{record['images']} test images, {record['threads']} threads. Written to {written}.")
 
 
 if __name__ == "__main__":

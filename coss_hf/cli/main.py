@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "Rank methods at equal images seen, with several seeds.",
     "report": "Report whether distillation helped, and what it saved, on one page.",
     "reproduce": "Reproduce the tables of the CoSS paper on your images.",
-    "export": "Export a student to ONNX, in int8 as well on request.",
+    "export": "Export a student to ONNX (in int8 as well on request), OpenVINO or ExecuTorch.",
     "push": "Push a student or a dataset with neighbours to the Hub.",
     "train-teacher": "Train a supervised teacher on labelled images.",
     "convert": "Convert a CIFAR-10 checkpoint to a Transformers model.",

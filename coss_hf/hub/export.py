@@ -1,4 +1,4 @@
-"""A student as an ONNX file: its graph, its int8 version, and how closely and how fast both run."""
+"""A student as files for other runtimes, ONNX first: its graph, its int8 version, and how closely and fast they run."""
 
 import contextlib
 import logging
@@ -8,6 +8,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -15,15 +16,21 @@ from torch import Tensor
 
 from coss_hf.evaluation.agreement import neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, unit
+from coss_hf.hub.export_executorch import PROGRAM_FILE, executorch_package, open_program, write_program
+from coss_hf.hub.export_openvino import OPENVINO_FILE, open_openvino, openvino_package, write_openvino
 from coss_hf.hub.student import Student
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.utils.messages import first_line
 
+# In the layout of the Hub each has a folder of its name.
+FORMATS = ("onnx", "openvino", "executorch")
 QUANTIZATIONS = ("none", "dynamic", "static")
 FLOAT_FILE = "model.onnx"
 INT8_FILE = "model_int8.onnx"
 INPUT = "pixel_values"
 OUTPUT = "embedding"
+# The embedding again, under the names that Optimum and Transformers.js read.
+OTHER_OUTPUTS = ("last_hidden_state", "pooler_output")
 MIN_COSINE = 0.9999
 SLOWER = 1.05  # times the float file's milliseconds; less is noise of the clock
 MAX_FILE_BYTES = 2**31  # of one protobuf file
@@ -40,6 +47,26 @@ def onnx_packages():
     return onnx, onnxruntime
 
 
+def check_packages(formats: Iterable[str]) -> None:
+    """Import what the formats need.
+
+    Raises:
+        ValueError: a package that is not installed, and the extra that installs it.
+    """
+    if {"onnx", "openvino"} & {*formats}:  # OpenVINO reads the ONNX graph
+        onnx_packages()
+    if "openvino" in formats:
+        openvino_package()
+    if "executorch" in formats:
+        executorch_package()
+
+
+def versions_of(formats: Iterable[str]) -> dict[str, str]:
+    """Versions of the packages that write and run the formats."""
+    names = {"onnx": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino"), "executorch": ("executorch",)}
+    return {package: version(package) for name in formats for package in names[name]}
+
+
 @contextlib.contextmanager
 def _quiet():
     """Silence the reports of exporter and quantiser on each node."""
@@ -52,7 +79,7 @@ def _quiet():
 
 
 def write_graph(student: Student, path: Path) -> None:
-    """Write an ONNX file for batches of any size.
+    """Write an ONNX file for batches of any size; each of its outputs is the embedding ``(b, d)``.
 
     Raises:
         ValueError: weights of 2 GB or more, or a network that the exporter does not support.
@@ -75,13 +102,29 @@ def write_graph(student: Student, path: Path) -> None:
             f"--model {student.backbone.name}: torch.onnx cannot export this network ({first_line(error)}); another "
             f"release of torch or of the network's code may."
         ) from error
-    # CLIP and SigLIP have values of the output's name inside.
-    graph = program.model.graph
-    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
-        if value.name == OUTPUT:
-            value.name = f"inner_{OUTPUT}"
-    graph.outputs[0].name = OUTPUT
+    _name_outputs(program.model.graph)
     program.save(str(path), external_data=False)
+
+
+def _name_outputs(graph) -> None:
+    """Give the graph's one output all of its names; ONNX has no value of several."""
+    import onnx_ir  # with onnxscript
+
+    names = (OUTPUT, *OTHER_OUTPUTS)
+    # CLIP and SigLIP have values of such a name inside.
+    for value in [*graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
+        if value.name in names:
+            value.name = f"inner_{value.name}"
+    embedding = graph.outputs[0]
+    embedding.name = OUTPUT
+    for name in OTHER_OUTPUTS:
+        same = onnx_ir.Node("", "Identity", [embedding])
+        output = same.outputs[0]
+        output.name = name
+        output.type = embedding.type
+        output.shape = embedding.shape
+        graph.append(same)
+        graph.outputs.append(output)
 
 
 class _Batches:
@@ -218,48 +261,86 @@ def export(
     labels: tuple[Tensor, Tensor] | None = None,
     quantization: str = "none",
     rounds: int = 20,
+    formats: Iterable[str] = ("onnx",),
+    hub_layout: bool = False,
 ) -> dict[str, dict]:
-    """Write and measure the ONNX files of a network; they are moved into place once the float one is verified.
+    """Write and measure the files of a network; they are moved into place once each is verified.
 
     Args:
         student: the network.
-        output: folder for ``model.onnx``, ``model_int8.onnx`` and ``preprocessor_config.json`` (timm: ``config.json``).
+        output: folder for ``model.onnx``, ``model_int8.onnx``, ``openvino_model.xml`` and ``.bin``, ``model.pte``, and
+            ``preprocessor_config.json`` (timm: ``config.json``).
         images: batches of processed test images ``(b, 3, h, w)``.
         calibration: batches of processed training images, for ``static``.
         train_images: batches of processed training images, for k-NN.
         labels: class numbers of training and of test images, for k-NN.
-        quantization: ``none``, ``dynamic`` or ``static``.
+        quantization: ``none``, ``dynamic`` or ``static``; of the ONNX file.
         rounds: number of timed runs of each batch size.
+        formats: of ``FORMATS``.
+        hub_layout: whether ``output`` is the folder of a student, with its image processor, in which each format gets
+            a folder of its name, as on the Hub.
 
     Returns:
-        For ``pytorch``, ``onnx`` and ``int8``: bytes, agreement, k-NN, ``batch_1`` and ``batch_64``.
+        For ``pytorch``, ``onnx``, ``int8``, ``openvino`` and ``executorch``: bytes, agreement, k-NN, ``batch_1`` and
+        ``batch_64``.
 
     Raises:
-        ValueError: a cosine to PyTorch below 0.9999, or the errors of ``write_graph`` and ``quantize``.
+        ValueError: a cosine to PyTorch below 0.9999, or the errors of ``write_graph``, ``quantize``, ``write_openvino``
+            and ``write_program``.
     """
     output.mkdir(parents=True, exist_ok=True)
     staged = output / ".unfinished"
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
     try:
-        files = _write_files(student, staged, quantization, calibration)
+        folders = {name: staged / name if hub_layout else staged for name in formats}
+        files = _write_files(student, staged, folders, quantization, calibration)
         results = _measure(student, files, images, train_images, labels, rounds)
-        _save_processor(student, staged)
-        (output / INT8_FILE).unlink(missing_ok=True)  # of an earlier export
-        for path in sorted(staged.iterdir()):
-            os.replace(path, output / path.name)
+        if not hub_layout:
+            _save_processor(student, staged)
+        if "onnx" in folders:  # of an earlier export
+            (output / folders["onnx"].relative_to(staged) / INT8_FILE).unlink(missing_ok=True)
+        for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+            target = output / path.relative_to(staged)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return results
 
 
-def _write_files(student: Student, folder: Path, quantization: str, calibration: Iterable[Tensor]) -> dict[str, Path]:
-    files = {"onnx": folder / FLOAT_FILE}
-    write_graph(student, files["onnx"])
-    if quantization != "none":
-        files["int8"] = folder / INT8_FILE
-        quantize(files["onnx"], files["int8"], quantization, calibration)
+def _write_files(
+    student: Student, staged: Path, folders: dict[str, Path], quantization: str, calibration: Iterable[Tensor]
+) -> dict[str, Path]:
+    """Write the files of each format to its folder; the first file of each, which a runtime is given."""
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    files = {}
+    graph = folders.get("onnx", staged) / FLOAT_FILE
+    if {"onnx", "openvino"} & {*folders}:
+        write_graph(student, graph)
+    if "onnx" in folders:
+        files["onnx"] = graph
+        if quantization != "none":
+            files["int8"] = graph.with_name(INT8_FILE)
+            quantize(graph, files["int8"], quantization, calibration)
+    if "openvino" in folders:
+        files["openvino"] = folders["openvino"] / OPENVINO_FILE
+        write_openvino(graph, files["openvino"])
+        if "onnx" not in folders:
+            graph.unlink()
+    if "executorch" in folders:
+        files["executorch"] = folders["executorch"] / PROGRAM_FILE
+        write_program(student, files["executorch"])
     return files
+
+
+def _open(name: str, path: Path) -> Callable[[Tensor], Tensor]:
+    """A file of ``_write_files`` as a function from pixel values to embeddings."""
+    if name == "executorch":
+        return open_program(path)
+    load = open_openvino if name == "openvino" else open_file
+    return load(path, torch.get_num_threads())
 
 
 def _measure(
@@ -272,17 +353,14 @@ def _measure(
 ) -> dict[str, dict]:
     runners = {"pytorch": student}
     for name, path in files.items():
-        runners[name] = open_file(path, torch.get_num_threads())
+        runners[name] = _open(name, path)
     embeddings = embed_by_all(runners, images)
     results = {name: agreement(rows, embeddings["pytorch"]) for name, rows in embeddings.items()}
-    lowest = results["onnx"]["cosine_min"]
-    if not lowest >= MIN_COSINE:
-        raise ValueError(
-            f"--model {student.backbone.name}: the ONNX graph's embeddings have a cosine of {lowest:.6f} to "
-            f"PyTorch's, below {MIN_COSINE}; nothing was written. Another release of torch or onnxruntime may do."
-        )
+    for name in FORMATS:
+        if name in results:
+            _check_agreement(name, student, results[name]["cosine_min"])
     for name, path in files.items():
-        results[name]["bytes"] = path.stat().st_size
+        results[name]["bytes"] = sum(part.stat().st_size for part in (path, *path.parent.glob(f"{path.stem}.bin")))
     if labels is not None:
         train_labels, test_labels = labels
         ks = tuple(k for k in (10, 20) if k <= len(train_labels))
@@ -293,6 +371,15 @@ def _measure(
         for name, times in latency(runners, next(iter(images)), batch_size, rounds).items():
             results[name][f"batch_{batch_size}"] = times
     return results
+
+
+def _check_agreement(name: str, student: Student, lowest: float) -> None:
+    kind = {"onnx": "ONNX graph", "openvino": "OpenVINO model", "executorch": "ExecuTorch program"}[name]
+    if not lowest >= MIN_COSINE:
+        raise ValueError(
+            f"--model {student.backbone.name}: the {kind}'s embeddings have a cosine of {lowest:.6f} to PyTorch's, "
+            f"below {MIN_COSINE}; nothing was written. Another release of torch or of the runtime may do."
+        )
 
 
 def _save_processor(student: Student, folder: Path) -> None:

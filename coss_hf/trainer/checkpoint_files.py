@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainingArguments
 
+from coss_hf.hub.export_folders import remove_exports
 from coss_hf.trainer.manifest import MANIFEST, find_damage
 from coss_hf.utils.process_group import Processes
 
@@ -119,10 +120,14 @@ def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_r
 
 
 def remove_earlier_run(args: TrainingArguments, asked: str | bool | None) -> None:
-    """Remove the checkpoints that ``--overwrite_output_dir`` replaces: the newest of them would be resumed from."""
+    """Remove what ``--overwrite_output_dir`` replaces and no step writes anew: checkpoints, and exported files.
+
+    The newest checkpoint would be resumed from, and an ONNX file would be taken for the new student's.
+    """
     if args.overwrite_output_dir and not asked and args.process_index == 0:
         for old in Path(args.output_dir).glob("checkpoint-*"):
             shutil.rmtree(old)
+        remove_exports(args.output_dir)
 
 
 def enter_output_dir(args: TrainingArguments, asked: str | bool | None) -> None:

@@ -1,14 +1,29 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from transformers import AutoImageProcessor
 
 from coss_hf.hub import export as module
-from coss_hf.hub.export import agreement, export, int8_advice, open_file, write_graph
+from coss_hf.hub.export import (
+    OTHER_OUTPUTS,
+    OUTPUT,
+    agreement,
+    check_packages,
+    export,
+    int8_advice,
+    open_file,
+    write_graph,
+)
+from coss_hf.hub.export_folders import RECORD, current_exports, remove_exports, weights_digest
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
 from tests.helpers import networks
+from tests.helpers.runs import ROOT
 
 
 def load(name: str, folder, **options):
@@ -30,6 +45,11 @@ def test_any_number_of_images_through_graph_and_head(tmp_path, name, head):
         pixels = backbone.preprocess(networks.images(count))
         torch.testing.assert_close(run(pixels), student(pixels), rtol=1e-4, atol=1e-4)
     assert run(pixels).shape == (5, 7 if head else backbone.dim)
+    # Optimum and Transformers.js read other names.
+    onnx, onnxruntime = module.onnx_packages()
+    assert [output.name for output in onnx.load(path).graph.output] == [OUTPUT, *OTHER_OUTPUTS]
+    rows = onnxruntime.InferenceSession(path).run(None, {"pixel_values": pixels.numpy()})
+    assert all(np.array_equal(row, rows[0]) for row in rows)
 
 
 @pytest.mark.parametrize("name, kind", [("cifar_resnet", "static"), ("timm_vit", "dynamic")])
@@ -115,3 +135,152 @@ def test_slow_int8_model_is_reported(one, many, words):
 
 def test_advice_needs_an_int8_file():
     assert int8_advice({"onnx": {}}) == ""
+
+
+# ---- the Hub's layout, and other runtimes ----
+
+
+def student_folder(folder, name: str = "dinov2", head: bool = True):
+    """A student as a run leaves it."""
+    backbone = load(name, folder)
+    student = Student(backbone, projection_head("linear", backbone.dim, 7) if head else None)
+    student.save_pretrained(folder)
+    pixels = backbone.preprocess(networks.images(12))
+    return student, list(pixels.split(5))
+
+
+# Without this package: what each loader reads is named where it comes from.
+ELSEWHERE = """
+import sys
+sys.modules["coss_hf"] = None
+from pathlib import Path
+import numpy as np
+import onnxruntime
+from PIL import Image
+from transformers import AutoImageProcessor
+
+folder = Path(sys.argv[1])
+images = [Image.open(path) for path in sorted(folder.glob("*.png"))]
+pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="np")["pixel_values"]
+session = onnxruntime.InferenceSession(folder / "onnx" / "model.onnx")
+rows = session.run(None, {"pixel_values": pixels})
+named = dict(zip((output.name for output in session.get_outputs()), rows))
+# ORTModelForFeatureExtraction.forward, optimum-onnx: model_outputs["last_hidden_state"].
+# ImageFeatureExtractionPipeline._call, Transformers.js: pool ? pooler_output
+#     : last_hidden_state ?? logits ?? image_embeds.
+assert all(np.array_equal(named[name], rows[0]) for name in ("embedding", "last_hidden_state", "pooler_output"))
+session = onnxruntime.InferenceSession(folder / "onnx" / "model_int8.onnx")
+(small,) = session.run(["pooler_output"], {"pixel_values": pixels})
+np.savez(sys.argv[2], float32=rows[0], int8=small)
+"""
+
+
+def cosines(a, b) -> np.ndarray:
+    return torch.cosine_similarity(torch.as_tensor(a), torch.as_tensor(b)).numpy()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A student with ONNX files in its folder, and four images there."""
+    folder = tmp_path_factory.mktemp("exported") / "student"
+    student, batches = student_folder(folder)
+    before = {path.name for path in folder.iterdir()}
+    export(student, folder, images=batches, calibration=batches, quantization="static", rounds=1, hub_layout=True)
+    assert {path.name for path in folder.iterdir()} == before | {"onnx"}
+    assert {path.name for path in (folder / "onnx").iterdir()} == {"model.onnx", "model_int8.onnx"}
+    for i, image in enumerate(networks.images(4)):
+        image.save(folder / f"{i}.png")
+    return folder, student.encode(networks.images(4)).numpy()
+
+
+def test_files_on_the_hub_give_the_students_embedding_without_this_package(exported, tmp_path):
+    folder, expected = exported
+    command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "found.npz")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = np.load(tmp_path / "found.npz")
+    assert cosines(found["float32"], expected).min() > 0.9999 and cosines(found["int8"], expected).min() > 0.95
+
+
+def test_optimum_gives_the_students_embedding(exported):
+    runtime = pytest.importorskip("optimum.onnxruntime.modeling", reason="needs optimum-onnx", exc_type=ImportError)
+    folder, expected = exported
+    inputs = AutoImageProcessor.from_pretrained(folder)(networks.images(4), return_tensors="pt")
+    for options in ({"subfolder": "onnx", "file_name": "model.onnx"}, {}):
+        model = runtime.ORTModelForFeatureExtraction.from_pretrained(folder, **options)
+        assert cosines(model(**inputs).last_hidden_state, expected).min() > 0.9999
+    outputs = runtime.ORTModelForCustomTasks.from_pretrained(folder, subfolder="onnx")(**inputs)
+    assert cosines(outputs["embedding"], expected).min() > 0.9999
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "clip_vision", "timm_vit"])
+def test_openvino_gives_the_students_embedding(tmp_path, name):
+    openvino = pytest.importorskip("openvino")
+    student, batches = student_folder(tmp_path, name)
+    results = export(student, tmp_path, images=batches, rounds=1, formats=["openvino"], hub_layout=True)
+    written = tmp_path / "openvino"
+    assert {path.name for path in written.iterdir()} == {"openvino_model.xml", "openvino_model.bin"}
+    assert not (tmp_path / "onnx").exists() and not (tmp_path / "model.onnx").exists()
+    assert results["openvino"]["bytes"] == sum(path.stat().st_size for path in written.iterdir())
+    assert results["openvino"]["cosine_min"] > 0.9999 and results["openvino"]["overlap10"] == 1
+    compiled = openvino.Core().compile_model(written / "openvino_model.xml", "CPU")
+    pixels = torch.cat(batches)
+    for count in (1, 12):
+        found = compiled(pixels[:count].numpy())
+        for output in ("embedding", *OTHER_OUTPUTS):
+            assert cosines(found[output], student(pixels[:count])).min() > 0.9999
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet", "dinov2", "timm_vit"])
+def test_executorch_gives_the_students_embedding(tmp_path, name):
+    runtime = pytest.importorskip("executorch.runtime")
+    student, batches = student_folder(tmp_path, name)
+    results = export(student, tmp_path, images=batches, rounds=1, formats=["executorch"], hub_layout=True)
+    assert [path.name for path in (tmp_path / "executorch").iterdir()] == ["model.pte"]
+    assert results["executorch"]["cosine_min"] > 0.9999
+    method = runtime.Runtime.get().load_program(tmp_path / "executorch" / "model.pte").load_method("forward")
+    pixels = batches[0][:1]
+    assert cosines(method.execute([pixels])[0], student(pixels)).min() > 0.9999
+
+
+@pytest.mark.parametrize(("kind", "words"), [("openvino", "OpenVINO model's"), ("executorch", "ExecuTorch program's")])
+def test_other_formats_that_disagree_with_pytorch_write_nothing(tmp_path, monkeypatch, kind, words):
+    student, batches = student_folder(tmp_path, "cifar_resnet")
+    before = {path.name for path in tmp_path.iterdir()}
+    for writer in ("write_graph", "write_openvino", "write_program"):
+        monkeypatch.setattr(module, writer, lambda source, path: path.write_text("any"))
+    monkeypatch.setattr(module, "_open", lambda name, path: lambda pixels: student(pixels).flip(1))
+    with pytest.raises(ValueError, match=f"the {words} embeddings have a cosine of .* nothing was written"):
+        export(student, tmp_path, images=batches, rounds=1, formats=[kind], hub_layout=True)
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(("kind", "package"), [("openvino", "openvino"), ("executorch", "executorch.exir")])
+def test_missing_package_names_its_extra(monkeypatch, kind, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"^--formats {kind} needs .*: pip install coss-hf\[{kind}\]\.$"):
+        check_packages([kind])
+    setup = (ROOT / "setup.py").read_text()
+    assert f'"{kind}": [' in setup
+
+
+# ---- whether exported files are those of the present weights ----
+
+
+def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path):
+    student_folder(tmp_path)
+    for name in ("onnx", "openvino"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "onnx" / "model.onnx").write_text("graph")
+    (tmp_path / "openvino" / "openvino_model.xml").write_text("model")
+    (tmp_path / "openvino" / "notes.txt").write_text("mine")
+    for name, weights in (("onnx", weights_digest(tmp_path)), ("openvino", "others")):
+        (tmp_path / name / RECORD).write_text(json.dumps({"weights": weights}))
+    assert current_exports(tmp_path) == (["onnx/model.onnx", "onnx/export.json"], ["openvino"])
+    (tmp_path / "head.safetensors").write_text("of other weights")
+    assert current_exports(tmp_path) == ([], ["onnx", "openvino"])
+    remove_exports(tmp_path)
+    assert not (tmp_path / "onnx").exists() and [path.name for path in (tmp_path / "openvino").iterdir()] == [
+        "notes.txt"
+    ]
+    assert current_exports(tmp_path) == ([], [])

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from safetensors.torch import save_file
 
 import coss_hf
 import tests.helpers.runs as h
+from coss_hf.hub.export_folders import current_exports, weights_digest
 from coss_hf.models.heads import projection_head
+from coss_hf.models.loading import load_backbone
 from tests.recipes.test_distill import ROOT, load_recipe
 
 recipe = load_recipe("export")
@@ -58,6 +61,11 @@ def test_record_and_snippet_of_the_documentation(tmp_path, image_parquet, monkey
         ({"output": "FILE"}, "is a file"),
         ({"output": "MODEL"}, "the model's own folder"),
         ({"num_images": 0}, "--num_images 0"),
+        ({"formats": "tflite"}, "--formats tflite: give one or more of onnx, openvino, executorch"),
+        (
+            {"formats": "openvino", "quantize": "static"},
+            "--quantize static is for the ONNX file: add onnx to --formats",
+        ),
         ({"quantize": "int4"}, "quantize"),
     ],
 )
@@ -70,3 +78,25 @@ def test_bad_input(tmp_path, image_parquet, monkeypatch, capsys, replaced, messa
         call(monkeypatch, **options)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_layout_of_the_hub_is_the_default(tmp_path, image_parquet, monkeypatch, caplog):
+    model = Path(h.save_vit(tmp_path / "my-student", seed=2))
+    save_file(projection_head("linear", 16, 8).state_dict(), model / "head.safetensors")
+    (model / "onnx").mkdir()
+    (model / "onnx" / "model_int8.onnx").write_text("of an earlier export")
+    with caplog.at_level("INFO"):
+        call(monkeypatch, model=model, dataset=image_parquet, num_images=20, timing_rounds=1)
+    assert "has a head into its teacher's space: --head exports it, too." in caplog.text
+    assert {path.name for path in (model / "onnx").iterdir()} == {"model.onnx", "export.json"}
+    assert json.loads((model / "onnx" / "export.json").read_text())["weights"] == weights_digest(model)
+    assert current_exports(model) == (["onnx/model.onnx", "onnx/export.json"], [])
+    h.save_vit(model, seed=3)
+    assert current_exports(model) == ([], ["onnx"])
+
+
+def test_a_name_on_the_hub_needs_a_folder_to_write_to(tmp_path, image_parquet, networks, monkeypatch, capsys):
+    monkeypatch.setattr(recipe, "load_backbone", lambda name, **options: load_backbone(networks.vit, **options))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, model="somebody/student", dataset=image_parquet)
+    assert "--output is missing: --model somebody/student is a name on the Hub" in capsys.readouterr().err
