@@ -11,6 +11,8 @@ FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "executorch": ("model.pte",),
 }
+# All of them, relative to the student's folder.
+EXPORTED = [f"{folder}/{file}" for folder, files in FILES.items() for file in (*files, RECORD)]
 _WEIGHTS = ("model*.safetensors", "head.safetensors")
 
 
@@ -26,29 +28,24 @@ def weights_digest(folder: str | Path) -> str | None:
     return digest.hexdigest()
 
 
-def current_exports(folder: str | Path) -> tuple[list[str], list[str]]:
-    """Find the exported files in a student's folder.
+def exported_folders(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Find the folders of exported files in a student's folder.
 
     Args:
         folder: of the student.
 
     Returns:
-        The files of its present weights, relative to the folder, with their records; and the names of the folders
-        whose files are of other weights, or have no record that tells.
+        The names of those whose files are of the student's present weights; and of those whose files are of other
+        weights, or have no record that tells.
     """
-    files = []
+    current = []
     stale = []
-    digest = None
-    for name, names in FILES.items():
-        found = [f"{name}/{file}" for file in names if Path(folder, name, file).is_file()]
-        if not found:
-            continue
-        digest = digest or weights_digest(folder)
-        if _recorded(Path(folder, name, RECORD)) == digest:
-            files += [*found, f"{name}/{RECORD}"]
-        else:
-            stale.append(name)
-    return files, stale
+    found = [name for name, files in FILES.items() if any(Path(folder, name, file).is_file() for file in files)]
+    digest = weights_digest(folder) if found else None
+    for name in found:
+        belongs = _recorded(Path(folder, name, RECORD)) == digest
+        (current if belongs else stale).append(name)
+    return current, stale
 
 
 def remove_exports(folder: str | Path) -> None:

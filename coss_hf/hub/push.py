@@ -14,6 +14,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, O
 from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.hub import sentence_modules
+from coss_hf.hub.export_folders import EXPORTED, exported_folders
 from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.utils.errors import RunStopped
@@ -135,15 +136,24 @@ def push(
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
                 # Of an earlier push, where this one has none of that name.
-                delete_patterns=[*WEIGHTS, *sentence_modules.FILES, *sentence_modules.FOLDERS],
+                delete_patterns=[*WEIGHTS, *EXPORTED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit
 
 
 def published_folders(folder: Path) -> list[str]:
-    """Names of the folders inside a student's folder that are pushed with it."""
-    return sentence_modules.module_folders(folder)
+    """Names of the folders inside a student's folder that are pushed with it.
+
+    They hold modules of sentence-transformers, and files exported from its present weights.
+    """
+    names, stale = exported_folders(folder)
+    for name in stale:
+        logger.warning(
+            "%s is not pushed: nothing tells that its files are of the student's present weights. %s writes them.",
+            *(folder / name, command_to("export")),
+        )
+    return [*names, *sentence_modules.module_folders(folder)]
 
 
 def push_dataset(folder: str | Path, repo_id: str, *, private: bool | None = None) -> CommitInfo:

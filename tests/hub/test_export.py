@@ -1,10 +1,13 @@
+import importlib
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from transformers import AutoImageProcessor
 
 from coss_hf.hub import export as module
@@ -18,12 +21,14 @@ from coss_hf.hub.export import (
     open_file,
     write_graph,
 )
-from coss_hf.hub.export_folders import RECORD, current_exports, remove_exports, weights_digest
+from coss_hf.hub.export_folders import RECORD, exported_folders, remove_exports, weights_digest
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
 from tests.helpers import networks
 from tests.helpers.runs import ROOT
+
+push_module = importlib.import_module("coss_hf.hub.push")  # the package has a function of this name
 
 
 def load(name: str, folder, **options):
@@ -276,11 +281,45 @@ def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path)
     (tmp_path / "openvino" / "notes.txt").write_text("mine")
     for name, weights in (("onnx", weights_digest(tmp_path)), ("openvino", "others")):
         (tmp_path / name / RECORD).write_text(json.dumps({"weights": weights}))
-    assert current_exports(tmp_path) == (["onnx/model.onnx", "onnx/export.json"], ["openvino"])
+    assert exported_folders(tmp_path) == (["onnx"], ["openvino"])
     (tmp_path / "head.safetensors").write_text("of other weights")
-    assert current_exports(tmp_path) == ([], ["onnx", "openvino"])
+    assert exported_folders(tmp_path) == ([], ["onnx", "openvino"])
     remove_exports(tmp_path)
     assert not (tmp_path / "onnx").exists() and [path.name for path in (tmp_path / "openvino").iterdir()] == [
         "notes.txt"
     ]
-    assert current_exports(tmp_path) == ([], [])
+    assert exported_folders(tmp_path) == ([], [])
+
+
+def test_exported_files_are_pushed_with_their_weights_alone(tmp_path, monkeypatch, caplog):
+    """What a training left before is not published as if it were this student."""
+    student_folder(tmp_path)
+    for name, weights in (("onnx", weights_digest(tmp_path)), ("executorch", None), ("checkpoint-4", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / RECORD).write_text(json.dumps({"weights": weights}))
+    for file in ("onnx/model.onnx", "executorch/model.pte", "checkpoint-4/config.json", "training_args.bin"):
+        (tmp_path / file).write_text("any")
+    given = {}
+
+    class Api:
+        def __init__(self, token):
+            pass
+
+        def upload_folder(self, **options):
+            given.update(options)
+            return SimpleNamespace(repo_url="me/x", oid="1")
+
+    monkeypatch.setattr(push_module, "HfApi", Api)
+    monkeypatch.setattr(push_module, "_open_repo", lambda api, repo_id, *options: repo_id)
+    push_module.push(tmp_path, "me/x")
+    paths = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    pushed = {
+        *filter_repo_objects(paths, allow_patterns=given["allow_patterns"], ignore_patterns=given["ignore_patterns"])
+    }
+    assert pushed >= {"config.json", "model.safetensors", "head.safetensors", "onnx/model.onnx", "onnx/export.json"}
+    assert not [path for path in pushed if path.startswith(("executorch", "checkpoint-4", "training_args"))]
+    assert f"{tmp_path / 'executorch'} is not pushed" in caplog.text
+    # Files of an earlier push that this one lacks are of other weights.
+    there = ["onnx/model.onnx", "onnx/notes.txt", "openvino/openvino_model.bin", "data/x.bin"]
+    gone = {*filter_repo_objects(there, allow_patterns=given["delete_patterns"])}
+    assert gone == {"onnx/model.onnx", "openvino/openvino_model.bin"}
