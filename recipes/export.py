@@ -28,6 +28,7 @@ from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.hub.export import FORMATS, QUANTIZATIONS, check_packages, export, int8_advice, versions_of
 from coss_hf.hub.export_folders import RECORD, weights_digest
+from coss_hf.hub.snippets import Subject, renewed
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
@@ -165,6 +166,15 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     return {"results": results, "images": len(test), "bank": len(splits.train) if labels else 0}
 
 
+def add_to_card(args: ExportArguments) -> None:
+    """Show the exported files on the card in the model's folder, where there is one."""
+    card = Path(args.model, "README.md")
+    if card.is_file():
+        backbone = load_backbone(args.model, argument="model", pooling=args.pooling)
+        subject = Subject(args.model, backbone, load_head(args.model), Path(args.model))
+        card.write_text(renewed(card.read_text(), subject))
+
+
 def table(results: dict[str, dict]) -> str:
     """Return the results as a table in Markdown, one line for each network."""
     exported = next(row for name, row in results.items() if name != "pytorch")
@@ -202,6 +212,8 @@ def main() -> None:
     folders = [Path(args.output)] if args.output else [Path(args.model, name) for name in args.formats]
     for folder in folders:
         write_json(folder / RECORD, record)
+    if not args.output:
+        add_to_card(args)
     print(table(record["results"]))
     if record["advice"]:
         print(record["advice"])

@@ -43,7 +43,7 @@ def exported_folders(folder: str | Path) -> tuple[list[str], list[str]]:
     found = [name for name, files in FILES.items() if any(Path(folder, name, file).is_file() for file in files)]
     digest = weights_digest(folder) if found else None
     for name in found:
-        belongs = _recorded(Path(folder, name, RECORD)) == digest
+        belongs = _recorded(Path(folder, name, RECORD), "weights") == digest
         (current if belongs else stale).append(name)
     return current, stale
 
@@ -58,8 +58,13 @@ def remove_exports(folder: str | Path) -> None:
             exported.rmdir()
 
 
-def _recorded(path: Path) -> str | None:
+def exported_with_head(folder: str | Path, name: str) -> bool:
+    """Whether the files in a student's folder of this name include its projection head."""
+    return bool(_recorded(Path(folder, name, RECORD), "head"))
+
+
+def _recorded(path: Path, key: str):
     try:
-        return json.loads(path.read_text()).get("weights")
+        return json.loads(path.read_text()).get(key)
     except (OSError, ValueError, AttributeError):
         return None

@@ -6,7 +6,7 @@ embedding of one image as ``embedding``, and has a line ``name = "..."`` that ``
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from coss_hf.features import Features
 from coss_hf.hub import sentence_modules
+from coss_hf.hub.export_folders import exported_folders, exported_with_head
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.from_module import removal_of_classifier, torchvision_name
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooler import TIMM, pooler_is_embedding
+from coss_hf.models.towers import describe_space
 
 LOCAL = "local-dir:"  # timm's words for a folder
 HUB = "hf-hub:"  # and for a name on the Hub
@@ -409,7 +411,106 @@ def _own_remark(subject: Subject) -> str:
     text = "Needs `coss-hf`; pooling and pre-processing are looked after, many images at once"
     if subject.space is None:
         return f"{text}."
-    return f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
+    text = f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
+    return f"{text} {describe_space(subject.space.get('space'))}".rstrip()
+
+
+# ---- texts ----
+
+
+def _text_code(subject: Subject) -> str:
+    return f'''import coss_hf
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoTokenizer
+
+name = "{subject.name}"
+teacher = "{subject.space["teacher"]}"
+texts = ["a photo of a cat", "a photo of a dog"]
+tokens = AutoTokenizer.from_pretrained(teacher)(texts, padding="max_length", return_tensors="pt")
+with torch.no_grad():
+    text_embeddings = AutoModel.from_pretrained(teacher).get_text_features(**tokens).pooler_output
+{_own_loading(subject)}
+
+{_image(subject)}
+embedding = student.encode([image])
+print(student.similarity(embedding, text_embeddings))  # cosines (1, 2)'''
+
+
+def _text_remark(subject: Subject) -> str:
+    return "The teacher embeds the texts, and the student the images."
+
+
+def _no_text(subject: Subject) -> str | None:
+    in_shared_space = subject.space is not None and subject.space.get("space") == "projected"
+    return "" if in_shared_space else NOT_MENTIONED
+
+
+# ---- exported files ----
+
+
+def _exported(kind: str) -> Callable[[Subject], str | None]:
+    """A loader's ``why_not``: it is shown where ``coss-hf export`` wrote files of the present weights."""
+    return lambda subject: "" if kind in exported_folders(subject.folder)[0] else NOT_MENTIONED
+
+
+def _exported_code(subject: Subject, imports: str, load: str, run: str) -> str:
+    return f'''{imports}
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.utils import cached_file
+
+name = "{subject.name}"
+{load}
+processor = AutoImageProcessor.from_pretrained(name)
+
+{_image(subject)}
+pixels = processor(image, return_tensors="pt")["pixel_values"]
+{run}'''
+
+
+def _onnx_code(subject: Subject) -> str:
+    load = 'session = onnxruntime.InferenceSession(cached_file(name, "onnx/model.onnx"))'
+    run = 'embedding = session.run(["embedding"], {"pixel_values": pixels.numpy()})[0]'
+    return _exported_code(subject, "import onnxruntime", load, run)
+
+
+def _openvino_code(subject: Subject) -> str:
+    load = """cached_file(name, "openvino/openvino_model.bin")  # the weights, next to it
+model = openvino.Core().compile_model(cached_file(name, "openvino/openvino_model.xml"), "CPU")"""
+    return _exported_code(subject, "import openvino", load, 'embedding = model(pixels.numpy())["embedding"]')
+
+
+def _executorch_code(subject: Subject) -> str:
+    load = """program = Runtime.get().load_program(cached_file(name, "executorch/model.pte"))
+method = program.load_method("forward")"""
+    imports = "from executorch.runtime import Runtime"
+    return _exported_code(subject, imports, load, "(embedding,) = method.execute([pixels])  # one image at a time")
+
+
+def _exported_remark(kind: str, package: str) -> Callable[[Subject], str]:
+    def remark(subject: Subject) -> str:
+        exported_head = exported_with_head(subject.folder, kind)
+        space = _described_space(subject) if exported_head else "the student's own embedding"
+        text = f"Needs `{package}`; {space}."
+        if kind == "onnx":
+            text += (
+                ' Optimum (`ORTModelForFeatureExtraction`, `subfolder="onnx"`) and Transformers.js '
+                '(`pipeline("image-feature-extraction", ..., { dtype: "fp32" })`) give the same as '
+                "`last_hidden_state`."
+            )
+        return text
+
+    return remark
+
+
+def renewed(card: str, subject: Subject) -> str:
+    """The card with its section on use as of the files that are there now; its name stays."""
+    named = re.search(r'(?m)^name = "(.*)"$', card)
+    if named is None:
+        return card
+    section = f"## Use\n\n{usage(replace(subject, name=named[1]))}\n\n"
+    return re.sub(r"(?ms)^## Use\n.*?(?=^## Training$)", lambda _: section, card, count=1)
 
 
 LOADERS = [
@@ -419,4 +520,8 @@ LOADERS = [
     Loader("timm", _why_no_timm, _timm_code, _timm_remark),
     Loader("PyTorch", _only_module, _module_code, _module_remark),
     Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
+    Loader("Search by text", _no_text, _text_code, _text_remark),
+    Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", "onnxruntime")),
+    Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", "openvino")),
+    Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", "executorch")),
 ]

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import coss_hf
 import tests.helpers.runs as h
 from coss_hf.hub.export_folders import exported_folders, weights_digest
+from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
 from tests.recipes.test_distill import ROOT, load_recipe
@@ -100,3 +101,25 @@ def test_a_name_on_the_hub_needs_a_folder_to_write_to(tmp_path, image_parquet, n
     with pytest.raises(SystemExit):
         call(monkeypatch, model="somebody/student", dataset=image_parquet)
     assert "--output is missing: --model somebody/student is a name on the Hub" in capsys.readouterr().err
+
+
+def test_the_card_shows_what_was_exported(tmp_path, image_parquet, networks, monkeypatch):
+    """It is written at the end of the training, when there are no such files yet."""
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    out = tmp_path / "out"
+    before = (out / "README.md").read_text()
+    assert "onnxruntime" not in before
+    card = renamed(before, str(out.resolve()))
+    (out / "README.md").write_text(card)
+    call(monkeypatch, "--head", model=out, dataset=image_parquet, num_images=12, timing_rounds=1)
+    after = (out / "README.md").read_text()
+    assert after.split("## Training")[1] == card.split("## Training")[1] and after.startswith(card.split("## Use")[0])
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", after, re.DOTALL) if "onnxruntime" in code]
+    scope = {}
+    exec(code, scope)
+    expected = coss_hf.Student.from_pretrained(out).encode([scope["image"]]).numpy()
+    np.testing.assert_allclose(scope["embedding"], expected, rtol=1e-4, atol=1e-4)
+    assert "in the teacher's space, 16 numbers" in after.split("### ONNX Runtime")[1].split("```")[0]
