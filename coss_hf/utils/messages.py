@@ -98,7 +98,12 @@ def command_to(name: str) -> str:
 
 
 def flag(argument: str, option: str = "") -> str:
-    """Name of a network or of its option in errors: ``--teacher_size`` on the command line, ``size`` in a call."""
+    """Name of a network or of its option in errors: ``--teacher_size`` on the command line, ``size`` in a call.
+
+    Of commands of one network, ``--model``, the options are called ``--pooling`` and ``--space``.
+    """
+    if argument == "model" and option:
+        return f"--{option}"
     if argument:
         return f"--{argument}_{option}".rstrip("_")
     return option or "model"

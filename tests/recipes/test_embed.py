@@ -48,6 +48,8 @@ def test_parquet_keeps_labels(run):
         ("a.npy", "--split=validation", "--split validation: the dataset has no such split; it has train, test"),
         ("a.npy", "--head", "--head: .*vit has no projection head; leave --head out"),
         ("a.npy", "--batch_size=0", "--batch_size 0: give 1 or more"),
+        ("a.npy", "--pooling=max", "^error: --pooling='max' is unknown"),  # it was called --model_pooling
+        ("a.npy", "--space=projected", "^error: --space=projected: .* does not project images .*leave --space out"),
     ],
 )
 def test_bad_input(run, output, word, message, capsys):
