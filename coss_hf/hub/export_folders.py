@@ -43,7 +43,7 @@ def exported_folders(folder: str | Path) -> tuple[list[str], list[str]]:
     found = [name for name, files in FILES.items() if any(Path(folder, name, file).is_file() for file in files)]
     digest = weights_digest(folder) if found else None
     for name in found:
-        belongs = _recorded(Path(folder, name, RECORD), "weights") == digest
+        belongs = digest is not None and _recorded(Path(folder, name, RECORD), "weights") == digest
         (current if belongs else stale).append(name)
     return current, stale
 

@@ -21,10 +21,11 @@ from coss_hf.hub.export import (
     open_file,
     write_graph,
 )
-from coss_hf.hub.export_folders import RECORD, exported_folders, remove_exports, weights_digest
+from coss_hf.hub.export_folders import RECORD, exported_folders, weights_digest
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.checkpoint_files import remove_earlier_run
 from tests.helpers import networks
 from tests.helpers.runs import ROOT
 
@@ -284,7 +285,8 @@ def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path)
     assert exported_folders(tmp_path) == (["onnx"], ["openvino"])
     (tmp_path / "head.safetensors").write_text("of other weights")
     assert exported_folders(tmp_path) == ([], ["onnx", "openvino"])
-    remove_exports(tmp_path)
+    args = SimpleNamespace(overwrite_output_dir=True, process_index=0, output_dir=str(tmp_path))
+    remove_earlier_run(args, None)
     assert not (tmp_path / "onnx").exists() and [path.name for path in (tmp_path / "openvino").iterdir()] == [
         "notes.txt"
     ]
