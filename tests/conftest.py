@@ -16,8 +16,19 @@ import torch
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-# Files whose few tests start processes of their own and take longest: first, so that none is left over at the end.
-LONGEST = ("test_crash", "test_push", "test_two_processes", "test_distributed", "test_processes", "test_fsdp")
+# Files that take longest, most of them since they start processes: first, so that none is left over at the end.
+LONGEST = (
+    "test_crash",
+    "test_push",
+    "test_two_processes",
+    "test_fsdp",
+    "test_export",
+    "test_processes",
+    "test_distributed",
+    "test_wandb_tracker",
+    "test_cached_teacher",
+    "test_front_door",
+)
 
 
 def pytest_configure(config):
