@@ -301,7 +301,21 @@ def teacher_cache() -> str:
     return as_markdown(lines)
 
 
+def photographs_settings() -> str:
+    """Settings in short runs on photographs, measured on held-out images."""
+    rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=6400)
+    lines = [["student", "settings", "seeds", "k-NN 20", "linear evaluation", "overlap 10", "effective rank"]]
+    for student, settings in dict.fromkeys((row["student"], row["settings"]) for row in rows):
+        found = select(rows, student=student, settings=settings)
+        rank = f"{statistics.fmean(row['effective_rank'] for row in found):.1f}"
+        cells = [score(found, key, statistics.stdev) for key in ("knn20", "linear", "overlap10")]
+        lines.append([student, settings, str(len(found)), *cells, rank])
+    lines[1:] = sorted(lines[1:], key=lambda line: line[0])
+    return as_markdown(lines)
+
+
 TABLES = (
+    photographs_settings,
     teacher_cache,
     front_page,
     quickstart_digits,
