@@ -343,7 +343,9 @@ def _workers(args, situation: Situation) -> Filled:
         if situation.images is None:
             count = 0
         reason = f"{cores}, and PyTorch computes with {situation.threads}"
-    if multiprocessing.get_start_method() != "fork" and not args.dataloader_multiprocessing_context:
+    # Asked so that the caller can still choose another one.
+    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    if method != "fork" and not args.dataloader_multiprocessing_context:
         return Filled(least, "workers of this system are not forked, and may not be able to load these images")
     count = max(count, least)
     while count > least and not _fits(args, situation, count):

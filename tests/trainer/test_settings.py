@@ -256,7 +256,7 @@ def test_workers_as_many_as_shared_memory_has_room_for(monkeypatch):
 
 
 def test_no_workers_where_they_are_not_forked(monkeypatch):
-    monkeypatch.setattr(module.multiprocessing, "get_start_method", lambda: "spawn")
+    monkeypatch.setattr(module.multiprocessing, "get_start_method", lambda allow_none: "spawn")
     assert filled(arguments(), device="cuda", cores=9).dataloader_num_workers == 0
 
 
