@@ -13,6 +13,10 @@ MIN_IMAGES = 50
 # Number of images below which a verdict warns that there are few.
 FEW_IMAGES = 500
 # What helps a student that is worse than before its training: a larger rate would make it worse still.
+# Where both are switched on, this remains; a larger rate is never advised.
+OTHERWISE = (
+    "Warm-up and clipping are switched on already: try a smaller --learning_rate, a longer run, or another --head."
+)
 GENTLE = (
     "Long gradients of the first steps often destroy a student: give --warmup_steps 0.1 and --max_grad_norm 1.0, or "
     "leave optimizer, rate, warm-up and clipping to --settings auto."
@@ -35,7 +39,7 @@ def evaluations(history: list[dict]) -> list[dict]:
     ]
 
 
-def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[str, str]:
+def alarms(history: list[dict], images: int, *, finished: bool = False, gentle: bool = False) -> dict[str, str]:
     """What has gone wrong so far, in words, by name.
 
     * ``teacher``: its effective rank is below 2, or every tenth image has another's embedding.
@@ -51,6 +55,7 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         history: ``trainer.state.log_history``.
         images: Number of images that are evaluated.
         finished: Whether training is over.
+        gentle: Whether the training has a warm-up and clips its gradients; see ``is_gentle``.
     """
     seen = evaluations(history)
     if not seen or images < MIN_IMAGES:
@@ -78,9 +83,16 @@ def alarms(history: list[dict], images: int, *, finished: bool = False) -> dict[
         found["no_progress"] = (
             f"The student does not come closer to its teacher: {100 * last[OVERLAP]:.1f} % of the 10 nearest "
             f"neighbours are the teacher's, {100 * start[OVERLAP]:.1f} % before training ({on_images(images)})."
-            f"{_so_short(last)} Check that teacher and student see the images as they should (--dry_run). {GENTLE}"
+            f"{_so_short(last)} Check that teacher and student see the images as they should (--dry_run)."
         )
+        if "collapse" not in found:  # which says what to do
+            found["no_progress"] += f" {OTHERWISE if gentle else GENTLE}"
     return found
+
+
+def is_gentle(args) -> bool:
+    """Return whether arguments of a training ask for a warm-up and for clipping."""
+    return bool(getattr(args, "warmup_steps", 0)) and bool(getattr(args, "max_grad_norm", 0))
 
 
 def _collapsed(evaluation: dict, start: dict) -> bool:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from coss_hf.data.reading import ImageReader
-from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_images, on_images
+from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_images, is_gentle, on_images
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
 from coss_hf.evaluation.retrieval import MAX_QUERIES
@@ -40,7 +40,9 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
     monitored = len(trainer.evaluator.test_images) if trainer.evaluator else None
     held_out = splits.test or splits.validation
     evaluated = len(held_out) if held_out is not None else None
-    raised = alarms(history, monitored, finished=True) if monitored else {}
+    raised = {}
+    if monitored:
+        raised = alarms(history, monitored, finished=True, gentle=is_gentle(trainer.args))
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,

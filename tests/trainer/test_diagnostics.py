@@ -8,7 +8,7 @@ from transformers import AutoModel, TrainerCallback
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.evaluation.agreement import duplicate_share
-from coss_hf.evaluation.diagnostics import alarms, chance, evaluations, few_images
+from coss_hf.evaluation.diagnostics import alarms, chance, evaluations, few_images, is_gentle
 from coss_hf.evaluation.embeddings import evaluate_embeddings
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
@@ -131,9 +131,15 @@ def test_alarms_never_ask_for_a_higher_rate():
     found = alarms([evaluation(), evaluation(0.01, 1.1)], 2000, finished=True)
     alone = alarms([evaluation(), evaluation(0.01)], 2000, finished=True)
     assert "Lower --learning_rate" in found["collapse"]
-    for text in (found["no_progress"], alone["no_progress"]):
-        assert "raise --learning_rate" not in text
-        assert "--warmup_steps 0.1 and --max_grad_norm 1.0" in text and "--settings auto" in text
+    assert "warmup" not in found["no_progress"], "one advice"
+    text = alone["no_progress"]
+    assert "--warmup_steps 0.1 and --max_grad_norm 1.0" in text and "--settings auto" in text
+    # It advised what the training did already.
+    gentle = alarms([evaluation(), evaluation(0.01)], 2000, finished=True, gentle=True)["no_progress"]
+    assert "switched on already: try a smaller --learning_rate" in gentle and "--warmup_steps" not in gentle
+    assert not any("raise --learning_rate" in text for text in (found["no_progress"], text, gentle))
+    assert is_gentle(SimpleNamespace(warmup_steps=0.1, max_grad_norm=1.0))
+    assert not is_gentle(SimpleNamespace(warmup_steps=0.1, max_grad_norm=0.0))
 
 
 def test_duplicates_have_the_same_direction():

@@ -4,7 +4,7 @@ import logging
 
 from transformers import TrainerCallback
 
-from coss_hf.evaluation.diagnostics import alarms, has_diagnostics
+from coss_hf.evaluation.diagnostics import alarms, has_diagnostics, is_gentle
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ class DiagnosticsCallback(TrainerCallback):
         earlier = [i for i, entry in enumerate(state.log_history) if has_diagnostics(entry)]
         # Of all evaluations before, not of the last alone: an alarm that comes and goes is printed once, too.
         before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
-        for name, text in alarms(state.log_history, self.images, finished=finished).items():
+        found = alarms(state.log_history, self.images, finished=finished, gentle=is_gentle(args))
+        for name, text in found.items():
             if name not in before and state.is_world_process_zero:
                 logger.warning("ALARM: %s", text)
