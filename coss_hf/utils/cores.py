@@ -58,6 +58,12 @@ class OtherLoad:
             return None
         return max(0.0, (after - self._before) / elapsed)
 
+    def _own_processes(self) -> list[psutil.Process]:
+        """This process, the others of its training on this machine, and the loader workers of all of them."""
+        first = self._process.parent() if processes_on_machine() > 1 else None
+        first = first or self._process
+        return [self._process, *(one for one in first.children(recursive=True) if one.pid != self._process.pid)]
+
     def _busy_seconds(self) -> float | None:
         try:
             allowed = os.sched_getaffinity(0)
@@ -71,6 +77,14 @@ class OtherLoad:
                 for number, core in enumerate(cores)
                 if number in allowed
             )
-            return busy - sum(self._process.cpu_times()[:4])
+            return busy - sum(map(_seconds, self._own_processes()))
         except (AttributeError, OSError, psutil.Error):
             return None
+
+
+def _seconds(process: psutil.Process) -> float:
+    """Seconds that a process has computed, with its children that have ended; 0 where it is gone."""
+    try:
+        return sum(process.cpu_times()[:4])
+    except psutil.Error:
+        return 0.0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from coss_hf.trainer.callbacks import waiting
-from coss_hf.trainer.callbacks.waiting import WaitingCallback, idle_cores, shared_cores, slow_images
+from coss_hf.trainer.callbacks.waiting import WaitingCallback, idle_cores, shared_cores, slow_images, too_many_threads
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,36 @@ def test_slow_images():
     assert "waits 40 % of its time" in slow_images(0.4, 0, 2, 1, "cpu") and "coss-hf prepare" in slow_images(
         0.4, 0, 2, 1, "cpu"
     )
+
+
+def test_slow_images_advise_no_more_workers_than_were_filled_in_on_purpose():
+    """64 cores, of which 8 workers are taken, or as many as shared memory has room for."""
+    assert "--dataloader_num_workers 8 is the most" in slow_images(0.4, 4, 64, 1, "cuda", most=8)
+    assert "more workers find no room" in slow_images(0.4, 3, 64, 1, "cuda", most=3)
+    assert "--dataloader_num_workers 5 uses the 6 cores" in slow_images(0.4, 0, 6, 1, "cuda", most=5)
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "threads", "fitting"),
+    [(2, 1, 64, 2), (4, 2, 4, 2), (1, 2, 2, 1), (4, 2, 2, 0), (2, 1, 1, 0)],
+)
+def test_more_threads_than_cores(cores, processes, threads, fitting):
+    """A container with a quota of 2 cores on a machine of 64."""
+    found = too_many_threads(cores, processes, threads)
+    assert bool(found) == bool(fitting) and (not fitting or f"OMP_NUM_THREADS={fitting} is faster" in found)
+
+
+@pytest.mark.parametrize(("shares", "told"), [((0.9,), True), ((0.1,), False), ((0.9, 0.1), False), ((), False)])
+def test_a_short_training_is_told_at_its_end(caplog, shares, told):
+    """With a log entry each 50 steps, a training of fewer than 100 never heard of it."""
+    callback = WaitingCallback()
+    args = SimpleNamespace(device=torch.device("cuda"), dataloader_num_workers=0)
+    state = SimpleNamespace(is_world_process_zero=True)
+    callback.on_train_begin(args, state, None)
+    for share in shares:
+        callback.on_log(args, state, None, logs={"data_wait_share": share})
+    callback.on_train_end(args, state, None)
+    assert ("waits 90 % of its time" in caplog.text) == told
 
 
 def test_each_is_said_once(monkeypatch, caplog):

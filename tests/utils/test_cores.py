@@ -47,9 +47,28 @@ def test_other_load_counts_neither_this_process_nor_forbidden_cores(monkeypatch)
 
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(cores.psutil, "cpu_times", of_cores)
-    monkeypatch.setattr(cores.psutil, "Process", lambda: SimpleNamespace(cpu_times=lambda: (next(own), 0, 0, 0)))
+    # Another process of the training and a loader worker, both busy all the time, are no other programs.
+    children = [SimpleNamespace(pid=number, cpu_times=lambda: (0, 0, 0, 0)) for number in (2, 3)]
+    process = SimpleNamespace(pid=1, cpu_times=lambda: (next(own), 0, 0, 0), children=lambda recursive: children)
+    monkeypatch.setattr(cores.psutil, "Process", lambda: process)
     monkeypatch.setattr(cores.time, "monotonic", lambda: next(clock))
     assert cores.OtherLoad().cores() == pytest.approx((4 + 1 - 1) / 4)
+
+
+def test_processes_of_the_same_training_are_no_other_programs(monkeypatch):
+    """Ranks beside this one, and the loader workers of all of them."""
+    worker = SimpleNamespace(pid=3)
+    rank = SimpleNamespace(pid=1)
+    parent = SimpleNamespace(children=lambda recursive: [rank, SimpleNamespace(pid=2), worker])
+    rank.parent = lambda: parent
+    rank.children = lambda recursive: [worker]
+    monkeypatch.setattr(cores.OtherLoad, "_busy_seconds", lambda self: 0.0)
+    monkeypatch.setattr(cores.psutil, "Process", lambda: rank)
+    pids = {}
+    for count in ("1", "2"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", count)
+        pids[count] = [one.pid for one in cores.OtherLoad()._own_processes()]
+    assert pids == {"1": [1, 3], "2": [1, 2, 3]}
 
 
 def test_other_load_is_not_known_at_once():

@@ -1,6 +1,7 @@
 """What a training waits for, and which cores wait for work: named once, with the option that mends it."""
 
 import logging
+from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
@@ -17,21 +18,29 @@ BUSY_CORE = 0.5
 class WaitingCallback(TrainerCallback):
     """Say at the start that cores have no work or that other programs need them, and later that images come too slowly.
 
-    Each is reported once. The first log entry of a training is passed over: loader workers were just started.
+    Each is reported once. The first log entry of a training is passed over, unless it is the only one: loader workers
+    were just started.
+
+    Args:
+        most_workers: returns the largest number of loader workers that would be filled in; None where none is.
     """
 
-    def __init__(self):
+    def __init__(self, most_workers: Callable[[], int | None] = lambda: None):
+        self._most_workers = most_workers
+        self._last: float | None = None
         self._load = OtherLoad()
         self._entries = 0
         self._said_wait = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._entries = 0
+        self._last = None
         if not state.is_world_process_zero or args.device.type != "cpu":
             return
         cores = usable_cores()
         threads = torch.get_num_threads()
         for sentence in (
+            too_many_threads(cores, processes_on_machine(), threads),
             idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers),
             shared_cores(cores, threads, self._load.cores()),
         ):
@@ -43,11 +52,42 @@ class WaitingCallback(TrainerCallback):
         if share is None or self._said_wait or not state.is_world_process_zero:
             return
         self._entries += 1
-        if self._entries < 2 or share <= LONG_WAIT:
+        self._last = share
+        if self._entries > 1:
+            self._say_wait(args, share)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._entries == 1 and not self._said_wait and state.is_world_process_zero:
+            self._say_wait(args, self._last)
+
+    def _say_wait(self, args, share: float) -> None:
+        if share <= LONG_WAIT:
             return
         self._said_wait = True
         free = usable_cores() // processes_on_machine()
-        logger.warning(slow_images(share, args.dataloader_num_workers, free, torch.get_num_threads(), args.device.type))
+        threads = torch.get_num_threads()
+        device = args.device.type
+        logger.warning(
+            slow_images(share, args.dataloader_num_workers, free, threads, device, most=self._most_workers())
+        )
+
+
+def too_many_threads(cores: int, processes: int, threads: int) -> str:
+    """A sentence on more threads than there are cores for them, as where a container has few; empty where they fit.
+
+    Args:
+        cores: number of cores that may be used.
+        processes: number of processes that train on this machine.
+        threads: number of threads that each computes with.
+    """
+    fitting = max(1, cores // processes)
+    if threads <= fitting:
+        return ""
+    each = f" in each of {processes} processes" if processes > 1 else ""
+    return (
+        f"PyTorch computes with {threads} threads{each}, on {cores} cores, where threads wait for each other: "
+        f"OMP_NUM_THREADS={fitting} is faster."
+    )
 
 
 def idle_cores(cores: int, processes: int, threads: int, workers: int) -> str:
@@ -87,18 +127,23 @@ def shared_cores(cores: int, threads: int, others: float | None) -> str:
     )
 
 
-def slow_images(share: float, workers: int, cores: int, threads: int, device: str) -> str:
+def slow_images(share: float, workers: int, cores: int, threads: int, device: str, *, most: int | None = None) -> str:
     """A sentence on a training that waits for its images.
 
     Args:
-        share: of the time that it waits.
+        share: share of the time during which it waits.
         workers: number of loader workers.
         cores: number of cores of this process.
         threads: number of threads that it computes with.
         device: type of the device that trains.
+        most: largest number of workers that helps or that shared memory has room for; None where it is not known.
     """
     more = cores - 1 if device != "cpu" else cores - threads
-    if more > workers:
+    if most is not None and most < more:
+        remedy = f"--dataloader_num_workers {most} is the most that memory and images allow"
+        if most <= workers:
+            remedy = "more workers find no room in shared memory, or no longer help"
+    elif more > workers:
         remedy = f"--dataloader_num_workers {more} uses the {cores} cores that there are"
     elif device == "cpu" and threads > 1 and not workers:
         remedy = (
