@@ -49,8 +49,8 @@ def family(network: nn.Module) -> str:
 def is_trained(network: nn.Module) -> bool:
     """Return whether a network has weights that were trained, or copied from trained ones.
 
-    Norms tell: at random weights each of their scales is one number everywhere, and each shift is 0. Of a network
-    without such norms nothing is known, and it counts as random.
+    Norms tell: at random weights each of their scales is one number everywhere, and each shift is 0; and a batch norm
+    that has seen no images has a mean of 0. Of a network without such norms nothing is known, and it counts as random.
 
     Args:
         network: any module.
@@ -64,15 +64,16 @@ def is_trained(network: nn.Module) -> bool:
 
 @torch.no_grad()
 def _has_moved(norm: nn.Module) -> bool:
+    mean = getattr(norm, "running_mean", None)
+    if isinstance(mean, Tensor) and not mean.any():
+        return False  # it has seen no images, however its scales were drawn
     scale = getattr(norm, "weight", None)
     shift = getattr(norm, "bias", None)
     if isinstance(shift, Tensor) and shift.any():
         return True
     if isinstance(scale, Tensor) and scale.numel():
         return bool((scale != scale.flatten()[0]).any())
-    # Without a scale its statistics are all that there is.
-    mean = getattr(norm, "running_mean", None)
-    return isinstance(mean, Tensor) and bool(mean.any())
+    return isinstance(mean, Tensor)  # without a scale its statistics are all that there is
 
 
 def _channels(network: nn.Module) -> tuple[int, int]:

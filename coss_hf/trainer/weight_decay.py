@@ -4,8 +4,11 @@ import re
 
 from torch import nn
 
-# Tokens and positions, whose length says something: how parameters are called that are learnt for them.
-_TOKENS = re.compile(r"(.*_)?(tokens?|position\w*|pos|pos_emb\w*|rel_pos\w*|relative_position\w*|class_emb\w*)")
+# Tokens, positions and biases, whose length says something: how parameters are called that are learnt for them.
+_TOKENS = re.compile(
+    r"(.*_)?(tokens?|position\w*|pos|pos_emb\w*|rel_pos\w*|relative_position\w*|class_emb\w*|bias(es)?|"
+    r"(cls|mask|reg|register|query|row|col|column)_emb\w*)"
+)
 
 
 def matrices(model: nn.Module) -> list[str]:

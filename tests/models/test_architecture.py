@@ -197,5 +197,14 @@ def test_timm_networks_at_random_weights():
         assert not is_trained(timm.create_model(name)), name
 
 
+def test_scales_that_were_drawn_are_not_trained():
+    """Some networks draw the scales of their norms around 1; a batch norm that has seen images has a mean."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    nn.init.normal_(network[1].weight, 1.0, 0.02)
+    assert not is_trained(network)
+    network(torch.randn(2, 3, 8, 8))
+    assert is_trained(network)
+
+
 def test_networks_without_norms_count_as_random():
     assert not is_trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 2)))

@@ -34,6 +34,11 @@ class Own(nn.Module):
         self.depthwise = nn.Conv2d(4, 4, 3, groups=4)
         self.attention = nn.MultiheadAttention(8, 2)
         self.mixing = nn.Parameter(torch.zeros(8, 8))
+        # As LeViT, DETR and others call them.
+        self.attention_biases = nn.Parameter(torch.zeros(2, 9))
+        self.pos_bias = nn.Parameter(torch.zeros(2, 9))
+        self.cls_embed = nn.Parameter(torch.zeros(2, 8))
+        self.row_embed = nn.Parameter(torch.zeros(5, 8))
 
 
 @pytest.mark.parametrize(
