@@ -51,23 +51,16 @@ class StartingValues:
 SGD = StartingValues("sgd", 0.05, 128, 5e-4, "all", warmup=0.05, max_grad_norm=1.0)
 ADAMW = StartingValues("adamw_torch", 5e-4, 64, 0.05, "matrices", warmup=0.1, max_grad_norm=1.0)
 
-# Views of at most so many pixels a side are small.
-SMALL_SIZE = 64
-# By family, and whether the views are small.
-BY_SITUATION = {
-    (TRANSFORMER, True): ADAMW,
-    (TRANSFORMER, False): ADAMW,
-    (LAYER_NORM, True): ADAMW,
-    (LAYER_NORM, False): ADAMW,
-    (BATCH_NORM, True): SGD,
-    (BATCH_NORM, False): ADAMW,
-}
+BY_FAMILY = {TRANSFORMER: ADAMW, LAYER_NORM: ADAMW, BATCH_NORM: SGD}
+# Through a projection head, SGD is taken on views of at most so many pixels a side, and at least so many views a step.
+SMALL_SIZE = 32
+LEAST_VIEWS_OF_SGD = 128
 
 # A student that has learnt something already must not be thrown back: its rate is so much of the others'.
 TRAINED_RATE = 0.2
 # The rate grows with the square root of the views a step, within these factors.
 RATE_FACTORS = (0.25, 4.0)
-# A rate that was given without an optimizer and is at least so large is one of SGD.
+# A rate that was given without an optimizer is one of SGD if it is at least so large, else one of AdamW.
 LEAST_RATE_OF_SGD = 0.01
 MAX_WARMUP_EPOCHS = 10
 

@@ -210,11 +210,25 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
             )
 
 
+def has_head(
+    student: Backbone, teacher: Backbone, args: DistillationArguments, criterion: nn.Module | None = None
+) -> bool:
+    """Return whether the student is trained through a projection head; see ``DistillationModel.from_args``."""
+    needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+    if args.head == "auto":
+        return _compares_embeddings(needs, built_in=criterion is None) and student.dim != teacher.dim
+    return args.head != "none"
+
+
+def _compares_embeddings(needs, built_in: bool) -> bool:
+    return not built_in or any(need.same_dim for need in needs)
+
+
 def _build_head(
     student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool
 ) -> nn.Module | None:
     """The head that ``args`` ask for; none where no built-in method compares embeddings of one dimension."""
-    if built_in and not any(need.same_dim for need in needs) and args.head == "auto":
+    if args.head == "auto" and not _compares_embeddings(needs, built_in):
         return None
     head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
     if head is not None and all(uses_maps(need) for need in needs):

@@ -3,6 +3,7 @@
 import os
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -118,3 +119,13 @@ def synchronise_batch_norm(student: PreTrainedModel, criterion: nn.Module) -> No
         convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
     convert_sync_batchnorm(student)
     nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
+
+
+def forget_precision(precision: str) -> None:
+    """Let a trainer compute in another precision than the trainer before it, which accelerate would refuse.
+
+    Args:
+        precision: ``no``, ``bf16`` or ``fp16``.
+    """
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        AcceleratorState._reset_state()

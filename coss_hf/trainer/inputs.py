@@ -98,9 +98,12 @@ def resolve_inputs(
     views = train_dataset
     splits = None
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    loss = {"criterion": None if isinstance(criterion, str) else criterion}
     if isinstance(train_dataset, ViewDataset):
         args = args.drawing(views.k)  # what they were made with
-        args, settings = fill_settings(args, student, teacher, views.size, len(views), checkpoint)
+        embeds = evaluator is not None
+        situation = find_situation(args, student, teacher, size=views.size, images=len(views), embeds=embeds, **loss)
+        args, settings = fill(args, situation, recorded_settings(checkpoint))
     else:
         splits = train_dataset
         if not isinstance(train_dataset, ImageSplits):
@@ -110,7 +113,10 @@ def resolve_inputs(
         if splits.stream is not None:
             args = args.for_stream()
         images = None if splits.stream is not None else len(splits.train)
-        args, settings = fill_settings(args, student, teacher, view_size(args, student, teacher), images, checkpoint)
+        size = view_size(args, student, teacher)
+        embeds = evaluator is not None or splits.validation is not None
+        situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds, **loss)
+        args, settings = fill(args, situation, recorded_settings(checkpoint))
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
@@ -119,19 +125,6 @@ def resolve_inputs(
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
     criterion = None if isinstance(criterion, str) else criterion
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
-
-
-def fill_settings(
-    args: DistillationArguments,
-    student: Backbone,
-    teacher: Backbone,
-    size: int,
-    images: int | None,
-    checkpoint: str | None,
-) -> tuple[DistillationArguments, Settings]:
-    """What ``args`` leave out, filled for this run; or as in the run that ``checkpoint`` is of. See ``settings``."""
-    situation = find_situation(args, student, teacher, size=size, images=images)
-    return fill(args, situation, recorded_settings(checkpoint))
 
 
 def view_size(args: DistillationArguments, student: Backbone, teacher: Backbone) -> int:

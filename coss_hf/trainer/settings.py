@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import multiprocessing
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -16,10 +18,13 @@ from coss_hf.models.architecture import family, is_trained
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer import default_settings as table
 from coss_hf.trainer.checkpoint_files import RECORD
+from coss_hf.trainer.distillation_model import has_head
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.cores import processes_on_machine, usable_cores
 from coss_hf.utils.process_group import Processes
-from coss_hf.utils.shared_memory import check_shared_memory
+from coss_hf.utils.shared_memory import needed, room
+
+logger = logging.getLogger(__name__)
 
 RECORDED = "settings"  # entry of the record in a checkpoint
 RESUMED = "as in the run that is resumed"
@@ -37,11 +42,14 @@ class Situation:
         size: side of the views in pixels.
         images: number of training images; None for a stream.
         views: number of views a step, over all processes, neighbours included.
+        head: whether there is a projection head.
         device: type of the device that trains: ``cuda``, ``cpu``, ...
         cores: number of cores for each process.
         threads: number of threads that PyTorch computes with, in each process.
         bf16: whether the device computes in bfloat16, and both networks have float32 weights.
         length_is_known: whether the length is decided elsewhere, as by a study.
+        pixels_to_embed: pixels of an image as it is embedded, in evaluations and searches of neighbours; 0 without any.
+        shared_memory: bytes of it that are free for each process; None where the system has none.
     """
 
     family: str
@@ -49,21 +57,23 @@ class Situation:
     size: int
     images: int | None
     views: int
+    head: bool = False
     device: str = "cpu"
     cores: int = 1
     threads: int = 1
     bf16: bool = False
     length_is_known: bool = False
+    pixels_to_embed: int = 0
+    shared_memory: int | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         weights = "trained" if self.trained else "random"
         images = "a stream" if self.images is None else f"{self.images:,} images"
-        return f"{self.family}, {weights} weights, views of {self.size} px, {images}, {self.views:,} views a step"
-
-    @property
-    def is_small(self) -> bool:
-        """Whether its views are as small as those of CIFAR."""
-        return self.size <= table.SMALL_SIZE
+        head = "with" if self.head else "without"
+        return (
+            f"{self.family}, {weights} weights, {head} head, views of {self.size} px, {images}, {self.views:,} views a "
+            f"step"
+        )
 
 
 @dataclass(frozen=True)
@@ -90,6 +100,12 @@ class Settings:
     filled: dict[str, Filled] = field(default_factory=dict)
     shown: bool = False
 
+    def leave_to(self, optimizer, scheduler) -> None:
+        """Say nothing of what an optimizer or a schedule decides that was given as an object; None for none."""
+        decided = ("optim", "learning_rate", "weight_decay", "weight_decay_on") if optimizer is not None else ()
+        for name in (*decided, *(("warmup_steps",) if scheduler is not None else ())):
+            self.filled.pop(name, None)
+
     def record(self) -> dict:
         """What ``run.json`` keeps."""
         values = {name: {"value": one.value, "reason": one.reason} for name, one in self.filled.items()}
@@ -103,7 +119,7 @@ class Settings:
         names = max(len(name) for name, _, _ in rows)
         values = max(len(value) for _, value, _ in rows)
         lines = [f"  {name:<{names}}  {value:<{values}}  {reason}" for name, value, reason in rows]
-        return "\n".join([f"settings    for {self.situation} (--settings paper: the paper's)", *lines])
+        return "\n".join([f"settings    for {self.situation} (--settings paper takes the paper's values)", *lines])
 
 
 def _shown(value) -> str:
@@ -120,32 +136,54 @@ def find_situation(
     *,
     size: int,
     images: int | None,
+    embeds: bool = False,
+    criterion: nn.Module | None = None,
     share_of_cores: int = 1,
     length_is_known: bool = False,
 ) -> Situation:
     """Find out what the settings of a run depend on. All processes of a run call together.
 
+    Where processes differ, as on different machines, the situation is the narrowest: all fill in the same.
+
     Args:
-        args: of the training.
-        student: to be trained.
-        teacher: frozen.
+        args: arguments of the training.
+        student: the network that is trained.
+        teacher: the network that it learns from.
         size: side of the views in pixels.
         images: number of training images; None for a stream.
-        share_of_cores: number of trainings that share the machine.
+        embeds: whether held-out images are evaluated during training.
+        criterion: a loss that is taken instead of ``args.method``.
+        share_of_cores: number of trainings that share the machine, each with its share of the threads.
         length_is_known: whether the length is decided elsewhere.
     """
+    free = room()
+    own = (
+        _supports_bf16(args.device, student, teacher),
+        max(1, usable_cores() // (processes_on_machine() * share_of_cores)),
+        max(1, torch.get_num_threads() // share_of_cores),
+        math.inf if free is None else free // share_of_cores,
+    )
+    bf16, cores, threads, memory = zip(*Processes().gather(own))
     return Situation(
         family=family(student.model),
         trained=is_trained(student.model),
         size=size,
         images=images,
         views=args.images_per_step,
+        head=has_head(student, teacher, args, criterion),
         device=args.device.type,
-        cores=max(1, usable_cores() // (processes_on_machine() * share_of_cores)),
-        threads=torch.get_num_threads(),
-        bf16=all(Processes().gather(_supports_bf16(args.device, student, teacher))),
+        cores=min(cores),
+        threads=max(threads),
+        bf16=all(bf16),
         length_is_known=length_is_known,
+        pixels_to_embed=pixels_to_embed(student, teacher) if embeds or args.neighbors_k else 0,
+        shared_memory=None if min(memory) == math.inf else min(memory),
     )
+
+
+def pixels_to_embed(student: Backbone, teacher: Backbone) -> int:
+    """Return the pixels of an image as the larger of both networks embeds it."""
+    return max(math.prod(backbone.size) for backbone in (teacher, student))
 
 
 def _supports_bf16(device: torch.device, *backbones: Backbone) -> bool:
@@ -163,22 +201,25 @@ def fill(
     """Return a copy of ``args`` in which nothing is left out, and what was filled. What was given stands.
 
     Args:
-        args: of the training.
+        args: arguments of the training.
         situation: what to fill it by.
         recorded: values of the run that is to be resumed, of ``recorded_settings``; None for a fresh start.
 
     Raises:
-        ValueError: the run that is to be resumed was trained in a precision that this machine does not have.
+        ValueError: the run that is to be resumed was trained in a precision that this machine does not have, by
+            another optimizer, or by other values than ``--settings paper`` means.
 
     Example::
 
         args, settings = fill(args, find_situation(args, student, teacher, size=224, images=len(images)))
         print(settings.table())
     """
-    if args.settings == "paper":
-        check_optimizer(args, recorded)
-        return args, Settings("paper")
     args = copy.copy(args)
+    if args.settings == "paper":
+        for name in args.left_out:  # where it became so after the arguments were made
+            setattr(args, name, table.PAPER[name])
+        check_resumed(args, recorded)
+        return args, Settings("paper")
     left_out = args.left_out
     if args.deepspeed_plugin is not None:
         values = {name: Filled(value, "DeepSpeed is set up before the student is known") for name, value in _of_paper()}
@@ -196,7 +237,9 @@ def fill(
     args.optim = OptimizerNames(args.optim)
     if "bf16" in filled and args.bf16:
         args.mixed_precision = "bf16"
-    check_optimizer(args, recorded)
+    if "momentum" in args.given and not _is_sgd(args.optim):
+        logger.warning("--momentum=%g has no effect with --optim %s.", args.momentum, args.optim.value)
+    check_resumed(args, recorded)
     return args, Settings("auto", situation, filled)
 
 
@@ -205,22 +248,7 @@ def _of_paper():
 
 
 def _of_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> dict[str, Filled]:
-    usual = table.BY_SITUATION[situation.family, situation.is_small]
-    optim = Filled(usual.optim, situation.family)
-    if usual != table.BY_SITUATION[situation.family, not situation.is_small]:
-        compared = "of at most" if situation.is_small else "over"
-        optim = Filled(usual.optim, f"{situation.family}, views {compared} {table.SMALL_SIZE} px")
-    if args.optim is not None:
-        usual = table.SGD if _is_sgd(args.optim) else _like_adam(usual)
-    elif "learning_rate" not in left_out and args.learning_rate >= table.LEAST_RATE_OF_SGD:
-        usual = table.SGD
-        optim = Filled(usual.optim, f"a learning rate of {args.learning_rate:g} was given, which is one of SGD")
-    elif "momentum" in args.given:
-        usual = table.SGD
-        optim = Filled(usual.optim, "a momentum was given, which is one of SGD")
-    elif any(name.startswith("adam_") for name in args.given):
-        usual = _like_adam(usual)
-        optim = Filled(usual.optim, "options of Adam were given")
+    usual, optim = _choose_optimizer(args, situation, left_out)
     name = _optimizer_name(args.optim or usual.optim)
     return {
         "optim": optim,
@@ -233,6 +261,35 @@ def _of_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> dict
         "max_grad_norm": Filled(usual.max_grad_norm, "else the long gradients of the first steps destroy the student"),
         "warmup_steps": Filled(usual.warmup, ""),
     }
+
+
+def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> tuple[table.StartingValues, Filled]:
+    """By what was given besides; without that by the situation."""
+    usual, reason = _usual(situation)
+    rate = None if "learning_rate" in left_out else args.learning_rate
+    if args.optim is not None:
+        usual = table.SGD if _is_sgd(args.optim) else _like_adam(usual)
+    elif "momentum" in args.given:
+        usual, reason = table.SGD, "a momentum was given, which is one of SGD"
+    elif any(name.startswith("adam_") for name in args.given):
+        usual, reason = _like_adam(usual), "options of Adam were given"
+    elif rate is not None and rate >= table.LEAST_RATE_OF_SGD:
+        usual, reason = table.SGD, f"a learning rate of {rate:g} was given, which is one of SGD"
+    elif rate is not None and _is_sgd(usual.optim):
+        usual, reason = table.ADAMW, f"a learning rate of {rate:g} was given, which is one of AdamW"
+    return usual, Filled(usual.optim, reason)
+
+
+def _usual(situation: Situation) -> tuple[table.StartingValues, str]:
+    usual = table.BY_FAMILY[situation.family]
+    if not _is_sgd(usual.optim):
+        return usual, situation.family
+    if not situation.head:
+        return usual, f"{situation.family}, no projection head"
+    if situation.size <= table.SMALL_SIZE and situation.views >= table.LEAST_VIEWS_OF_SGD:
+        reason = f"views of at most {table.SMALL_SIZE} px, {table.LEAST_VIEWS_OF_SGD} or more a step"
+        return usual, f"{situation.family}, {reason}"
+    return table.ADAMW, f"{situation.family}, with a projection head"
 
 
 def _is_sgd(optim) -> bool:
@@ -319,7 +376,7 @@ def _of_precision(args, situation: Situation) -> dict[str, Filled]:
 
 
 def _of_loader(args, situation: Situation) -> dict[str, Filled]:
-    """Loader workers. Views are pure functions, so their number changes no student; a stream's order depends on it."""
+    """Loader workers. Their number changes no student, but that of a stream, whose order depends on it."""
     workers = _workers(args, situation)
     count = workers.value if args.dataloader_num_workers is None else args.dataloader_num_workers
     found = {"dataloader_num_workers": workers}
@@ -334,24 +391,37 @@ def _of_loader(args, situation: Situation) -> dict[str, Filled]:
 
 def _workers(args, situation: Situation) -> Filled:
     least = 1 if args.dataloader_persistent_workers or args.dataloader_prefetch_factor else 0
-    cores = f"{situation.cores} core{'s' if situation.cores > 1 else ''}"
-    if situation.device != "cpu":
-        count = min(situation.cores - 1, table.MAX_WORKERS)
-        reason = f"of {cores} one is for the training, and {table.MAX_WORKERS} workers at most"
-    else:
-        count = min(situation.cores - situation.threads, table.MAX_WORKERS)
-        if situation.images is None:
-            count = 0
-        reason = f"{cores}, and PyTorch computes with {situation.threads}"
+    if situation.images is None:
+        return Filled(least, "the order of a stream depends on the workers, and must not depend on the machine")
     # Asked so that the caller can still choose another one.
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     if method != "fork" and not args.dataloader_multiprocessing_context:
         return Filled(least, "workers of this system are not forked, and may not be able to load these images")
-    count = max(count, least)
-    while count > least and not _fits(args, situation, count):
+    count = max(most_workers(args, situation), least)
+    cores = f"{situation.cores} core{'s' if situation.cores > 1 else ''}"
+    if count < max(_workers_by_cores(situation), least):
+        return Filled(count, "as many as shared memory has room for")
+    if situation.device != "cpu":
+        return Filled(count, f"of {cores} one is for the training, and {table.MAX_WORKERS} workers at most")
+    return Filled(count, f"{cores}, and PyTorch computes with {situation.threads}")
+
+
+def most_workers(args: DistillationArguments, situation: Situation) -> int:
+    """Return the largest number of loader workers that have cores and shared memory.
+
+    Args:
+        args: arguments of the training.
+        situation: the machine and the images.
+    """
+    count = _workers_by_cores(situation)
+    while count > 0 and not _fits(args, situation, count):
         count -= 1
-        reason = "as many as shared memory has room for"
-    return Filled(count, reason)
+    return count
+
+
+def _workers_by_cores(situation: Situation) -> int:
+    busy = situation.threads if situation.device == "cpu" else 1
+    return max(0, min(situation.cores - busy, table.MAX_WORKERS))
 
 
 def _largest_prefetch(args, situation: Situation, workers: int) -> int | None:
@@ -362,15 +432,26 @@ def _largest_prefetch(args, situation: Situation, workers: int) -> int | None:
 
 
 def _fits(args, situation: Situation, workers: int, prefetch: int | None = None) -> bool:
-    """Whether shared memory has room for the batches of so many workers."""
-    views = args.per_device_train_batch_size * (1 + args.neighbors_k)
-    pixels = 3 * situation.size**2
-    batches = {"views": views * pixels, "images to embed": args.per_device_eval_batch_size * pixels * 4}
-    try:
-        check_shared_memory(workers, batches, prefetch or args.dataloader_prefetch_factor)
-    except ValueError:
-        return False
-    return True
+    """Whether shared memory has room for the batches of so many workers, as the trainer will check."""
+    if situation.shared_memory is None:
+        return True
+    batches = loader_batches(args, situation.size, situation.pixels_to_embed)
+    return needed(workers, batches, prefetch or args.dataloader_prefetch_factor) <= situation.shared_memory
+
+
+def loader_batches(args: DistillationArguments, size: int, pixels_to_embed: int) -> dict[str, int]:
+    """Return the bytes of a batch of each loader of a training, by what it is for.
+
+    Args:
+        args: arguments of the training.
+        size: side of the views in pixels.
+        pixels_to_embed: pixels of an image as it is embedded; 0 where none is.
+    """
+    views = args.per_device_train_batch_size * (1 + args.neighbors_k) * 3 * size**2
+    batches = {"views": views}
+    if pixels_to_embed:
+        batches["images to embed"] = args.per_device_eval_batch_size * 3 * pixels_to_embed * 4  # float32
+    return batches
 
 
 # ---- the run that is resumed ----
@@ -391,6 +472,9 @@ def values_to_record(args: DistillationArguments) -> dict[str, object]:
     values = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in table.PAPER}
     if args.max_steps > 0 or args.num_images is not None:
         values["num_train_epochs"] = None  # decides nothing
+    # Also where the launcher of the run said so.
+    values["bf16"] = args.mixed_precision == "bf16"
+    values["fp16"] = args.mixed_precision == "fp16"
     return values
 
 
@@ -404,13 +488,15 @@ def _resumed(recorded: Mapping[str, object], values: dict[str, Filled], situatio
     return found
 
 
-def take_over(args: DistillationArguments, settings: Settings, recorded: Mapping[str, object] | None) -> None:
-    """Put what the run to be resumed began with in the place of what was filled, in place.
+def take_over(
+    args: DistillationArguments, settings: Settings, recorded: Mapping[str, object] | None
+) -> dict[str, object]:
+    """Put what the run to be resumed began with in the place of what was filled, in place; return it by name.
 
     For a trainer that is told only in ``train`` that it resumes.
 
     Args:
-        args: of the trainer, filled.
+        args: arguments of the trainer, filled.
         settings: what was filled.
         recorded: see ``recorded_settings``.
 
@@ -418,31 +504,38 @@ def take_over(args: DistillationArguments, settings: Settings, recorded: Mapping
         ValueError: another precision, in which the trainer was built, or another optimizer, which was given.
     """
     if recorded is None:
-        return
+        return {}
     taken_over = _resumed(recorded, settings.filled, settings.situation) if settings.filled else {}
     for name, taken in taken_over.items():
-        if name == "bf16" and bool(taken.value) != bool(args.bf16):
+        if name == "bf16" and bool(taken.value) != (args.mixed_precision == "bf16"):
             raise ValueError(
                 f"--resume_from_checkpoint: the run was trained with --bf16 {str(taken.value).lower()}; make the "
                 f"trainer with that argument."
             )
         setattr(args, name, OptimizerNames(taken.value) if name == "optim" else taken.value)
         settings.filled[name] = taken
-    check_optimizer(args, recorded)
+    check_resumed(args, recorded)
+    return {name: taken.value for name, taken in taken_over.items()}
 
 
-def check_optimizer(args: DistillationArguments, recorded: Mapping[str, object] | None) -> None:
-    """Refuse to resume a run with an optimizer that cannot read the state of the run's own.
+def check_resumed(args: DistillationArguments, recorded: Mapping[str, object] | None) -> None:
+    """Refuse to resume a run by values that it was not begun with, and that nobody gave by name.
 
     Args:
-        args: of the training, filled.
+        args: arguments of the training, filled.
         recorded: see ``recorded_settings``.
 
     Raises:
-        ValueError: another optimizer.
+        ValueError: another optimizer, which cannot read the state of the run's own; float16 no longer; or another value
+            of ``--settings paper``.
     """
     if recorded is None or recorded is table.PAPER:  # what it was trained with is not known
         return
+    if recorded.get("fp16") and args.mixed_precision != "fp16":
+        raise ValueError(
+            "--resume_from_checkpoint: the run was trained in float16; give --fp16, or start afresh in another "
+            "--output_dir."
+        )
     before = recorded["optim"]
     now = _optimizer_name(args.optim)
     if before != now:
@@ -450,6 +543,21 @@ def check_optimizer(args: DistillationArguments, recorded: Mapping[str, object] 
             f"--resume_from_checkpoint: the run was trained with --optim {before}, and now --optim is {now}; leave "
             f"--optim and --settings out, or start afresh in another --output_dir."
         )
+    if args.settings != "paper":
+        return
+    for name in args.stood_in:
+        before = recorded[name]
+        now = args.mixed_precision == "bf16" if name == "bf16" else table.PAPER[name]
+        if name not in table.OPERATION and before is not None and before != now and not _is_unused(name, args):
+            raise ValueError(
+                f"--resume_from_checkpoint: the run was trained with --{name} {before}, and --settings paper means "
+                f"{now}; leave --settings out, or give --{name}."
+            )
+
+
+def _is_unused(name: str, args: DistillationArguments) -> bool:
+    """The length in epochs, where there is another."""
+    return name == "num_train_epochs" and (args.max_steps > 0 or args.num_images is not None)
 
 
 def _check_precision(filled: dict[str, Filled], situation: Situation) -> None:

@@ -54,7 +54,7 @@ from coss_hf.trainer.checkpoint_files import (
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
 from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
-from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
+from coss_hf.trainer.engine import forget_precision, synchronise_batch_norm, use_channels_last
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
@@ -64,7 +64,15 @@ from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport, compare, report
 from coss_hf.trainer.schedule import milestone_schedule
-from coss_hf.trainer.settings import RECORDED, recorded_settings, take_over, values_to_record
+from coss_hf.trainer.settings import (
+    RECORDED,
+    loader_batches,
+    most_workers,
+    pixels_to_embed,
+    recorded_settings,
+    take_over,
+    values_to_record,
+)
 from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.stream_loader import StreamLoader, load_position, save_position
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
@@ -179,6 +187,7 @@ class DistillationTrainer(Trainer):
         )
         self.splits = inputs.splits
         self.settings = inputs.settings
+        self.settings.leave_to(*optimizers)
         self._build(inputs, callbacks, optimizers)
         self.arguments: dict = to_dict(data, self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
@@ -265,6 +274,7 @@ class DistillationTrainer(Trainer):
         if evaluator is not None:
             diagnostics.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
         told = StreamCallback(views) if self.is_streaming else EpochCallback(views)
+        forget_precision(args.mixed_precision)
         super().__init__(
             model,
             args,
@@ -272,7 +282,7 @@ class DistillationTrainer(Trainer):
             train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[told, *diagnostics, WaitingCallback(), *(callbacks or [])],
+            callbacks=[told, *diagnostics, WaitingCallback(self._most_workers), *(callbacks or [])],
             optimizers=optimizers,
         )
         print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
@@ -338,12 +348,14 @@ class DistillationTrainer(Trainer):
         train_dataset: ViewDataset | StreamViews,
         evaluator: Evaluator | None,
     ) -> None:
-        views = args.per_device_train_batch_size * (1 + args.neighbors_k) * 3 * train_dataset.size**2
-        batches = {"views": views}
-        if evaluator is not None or args.neighbors_k:
-            pixels = max(math.prod(backbone.size) for backbone in (self.teacher, student))
-            batches["images to embed"] = args.per_device_eval_batch_size * 3 * pixels * 4  # float32
+        embeds = evaluator is not None or args.neighbors_k > 0
+        pixels = pixels_to_embed(student, self.teacher) if embeds else 0
+        batches = loader_batches(args, train_dataset.size, pixels)
         check_shared_memory(args.dataloader_num_workers, batches, args.dataloader_prefetch_factor)
+
+    def _most_workers(self) -> int | None:
+        """As many loader workers as can help; None where the machine was not looked at."""
+        return None if self.settings.situation is None else most_workers(self.args, self.settings.situation)
 
     def _prepare_networks(self, model: DistillationModel, args: DistillationArguments) -> None:
         """Memory format and batch norm that ``args`` ask for, in place."""
@@ -416,8 +428,8 @@ class DistillationTrainer(Trainer):
         self._claim_output_dir(resume_from_checkpoint)
         self._take_recorded_images(resume_from_checkpoint)
         self._bring_cached_rows()
+        self._take_recorded_settings(resume_from_checkpoint)
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
-        take_over(self.args, self.settings, recorded_settings(checkpoint))
         self._show_settings()
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
@@ -438,6 +450,15 @@ class DistillationTrainer(Trainer):
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         return result
+
+    def _take_recorded_settings(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Those of the run to be resumed; before its checkpoint is compared, since a stream's workers have places."""
+        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        taken = take_over(self.args, self.settings, recorded_settings(checkpoint))
+        self.arguments |= {name: getattr(value, "value", value) for name, value in taken.items()}
+        if self.is_streaming and self.train_dataset.workers != self.args.dataloader_num_workers:
+            self.train_dataset.workers = self.args.dataloader_num_workers
+            self._identity = None
 
     def _show_settings(self) -> None:
         """Unless the user has seen them, or wants lines for a program: ``run.json`` keeps them, too."""
@@ -919,6 +940,18 @@ class DistillationTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
         load_student(model, type(self.student.model), resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if "parameter group" not in str(error):
+                raise
+            raise ValueError(
+                f"--resume_from_checkpoint: in the run that is resumed weight decay was for other parameters than "
+                f"--weight_decay_on={self.args.weight_decay_on} names now; go on with the version of coss_hf that it "
+                f"was begun with, or start afresh in another --output_dir."
+            ) from error
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -192,7 +192,7 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Train under bfloat16 autocast; weights and loss stay float32. Default: on GPUs that compute in "
-            "it, see --settings; false: never.",
+            "it, see --settings. Give false to train in float32.",
             "nargs": "?",
             "const": True,
         },
@@ -201,7 +201,7 @@ class DistillationArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Number of processes that load and augment images, for each training process. Default: by the "
-            "free cores, see --settings."
+            "free cores, see --settings; 0 for a stream."
         },
     )
     dataloader_persistent_workers: bool | None = field(
@@ -313,7 +313,10 @@ class DistillationArguments(TrainingArguments):
         check_unused(self.given)
         check_numbers(self)
         self._check_settings()
-        left_out = self.left_out
+        ratio = getattr(self, "warmup_ratio", None)  # the former name, which Trainer still reads
+        if ratio is not None and self.warmup_steps is None:
+            self.warmup_steps = ratio
+        left_out = self.stood_in = self.left_out
         self._stand_in(left_out)
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
@@ -353,6 +356,11 @@ class DistillationArguments(TrainingArguments):
         if self.settings not in SETTINGS:
             raise ValueError(f"--settings={self.settings!r} is unknown: choose one of {', '.join(SETTINGS)}.")
         optim = str(getattr(self.optim, "value", self.optim or PAPER["optim"]))
+        if self.deepspeed and "sgd" not in optim and self.learning_rate is None:
+            raise ValueError(
+                f"--deepspeed with --optim={optim}: DeepSpeed is set up before the student is known, with a learning "
+                f"rate of SGD; give --learning_rate, too."
+            )
         if self.settings == "paper" and "sgd" not in optim and self.learning_rate is None:
             raise ValueError(
                 f"--settings=paper: its learning rate of {PAPER['learning_rate']:g} is one of SGD, and --optim={optim} "

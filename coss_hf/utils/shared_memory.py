@@ -21,21 +21,43 @@ def check_shared_memory(workers: int, batches: dict[str, int], prefetch: int | N
     Raises:
         ValueError: less memory is free than that.
     """
-    if not workers or not SHARED_MEMORY.is_dir():
+    free = room()
+    if not workers or free is None or needed(workers, batches, prefetch) <= free:
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    ahead = workers * (prefetch or PREFETCH) + 1  # and the one in use
-    needed = processes * ahead * sum(batches.values())
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed <= free:
-        return
+    processes = _processes()
     shown = ", ".join(f"{purpose} {_megabytes(size)}" for purpose, size in batches.items())
     raise ValueError(
         f"--dataloader_num_workers={workers}: loader workers hand over their batches in shared memory, of which "
-        f"{SHARED_MEMORY} has {_megabytes(free)} free; they may take {_megabytes(needed)} ({processes} processes x "
-        f"{ahead} batches; a batch of {shown}). Give it more (docker run --shm-size=..., or --ipc=host), or use fewer "
-        f"workers, smaller batches, or --dataloader_num_workers 0."
+        f"{SHARED_MEMORY} has {_megabytes(processes * free)} free; they may take "
+        f"{_megabytes(processes * needed(workers, batches, prefetch))} ({processes} processes "
+        f"x {_ahead(workers, prefetch)} batches; a batch of {shown}). Give it more "
+        f"(docker run --shm-size=..., or --ipc=host), or use fewer workers, smaller batches, or "
+        f"--dataloader_num_workers 0."
     )
+
+
+def room() -> int | None:
+    """Return the bytes of shared memory that are free for each process of this machine; None where it has none."""
+    return shutil.disk_usage(SHARED_MEMORY).free // _processes() if SHARED_MEMORY.is_dir() else None
+
+
+def needed(workers: int, batches: dict[str, int], prefetch: int | None = None) -> int:
+    """Return the bytes that the loader workers of one process may take.
+
+    Args:
+        workers: number of loader workers of a process.
+        batches: bytes of a batch of each loader that may run at the same time, by what it is for.
+        prefetch: number of batches that each worker loads ahead; None for PyTorch's default.
+    """
+    return _ahead(workers, prefetch) * sum(batches.values())
+
+
+def _processes() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _ahead(workers: int, prefetch: int | None) -> int:
+    return workers * (prefetch or PREFETCH) + 1  # and the one in use
 
 
 def _megabytes(size: int) -> str:

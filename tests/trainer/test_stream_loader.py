@@ -172,6 +172,20 @@ def test_a_resumed_training_with_workers_is_the_uninterrupted_one(tmp_path, netw
     check_training(tmp_path, networks, shards, workers=2)
 
 
+def test_a_run_with_workers_is_resumed_without_naming_them(tmp_path, networks):
+    """``train`` is told only there that it resumes: the workers of this machine were compared with the run's own."""
+    shards = h.write_shards(tmp_path / "shards", "tar")
+    options = {"settings": "auto", "max_steps": 3, "save_strategy": "steps"}
+    options["data"] = DataArguments(validation_size=0)
+    begun = make_trainer(tmp_path, networks, stream_of(shards), dataloader_num_workers=1, **options)
+    begun.add_callback(h.StopAfter(2))
+    begun.train()
+    resumed = make_trainer(tmp_path, networks, stream_of(shards), **options)
+    assert resumed.args.dataloader_num_workers == 0, "on every machine"
+    resumed.train(resume_from_checkpoint="auto")
+    assert resumed.args.dataloader_num_workers == resumed.train_dataset.workers == 1 and resumed.state.global_step == 3
+
+
 def test_evaluated_on_the_first_images(tmp_path, networks):
     shards = h.write_shards(tmp_path / "shards", "tar")
     data = DataArguments(streaming=True, validation_size=12)
