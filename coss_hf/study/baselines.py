@@ -118,9 +118,12 @@ def check_report(metric: str, splits: ImageSplits) -> None:
 
 
 def changed_arguments(training: DistillationArguments) -> dict:
-    """Return the arguments of every run that differ from their defaults, and ``use_cpu``."""
-    defaults = DistillationArguments(use_cpu=training.use_cpu)
-    changed = {}
+    """Return the arguments of every run that differ from their defaults, and ``use_cpu``.
+
+    With ``--settings paper`` the defaults are those of the paper, as in studies of before there were others.
+    """
+    defaults = DistillationArguments(use_cpu=training.use_cpu, settings=training.settings)
+    changed = {} if training.settings == DistillationArguments.settings else {"settings": training.settings}
     for argument in fields(training):
         value = getattr(training, argument.name) if argument.init else None
         if argument.init and argument.name not in TRIAL_ARGUMENTS and value != getattr(defaults, argument.name):

@@ -1,18 +1,22 @@
 """A comparison of one pair of networks: CoSS, its baselines and other methods, at equal images seen."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
-from coss_hf.reporting.run_record import command
+from coss_hf.reporting.run_record import command, write_json
 from coss_hf.study.baselines import changed_arguments, check_study, run_images, trained_trials, untrained_trials
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.inputs import view_size
-from coss_hf.trainer.settings import Settings, fill, find_situation
+from coss_hf.trainer.settings import Settings, Situation, fill, find_situation, values_to_record
 from coss_hf.trainer.training_args import DistillationArguments
+
+FILLED = "settings.json"  # what a study's arguments left out, by what it was filled by
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ def plan_comparison(
     pair = f"{models.student} / {models.teacher}"
     folder = Path(training.output_dir)
     view_seed = training.seed if training.view_seed is None else training.view_seed
-    training, settings = fill_for_trials(training, models, data, jobs)
+    given = training
+    training, settings = fill_for_trials(given, models, data, jobs)
     views = shared_views(training.view_epochs, view_seed, training.teacher_cache, folder)
     config = StudyConfig(data, {pair: models}, changed_arguments(training) | views).identified()
     splits, _ = load(config, pair)
@@ -85,6 +90,7 @@ def plan_comparison(
     sweep = Sweep(folder, name, jobs, {"command": command()})
     trained = trained_trials(pair, training, seeds, split, methods)
     sweep.check(trained, config)
+    keep_filled(given, training, settings)
     others = untrained_trials(pair, models, seeds, split)
     num_images = training.num_images or run_images(folder, hours, trained, others, config)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others
@@ -95,6 +101,8 @@ def fill_for_trials(
     training: DistillationArguments, models: ModelArguments, data: DataArguments, jobs: int
 ) -> tuple[DistillationArguments, Settings]:
     """Fill what the arguments of every run leave out, once for all of them: their results are compared.
+
+    It is kept in the folder, so that a study goes on with the same trials on another machine, and after an update.
 
     Args:
         training: arguments of every run.
@@ -114,7 +122,31 @@ def fill_for_trials(
         share_of_cores=jobs,
         length_is_known=True,
     )
-    return fill(training, situation)
+    return fill(training, situation, _kept(training).get(_key(training, situation)))
+
+
+def keep_filled(given: DistillationArguments, filled: DistillationArguments, settings: Settings) -> None:
+    """Keep what was filled in the folder of a study, for ``fill_for_trials``.
+
+    Args:
+        given: arguments of every run, as they were given.
+        filled: the same, filled.
+        settings: what was filled.
+    """
+    kept = _kept(given)
+    if settings.filled and (key := _key(given, settings.situation)) not in kept:
+        write_json(Path(given.output_dir, FILLED), kept | {key: values_to_record(filled)})
+
+
+def _kept(given: DistillationArguments) -> dict[str, dict]:
+    path = Path(given.output_dir, FILLED)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _key(given: DistillationArguments, situation: Situation) -> str:
+    """Of what was given, of the networks and of the images, not of the machine."""
+    text = json.dumps([str(situation), changed_arguments(given)], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def held_out_size(data: DataArguments) -> int | float:
