@@ -296,7 +296,8 @@ def test_the_trainer_accepts_the_workers_that_were_filled_in(tmp_path, image_par
     monkeypatch.setattr(module, "usable_cores", lambda: 9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     args = arguments(per_device_train_batch_size=2, view_size=8, max_steps=1, dry_run=True)
-    trainer = DistillationTrainer(networks.teacher, networks.vit, args, str(image_parquet))
+    data = DataArguments(validation_size=8)
+    trainer = DistillationTrainer(networks.teacher, networks.vit, args, str(image_parquet), data=data)
     assert trainer.args.dataloader_num_workers == 1 and trainer.evaluator is not None
 
 
@@ -493,7 +494,7 @@ def test_other_parameters_with_weight_decay_are_named(tmp_path, image_parquet, n
     monkeypatch.setattr("coss_hf.trainer.trainer.matrices", lambda model: [])
     options = {"settings": "auto", "learning_rate": None, "resume_from_checkpoint": "auto"}
     resumed = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
-    with pytest.raises(ValueError, match="decay was for other parameters than --weight_decay_on=matrices names now"):
+    with pytest.raises(ValueError, match="decay was for other parameters than weight_decay_on=matrices names now"):
         resumed.train()
 
 
