@@ -4,7 +4,7 @@ import os
 
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import PreTrainedModel, TrainingArguments
@@ -121,11 +121,20 @@ def synchronise_batch_norm(student: PreTrainedModel, criterion: nn.Module) -> No
     nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
 
 
-def forget_precision(precision: str) -> None:
-    """Let a trainer compute in another precision than the trainer before it, which accelerate would refuse.
+def use_precision(args: TrainingArguments) -> None:
+    """Let a trainer compute in its own precision, whatever another trainer of this process computes in.
+
+    accelerate keeps one for the process: it refuses a second one, and an earlier trainer would go on in that of a later
+    one. DeepSpeed and FSDP, which keep more there, are left alone.
 
     Args:
-        precision: ``no``, ``bf16`` or ``fp16``.
+        args: arguments of the trainer.
     """
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+    if not AcceleratorState._shared_state:
+        return
+    state = AcceleratorState()
+    engines = (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    if state.mixed_precision != args.mixed_precision and state.distributed_type not in engines:
+        compiler = state.dynamo_plugin  # resetting forgets it
         AcceleratorState._reset_state()
+        AcceleratorState(args.mixed_precision, cpu=args.use_cpu, dynamo_plugin=compiler, _from_accelerator=True)

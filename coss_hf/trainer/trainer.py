@@ -54,7 +54,7 @@ from coss_hf.trainer.checkpoint_files import (
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
 from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
-from coss_hf.trainer.engine import forget_precision, synchronise_batch_norm, use_channels_last
+from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
@@ -274,7 +274,7 @@ class DistillationTrainer(Trainer):
         if evaluator is not None:
             diagnostics.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
         told = StreamCallback(views) if self.is_streaming else EpochCallback(views)
-        forget_precision(args.mixed_precision)
+        use_precision(args)
         super().__init__(
             model,
             args,
@@ -441,6 +441,7 @@ class DistillationTrainer(Trainer):
                 return self._load_finished_run(checkpoint)
         else:
             self._start_afresh(asked=resume_from_checkpoint)
+        use_precision(self.args)
         self._position = self._position_in(checkpoint)
         self._keep_list_of_images(checkpoint)
         if self.preemption not in self.callback_handler.callbacks:  # behind all others, whose wishes it overrides

@@ -19,6 +19,7 @@ from coss_hf.trainer import default_settings as table
 from coss_hf.trainer import settings as module
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.dry_run import describe
+from coss_hf.trainer.engine import use_precision
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.settings import RECORDED, Situation, fill, recorded_settings, values_to_record
 from coss_hf.utils import shared_memory
@@ -529,10 +530,13 @@ def test_precision_of_the_launcher_is_recorded():
 def test_two_trainers_of_one_notebook_in_different_precisions(tmp_path, image_parquet, networks):
     """Both made their arguments first; accelerate then refused the second trainer."""
     first, second = (arguments(output_dir=str(tmp_path / str(on)), bf16=on, dry_run=True) for on in (True, False))
+    trainers = []
     for args in (first, second):
         args.per_device_train_batch_size = 4
-        trainer = DistillationTrainer(networks.teacher, networks.vit, args, str(image_parquet))
-        assert trainer.accelerator.mixed_precision == ("bf16" if args.bf16 else "no")
+        trainers.append(DistillationTrainer(networks.teacher, networks.vit, args, str(image_parquet)))
+        assert trainers[-1].accelerator.mixed_precision == ("bf16" if args.bf16 else "no")
+    use_precision(first)  # as the first one does when it trains
+    assert trainers[0].accelerator.mixed_precision == "bf16"
 
 
 def test_bfloat16_stays_where_the_device_has_it():
