@@ -5,6 +5,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coss_hf" / "__init__.py").read_text())[1]
+TIMM = "timm>=1.0.16"  # the first that loads a folder
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
@@ -60,7 +61,8 @@ setup(
         "wandb>=0.30",  # login without a prompt
     ],
     extras_require={
-        "timm": ["timm"],
+        "timm": [TIMM],
+        "sentence-transformers": ["sentence-transformers>=6.2"],
         "tensorboard": ["tensorboard"],
         "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
@@ -77,7 +79,7 @@ setup(
             "ruff",
             "scikit-learn",
             "tensorboard",
-            "timm",
+            TIMM,
             "trackio",
         ],
     },

@@ -63,7 +63,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    subject = Subject(name, trainer.student, trainer.full_model.head, folder)
+    subject = Subject(name, trainer.student, trainer.full_model.head, folder, on_hub=bool(trainer.hub_model_id))
     tags = metadata.pop("tags", None) or []
     base_models = _base_models(trainer.student, teacher, arguments.get("student_init", "pretrained"))
     data = ModelCardData(

@@ -22,11 +22,18 @@ from coss_hf.utils.messages import command_to, first_line
 
 logger = logging.getLogger(__name__)
 
+PROCESSOR = "preprocessor_config.json"
+# The code of a network outside Transformers, by the usual names of its files; a handler.py is its owner's.
+CODE = ["configuration_*.py", "modeling_*.py", "image_processing_*.py"]
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
 # Card, record, page and pictures of the run, next to the student.
 COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
-PUBLISHED = ["config.json", "preprocessor_config.json", *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
+PUBLISHED = ["config.json", PROCESSOR, *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
+OLD_STUDENT = (
+    "%s was written by an earlier version: its pooler_output may be noise, and sentence-transformers and timm cannot "
+    "load it. coss_hf.Student.from_pretrained('%s').push_to_hub('%s') pushes it with what they need."
+)
 # Transport errors of httpx, and what sockets raise below it.
 NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
@@ -122,7 +129,10 @@ def push(
         repo_id = _open_repo(api, repo_id, "model", private)
         card = folder / "README.md"
         if card.is_file():  # its snippet loads the student by name
-            card.write_text(renamed(card.read_text(), repo_id))
+            text = card.read_text()
+            card.write_text(renamed(text, repo_id, on_hub=True))
+            if "## Use" in text and "### coss_hf" not in text:  # of before cards named each library
+                logger.warning(OLD_STUDENT, folder, folder, repo_id)
         with _errors_as_problems(repo_id):
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -136,7 +146,7 @@ def push(
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
                 # Of an earlier push, where this one has none of that name.
-                delete_patterns=[*WEIGHTS, *EXPORTED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
+                delete_patterns=[PROCESSOR, *CODE, *WEIGHTS, *EXPORTED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
+from coss_hf.models.pooler import pooler_is_embedding
 
-PACKAGE = "sentence-transformers>=5.4"  # earlier ones take images for CLIP alone
+PACKAGE = "sentence-transformers>=6.2"  # earlier ones were not tried; before 5.4 they take images for CLIP alone
 MODULES_FILE = "modules.json"
 NETWORK_FILE = "sentence_bert_config.json"
 CODE_FILE = "patch_pooling.py"
@@ -94,6 +95,8 @@ def _pooling(student: Backbone) -> tuple[str, str, list[Stage]]:
     if student.pooling == "cls":
         return "last_hidden_state", TOKENS, [_pooling_of(student, "cls")]
     if layout.prefix + layout.suffix > 1 or layout.channels_last:
+        if len(student.output_shapes.get("pooler_output", ())) == 1 and pooler_is_embedding(student):
+            return "pooler_output", EMBEDDING, []
         config = {"first": layout.prefix, "last": -layout.suffix or None, "channels_last": layout.channels_last}
         return "last_hidden_state", TOKENS, [Stage("PatchPooling", {"dimension": student.dim} | config)]
     if layout.prefix or layout.suffix:
@@ -107,7 +110,10 @@ def _pooling_of(student: Backbone, *modes: str) -> Stage:
 
 
 def _mean_of_patches(student: Backbone) -> list[Stage]:
-    """The mean without the one token that is no patch: a linear function of the mean of all and of that token."""
+    """The mean without the one token that is no patch: a linear function of the mean of all and of that token.
+
+    Its weights depend on the number of tokens, and so on the size of the images, which the image processor fixes.
+    """
     count = student.output_shapes["last_hidden_state"][0]
     other = "cls" if student.layout.prefix else "lasttoken"
     unit = torch.eye(student.dim)
@@ -214,6 +220,13 @@ def module_folders(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     return [entry["path"] for entry in json.loads(path.read_text()) if FOLDER.fullmatch(entry["path"])]
+
+
+def needs_size(student: Backbone) -> bool:
+    """Whether the modules hold for images of the student's size alone."""
+    layout = student.layout
+    is_mean = student.pooling in ("mean", "gap") and layout.tokens
+    return is_mean and layout.prefix + layout.suffix == 1
 
 
 def needs_code(student: Backbone) -> bool:

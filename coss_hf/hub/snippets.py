@@ -19,7 +19,7 @@ from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.from_module import removal_of_classifier, torchvision_name
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.modules import ModuleNetwork
-from coss_hf.models.pooler import TIMM, pooler_is_embedding
+from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_is_embedding, pooler_output
 from coss_hf.models.towers import describe_space
 
 LOCAL = "local-dir:"  # timm's words for a folder
@@ -36,12 +36,14 @@ class Subject:
         student: the student.
         head: its projection head, or None.
         folder: where its files are.
+        on_hub: whether ``name`` is one on the Hub; default: where it is no folder.
     """
 
     name: str
     student: Backbone
     head: nn.Module | None
     folder: Path
+    on_hub: bool | None = None
 
     @property
     def is_module(self) -> bool:
@@ -72,10 +74,10 @@ class Loader:
     remark: Callable[[Subject], str]
 
 
-def renamed(card: str, name: str) -> str:
-    """The card with code that loads ``name``, a folder or a name on the Hub."""
+def renamed(card: str, name: str, on_hub: bool | None = None) -> str:
+    """The card with code that loads ``name``, a folder or a name on the Hub; ``on_hub`` is as in ``Subject``."""
     card = re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
-    return re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name)}"', card)
+    return re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name, on_hub)}"', card)
 
 
 def usage(subject: Subject) -> str:
@@ -112,6 +114,11 @@ def _trust(subject: Subject) -> str:
     return ", trust_remote_code=True" if getattr(subject.student.model.config, "auto_map", None) else ""
 
 
+def _dtype(subject: Subject) -> str:
+    """The data type of the pixels, as an argument: by default Transformers computes in that of the weights."""
+    return "" if subject.student.model.dtype == torch.float32 else ", dtype=torch.float32"
+
+
 def _own_space(subject: Subject) -> str:
     """A sentence for loaders that do not carry the head."""
     if subject.space is None or subject.head is None:
@@ -138,16 +145,13 @@ def _described_space(subject: Subject) -> str:
 
 def _transformers_code(subject: Subject) -> str:
     student = subject.student
-    trust = _trust(subject)
-    if student.model.dtype != torch.float32:
-        trust += ", dtype=torch.float32"  # of the processor's pixels
     options = "".join(f", {key}={value}" for key, value in student.options.items())
     return f'''import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 name = "{subject.name}"
-model = AutoModel.from_pretrained(name{trust}).eval()
+model = AutoModel.from_pretrained(name{_trust(subject)}{_dtype(subject)}).eval()
 processor = AutoImageProcessor.from_pretrained(name)
 
 {_image(subject)}
@@ -191,21 +195,31 @@ def _no_module(subject: Subject) -> str | None:
 
 
 def _pipeline_code(subject: Subject) -> str:
-    return f'''from PIL import Image
+    dtype = _dtype(subject)
+    return f'''{"import torch" if dtype else ""}
+from PIL import Image
 from transformers import pipeline
 
 name = "{subject.name}"
-extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust(subject)})
+extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust(subject)}{dtype})
 
 {_image(subject)}
-embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)}'''
+embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)}'''.lstrip()
 
 
 def _pipeline_remark(subject: Subject) -> str:
-    return (
-        "The same embedding from the pipeline of Transformers, and from Inference Endpoints, whose default handler is "
-        'this pipeline: send `{"inputs": ..., "parameters": {"pool": true}}`.'
+    text = "The same embedding from the pipeline of Transformers"
+    if _trust(subject):
+        return f"{text}. Inference Endpoints do not run its code by themselves: they need a handler of your own."
+    if _is_of_timm(subject):
+        return f"{text}, which needs `timm`. Inference Endpoints need a handler of your own, with `timm` installed."
+    text += (
+        ", and from Inference Endpoints, whose default handler is this pipeline: send "
+        '`{"inputs": ..., "parameters": {"pool": true}}`, with an image in base64.'
     )
+    if _dtype(subject):
+        text += f" They compute in {str(subject.student.model.dtype).removeprefix('torch.')}, as the weights are kept."
+    return text
 
 
 def _why_no_pipeline(subject: Subject) -> str | None:
@@ -214,12 +228,14 @@ def _why_no_pipeline(subject: Subject) -> str | None:
         return NOT_MENTIONED
     if student.options:
         return f"it cannot be told to use `{'`, `'.join(student.options)}`, with which the student was trained"
-    if not pooler_is_embedding(student):
-        return (
-            f"with `pool=True` it returns `pooler_output`, which a {type(student.model).__name__} does not pool by "
-            f"`{student.pooling}`, as the student was trained"
-        )
-    return ""
+    given = f"with `pool=True` it returns `pooler_output`, which a {type(student.model).__name__}"
+    return {
+        PoolerOutput.EMBEDDING: "",
+        PoolerOutput.ZEROS: f"{given} does not pool by `{student.pooling}`: its pooler was not trained, and is zero",
+        PoolerOutput.ABSENT: "there is no `pooler_output`, and `pool=True` is an error",
+        PoolerOutput.ANOTHER: f"{given} does not pool by `{student.pooling}`: it is another vector, which was not "
+        f"trained to resemble the teacher's embedding",
+    }[pooler_output(student)]
 
 
 # ---- sentence-transformers ----
@@ -244,9 +260,12 @@ def _sentence_remark(subject: Subject) -> str:
     text = f"Needs `{sentence_modules.PACKAGE}`"
     if sentence_modules.needs_code(subject.student):
         text += f", and trust in the few lines of `{sentence_modules.CODE_FILE}`, which leave out what is no patch"
-    if subject.space is None:
-        return f"{text}; {_described_space(subject)}."
-    return f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
+    text += f"; {_described_space(subject)}"
+    text += "." if subject.space is None else ", to be compared with embeddings of the teacher."
+    if sentence_modules.needs_size(subject.student):
+        height, width = subject.student.size
+        text += f" It is right for images of {width} x {height} pixels alone, to which its image processor brings them."
+    return text
 
 
 def _why_no_sentence(subject: Subject) -> str | None:
@@ -262,8 +281,10 @@ def _is_of_timm(subject: Subject) -> bool:
     return not subject.is_module and subject.student.model.config.model_type == TIMM
 
 
-def _timm_source(name: str) -> str:
-    return LOCAL if Path(name).is_dir() or Path(name).is_absolute() else HUB
+def _timm_source(name: str, on_hub: bool | None) -> str:
+    if on_hub is None:
+        on_hub = not (Path(name).is_dir() or Path(name).is_absolute())
+    return HUB if on_hub else LOCAL
 
 
 def _timm_code(subject: Subject) -> str:
@@ -280,7 +301,7 @@ from PIL import Image
         head += "from transformers import AutoImageProcessor\n"
     return f'''{head}
 name = "{subject.name}"
-model = timm.create_model("{_timm_source(subject.name)}" + name, pretrained=True).eval()
+model = timm.create_model("{_timm_source(subject.name, subject.on_hub)}" + name, pretrained=True).eval()
 {prepare}
 
 {_image(subject)}
@@ -289,7 +310,7 @@ with torch.no_grad():
 
 
 def _timm_remark(subject: Subject) -> str:
-    return f"`{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
+    return f"Needs `timm>={FIRST_TIMM}`; `{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
 
 
 def _why_no_timm(subject: Subject) -> str | None:
@@ -320,7 +341,7 @@ from transformers import AutoImageProcessor
 from transformers.utils import cached_file
 
 name = "{subject.name}"
-{build}
+{build}{_reading(subject)}
 {without}module.load_state_dict(load_file(cached_file(name, "model.safetensors")))
 module.eval()
 processor = AutoImageProcessor.from_pretrained(name)
@@ -331,12 +352,18 @@ with torch.no_grad():
 embedding = {_module_expression(student)}  # {_shape(subject)}'''
 
 
+def _reading(subject: Subject) -> str:
+    """The line of a function that reads the embedding: its name alone is known, which need not be importable."""
+    name = subject.student.model.config.embedding_function
+    return "" if name is None else f"\nread = ...  # {name}, the function that it was trained with as embedding="
+
+
 @torch.no_grad()
 def _module_expression(student: Backbone) -> str:
     """The embedding as an expression of ``output``, what the module itself returns."""
     network = student.model
     if network.embedding is not None:
-        return f"{network.config.embedding_function}(output)"
+        return "read(output)"
     first = next(network.parameters())
     with evaluating(network):
         output = network.module(torch.zeros(2, 3, *student.size, device=first.device, dtype=first.dtype))
@@ -394,7 +421,7 @@ def _own_loading(subject: Subject) -> str:
     if config.embedding_function is not None:
         processor = subject.student.processor
         built = (
-            f"coss_hf.Backbone.from_module(module, embedding={config.embedding_function}, size={subject.student.size}, "
+            f"coss_hf.Backbone.from_module(module, embedding=read, size={subject.student.size}, "
             f"mean={tuple(processor.image_mean)}, std={tuple(processor.image_std)})"
         )
     load = f"coss_hf.Student.from_pretrained(name, module={built})"
@@ -404,7 +431,7 @@ def _own_loading(subject: Subject) -> str:
     builder = _torchvision_builder(subject)
     if builder is not None:
         line = f"module = torchvision.models.{builder}()  # its weights are replaced"
-    return f"{line}\nstudent = {load}"
+    return f"{line}{_reading(subject)}\nstudent = {load}"
 
 
 def _own_remark(subject: Subject) -> str:
@@ -515,7 +542,7 @@ def renewed(card: str, subject: Subject) -> str:
 
 LOADERS = [
     Loader("Transformers", _no_module, _transformers_code, _transformers_remark),
-    Loader("Pipeline and Inference Endpoints", _why_no_pipeline, _pipeline_code, _pipeline_remark),
+    Loader("Pipeline", _why_no_pipeline, _pipeline_code, _pipeline_remark),
     Loader("sentence-transformers", _why_no_sentence, _sentence_code, _sentence_remark),
     Loader("timm", _why_no_timm, _timm_code, _timm_remark),
     Loader("PyTorch", _only_module, _module_code, _module_remark),

@@ -19,8 +19,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
-from coss_hf.models.pooler import settle_pooler
-from coss_hf.models.saving import save_network
+from coss_hf.models.saving import save_network, save_processor
 from coss_hf.utils.vectors import l2_normalize
 
 
@@ -185,10 +184,11 @@ class Student(nn.Module):
         if folder.is_file():
             raise ValueError(f"folder={folder} is a file; give the name of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        settle_pooler(self.model, self.backbone)
         save_network(self.backbone, folder)
-        self.backbone.processor.save_pretrained(folder)
-        if self.head is not None:
+        save_processor(self.backbone.processor, folder)
+        if self.head is None:
+            (folder / HEAD_FILE).unlink(missing_ok=True)  # of another student
+        else:
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
             save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
         write_modules(folder, self.backbone, self.head)

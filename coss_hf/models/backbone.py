@@ -60,11 +60,14 @@ _NOT_IN_FINGERPRINT = {
     "label2id",
     "label_names",
     "num_classes",
+    "num_features",
     "pretrained_cfg",
     "teacher_space",
     "torch_dtype",
     "transformers_version",
 }
+# Entries that change a pooled output alone, by their usual values: a student is saved with others.
+_OF_POOLED_OUTPUT = {"do_pooling": True, "pooler_act": "tanh"}
 
 
 class Backbone:
@@ -96,6 +99,7 @@ class Backbone:
         missing: names of weights that its checkpoint did not contain.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
         pooler_alone: names of those of them that the network's own pooled output depends on.
+        pooler_untrained: whether those of them with matrices are not of a checkpoint, by their names or by zero biases.
         output_shapes: shapes, for one image, of ``last_hidden_state`` and of the pooled output where there is one.
         can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
@@ -244,6 +248,7 @@ class Backbone:
         self.dim = embedding.shape[1]
         self.unused = names - used
         self.pooler_alone = reached_by_pooler - used
+        self.pooler_untrained = self._is_untrained(self.pooler_alone)
         self.output_shapes = {"last_hidden_state": tuple(output.last_hidden_state.shape[1:])}
         if pooled is not None:
             self.output_shapes[self.layout.pooled] = tuple(pooled.shape[1:])
@@ -251,17 +256,34 @@ class Backbone:
     def _choose_pooling(self, pooling: str, output, parameters: dict[Tensor, str], argument: str) -> str:
         """``pooling``, chosen by the architecture where it is ``auto``, if the network supports it."""
         pooler = getattr(output, self.layout.pooled) if self.layout.pooled else None
-        pooler_usable = pooler is not None and not _reached(pooler, parameters) & self.missing
+        reached = set() if pooler is None else _reached(pooler, parameters)
+        is_zero = self._are_zeros(reached - _reached(output.last_hidden_state, parameters))
+        pooler_usable = pooler is not None and not reached & self.missing and not is_zero
         if pooling == "auto":
             # TextNet's pooler leaves a map, of which its classifier takes the mean.
             pooling = self._auto(pooler_usable and pooler.shape[2:].numel() == 1)
         given = f"{flag(argument, 'pooling')}={pooling}: {self.name}"
         if pooling == "pooler" and not pooler_usable:
             why = "has no pooler" if pooler is None else "has a pooler whose weights are not in the checkpoint"
+            if is_zero:
+                why = "has a pooler of zeros, as a student of another pooling is saved"
             raise ValueError(f"{given} {why}; use auto, cls, mean or gap.")
         if pooling == "cls" and not self.layout.has_class_token:
             raise ValueError(f"{given} has no class token; use auto, mean or gap.")
         return pooling
+
+    def _are_zeros(self, names: set[str]) -> bool:
+        """Whether parameters of these names are all zero; False without any."""
+        values = [value for name, value in self.model.named_parameters() if name in names and not value.is_meta]
+        return bool(values) and not any(value.any() for value in values)
+
+    def _is_untrained(self, names: set[str]) -> bool:
+        """Whether layers with matrices among these parameters are as they were initialised, or set to zero."""
+        values = {name: value for name, value in self.model.named_parameters() if name in names}
+        matrices = {name for name, value in values.items() if value.dim() > 1}
+        layers = {name.rpartition(".")[0] for name in matrices}
+        biases = {name for name in values if name.endswith("bias") and name.rpartition(".")[0] in layers}
+        return bool(matrices & self.missing) or any(self._are_zeros({name}) for name in biases)
 
     def _check_missing(self, used: set[str], names: set[str], argument: str) -> None:
         """Refuse a checkpoint without weights that the embedding needs, of the network's parameters ``names``."""
@@ -416,6 +438,8 @@ class Backbone:
         """Hash of everything that the embedding of an image depends on: network, weights, pooling, pre-processing."""
         digest = hashlib.blake2b(digest_size=16)
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
+        if self.pooling != "pooler":
+            config |= {key: value for key, value in _OF_POOLED_OUTPUT.items() if key in config}
         entries = [
             type(self.model).__name__,
             config,

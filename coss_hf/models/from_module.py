@@ -418,9 +418,18 @@ def torchvision_name(module: nn.Module) -> str | None:
             continue  # to build each takes a second
         with torch.device("meta"):
             built, _ = without_classifier(models.get_model_builder(name)())
-        if str(built) == str(module) and _shapes(built) == _shapes(module):
+        if str(built) == str(module) and _shapes(built) == _shapes(module) and _settings(built) == _settings(module):
             return name
     return None
+
+
+def _settings(module: nn.Module) -> list[dict]:
+    """Plain attributes of each part of a module, which its ``repr`` need not show: Inception's ``transform_input``."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        {key: value for key, value in vars(part).items() if isinstance(value, plain) and key != "training"}
+        for part in module.modules()
+    ]
 
 
 def removal_of_classifier(module: nn.Module) -> str:

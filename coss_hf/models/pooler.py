@@ -5,74 +5,136 @@ the class token or of the patches never trains it, and what an untrained pooler 
 noise.
 """
 
+import copy
+import logging
+from enum import Enum
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
 
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooling import pool
 from coss_hf.utils.vectors import l2_normalize
 
+logger = logging.getLogger(__name__)
+
 MIN_COSINE = 0.9999
 TIMM = "timm_wrapper"
+FIRST_TIMM = "1.0.16"  # that loads a folder: local-dir
 
 
-def settle_pooler(network: PreTrainedModel | ModuleNetwork, student: Backbone) -> None:
-    """Leave no untrained pooler in a network: its ``pooler_output`` is the embedding, or zeros, or nothing.
+class PoolerOutput(Enum):
+    """What ``pooler_output`` of a saved student is: the embedding, zeros, nothing, or a vector of another meaning."""
+
+    EMBEDDING = "the embedding"
+    ZEROS = "zeros"
+    ABSENT = "nothing"
+    ANOTHER = "another vector"
+
+
+def settled(student: Backbone, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict]:
+    """What is saved of a student so that no untrained pooler is; the network itself, which may be shared, stays.
 
     Where the embedding is the class token, a pooler that is one layer on it becomes the identity, if the configuration
     names its activation (``pooler_act`` of ViT, DeiT and DPT). The wrapper of timm leaves a pooler out
-    (``do_pooling``). All other poolers that the embedding does not read get weights of zero, and so is what they give.
-    The embedding does not change, and a second call changes nothing.
+    (``do_pooling``). The weights of any other pooler that was not trained become zero, and so does what it gives. A
+    pooler with weights of a checkpoint, or with nothing but a norm, is left as it is.
 
     Args:
-        network: of the student, or another of its architecture; changed in place.
         student: whose pooling decides.
+        state: state dict of its network; not changed.
+
+    Returns:
+        The state dict to save, and the entries of ``config.json`` that differ from the network's configuration.
     """
-    if isinstance(network, ModuleNetwork) or student.pooling == "pooler" or not student.layout.pooled:
-        return
+    network = student.model
+    if isinstance(network, ModuleNetwork) or student.pooling == "pooler":
+        return state, {}
     if network.config.model_type == TIMM:
-        if not pooler_is_embedding(student):
-            network.config.do_pooling = False
-        return
-    untrained = {name: value for name, value in network.named_parameters() if name in student.pooler_alone}
-    with torch.no_grad():
-        layer = _identity_layer(network, untrained) if student.pooling == "cls" else None
-        for parameter in untrained.values():
-            parameter.zero_()
-        if layer is not None:
-            layer.weight.copy_(torch.eye(len(layer.weight), dtype=layer.weight.dtype))
+        return state, {} if pooler_output(student) is PoolerOutput.EMBEDDING else {"do_pooling": False}
+    pooler = _pooler(student)
+    if not pooler.identity and not pooler.is_untrained:
+        return state, {}
+    for name, value in pooler.parameters.items():
+        zeros = torch.zeros_like(state[name]) if name in state else torch.zeros(value.shape, dtype=network.dtype)
+        state = state | {name: zeros}
+    if not pooler.identity:
+        return state, {}
+    weight = state[pooler.identity]
+    state[pooler.identity] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
+    return state, {"pooler_act": "linear"}
 
 
-def _identity_layer(network: PreTrainedModel, untrained: dict[str, Tensor]) -> nn.Linear | None:
-    """The layer of a pooler that can be the identity, its activation switched off; None where there is none."""
-    if not hasattr(network.config, "pooler_act"):
-        return None
-    for name, module in network.named_modules():
+class _Pooler(NamedTuple):
+    """Parameters of a pooler that the embedding does not read, in the network that ``AutoModel`` builds.
+
+    ``identity`` is the name of the weight that can be the identity on the class token; empty where there is none.
+    """
+
+    parameters: dict[str, nn.Parameter]
+    is_untrained: bool
+    identity: str
+
+
+def _pooler(student: Backbone) -> _Pooler:
+    network = student.model
+    names = student.pooler_alone
+    is_untrained = student.pooler_untrained
+    if not student.layout.pooled:  # taken out of a classifier, which leaves the pooler of its backbone out
+        try:
+            with torch.device("meta"):
+                network = type(network)._from_config(copy.deepcopy(network.config))
+        except Exception as error:  # code of any origin may refuse the meta device in any way
+            logger.debug("no meta twin of %s: %s", type(network).__name__, error)
+        names = {name for name, _ in network.named_parameters()} - {
+            name for name, _ in student.model.named_parameters()
+        }
+    parameters = {name: value for name, value in network.named_parameters() if name in names}
+    if not student.layout.pooled:
+        is_untrained = any(value.dim() > 1 for value in parameters.values())
+    return _Pooler(parameters, is_untrained, _identity_layer(network, names) if student.pooling == "cls" else "")
+
+
+def _identity_layer(network: nn.Module, pooler: set[str]) -> str:
+    """Name of the weight of a square layer that is all of the pooler, if the configuration names its activation."""
+    for name, module in network.named_modules() if hasattr(network.config, "pooler_act") else ():
         layer = getattr(module, "dense", None)
         own = {f"{name}.{key}" for key, _ in module.named_parameters()}
         is_square = isinstance(layer, nn.Linear) and layer.in_features == layer.out_features
-        if is_square and own and own == untrained.keys() and hasattr(module, "activation"):
-            network.config.pooler_act = "linear"
-            module.activation = ACT2FN["linear"]
-            return layer
-    return None
+        if is_square and own and own == pooler and hasattr(module, "activation"):
+            return f"{name}.dense.weight"
+    return ""
 
 
 @torch.no_grad()
-def pooler_is_embedding(student: Backbone) -> bool:
-    """Whether ``pooler_output``, as Transformers' pipeline and others read it, is the student's embedding."""
-    if isinstance(student.model, ModuleNetwork):
-        return False
+def pooler_output(student: Backbone) -> PoolerOutput:
+    """What ``pooler_output`` is once the student is saved, as Transformers' pipeline and others read it."""
+    if isinstance(student.model, ModuleNetwork) or student.layout.pooled not in ("pooler_output", ""):
+        return PoolerOutput.ABSENT
+    if student.pooling == "pooler":
+        return PoolerOutput.EMBEDDING
+    pooler = _pooler(student)
+    if pooler.identity:
+        return PoolerOutput.EMBEDDING
+    if pooler.is_untrained:
+        return PoolerOutput.ABSENT if student.model.config.model_type == TIMM else PoolerOutput.ZEROS
+    if not student.layout.pooled:
+        return PoolerOutput.ANOTHER if pooler.parameters else PoolerOutput.ABSENT
     first = next(student.model.parameters())
     noise = torch.randn(2, 3, *student.size, generator=torch.Generator().manual_seed(0))
     with evaluating(student.model):
         output = student.model(pixel_values=noise.to(first.device, first.dtype), **student.options)
-    pooled = getattr(output, "pooler_output", None)
-    embedding = pool(output, student.pooling, student.layout)
-    if pooled is None or pooled.flatten(1).shape != embedding.shape:
-        return False
-    cosines = (l2_normalize(pooled.flatten(1).float()) * l2_normalize(embedding.float())).sum(1)
-    return bool((cosines >= MIN_COSINE).all())
+    pooled = output.pooler_output.flatten(1).float()
+    embedding = pool(output, student.pooling, student.layout).float()
+    if pooled.shape == embedding.shape:
+        if ((l2_normalize(pooled) * l2_normalize(embedding)).sum(1) >= MIN_COSINE).all():
+            return PoolerOutput.EMBEDDING
+    # Its configuration can leave timm's pooling out.
+    return PoolerOutput.ABSENT if student.model.config.model_type == TIMM else PoolerOutput.ANOTHER
+
+
+def pooler_is_embedding(student: Backbone) -> bool:
+    """Whether ``pooler_output`` of the saved student is its embedding."""
+    return pooler_output(student) is PoolerOutput.EMBEDDING

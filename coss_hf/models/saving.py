@@ -6,9 +6,12 @@ from pathlib import Path
 from torch import Tensor
 
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.pooler import TIMM
+from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.modules import ModuleNetwork
+from coss_hf.models.pooler import TIMM, settled
 
 CONFIG_FILE = "config.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 PREFIX = "timm_model."  # of the keys by which Transformers' wrapper of timm knows them
 # Where timm would look for other weights than those in the folder, and what it says of a classifier.
 NOT_KEPT = {"url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source", "custom_load", "tag"}
@@ -16,7 +19,7 @@ NOT_KEPT |= {"label_names", "label_descriptions", "label_offset"}
 
 
 def save_network(student: Backbone, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-    """Write configuration and weights of a student's network.
+    """Write configuration and weights of a student's network, without an untrained pooler (``settled``).
 
     The weights of a network of timm are written by timm's own keys, and its configuration has what
     ``timm.create_model("local-dir:FOLDER", pretrained=True)`` reads; Transformers' wrapper reads both, too.
@@ -27,14 +30,26 @@ def save_network(student: Backbone, folder: str | Path, state_dict: dict[str, Te
         state_dict: of the network, instead of its own.
     """
     network = student.model
-    if network.config.model_type != TIMM:
+    if isinstance(network, ModuleNetwork):
         network.save_pretrained(folder, state_dict=state_dict)
         return
-    state = network.state_dict() if state_dict is None else state_dict
-    own = {key.removeprefix(PREFIX): value for key, value in state.items()}
-    network.save_pretrained(folder, state_dict=own, save_original_format=False)
+    state, entries = settled(student, network.state_dict() if state_dict is None else state_dict)
     path = Path(folder, CONFIG_FILE)
-    path.write_text(json.dumps(_timm_config(json.loads(path.read_text()), student), indent=2, sort_keys=True) + "\n")
+    if network.config.model_type == TIMM:
+        own = {key.removeprefix(PREFIX): value for key, value in state.items()}
+        network.save_pretrained(folder, state_dict=own, save_original_format=False)
+        config = _timm_config(json.loads(path.read_text()), student) | entries
+    else:
+        network.save_pretrained(folder, state_dict=state)
+        config = json.loads(path.read_text()) | entries
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save_processor(processor, folder: str | Path) -> None:
+    """Write a student's image processor; timm's is part of ``config.json``, and a file of another student goes."""
+    if is_timm_processor(processor):
+        Path(folder, PROCESSOR_FILE).unlink(missing_ok=True)
+    processor.save_pretrained(folder)
 
 
 def _timm_config(config: dict, student: Backbone) -> dict:

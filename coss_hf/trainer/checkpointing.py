@@ -15,8 +15,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.models.modules import ModuleNetwork
-from coss_hf.models.pooler import settle_pooler
-from coss_hf.models.saving import save_network
+from coss_hf.models.saving import save_network, save_processor
 from coss_hf.trainer.checkpoint_files import newest_complete, publish, staging
 from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
@@ -151,7 +150,7 @@ def save_student(
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{key} is not finite at step {step}: nothing was saved.")
     save_network(model.student, folder, parts["network"])
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
     write_modules(folder, model.student, model.head, parts["head"])
     for part, file in (("head", HEAD_FILE), ("criterion", CRITERION_FILE)):
         path = Path(folder, file)
@@ -179,9 +178,7 @@ def load_student(
     if issubclass(network_class, ModuleNetwork):
         saved = network_class.saved_weights(folder)
     else:
-        network = network_class.from_pretrained(folder, dtype=model.network.dtype)
-        settle_pooler(network, model.student)  # earlier versions wrote an untrained one
-        saved = network.state_dict()
+        saved = network_class.from_pretrained(folder, dtype=model.network.dtype).state_dict()
     load_weights(model.network, saved)
     for part, file in ((model.head, HEAD_FILE), (model.criterion, CRITERION_FILE)):
         if part is not None and part.state_dict():

@@ -34,7 +34,7 @@ codes = dict(re.findall(r"### (.+?)\\n.*?```python\\n(.*?)```", card.content, re
 space = {}
 exec(codes["Transformers"], space)
 before = space["embedding"]
-exec(codes["Pipeline and Inference Endpoints"], space)
+exec(codes["Pipeline"], space)
 torch.testing.assert_close(before, space["embedding"], rtol=1e-5, atol=1e-6)
 assert "coss_hf" not in sys.modules, "the snippets need Transformers alone"
 exec(codes["coss_hf"], space)
