@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "coss_hf" / "__init__.py").read_text())[1]
 TIMM = "timm>=1.0.16"  # the first that loads a folder
+SENTENCES = "sentence-transformers>=6.2"
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 DOCS = ["furo", "myst-parser", "sphinx"]
 
@@ -62,7 +63,7 @@ setup(
     ],
     extras_require={
         "timm": [TIMM],
-        "sentence-transformers": ["sentence-transformers>=6.2"],
+        "sentence-transformers": [SENTENCES],
         "tensorboard": ["tensorboard"],
         "trackio": ["trackio"],
         "quickstart": ["scikit-learn"],
@@ -78,6 +79,7 @@ setup(
             "pytest-xdist>=3.7",
             "ruff",
             "scikit-learn",
+            SENTENCES,
             "tensorboard",
             TIMM,
             "trackio",

@@ -195,7 +195,7 @@ def test_the_cards_code_of_more_families(tmp_path):
 
 
 def test_sentence_transformers_is_among_them(cosines):
-    pytest.importorskip("sentence_transformers", "5.4", reason="needs sentence-transformers>=5.4")
+    pytest.importorskip("sentence_transformers", "6.2", reason="needs sentence-transformers>=6.2")
     assert "sentence-transformers" in cosines["vit"]
 
 

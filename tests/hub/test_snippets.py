@@ -1,0 +1,199 @@
+"""What a card promises of each library holds for the student that it is written for."""
+
+import base64
+import io
+import logging
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+from transformers import pipeline
+
+import coss_hf
+import tests.helpers.networks as n
+from coss_hf.hub import push as pushing
+from coss_hf.hub import sentence_modules
+from coss_hf.hub.snippets import LOADERS, Subject, renamed, usage
+from coss_hf.hub.student import Student
+from coss_hf.models.backbone import Backbone
+from coss_hf.models.from_module import torchvision_name, without_classifier
+from coss_hf.models.loading import load_backbone
+
+CODE = {loader.title: loader for loader in LOADERS}
+PLAIN = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def student(network: str, pooling: str = "auto") -> Backbone:
+    return Backbone(n.build(network), n.half(), pooling=pooling).freeze()
+
+
+def subject(made: Backbone, name: str = "me/it", **options) -> Subject:
+    return Subject(name, made, None, Path(name), **options)
+
+
+def timm_student(folder: Path, network: str = "timm_vit", pooling: str = "auto") -> Backbone:
+    n.save(network, folder)
+    return load_backbone(str(folder), pooling=pooling).freeze()
+
+
+def run(code: str, image) -> dict:
+    names = {"picture": image}
+    exec(re.sub(r"(?m)^image = .*", "image = picture", code), names)
+    return names
+
+
+def test_half_precision_gives_the_embedding_of_the_pipeline(tmp_path):
+    """The pipeline computes in the data type of the weights, whose pixels differ from those that were trained on."""
+    made = student("dinov2")
+    made.model.to(torch.bfloat16)
+    Student(made).save_pretrained(tmp_path)
+    given = subject(made, str(tmp_path))
+    assert "They compute in bfloat16, as the weights are kept." in usage(given)
+    [image] = n.images(1)
+    found = run(CODE["Pipeline"].code(given), image)["embedding"]
+    assert found.dtype == torch.float32
+    expected = run(CODE["Transformers"].code(given), image)["embedding"]
+    torch.testing.assert_close(found, expected)
+    made.model.float()
+    assert "dtype" not in CODE["Pipeline"].code(given) and "compute in" not in usage(given)
+
+
+def test_an_image_in_base64_as_endpoints_send_it(tmp_path):
+    made = student("vit")
+    Student(made).save_pretrained(tmp_path)
+    assert "default handler is this pipeline" in usage(subject(made))
+    [image] = n.images(1)
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    extractor = pipeline("image-feature-extraction", model=str(tmp_path))
+    found = torch.tensor(extractor(base64.b64encode(file.getvalue()).decode(), pool=True))
+    torch.testing.assert_close(found, coss_hf.embed(made, [image]), rtol=1e-4, atol=1e-5)
+
+
+def test_endpoints_are_not_promised_where_they_need_code_or_timm(tmp_path):
+    made = student("cifar_resnet")
+    made.model.config.auto_map = {"AutoModel": "modeling_cifar_resnet.CifarResNetModel"}
+    text = CODE["Pipeline"].remark(subject(made))
+    assert "Endpoints do not run its code by themselves" in text and "default handler" not in text
+    text = CODE["Pipeline"].remark(subject(timm_student(tmp_path, "timm_resnet")))
+    assert "with `timm` installed" in text and "default handler" not in text
+
+
+@pytest.mark.parametrize(
+    ("network", "pooling", "words"),
+    [
+        ("dinov2", "mean", "it is another vector, which was not trained to resemble"),
+        ("beit", "mean", "it is another vector, which was not trained to resemble"),
+        ("vit", "mean", "its pooler was not trained, and is zero"),
+    ],
+)
+def test_the_card_says_what_pooler_output_is(network, pooling, words):
+    """DINOv2's is its class token, and the card said nothing of it."""
+    text = usage(subject(student(network, pooling)))
+    assert re.search(rf"\* Pipeline: with `pool=True` it returns `pooler_output`, which .*`mean`.*{words}", text)
+
+
+def test_torchvisions_builder_is_named_only_where_it_builds_the_same():
+    """Inception changes its pixels with ``transform_input``, which published weights set and its repr does not show."""
+    with torch.device("meta"):
+        build = models.inception_v3
+        plain, _ = without_classifier(build(init_weights=False))
+        changed, _ = without_classifier(build(init_weights=False, transform_input=True))
+    assert torchvision_name(plain) == "inception_v3"
+    assert torchvision_name(changed) is None
+
+
+def test_a_function_that_cannot_be_named_leaves_code_that_compiles():
+    """``<lambda>`` and ``make.<locals>.read`` were printed into the code."""
+
+    def nested(output):
+        return output
+
+    for function in (lambda output: output, nested, torch.flatten):
+        made = Backbone.from_module(PLAIN, size=32, mean=0.5, std=0.25, embedding=function)
+        for title in ("PyTorch", "coss_hf"):
+            code = CODE[title].code(subject(made))
+            compile(code, title, "exec")
+            line = next(line for line in code.splitlines() if line.startswith("read = "))
+            assert line == f"read = ...  # {function.__qualname__}, the function that it was trained with as embedding="
+        assert "embedding = read(output)" in CODE["PyTorch"].code(subject(made))
+        assert "embedding=read," in CODE["coss_hf"].code(subject(made))
+
+
+def test_a_pushed_card_loads_from_the_hub_whatever_lies_here(tmp_path, monkeypatch):
+    """A folder of the repository's name in the working folder made the published code load a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "me" / "it").mkdir(parents=True)
+    made = timm_student(tmp_path / "published")
+    here = usage(subject(made, "me/it"))
+    there = usage(subject(made, "me/it", on_hub=True))
+    assert '"local-dir:" + name' in here and '"hf-hub:" + name' in there
+    assert renamed(here, "me/it", on_hub=True) == there
+
+
+def test_the_mean_without_one_token_names_its_size():
+    """The number of patches is in the weights of a dense layer."""
+    assert "for images of 32 x 32 pixels alone" in CODE["sentence-transformers"].remark(
+        subject(student("dinov2", "mean"))
+    )
+    for made in (student("dinov2"), student("dinov2_registers", "mean"), student("resnet")):
+        assert "alone" not in CODE["sentence-transformers"].remark(subject(made))
+
+
+def test_a_map_whose_mean_is_pooler_output_needs_no_code(tmp_path):
+    made = timm_student(tmp_path, "timm_swin", "gap")
+    assert not sentence_modules.needs_code(made)
+    [network] = sentence_modules.stages(made, None)
+    assert network.config["modality_config"]["image"]["method_output_name"] == "pooler_output"
+
+
+def test_files_of_another_student_do_not_stay(tmp_path, monkeypatch):
+    """Of a ViT, in a folder and on the Hub, when a student of timm without a head took its place."""
+    Student(student("vit")).save_pretrained(tmp_path)
+    save_file({"weight": torch.zeros(3, 96)}, tmp_path / "head.safetensors", metadata={"format": "pt"})
+    made = timm_student(tmp_path.with_name("published"), "timm_resnet")
+    made.model.config.teacher_space = {"teacher": "t", "revision": None, "pooling": "pooler", "dim": 96, "head": False}
+    Student(made).save_pretrained(tmp_path)
+    assert not (tmp_path / "preprocessor_config.json").exists()
+    [image] = n.images(1)
+    torch.testing.assert_close(Student.from_pretrained(tmp_path).encode([image]), coss_hf.embed(made, [image]))
+
+    class Api:
+        def __init__(self, **options):
+            pass
+
+        def upload_folder(self, **options):
+            given.update(options)
+            return type("Commit", (), {"repo_url": "", "oid": ""})
+
+    given = {}
+    monkeypatch.setattr(pushing, "HfApi", Api)
+    monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
+    pushing.push(tmp_path, "me/it")
+    there = [
+        "preprocessor_config.json",
+        "modeling_x.py",
+        "configuration_x.py",
+        "head.safetensors",
+        "handler.py",
+        "a.md",
+    ]
+    assert {*filter_repo_objects(there, allow_patterns=given["delete_patterns"])} == {*there[:4]}
+
+
+def test_a_push_of_an_earlier_versions_student_says_what_it_lacks(tmp_path, monkeypatch, caplog):
+    Student(student("vit")).save_pretrained(tmp_path)
+    api = type("Api", (), {"upload_folder": lambda self, **options: type("Commit", (), {"repo_url": "", "oid": ""})})
+    monkeypatch.setattr(pushing, "HfApi", lambda **options: api())
+    monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
+    for use, warns in (('```python\nname = "a"\n```', True), ("### coss_hf", False)):
+        (tmp_path / "README.md").write_text(f"# Student\n\n## Use\n\n{use}\n")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            pushing.push(tmp_path, "me/it")
+        assert ("push_to_hub('me/it')" in caplog.text) == warns
