@@ -28,6 +28,8 @@ CODE = ["configuration_*.py", "modeling_*.py", "image_processing_*.py"]
 WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json", HEAD_FILE]
 # Card, record, page and pictures of the run, next to the student.
 COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
+# What an earlier push may have left, where this one has none of that name.
+REPLACED = [PROCESSOR, *CODE, *WEIGHTS, *EXPORTED]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
 PUBLISHED = ["config.json", PROCESSOR, *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
 OLD_STUDENT = (
@@ -145,8 +147,7 @@ def push(
                 revision=revision,
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
-                # Of an earlier push, where this one has none of that name.
-                delete_patterns=[PROCESSOR, *CODE, *WEIGHTS, *EXPORTED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
+                delete_patterns=[*REPLACED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit

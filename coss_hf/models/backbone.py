@@ -100,6 +100,7 @@ class Backbone:
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
         pooler_alone: names of those of them that the network's own pooled output depends on.
         pooler_untrained: whether those of them with matrices are not of a checkpoint, by their names or by zero biases.
+        pooler_output: what that of the saved student is, found by ``coss_hf.models.pooler``; None until then.
         output_shapes: shapes, for one image, of ``last_hidden_state`` and of the pooled output where there is one.
         can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
@@ -249,6 +250,7 @@ class Backbone:
         self.unused = names - used
         self.pooler_alone = reached_by_pooler - used
         self.pooler_untrained = self._is_untrained(self.pooler_alone)
+        self.pooler_output = None
         self.output_shapes = {"last_hidden_state": tuple(output.last_hidden_state.shape[1:])}
         if pooled is not None:
             self.output_shapes[self.layout.pooled] = tuple(pooled.shape[1:])

@@ -108,9 +108,18 @@ def _identity_layer(network: nn.Module, pooler: set[str]) -> str:
     return ""
 
 
-@torch.no_grad()
 def pooler_output(student: Backbone) -> PoolerOutput:
-    """What ``pooler_output`` is once the student is saved, as Transformers' pipeline and others read it."""
+    """What ``pooler_output`` is once the student is saved, as Transformers' pipeline and others read it.
+
+    It is found once: a network that is sharded later cannot be run by the one process that saves it.
+    """
+    if student.pooler_output is None:
+        student.pooler_output = _found_output(student)
+    return student.pooler_output
+
+
+@torch.no_grad()
+def _found_output(student: Backbone) -> PoolerOutput:
     if isinstance(student.model, ModuleNetwork) or student.layout.pooled not in ("pooler_output", ""):
         return PoolerOutput.ABSENT
     if student.pooling == "pooler":

@@ -13,6 +13,7 @@ from coss_hf.losses.registry import LOSSES, build_loss
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
+from coss_hf.models.pooler import pooler_output
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import first_line
 
@@ -39,6 +40,7 @@ class DistillationModel(nn.Module):
         self.criterion = criterion
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(name not in student.unused)
+        pooler_output(student)  # before the network is sharded
         # DistributedDataParallel would overwrite each process's memories at every step with the first one's.
         self._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name, _ in criterion.named_buffers()]
 

@@ -40,7 +40,7 @@ def student(network: str, pooling: str) -> Backbone:
         ("clip_two_towers", "mean", ANOTHER),
         ("convnext", "gap", ANOTHER),
         ("resnet", "gap", EMBEDDING),
-        ("data2vec", "mean", ANOTHER),
+        ("data2vec", "mean", ABSENT),
     ],
 )
 def test_pooler_output_of_a_saved_student(tmp_path, network, pooling, expected):
@@ -50,12 +50,16 @@ def test_pooler_output_of_a_saved_student(tmp_path, network, pooling, expected):
     config = made.model.config.to_dict()
     kind = pooler_output(made)
     save_network(made, tmp_path)
-    assert made.model.config.to_dict() == config | {"architectures": made.model.config.architectures}
+    written = {key: made.model.config.to_dict()[key] for key in ("architectures", "dtype")}
+    assert made.model.config.to_dict() == config | written
     assert all(torch.equal(value, before[name]) for name, value in made.model.state_dict().items())
     images = torch.randn(2, 3, *made.size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         outputs = [AutoModel.from_pretrained(tmp_path).eval()(pixel_values=images) for _ in range(2)]
         embedding = made.freeze().features(images).embedding
+    if expected is ABSENT:
+        assert kind is ABSENT and outputs[0].pooler_output is None
+        return
     pooled = [output.pooler_output.flatten(1) for output in outputs]
     torch.testing.assert_close(pool(outputs[0], pooling, made.layout), embedding)
     assert torch.equal(*pooled), "nothing is drawn at the loading"
