@@ -441,7 +441,8 @@ class Backbone:
         digest = hashlib.blake2b(digest_size=16)
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
         if self.pooling != "pooler":
-            config |= {key: value for key, value in _OF_POOLED_OUTPUT.items() if key in config}
+            usual = _OF_POOLED_OUTPUT | {"pooler_output_size": config.get("hidden_size")}
+            config |= {key: value for key, value in usual.items() if key in config}
         entries = [
             type(self.model).__name__,
             config,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.modules import ModuleNetwork
@@ -62,9 +63,13 @@ def settled(student: Backbone, state: dict[str, Tensor]) -> tuple[dict[str, Tens
         state = state | {name: zeros}
     if not pooler.identity:
         return state, {}
-    weight = state[pooler.identity]
-    state[pooler.identity] = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
-    return state, {"pooler_act": "linear"}
+    entries = {"pooler_act": "linear"}
+    if hasattr(network.config, "pooler_output_size"):  # another width than the tokens' can be left from other settings
+        entries["pooler_output_size"] = student.dim
+    for name in pooler.parameters:
+        zeros = state[name].new_zeros(student.dim, *state[name].shape[1:])
+        state[name] = zeros.fill_diagonal_(1) if name == pooler.identity else zeros
+    return state, entries
 
 
 class _Pooler(NamedTuple):
@@ -83,11 +88,7 @@ def _pooler(student: Backbone) -> _Pooler:
     names = student.pooler_alone
     is_untrained = student.pooler_untrained
     if not student.layout.pooled:  # taken out of a classifier, which leaves the pooler of its backbone out
-        try:
-            with torch.device("meta"):
-                network = type(network)._from_config(copy.deepcopy(network.config))
-        except Exception as error:  # code of any origin may refuse the meta device in any way
-            logger.debug("no meta twin of %s: %s", type(network).__name__, error)
+        network = _as_built(network)
         names = {name for name, _ in network.named_parameters()} - {
             name for name, _ in student.model.named_parameters()
         }
@@ -97,13 +98,25 @@ def _pooler(student: Backbone) -> _Pooler:
     return _Pooler(parameters, is_untrained, _identity_layer(network, names) if student.pooling == "cls" else "")
 
 
+def _as_built(network: PreTrainedModel) -> PreTrainedModel:
+    """The network as its configuration alone builds it, without storage; itself where its code does not allow that."""
+    try:
+        with torch.device("meta"):
+            return type(network)._from_config(copy.deepcopy(network.config))
+    except Exception as error:  # code of any origin may refuse the meta device in any way
+        logger.debug("no meta twin of %s: %s", type(network).__name__, error)
+        return network
+
+
 def _identity_layer(network: nn.Module, pooler: set[str]) -> str:
-    """Name of the weight of a square layer that is all of the pooler, if the configuration names its activation."""
+    """Name of the weight of a layer that is all of the pooler, if the configuration names its activation."""
     for name, module in network.named_modules() if hasattr(network.config, "pooler_act") else ():
         layer = getattr(module, "dense", None)
         own = {f"{name}.{key}" for key, _ in module.named_parameters()}
-        is_square = isinstance(layer, nn.Linear) and layer.in_features == layer.out_features
-        if is_square and own and own == pooler and hasattr(module, "activation"):
+        is_fit = isinstance(layer, nn.Linear) and (
+            layer.in_features == layer.out_features or hasattr(network.config, "pooler_output_size")
+        )
+        if is_fit and own and own == pooler and hasattr(module, "activation"):
             return f"{name}.dense.weight"
     return ""
 
@@ -127,6 +140,8 @@ def _found_output(student: Backbone) -> PoolerOutput:
     pooler = _pooler(student)
     if pooler.identity:
         return PoolerOutput.EMBEDDING
+    if not pooler.parameters.keys() <= dict(_as_built(student.model).named_parameters()).keys():
+        return PoolerOutput.ABSENT  # a classifier's backbone has one, and what AutoModel builds has none
     if pooler.is_untrained:
         return PoolerOutput.ABSENT if student.model.config.model_type == TIMM else PoolerOutput.ZEROS
     if not student.layout.pooled:

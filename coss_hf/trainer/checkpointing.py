@@ -178,8 +178,16 @@ def load_student(
     if issubclass(network_class, ModuleNetwork):
         saved = network_class.saved_weights(folder)
     else:
-        saved = network_class.from_pretrained(folder, dtype=model.network.dtype).state_dict()
+        saved = _fitted(network_class.from_pretrained(folder, dtype=model.network.dtype).state_dict(), model)
     load_weights(model.network, saved)
     for part, file in ((model.head, HEAD_FILE), (model.criterion, CRITERION_FILE)):
         if part is not None and part.state_dict():
             load_weights(part, load_file(os.path.join(folder, file)))
+
+
+def _fitted(saved: dict[str, Tensor], model: DistillationModel) -> dict[str, Tensor]:
+    """What was saved, with the pooler of the network in memory, which has none or another width; nothing reads it."""
+    own = model.network.state_dict()
+    saved = {name: value for name, value in saved.items() if name in own}
+    other = [name for name in model.student.pooler_alone if saved[name].shape != own[name].shape]
+    return saved | {name: saved[name].new_zeros(own[name].shape) for name in other}

@@ -1,5 +1,7 @@
 """What ``pooler_output`` of a saved student is, and that saving leaves the network in memory alone."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import AutoModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
@@ -9,10 +11,12 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.pooler import PoolerOutput, pooler_output
 from coss_hf.models.pooling import pool
 from coss_hf.models.saving import save_network
+from coss_hf.trainer.checkpointing import load_student
 
 EMBEDDING, ZEROS, ABSENT, ANOTHER = PoolerOutput
 NETWORKS = {
     "new_vit": lambda: ViTModel(ViTConfig(**n.SMALL)),
+    "wide_pooler": lambda: ViTModel(ViTConfig(**n.SMALL, pooler_output_size=48)),  # of --student_config_overrides
     "new_siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**n.SMALL)),
 }
 
@@ -28,6 +32,7 @@ def student(network: str, pooling: str) -> Backbone:
     [
         ("new_vit", "cls", EMBEDDING),
         ("new_vit", "mean", ZEROS),
+        ("wide_pooler", "cls", EMBEDDING),
         ("new_siglip", "mean", ZEROS),
         ("vit", "cls", EMBEDDING),  # its classifier leaves the pooler out, and AutoModel builds one
         ("vit", "mean", ZEROS),
@@ -71,6 +76,22 @@ def test_pooler_output_of_a_saved_student(tmp_path, network, pooling, expected):
         assert bool((cosine >= 0.9999).all()) == (expected is EMBEDDING)
 
 
+@pytest.mark.parametrize("network", ["new_vit", "wide_pooler", "vit"])
+def test_a_checkpoint_loads_into_a_network_of_another_pooler(tmp_path, network):
+    made = student(network, "cls")
+    save_network(made, tmp_path)
+    other = student(network, "cls")
+    with torch.no_grad():
+        for parameter in other.model.parameters():
+            parameter.zero_()
+    load_student(
+        SimpleNamespace(student=other, network=other.model, head=None, criterion=None), ViTModel, str(tmp_path)
+    )
+    state = other.model.state_dict()
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(state[name], value) or name in made.pooler_alone
+
+
 @pytest.mark.parametrize("network", ["new_vit", "new_siglip"])
 def test_a_pooler_of_zeros_is_no_embedding(tmp_path, network):
     made = student(network, "mean")
@@ -82,7 +103,9 @@ def test_a_pooler_of_zeros_is_no_embedding(tmp_path, network):
     assert Backbone(loaded, n.half()).pooling != "pooler"
 
 
-@pytest.mark.parametrize(("network", "pooling"), [("new_vit", "cls"), ("new_vit", "mean"), ("timm_vit", "mean")])
+@pytest.mark.parametrize(
+    ("network", "pooling"), [("new_vit", "cls"), ("new_vit", "mean"), ("wide_pooler", "cls"), ("timm_vit", "mean")]
+)
 def test_a_saved_network_keeps_its_fingerprint(tmp_path, network, pooling):
     """Entries that change ``pooler_output`` alone made another network of it, so that nothing of a cache was found."""
     made = student(network, pooling) if network in NETWORKS else None
