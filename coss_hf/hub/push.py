@@ -133,7 +133,8 @@ def push(
         if card.is_file():  # its snippet loads the student by name
             text = card.read_text()
             card.write_text(renamed(text, repo_id, on_hub=True))
-            if "## Use" in text and "### coss_hf" not in text:  # of before cards named each library
+            is_old = "## Use" in text and "### coss_hf" not in text  # of before cards named each library
+            if is_old and not (folder / sentence_modules.MODULES_FILE).is_file():
                 logger.warning(OLD_STUDENT, folder, folder, repo_id)
         with _errors_as_problems(repo_id):
             if revision:

@@ -192,7 +192,9 @@ def test_a_push_of_an_earlier_versions_student_says_what_it_lacks(tmp_path, monk
     api = type("Api", (), {"upload_folder": lambda self, **options: type("Commit", (), {"repo_url": "", "oid": ""})})
     monkeypatch.setattr(pushing, "HfApi", lambda **options: api())
     monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
-    for use, warns in (('```python\nname = "a"\n```', True), ("### coss_hf", False)):
+    for use, warns in (("name = 'a'", False), ("### coss_hf", False), ("name = 'a'", True)):
+        if warns:
+            (tmp_path / "modules.json").unlink()
         (tmp_path / "README.md").write_text(f"# Student\n\n## Use\n\n{use}\n")
         caplog.clear()
         with caplog.at_level(logging.WARNING):
