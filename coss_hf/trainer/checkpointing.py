@@ -189,5 +189,7 @@ def _fitted(saved: dict[str, Tensor], model: DistillationModel) -> dict[str, Ten
     """What was saved, with the pooler of the network in memory, which has none or another width; nothing reads it."""
     own = model.network.state_dict()
     saved = {name: value for name, value in saved.items() if name in own}
-    other = [name for name in model.student.pooler_alone if saved[name].shape != own[name].shape]
-    return saved | {name: saved[name].new_zeros(own[name].shape) for name in other}
+    for name in model.student.pooler_alone:
+        if name not in saved or saved[name].shape != own[name].shape:
+            saved[name] = torch.zeros(own[name].shape, dtype=own[name].dtype)
+    return saved

@@ -76,16 +76,18 @@ def test_pooler_output_of_a_saved_student(tmp_path, network, pooling, expected):
         assert bool((cosine >= 0.9999).all()) == (expected is EMBEDDING)
 
 
-@pytest.mark.parametrize("network", ["new_vit", "wide_pooler", "vit"])
-def test_a_checkpoint_loads_into_a_network_of_another_pooler(tmp_path, network):
-    made = student(network, "cls")
+@pytest.mark.parametrize(
+    ("network", "pooling"), [("new_vit", "cls"), ("wide_pooler", "cls"), ("vit", "cls"), ("data2vec", "mean")]
+)
+def test_a_checkpoint_loads_into_a_network_of_another_pooler(tmp_path, network, pooling):
+    made = student(network, pooling)
     save_network(made, tmp_path)
-    other = student(network, "cls")
+    other = student(network, pooling)
     with torch.no_grad():
         for parameter in other.model.parameters():
             parameter.zero_()
     load_student(
-        SimpleNamespace(student=other, network=other.model, head=None, criterion=None), ViTModel, str(tmp_path)
+        SimpleNamespace(student=other, network=other.model, head=None, criterion=None), type(made.model), str(tmp_path)
     )
     state = other.model.state_dict()
     for name, value in made.model.state_dict().items():

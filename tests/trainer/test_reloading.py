@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, TimmWrapperImageProcessor
@@ -236,3 +237,20 @@ def test_an_untrained_pooler_ends_the_run(tmp_path, image_parquet, networks):
     trainer.student.set_pooling("mean")
     with pytest.raises(NotReloadable, match="it has a pooler that was not trained"):
         check_reload(folder, *rest)
+
+
+def test_an_older_timm_does_not_fail_a_good_student(tmp_path, monkeypatch, caplog):
+    """Before 1.0.16 it cannot load a folder, which ended a run of hours as if its student was damaged."""
+    import timm
+
+    from coss_hf.trainer.reloading import check_reload
+
+    n.save("timm_resnet", tmp_path / "published")
+    student = load_backbone(str(tmp_path / "published")).freeze()
+    coss_hf.Student(student).save_pretrained(tmp_path / "student")
+    nothing = Dataset.from_dict({"image": []})
+    check_reload(tmp_path / "student", student, None, nothing, "image")
+    assert "install timm" not in caplog.text
+    monkeypatch.setattr(timm, "__version__", "1.0.15")
+    check_reload(tmp_path / "student", student, None, nothing, "image")
+    assert "timm 1.0.15 cannot load the student's folder, which is not checked: install timm>=1.0.16" in caplog.text
