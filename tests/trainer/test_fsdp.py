@@ -79,12 +79,15 @@ def test_resume_is_bit_identical(world):
 def test_published_folder_holds_the_unsharded_student_only(world):
     folder, (found, _) = world
     vit = {"config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin", "head.safetensors"}
-    vit |= {"run.json"}
+    vit |= {"run.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
     for name, student, files in (("fsdp", "vit", vit), ("resnet-out", "resnet", vit - {"head.safetensors"})):
         assert {path.name for path in (folder / name).iterdir() if path.is_file() and path.suffix != ".py"} == files
         model = AutoModel.from_pretrained(folder / name)
         trained = found["resnet" if student == "resnet" else name]["student"]
-        h.assert_same(model.state_dict(), trained)
+        saved = {
+            key: value for key, value in model.state_dict().items() if "pooler" not in key
+        }  # settled at the saving
+        h.assert_same(saved, {key: value for key, value in trained.items() if "pooler" not in key})
         before = AutoModel.from_pretrained(folder / student).state_dict()
         assert all(
             not torch.equal(tensor, before[key])
