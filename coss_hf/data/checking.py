@@ -1,7 +1,6 @@
 """What is found out about images before a run: content hashes, and images that cannot be decoded."""
 
 import json
-import logging
 import os
 import tempfile
 from hashlib import blake2b
@@ -16,9 +15,9 @@ from coss_hf.data.decoding import content_hash, decode, encoded_bytes
 from coss_hf.data.encoded_files import EncodedFiles
 from coss_hf.data.rows import image_rows
 from coss_hf.data.run_images import BAD, GOOD, NOT_CHECKED, CheckedSplit, RunImages
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_LISTED = 20  # images that a message names
 CONTENT = "image_hash"  # the column of hashes of the content

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import logging
 from collections.abc import Callable
 from hashlib import blake2b
 from io import BytesIO
@@ -13,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from coss_hf.data.damaged_metadata import without_metadata
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 NOT_OF_THE_IMAGE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 MAX_ASPECT = 16  # longer side over shorter side of an image that is resized by its shorter side

@@ -1,6 +1,5 @@
 """A folder of images on this machine: its splits, its classes, and every image that lies there."""
 
-import logging
 import re
 from collections import Counter
 from pathlib import Path
@@ -15,9 +14,9 @@ from datasets.table import InMemoryTable
 from coss_hf.data.columns import IMAGE_NAMES
 from coss_hf.data.folder_files import FolderFiles
 from coss_hf.data.metadata_tables import read_metadata
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SPLIT_NAMES = {
     "train": "train",

@@ -1,13 +1,14 @@
 """Labels of any kind as class numbers."""
 
-import logging
 import math
 
 import torch
 from datasets import ClassLabel, Dataset
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
 
 
 def is_unlabelled(value) -> bool:

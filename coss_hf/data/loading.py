@@ -1,6 +1,5 @@
 """Datasets of images: loading, choice of splits, and images held out of train."""
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +13,9 @@ from coss_hf.data.run_images import RunImages
 from coss_hf.data.sources import Source, load_source
 from coss_hf.data.streams import Stream
 from coss_hf.utils.disk import cache_errors_as_value_error
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MAX_DEFAULT_VALIDATION_SIZE = 2_000  # images held out of train where no number is given
 

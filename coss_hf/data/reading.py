@@ -1,6 +1,5 @@
 """Reading of images while a run is at work: what happens to one that can no longer be decoded."""
 
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,8 +11,9 @@ from PIL import Image
 from coss_hf.data.decoding import Decoded, content_hash, decode, decode_reduced, encoded_bytes
 from coss_hf.data.rows import image_rows
 from coss_hf.utils.errors import UnreadableImage
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ATTEMPTS = 100  # images that are tried in the place of another
 

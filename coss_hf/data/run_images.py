@@ -1,7 +1,6 @@
 """The images that a run began with: kept next to its checkpoints, so that it resumes when files were deleted since."""
 
 import json
-import logging
 import os
 import shutil
 from dataclasses import dataclass, field
@@ -12,9 +11,9 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from coss_hf.data.image_folder import as_dataset, paths_of_images
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FOLDER = "_images"  # in the run's folder; names of this kind are not pushed
 CONTENTS = "images-read-{}.npy"  # of a checkpoint, by process

@@ -2,7 +2,6 @@
 
 import glob
 import json
-import logging
 import os
 from collections import Counter
 from pathlib import Path
@@ -15,9 +14,9 @@ from huggingface_hub import DatasetCard
 from coss_hf.data.folder_files import SUFFIXES, FolderFiles
 from coss_hf.data.image_folder import holds_images, load_image_folder, split_name
 from coss_hf.utils.hub_lookup import find_dataset
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 

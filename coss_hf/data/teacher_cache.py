@@ -9,7 +9,6 @@ power cut, two writers, a damaged disk, files of another folder) makes a wrong r
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import shutil
 import time
@@ -21,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.units import size_in_bytes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 DTYPES = ("float32", "float16")
 FLUSH_SECONDS = 10  # what a killed process loses of its work at most

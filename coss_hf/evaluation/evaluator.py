@@ -1,7 +1,6 @@
 """Students against one teacher on one set of images."""
 
 import copy
-import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -18,9 +17,9 @@ from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
 from coss_hf.models.modules import ModuleNetwork
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def sample(rows: Dataset | None, size: int | None) -> Dataset | None:

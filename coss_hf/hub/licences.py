@@ -1,7 +1,6 @@
 """The licence of a network: what its card, its configuration and the text next to its weights say."""
 
 import json
-import logging
 from pathlib import Path
 
 from huggingface_hub import HfApi, metadata_load
@@ -9,8 +8,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.models.heads import find_student_file
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PERMISSIVE = ("apache-2.0", "mit", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "unlicense", "cc0-1.0", "cc-by-4.0")
 TEXTS = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "LICENCE.txt", "LICENCE.md", "COPYING")

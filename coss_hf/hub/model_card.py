@@ -1,6 +1,5 @@
 """The model card of a student: what it is, how to load it, and what it was made from."""
 
-import logging
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
@@ -13,8 +12,9 @@ from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 HUB = "https://huggingface.co"
 TASK = "image-feature-extraction"

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import shlex
 import socket
 import ssl
@@ -18,9 +17,9 @@ from coss_hf.hub.export_folders import EXPORTED, exported_folders
 from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.utils.errors import RunStopped
-from coss_hf.utils.messages import command_to, first_line
+from coss_hf.utils.messages import command_to, first_line, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 PROCESSOR = "preprocessor_config.json"
 # The code of a network outside Transformers, by the usual names of its files; a handler.py is its owner's.

@@ -5,7 +5,6 @@ import copy
 import hashlib
 import inspect
 import json
-import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -34,9 +33,9 @@ from coss_hf.models.towers import (
     space_of,
     vision_config_of,
 )
-from coss_hf.utils.messages import first_line, flag
+from coss_hf.utils.messages import first_line, flag, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Classification checkpoints of these do not train the dense pooler, and their classifier reads the class token.
 _CLASS_TOKEN_TYPES = {"vit", "deit", "vit_msn", "vit_mae"}

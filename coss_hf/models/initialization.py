@@ -1,7 +1,6 @@
 """Networks that no checkpoint has: a changed configuration, or a student of layers of the teacher."""
 
 import difflib
-import logging
 
 import torch
 from torch import nn
@@ -9,9 +8,9 @@ from transformers import PreTrainedModel
 
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.towers import ProjectedTower
-from coss_hf.utils.messages import flag
+from coss_hf.utils.messages import flag, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 def rebuild_config(config, changes: dict, argument: str):

@@ -2,14 +2,15 @@
 
 import hashlib
 import json
-import logging
 import os
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-logger = logging.getLogger(__name__)
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
 
 
 def read_neighbors(folder: Path) -> tuple[np.ndarray, dict] | None:

@@ -1,7 +1,6 @@
 """Embeddings on disk, in shards that several processes write and all map into memory; and neighbours once found."""
 
 import contextlib
-import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -17,9 +16,10 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import check_finite as refuse_not_finite
 from coss_hf.models.embedding import embed_batches
 from coss_hf.neighbors.columns import some
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SHARD = 8192  # rows of a shard: what a killed process loses at most
 STEP = 256  # the rows of a shard are a multiple of this

@@ -1,17 +1,17 @@
 """Exact nearest neighbours, the recall of approximate ones, and how processes share the queries out."""
 
 import contextlib
-import logging
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from coss_hf.neighbors.embedding_store import Vectors, progress_bar, save_array
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.topk import blocked_topk
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 CHUNK = 1024  # queries at a time, and what processes share out: the result must not depend on their number
 BLOCK = 16_384  # rows compared at a time: with 1,024 queries 64 MiB of similarities

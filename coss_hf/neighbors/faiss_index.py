@@ -1,6 +1,5 @@
 """Approximate search by a faiss index on disk. The only file that imports faiss."""
 
-import logging
 from pathlib import Path
 
 import faiss
@@ -10,8 +9,9 @@ from tqdm.auto import tqdm
 from coss_hf.neighbors.embedding_store import Vectors, atomic_file
 from coss_hf.neighbors.exact_search import CHUNK, ExactSearch
 from coss_hf.neighbors.recall import random_rows
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FAISS_VERSION = faiss.__version__
 TRIES = 6  # deeper searches for a row that is short of neighbours, before an exact one

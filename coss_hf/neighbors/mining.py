@@ -7,7 +7,6 @@ processes.
 
 import contextlib
 import hashlib
-import logging
 import shutil
 import time
 from importlib.metadata import version
@@ -29,9 +28,10 @@ from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all
 from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.neighbors.recall import raise_probes
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 EXACT_UP_TO = {"cpu": 100_000, "cuda": 1_000_000}  # images; beyond, `auto` takes ivf
 # Share of its lists beyond which ivf is slower than exact search: 15 against 51 billion operations per second and core.

@@ -1,12 +1,11 @@
 """Recall of an approximate search, measured against the exact neighbours of a random sample of queries."""
 
-import logging
-
 import numpy as np
 
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 SAMPLE = 1024  # queries whose exact neighbours measure the recall
 SAMPLE_UNIT = 256  # queries of the sample that a process takes at a time

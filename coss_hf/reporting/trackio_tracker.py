@@ -1,14 +1,14 @@
 """Trackio, Hugging Face's own tracker: what W&B is told, in a local folder or on a Space."""
 
-import logging
 from pathlib import Path
 
 from PIL.Image import Image
 from transformers.integrations.integration_utils import TrackioCallback
 
 from coss_hf.reporting.tracked import EndOfRun, grouped, settings_of, without_totals
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RUN_NAME = "trackio_run_name"  # file in the output folder: a resumed run continues its run
 

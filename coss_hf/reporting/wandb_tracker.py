@@ -1,7 +1,6 @@
 """Weights & Biases: scalars in groups while a run trains, and its results, pictures and tables at the end."""
 
 import http.client
-import logging
 import os
 import ssl
 import sys
@@ -17,9 +16,9 @@ from transformers.integrations import WandbCallback
 
 from coss_hf.hub.push import PUBLISHED
 from coss_hf.reporting.tracked import EndOfRun, grouped, settings_of, without_totals
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import first_line, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RUN_ID = "wandb_run_id"  # file in the output folder: a resumed run continues its run on W&B
 INIT_SECONDS = 10

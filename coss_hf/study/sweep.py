@@ -18,8 +18,9 @@ from tqdm.auto import tqdm
 
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, rehearse_trial, run_trial
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class Sweep:

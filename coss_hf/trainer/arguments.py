@@ -1,7 +1,6 @@
 """Arguments of a run, with the method's defaults, from YAML files and the command line."""
 
 import copy
-import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,10 +17,10 @@ from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.models.towers import SPACES
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.reporting.run_record import read_json
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import first_line, get_logger
 from coss_hf.utils.paths import same_place
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 @dataclass

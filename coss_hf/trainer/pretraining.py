@@ -1,7 +1,6 @@
 """What some losses learn from the teacher alone, before the student's training begins."""
 
 import itertools
-import logging
 
 import torch
 import torch.distributed as dist
@@ -12,8 +11,9 @@ from tqdm.auto import tqdm
 
 from coss_hf.data.views import collate_views
 from coss_hf.utils.distributed import world_size
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 LEARNING_RATE = 1e-3  # of Adam; ours
 

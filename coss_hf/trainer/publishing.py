@@ -1,6 +1,5 @@
 """What a training pushes to the Hub, and when."""
 
-import logging
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -9,9 +8,9 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from coss_hf.hub.push import check_repo, push
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import first_line, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class HubPublisher:

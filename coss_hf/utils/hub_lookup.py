@@ -1,6 +1,5 @@
 """Whether the Hub has a dataset, before `datasets` loads it, and similar names where it has not."""
 
-import logging
 from difflib import SequenceMatcher
 from pathlib import Path
 
@@ -8,7 +7,9 @@ import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-logger = logging.getLogger(__name__)
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
 
 
 def find_dataset(dataset: str, revision: str | None) -> list[str]:

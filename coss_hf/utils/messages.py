@@ -1,11 +1,13 @@
 """Messages in the words of whoever reads them: flags for a command line, parameters for Python; and parts of messages.
 
 Messages are written with flags (``--neighbors_k 0``), which no other text looks like. Inside ``command_line`` they stay
-as they are; ``parameter_names`` turns those of errors into parameters (``neighbors_k=0``) everywhere else.
+as they are. Everywhere else ``parameter_names`` turns those of errors into parameters (``neighbors_k=0``), and the
+loggers of ``get_logger`` turn those of log lines.
 """
 
 import contextlib
 import contextvars
+import logging
 import os
 import re
 import sys
@@ -61,6 +63,39 @@ def parameter_names() -> Iterator[None]:
         raise
     finally:
         _IN_CALL.reset(token)
+
+
+class _ForReader(logging.Filter):
+    """Turns flags of log lines into parameters, unless a command runs."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        if "--" in message:
+            record.msg = for_reader(message)
+            record.args = ()
+        return True
+
+
+def get_logger(name: str) -> logging.Logger:
+    """The logger of a module, whose lines name flags where a command runs, and parameters in Python.
+
+    Args:
+        name: ``__name__`` of the module.
+
+    Example:
+        >>> get_logger("coss_hf.example").name
+        'coss_hf.example'
+    """
+    logger = logging.getLogger(name)
+    # Each logger needs its own: those of a parent do not see the records of its children.
+    if not any(isinstance(one, _ForReader) for one in logger.filters):
+        logger.addFilter(_ForReader())
+    return logger
+
+
+def on_command_line() -> bool:
+    """Whether a command runs, and not somebody's lines of Python."""
+    return _ON_COMMAND_LINE.get()
 
 
 def for_reader(message: str) -> str:

@@ -7,7 +7,8 @@ import pytest
 from coss_hf import DistillationArguments
 from coss_hf.cli import bad_input_exits
 from coss_hf.utils.errors import CheckpointError, UnreadableImage
-from coss_hf.utils.messages import command_line, command_to, for_reader, parameter_names
+from coss_hf.utils.messages import command_line, command_to, for_reader, get_logger, parameter_names
+from tests.helpers.runs import ROOT
 
 
 @pytest.mark.parametrize(
@@ -86,3 +87,25 @@ def test_commands_are_named_as_they_can_be_typed(monkeypatch, script, environmen
     monkeypatch.setattr(sys, "argv", [script])
     monkeypatch.setenv("COSS_HF_COMMAND", environment)
     assert command_to("train-teacher") == expected
+
+
+def test_log_lines_name_parameters_in_python(caplog):
+    """Only errors did: warnings told callers in Python to give --neighbors_k."""
+    logger = get_logger("coss_hf.example")
+    assert get_logger("coss_hf.example").filters == logger.filters and len(logger.filters) == 1
+    logger.warning("--on_bad_image skip: %d images, %s%%: see --view_size", 3, 50)
+    with command_line():
+        logger.warning("--on_bad_image skip: %d images", 3)
+    logger.warning("100 %% of -- nothing")
+    assert caplog.messages == [
+        'on_bad_image="skip": 3 images, 50%: see view_size',
+        "--on_bad_image skip: 3 images",
+        "100 %% of -- nothing",
+    ]
+
+
+def test_every_module_logs_and_warns_by_such_a_logger():
+    """A logger of another kind would name flags to callers in Python."""
+    for path in sorted((ROOT / "coss_hf").rglob("*.py")):
+        text = path.read_text()
+        assert "logging.getLogger(__name__)" not in text and "warnings.warn(" not in text, path

@@ -1,12 +1,11 @@
 """Alarms while a run trains."""
 
-import logging
-
 from transformers import TrainerCallback
 
 from coss_hf.evaluation.diagnostics import alarms, has_diagnostics, is_gentle
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class DiagnosticsCallback(TrainerCallback):

@@ -1,13 +1,11 @@
 """What a dataset of views is told while a run trains."""
 
-import logging
-
 from transformers import TrainerCallback
 
-from coss_hf.utils.messages import first_names
+from coss_hf.utils.messages import first_names, get_logger
 from coss_hf.utils.process_group import Processes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class EpochCallback(TrainerCallback):
