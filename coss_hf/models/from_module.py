@@ -1,7 +1,6 @@
 """A `Backbone` of any `nn.Module`: of timm, of torchvision, or of one's own."""
 
 import itertools
-import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +17,9 @@ from coss_hf.models.modules import (
     copy_sharing_tensors,
     module_name,
 )
-from coss_hf.utils.messages import flag, for_reader
+from coss_hf.utils.messages import flag, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Where torchvision's networks have their classifier.
 CLASSIFIERS = ("fc", "classifier", "head", "heads")
@@ -69,6 +68,7 @@ def backbone_from_module(
     if embedding is None and maps is None:
         network, classifier = _as_timm(module)
         if network is not None:
+            _say_what_is_left_out(module, network.timm_model, argument)
             processor = _timm_processor(module, network.config, size, mean, std)
             backbone = Backbone(network, processor, pooling=pooling, argument=argument)
             backbone.classifier = classifier
@@ -77,7 +77,9 @@ def backbone_from_module(
     defaults = read_defaults(module)
     classifier = None
     if embedding is None:
-        module, classifier = without_classifier(module)
+        full = module
+        module, classifier = without_classifier(full)
+        _say_what_is_left_out(full, module, argument)
     network = ModuleNetwork(module, embedding, maps, argument)
     processor, size = _processor(network, defaults, size, mean, std, teacher, argument)
     backbone = Backbone(network, processor, pooling=pooling, size=size, argument=argument)
@@ -185,6 +187,24 @@ def without_classifier(module: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
     return module, layer if isinstance(layer, nn.Linear) else None
 
 
+def _say_what_is_left_out(full: nn.Module, kept: nn.Module, argument: str) -> None:
+    """Log the layers of a network that are missing in another: one may be the user's own, and meant to stay."""
+    names = {name for name, _ in kept.named_parameters()}
+    layers = {name.rpartition(".")[0] for name, _ in full.named_parameters() if name not in names} - {""}
+    if layers:
+        shown = [f"{name}: {_in_one_line(full.get_submodule(name))}" for name in sorted(layers)]
+        logger.warning(
+            "%s=%s: its classifier is left out (%s), and the embedding is what it reads. To keep it, give "
+            "Backbone.from_module(module, embedding=lambda output: output).",
+            *(flag(argument), module_name(full), "; ".join(shown)),
+        )
+
+
+def _in_one_line(layer: nn.Module) -> str:
+    text = repr(layer)
+    return type(layer).__name__ if "\n" in text else text
+
+
 def _classifier_path(module: nn.Module) -> str | None:
     for name in CLASSIFIERS:
         part = getattr(module, name, None)
@@ -238,7 +258,7 @@ def _processor(
         if mean is None and std is None and (size is None or size[0] == size[1]):
             logger.warning(
                 "%s=%s: %s as the teacher's; Backbone.from_module(module, size=, mean=, std=) gives others.",
-                *(for_reader(flag(argument)), network.name_or_path, " and ".join(taken)),
+                *(flag(argument), network.name_or_path, " and ".join(taken)),
             )
             return teacher.processor, None if size in (None, teacher.size) else size[0]
         size = size or teacher.size

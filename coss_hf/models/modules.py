@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,9 +14,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from coss_hf.features import Features
 from coss_hf.models.pooling import is_channels_last
-from coss_hf.utils.messages import first_line, first_names, flag
+from coss_hf.utils.messages import first_line, first_names, flag, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MODEL_TYPE = "coss_hf_module"
 WEIGHTS_FILE = "model.safetensors"
@@ -280,8 +279,14 @@ def module_name(module: nn.Module) -> str:
 
 
 def copy_sharing_tensors(module: nn.Module) -> nn.Module:
-    """A module of the same parameters and buffers whose submodules can be replaced without changing the original."""
+    """A module of the same parameters and buffers whose submodules can be replaced without changing the original.
+
+    Both keep them in the same dictionaries: ``to`` puts new tensors there, for buffers always, and the original must
+    not stay behind with those of before the training.
+    """
     memo = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
+    for part in module.modules():
+        memo |= {id(tensors): tensors for tensors in (part._parameters, part._buffers)}
     return copy.deepcopy(module, memo)
 
 

@@ -117,7 +117,12 @@ def synchronise_batch_norm(student: PreTrainedModel, criterion: nn.Module) -> No
         if other:
             raise ValueError(f"--sync_batch_norm cannot convert {', '.join(sorted(other))}; leave it out.")
         convert_sync_batchnorm = nn.SyncBatchNorm.convert_sync_batchnorm
+    before = dict(student.named_modules())
     convert_sync_batchnorm(student)
+    for name, module in student.named_modules():
+        if before.get(name) not in (None, module):
+            # What `to` puts into these dictionaries reaches a module of the caller that shares them, too.
+            module.__dict__.update(_parameters=before[name]._parameters, _buffers=before[name]._buffers)
     nn.SyncBatchNorm.convert_sync_batchnorm(criterion)
 
 

@@ -295,3 +295,42 @@ def test_the_public_call_takes_what_the_inner_one_takes():
 
     outer = set(inspect.signature(Backbone.from_module).parameters)
     assert outer == set(inspect.signature(backbone_from_module).parameters) - {"teacher"}
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "timm", "own"])
+def test_the_module_of_the_caller_is_the_one_that_is_moved(kind):
+    """`to` replaces buffers: on a GPU the caller's module kept statistics of before the training, on the CPU."""
+    given = {"torchvision": torchvision_resnet, "timm": lambda: timm.create_model("test_resnet"), "own": encoder}[
+        kind
+    ]()
+    options = {"own": INPUT, "torchvision": {"size": 32}, "timm": {}}[kind]
+    network = Backbone.from_module(given, **options).model
+    network.to(torch.float64)  # as to another device: parameters stay the same objects, buffers do not
+    network.train()
+    network(pixel_values=torch.randn(4, 3, 32, 32, dtype=torch.float64))
+    trained = getattr(network, "timm_model", getattr(network, "module", None))
+    expected = trained.state_dict()
+    found = given.state_dict()
+    assert any(key.endswith("running_mean") for key in expected)
+    for key, value in expected.items():
+        assert found[key].data_ptr() == value.data_ptr(), key
+    statistics = [name for name, _ in given.named_buffers() if name.endswith("num_batches_tracked")]
+    assert all(given.get_buffer(name) == 1 for name in statistics)
+
+
+def test_a_classifier_that_is_left_out_is_named_once(caplog):
+    """The last layer left without a word, and might be the user's own embedding."""
+    module = torchvision_resnet()
+    Backbone.from_module(module, size=32, argument="student")
+    assert len([text for text in caplog.messages if "left out" in text]) == 1
+    layer = "Linear(in_features=512, out_features=5, bias=True)"
+    assert f"student=ResNet (torchvision.models.resnet): its classifier is left out (fc: {layer})" in caplog.text
+    caplog.clear()
+    kept = Backbone.from_module(module, size=32, embedding=lambda output: output)
+    assert kept.dim == 5 and "left out" not in caplog.text, "as the message says"
+    Backbone.from_module(timm.create_model("test_resnet"))
+    assert "(fc: Linear(in_features=96, out_features=1000, bias=True))" in caplog.text
+    caplog.clear()
+    Backbone.from_module(timm.create_model("test_resnet", num_classes=0))
+    Backbone.from_module(encoder(), **INPUT)
+    assert "left out" not in caplog.text
