@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-import logging
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -19,8 +18,7 @@ from coss_hf.data.decoding import content_hash, decode
 from coss_hf.data.streams import Stream, is_shuffled, stream_bytes
 from coss_hf.data.views import resolve_augmentation
 from coss_hf.utils.errors import UnreadableImage
-
-logger = logging.getLogger(__name__)
+from coss_hf.utils.randomness import keeping_generators, seed_generators
 
 NAMES = 50_000  # images whose names are remembered, for messages
 MAX_KEY = 2**63 - 1  # keys are int64, and not below 0
@@ -123,9 +121,15 @@ class StreamViews(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Begin another pass, in this process and its workers; only between passes."""
         self._epoch.fill_(epoch)
-        # Shards are shuffled by datasets, from an own seed for each pass; not where it is 0. In memory that workers
-        # share, too: two of them that set it at once would add up what they set.
-        self._rows.set_epoch(1 + self._key(epoch, 0) // 2 if self.shuffle else epoch)
+        # Shards are shuffled by datasets in any pass that is not 0, from its number. In memory that workers share, too:
+        # two of them that set it at once would add up what they set.
+        self._rows.set_epoch(self._pass_of_shards(epoch))
+
+    def _pass_of_shards(self, epoch: int) -> int:
+        """The pass for `datasets`: from an own seed, the stream's own, or always 0 where the order is to be kept."""
+        if self.shuffle:
+            return 1 + self._key(epoch, 0) // 2
+        return epoch if self.shuffles_itself else 0
 
     def identity(self) -> dict[str, str]:
         """What determines the views of a run, by command-line flag; and the parts that its places belong to."""
@@ -216,7 +220,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         keys = []
         names = []
         left_out = []
-        with torch.random.fork_rng(devices=[]):
+        with keeping_generators():
             for record, row in zip(records, rows, strict=True):
                 name = (record or {}).get("path") or f"row {row} of worker {worker} of process {self.process}"
                 try:
@@ -229,7 +233,7 @@ class StreamViews(torch.utils.data.IterableDataset):
                     left_out.append(self._left_out(name, error))
                     continue
                 key &= MAX_KEY
-                torch.default_generator.manual_seed(self._key(epoch, key))
+                seed_generators(self._key(epoch, key))
                 views.append(self.augment(image))
                 keys.append(key)
                 names.append(name)

@@ -5,11 +5,11 @@ from collections.abc import Callable
 from hashlib import blake2b
 
 import numpy as np
-import torch
 from datasets.fingerprint import Hasher
 from PIL import Image
 
 from coss_hf.utils.code_identity import code_identity
+from coss_hf.utils.randomness import keeping_generators, seed_generators
 
 TRIES = 6  # draws for each test image
 
@@ -25,7 +25,7 @@ def transform_identity(transform: Callable, name: str, size: int) -> str:
         size: h and w.
 
     Raises:
-        ValueError: it draws from another generator than torch's global one, so that its views cannot come back.
+        ValueError: it draws from a generator of its own, so that its views cannot come back.
 
     Example:
         >>> from coss_hf.data.transforms import augmentation
@@ -36,9 +36,9 @@ def transform_identity(transform: Callable, name: str, size: int) -> str:
     shown = _views(transform, size)
     if shown != _views(transform, size):
         raise ValueError(
-            f"--transform={name} gives another view at a second call with the same seed of torch: --teacher_cache "
-            f"would keep embeddings of views that never come back. Draw from torch's global generator alone "
-            f"(torch.rand, torchvision.transforms.v2), not from random or numpy, or leave --teacher_cache out."
+            f"--transform={name} gives another view at a second call with the same seeds: --teacher_cache would keep "
+            f"embeddings of views that never come back. Draw from the global generators of random, NumPy or torch, "
+            f"which are seeded for each view, or leave --teacher_cache out."
         )
     digest = blake2b(shown, digest_size=8)
     digest.update(f"{code_identity(transform)} {_state(transform)}".encode())
@@ -48,12 +48,12 @@ def transform_identity(transform: Callable, name: str, size: int) -> str:
 def _views(transform: Callable, size: int) -> bytes:
     """Views of images of noise, each from a generator seeded for it, hashed."""
     digest = blake2b()
-    with torch.random.fork_rng(devices=[]):
+    with keeping_generators():
         for number, (width, height) in enumerate(((size + 8, size + 16), (3 * size, 2 * size))):
             pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
             image = Image.fromarray(pixels)
             for seed in range(TRIES):
-                torch.default_generator.manual_seed(seed)
+                seed_generators(seed)
                 digest.update(transform(image).contiguous().numpy().tobytes())
     return digest.digest()
 

@@ -15,8 +15,13 @@ from coss_hf.data.checking import content_hashes
 from coss_hf.data.reading import ImageReader
 from coss_hf.data.teacher_cache import TeacherCache
 from coss_hf.data.transforms import Fit, RandomCrop, augmentation
+from coss_hf.utils.messages import get_logger
+from coss_hf.utils.randomness import keeping_generators, seed_generators
+
+logger = get_logger(__name__)
 
 KEPT_BYTES = 2**29  # most bytes of images, cut to size, that are kept in memory
+TRIES = 3  # views of a transform, each made twice
 DRAW = -1  # the slot, in a view's key, that stands for the draw of the neighbours
 
 
@@ -30,7 +35,8 @@ class ViewDataset(torch.utils.data.Dataset):
         dataset: n rows as `load_images` returns them.
         image_column: the name of their image column.
         augmentation_name: the name of the augmentation, see `augmentation`; or a callable from a PIL image to a uint8
-            tensor (3, size, size) that draws from torch's global generator alone.
+            tensor (3, size, size) that draws from the global generators of Python's `random`, NumPy and torch alone,
+            which are seeded for each view.
         size: the side of a view in pixels.
         seed: the seed of all draws.
         neighbors: row numbers (n, K) of each image's neighbours; -1 is padding, never drawn.
@@ -182,7 +188,7 @@ class ViewDataset(torch.utils.data.Dataset):
         groups = [self._group(anchor, epoch) for anchor in anchors]
         images = self._images([index for group in groups for index in group])
         items = []
-        with torch.random.fork_rng(devices=[]):
+        with keeping_generators():
             for anchor, group in zip(anchors, groups, strict=True):
                 views = [self._view(next(images), epoch, anchor, slot) for slot in range(len(group))]
                 items.append({"pixel_values": torch.stack(views), "index": torch.tensor(group)})
@@ -219,7 +225,7 @@ class ViewDataset(torch.utils.data.Dataset):
         """
         epoch = self.epoch if epoch is None else epoch
         index = self._group(anchor, epoch)[slot]
-        with torch.random.fork_rng(devices=[]):
+        with keeping_generators():
             return self._view(next(self._images([index])), epoch, anchor, slot), index
 
     def _group(self, anchor: int, epoch: int) -> list[int]:
@@ -247,15 +253,16 @@ class ViewDataset(torch.utils.data.Dataset):
             # Not torch.manual_seed, which would reseed the accelerators' generators as well.
             torch.default_generator.manual_seed(key)
 
+        if not self._built_in:
+            image = image(None).image
+            seed_generators(key)  # which of them somebody else's code draws from is not known
+            return self.augment(image)
         seed()
         if isinstance(image, Tensor):
             later = self.augment.transforms[2:]
-        elif self._built_in:
+        else:
             first, *later = self.augment.transforms
             image = self._first(first, image, seed)
-        else:
-            image = image(None).image
-            later = [self.augment]
         for transform in later:
             image = transform(image)
         return image
@@ -273,25 +280,41 @@ class ViewDataset(torch.utils.data.Dataset):
 
 
 def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, str]:
-    """The transform and its name; one that was given as a callable is tried on a grey image."""
+    """The transform and its name; one that was given as a callable is tried on an image of noise."""
     if isinstance(given, str):
         return augmentation(given, size), given
     name = getattr(given, "__qualname__", None) or repr(given)
-    with torch.random.fork_rng(devices=[]):
-        try:
-            view = given(Image.new("RGB", (size + 8, size + 16), (120, 130, 140)))
-        except Exception as error:  # code of any origin
+    with keeping_generators():
+        view = _try(given, name, size, seed=0)
+        if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != (3, size, size):
+            found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
             raise ValueError(
-                f"--transform={name} fails on a PIL image ({type(error).__name__}: {error}); give a callable from a "
-                f"PIL image to a uint8 tensor (3, {size}, {size})."
-            ) from error
-    if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != (3, size, size):
-        found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
-        raise ValueError(
-            f"--transform={name} returns {found}; a view is a uint8 tensor (3, {size}, {size}), which each network "
-            f"normalises for itself: leave conversion to float and normalisation out, or set view_size."
+                f"--transform={name} returns {found}; a view is a uint8 tensor (3, {size}, {size}), which each network "
+                f"normalises for itself: leave conversion to float and normalisation out, or set view_size."
+            )
+        first = [view, *(_try(given, name, size, seed) for seed in range(1, TRIES))]
+        second = [_try(given, name, size, seed) for seed in range(TRIES)]
+    if not all(map(torch.equal, first, second)):
+        logger.warning(
+            "--transform=%s gives another view when it is called again with the same seeds: it draws from a generator "
+            "of its own. Its views depend on the loader workers, and a resumed run is not the uninterrupted one. Draw "
+            "from the global generators of random, NumPy or torch, which are seeded for each view.",
+            name,
         )
     return given, name
+
+
+def _try(transform: Callable, name: str, size: int, seed: int):
+    """What a transform makes of an image of noise."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size + 16, size + 8, 3), dtype=np.uint8)
+    seed_generators(seed)
+    try:
+        return transform(Image.fromarray(pixels))
+    except Exception as error:  # code of any origin
+        raise ValueError(
+            f"--transform={name} fails on a PIL image ({type(error).__name__}: {error}); give a callable from a "
+            f"PIL image to a uint8 tensor (3, {size}, {size})."
+        ) from error
 
 
 def _digest(array: np.ndarray) -> str:

@@ -1,7 +1,9 @@
-"""The global random state of a training, as a function of its seed and its step alone."""
+"""The global random state of a training, as a function of its seed and its step alone; and that of a view."""
 
+import contextlib
 import random
 import struct
+from collections.abc import Iterator
 from hashlib import blake2b
 
 import numpy as np
@@ -61,3 +63,38 @@ class StepSeed:
         torch.default_generator.manual_seed(key)
         if self._device.type != "cpu":
             torch.get_device_module(self._device).manual_seed(key)
+
+
+def seed_generators(key: int) -> None:
+    """Seed the global generators of Python, NumPy and the CPU, from which a transform may draw.
+
+    Args:
+        key: 32 bits, all that NumPy's and torch's generators take.
+    """
+    random.seed(key)
+    np.random.seed(key)
+    # Not torch.manual_seed, which would reseed the accelerators' generators as well.
+    torch.default_generator.manual_seed(key)
+
+
+@contextlib.contextmanager
+def keeping_generators() -> Iterator[None]:
+    """Restore the global generators of Python, NumPy and the CPU after the block.
+
+    Example:
+        >>> random.seed(1)
+        >>> expected = random.random()
+        >>> random.seed(1)
+        >>> with keeping_generators():
+        ...     seed_generators(7)
+        >>> random.random() == expected
+        True
+    """
+    of_python = random.getstate()
+    of_numpy = np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)

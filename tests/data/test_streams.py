@@ -2,6 +2,7 @@
 
 import io
 import os
+import random
 import subprocess
 import sys
 
@@ -197,3 +198,61 @@ parts = load_stream("me/pictures", validation_size=5)
 from tests.data.test_streams import keys, views
 print(parts.stream.rows.num_shards, len(parts.validation), parts.label_column, len(set(keys(views(parts)))))
 """
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_order_of_a_stream_is_kept_in_every_pass(shards, workers):
+    """`datasets` shuffles the shards of any pass but the first by itself."""
+    loader = StreamLoaderOfKeys(views(load_stream(shards), workers=workers), workers)
+    passes = [loader.next_pass() for _ in range(3)]
+    assert passes[0] == passes[1] == passes[2] and len(set(passes[0])) == 48
+    shuffled = load_stream(shards)
+    again = views(shuffled, shuffle_buffer_size=16)
+    assert keys(again) != (again.set_epoch(1), keys(again))[1]
+    itself = datasets.load_dataset("parquet", data_files=parquet_of(shards), split="train", streaming=True)
+    itself = views(load_stream(itself.shuffle(seed=0, buffer_size=16)))
+    assert keys(itself) != (itself.set_epoch(1), keys(itself))[1], "a stream that shuffles by itself goes its own way"
+
+
+class StreamLoaderOfKeys:
+    """Keys of one pass after the other, read by persistent workers."""
+
+    def __init__(self, given: StreamViews, workers: int):
+        self.views = given
+        self.loader = torch.utils.data.DataLoader(
+            given, batch_size=None, num_workers=workers, persistent_workers=workers > 0, collate_fn=lambda chunk: chunk
+        )
+        self.number = 0
+
+    def next_pass(self) -> list[int]:
+        self.views.set_epoch(self.number)
+        self.number += 1
+        return keys(self.loader)
+
+
+def parquet_of(shards) -> str:
+    """The same images as parquet shards."""
+    if not list(shards.glob("*.parquet")):
+        h.write_shards(shards.parent / "parquet", "parquet")
+        shards = shards.parent / "parquet"
+    return str(shards / "*.parquet")
+
+
+def draws_from_all(image) -> torch.Tensor:
+    """A transform of the user's own, of every global generator."""
+    view = torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+    shift = random.randrange(60) + np.random.randint(60) + int(torch.randint(60, ()))
+    return (view // 4 + shift).to(torch.uint8)
+
+
+def test_views_of_a_transform_that_draws_from_any_global_generator(shards):
+    def by_key(**options) -> dict[int, torch.Tensor]:
+        parts = load_stream(shards)
+        given = StreamViews(parts.stream, parts.image_column, draws_from_all, 16, **({"chunk_size": 8} | options))
+        return {key: view for chunk in given for key, view in zip(chunk.keys.tolist(), chunk.views, strict=True)}
+
+    before = random.getstate(), str(np.random.get_state())
+    one = by_key()
+    assert before == (random.getstate(), str(np.random.get_state()))
+    two = by_key(chunk_size=5, shuffle_buffer_size=16)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)

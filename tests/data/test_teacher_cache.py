@@ -313,6 +313,11 @@ def from_numpy(image):
     return view.flip(-1) if np.random.rand() < 0.5 else view
 
 
+def from_its_own_generator(image, generator=np.random.default_rng(0)):  # noqa: B008 - as it is done
+    view = augmentation("none", 32)(image)
+    return view.flip(-1) if generator.random() < 0.5 else view
+
+
 RARE = 0.0001
 
 
@@ -363,5 +368,6 @@ def test_transforms_are_known_by_what_they_do():
         maker(0.0001),
     ]
     assert [transform_identity(transform, "name", 32) for transform in again] == found[:5]
-    with pytest.raises(ValueError, match="--transform=mine gives another view .*random or numpy"):
-        transform_identity(from_numpy, "mine", 32)
+    assert transform_identity(from_numpy, "name", 32) == transform_identity(from_numpy, "name", 32) not in found
+    with pytest.raises(ValueError, match="--transform=mine gives another view .*global generators of random, NumPy"):
+        transform_identity(from_its_own_generator, "mine", 32)

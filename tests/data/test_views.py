@@ -326,3 +326,50 @@ def test_views_come_back_after_view_epochs(rows, name):
         assert torch.equal(first[key], epoch(endless, 0)[key]) and torch.equal(second[key], epoch(endless, 1)[key])
         assert not torch.equal(third[key], epoch(endless, 2)[key])
     assert torch.equal(repeated.view(5, 1, epoch=7)[0], repeated.view(5, 1, epoch=1)[0])
+
+
+class DrawsFromAll:
+    """A transform of the user's own, as Albumentations of old and home-made ones are: of every global generator."""
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        view = F.pil_to_tensor(image.resize((SIZE, SIZE)))
+        view = view if random.random() < 0.5 else view.flip(-1)
+        shift = torch.from_numpy(np.random.randint(0, 60, (3, 1, 1)))
+        return (view // 2 + shift + torch.randint(0, 60, (3, 1, 1))).to(torch.uint8)
+
+
+def test_views_of_a_transform_that_draws_from_any_global_generator(rows):
+    """Only torch's was seeded: views depended on loader workers, and a resumed run was another one."""
+    dataset = views(rows, DrawsFromAll())
+    expected = load(dataset)["pixel_values"]
+    for workers in (1, 2):
+        random.seed(workers), np.random.seed(workers), torch.manual_seed(workers)
+        assert torch.equal(load(dataset, num_workers=workers)["pixel_values"], expected)
+    again = views(rows, DrawsFromAll())
+    view, _ = again.view(7, 1)
+    assert torch.equal(view, expected[7 * 3 + 1]), "whatever was drawn before it"
+    before = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
+    again[3]
+    again.view(3, 0)
+    assert random.getstate() == before[0] and str(np.random.get_state()) == before[1]
+    assert torch.equal(torch.get_rng_state(), before[2])
+    again.set_epoch(1)
+    assert not torch.equal(again[7]["pixel_values"], dataset[7]["pixel_values"])
+
+
+class DrawsFromItsOwn:
+    """As Albumentations does since 2.0: from a generator of its own, which nobody seeds for each view."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        view = F.pil_to_tensor(image.resize((SIZE, SIZE)))
+        return view.roll(int(self.generator.integers(SIZE)), -1)
+
+
+def test_a_transform_with_a_generator_of_its_own_is_named(rows, caplog):
+    views(rows, DrawsFromAll())
+    assert not caplog.text
+    views(rows, DrawsFromItsOwn())
+    assert "DrawsFromItsOwn" in caplog.text and "gives another view when it is called again" in caplog.text
