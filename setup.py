@@ -9,6 +9,7 @@ TIMM = "timm>=1.0.16"  # the first that loads a folder
 SENTENCES = "sentence-transformers>=6.2"
 EXPORT = ["onnx", "onnxruntime", "onnxscript"]
 DOCS = ["furo", "myst-parser", "sphinx"]
+PLOTS = ["matplotlib"]
 
 setup(
     name="coss-hf",
@@ -53,7 +54,6 @@ setup(
         "faiss-cpu",
         "filelock",
         "huggingface_hub",
-        "matplotlib",
         "pillow",
         "pyyaml",
         "psutil",
@@ -64,9 +64,10 @@ setup(
     extras_require={
         "timm": [TIMM],
         "sentence-transformers": [SENTENCES],
+        "plots": PLOTS,
         "tensorboard": ["tensorboard"],
         "trackio": ["trackio"],
-        "quickstart": ["scikit-learn"],
+        "quickstart": [*PLOTS, "scikit-learn"],
         "export": EXPORT,
         "openvino": [*EXPORT, "openvino"],
         "executorch": ["executorch"],
@@ -74,6 +75,7 @@ setup(
         "dev": [
             *EXPORT,
             *DOCS,
+            *PLOTS,
             "psutil",
             "pytest",
             "pytest-xdist>=3.7",

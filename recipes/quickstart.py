@@ -4,7 +4,7 @@
 
 It writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels
 into a smaller student (recipes/distill.py), and prints how well the embeddings of test images tell their classes. Each
-command is printed before it runs. It needs scikit-learn: pip install scikit-learn.
+command is printed before it runs. It needs scikit-learn: pip install 'coss-hf[quickstart]'.
 """
 
 from coss_hf.cli.help import as_commands, show_help
@@ -26,11 +26,13 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL.Image import fromarray
 
+from coss_hf.cli import bad_input_exits
 from coss_hf.cli.paths import path
 from coss_hf.evaluation.knn import knn_accuracy
 from coss_hf.evaluation.linear_probe import linear_probe
 from coss_hf.evaluation.tables import table
 from coss_hf.reporting.run_record import versions, write_json
+from coss_hf.utils.packages import check_extra
 
 # Others wrote the last 360 digits: no writer is in both splits.
 TRAIN = 1437
@@ -43,11 +45,10 @@ WORKERS = ["--dataloader_num_workers", "1", "--dataloader_persistent_workers", "
 
 def bundled_digits():
     """Return scikit-learn's digits; exit with the remedy where it is not installed."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        print("error: the digits come with scikit-learn: pip install scikit-learn.", file=sys.stderr)
-        raise SystemExit(2) from None
+    with bad_input_exits():
+        check_extra("sklearn", needed_by="The quickstart, whose digits come with scikit-learn,")
+    from sklearn.datasets import load_digits
+
     return load_digits()
 
 

@@ -21,6 +21,7 @@ from coss_hf.hub.export_openvino import OPENVINO_FILE, open_openvino, openvino_p
 from coss_hf.hub.student import Student
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.utils.messages import first_line
+from coss_hf.utils.packages import check_extra
 
 # In the layout of the Hub each has a folder of its name.
 FORMATS = ("onnx", "openvino", "executorch")
@@ -38,12 +39,10 @@ MAX_FILE_BYTES = 2**31  # of one protobuf file
 
 def onnx_packages():
     """Import ``onnx`` and ``onnxruntime``; ValueError where they or ``onnxscript`` are not installed."""
-    try:
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 (torch.onnx.export needs it)
-    except ImportError as error:
-        raise ValueError(f"export needs {error.name}, which is not installed: pip install coss-hf[export].") from error
+    check_extra("onnx", "onnxruntime", "onnxscript", needed_by="The export")  # torch.onnx.export needs the last
+    import onnx
+    import onnxruntime
+
     return onnx, onnxruntime
 
 

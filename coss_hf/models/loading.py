@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import difflib
-import logging
 from pathlib import Path
 
 import torch
@@ -21,9 +20,10 @@ from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
 from coss_hf.models.towers import check_space, find_tower, vision_config_of, without_shared_space
-from coss_hf.utils.messages import first_line, flag
+from coss_hf.utils.messages import first_line, flag, get_logger
+from coss_hf.utils.packages import MissingPackage, check_extra
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 INITS = ("pretrained", "random", "teacher_layers")
 # Where Transformers keeps an image processor: by itself, or in a processor of images and text.
@@ -143,6 +143,7 @@ def _draw(
 ) -> PreTrainedModel:
     """A network of an architecture at random weights; ``hub`` where a checkpoint names the architecture."""
     config = _architecture_config(name) if hub is None else _load_config(name, argument, hub)
+    _check_packages(config, f"{flag(argument)}={name}")
     config = rebuild_config(_vision_config(config, argument), overrides, argument)
     model = _build(name, config, overrides, argument, {"trust_remote_code": trust_remote_code, **options})
     model.name_or_path = name
@@ -221,9 +222,11 @@ def _load_pretrained(name: str, argument: str, hub: dict, options: dict) -> tupl
             if tower is not None and (not _loads_alone(tower) or missing.issuperset(model.state_dict())):
                 model, missing = _load_tower(name, config, hub, options)
     except Exception as error:  # damaged files of every format, code of any origin, packages that are not installed
+        remedy = "give a complete checkpoint of this architecture"
+        if isinstance(error, ImportError):
+            remedy = "install what its code imports"
         raise ValueError(
-            f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); "
-            f"give a complete checkpoint of this architecture."
+            f"{flag(argument)}={name} cannot be loaded as a vision network ({first_line(error)}); {remedy}."
         ) from error
     return model, missing
 
@@ -357,10 +360,16 @@ def _hub_arguments(name: str, argument: str, revision: str | None, trust_remote_
 
 
 def _load_config(name: str, argument: str, hub: dict):
+    given = f"{flag(argument)}={name}"
     try:
-        return AutoConfig.from_pretrained(name, **hub)
+        config = AutoConfig.from_pretrained(name, **hub)
+        _check_packages(config, given)
+        return config
+    except MissingPackage:
+        raise
     except Exception as error:  # damaged files, code of any origin
-        given = f"{flag(argument)}={name}"
+        if "timm" in str(error):
+            check_extra("timm", needed_by=given)
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"{given} brings code of its own; read it, then allow it with --trust_remote_code."
@@ -369,6 +378,12 @@ def _load_config(name: str, argument: str, hub: dict):
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
         raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
+
+
+def _check_packages(config, given: str) -> None:
+    """Check that the package of a network of timm is installed, before its classes miss it."""
+    if config.model_type == "timm_wrapper":
+        check_extra("timm", needed_by=given)
 
 
 def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> ValueError:

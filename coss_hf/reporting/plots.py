@@ -1,16 +1,35 @@
 """Pictures of runs and studies, in one look: neighbours, projections, curves, methods, quality against latency."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from coss_hf.evaluation.diagnostics import chance
+from coss_hf.utils.messages import get_logger
+from coss_hf.utils.packages import how_to_install, is_installed
+
+logger = get_logger(__name__)
 
 SHARED, OTHER = "#12805c", "#d0d4d9"
 # One of each student in a plot, told apart by the colour-blind, too (Okabe and Ito).
 STUDENTS = ("#009e73", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
 TEXT, MUTED, WRONG = "#22272e", "#68707a", "#c0392b"
+
+
+def _where_it_can_be_drawn(draw: Callable) -> Callable:
+    """Leave a picture out, with a warning, where matplotlib is not installed: it is drawn at the end of long runs."""
+
+    @functools.wraps(draw)
+    def drawn(path: str | Path, *args, **kwargs) -> None:
+        if is_installed("matplotlib"):
+            draw(path, *args, **kwargs)
+        else:
+            Path(path).unlink(missing_ok=True)  # one of an earlier run
+            logger.warning("%s is left out, since matplotlib is not installed: %s.", path, how_to_install("matplotlib"))
+
+    return drawn
 
 
 def _figure(width: float, height: float):
@@ -39,6 +58,7 @@ def _thousands(axes) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
+@_where_it_can_be_drawn
 def neighbor_picture(
     path: str | Path,
     images: Sequence,
@@ -121,6 +141,7 @@ def neighbor_picture(
     figure.savefig(path, format="png")
 
 
+@_where_it_can_be_drawn
 def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     """Write a PNG of the training loss, and below it one plot for each named part, over the images seen.
 
@@ -159,6 +180,7 @@ def loss_curve(path: str | Path, log_history: Sequence[dict]) -> None:
     figure.savefig(path, format="png")
 
 
+@_where_it_can_be_drawn
 def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | None = None) -> None:
     """Write a PNG of a run's evaluations over the images seen: overlap, cosines, effective rank, accuracies.
 
@@ -194,6 +216,7 @@ def panel_curves(path: str | Path, evaluations: Sequence[dict], images: int | No
     figure.savefig(path, format="png")
 
 
+@_where_it_can_be_drawn
 def projection_picture(
     path: str | Path,
     student: np.ndarray,
@@ -240,6 +263,7 @@ def projection_picture(
     figure.savefig(path, format="png")
 
 
+@_where_it_can_be_drawn
 def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, title: str) -> None:
     """Write a PNG with a line a method: a dot a seed, and a stroke at their mean, the best on top.
 
@@ -263,6 +287,7 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
     figure.savefig(path, format="png")
 
 
+@_where_it_can_be_drawn
 def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]], metric: str, title: str) -> None:
     """Write a PNG of quality against latency: a dot a seed, a stroke at their mean.
 

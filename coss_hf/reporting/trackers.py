@@ -7,8 +7,23 @@ from coss_hf.reporting.tensorboard_tracker import TensorBoardTracker
 from coss_hf.reporting.tracked import end_of_run
 from coss_hf.reporting.trackio_tracker import TrackioTracker
 from coss_hf.reporting.wandb_tracker import WandbTracker
+from coss_hf.utils.packages import check_extra, is_installed
 
 TRACKERS = {WandbCallback: WandbTracker, TrackioCallback: TrackioTracker, TensorBoardCallback: TensorBoardTracker}
+
+
+def check_trackers(names: list[str]) -> None:
+    """Check that the packages of trackers are installed; those of others than ours, `Trainer` checks.
+
+    Args:
+        names: of ``--report_to``.
+
+    Raises:
+        MissingPackage: one is not installed.
+    """
+    for name in names:
+        if name == "trackio" or (name == "tensorboard" and not is_installed("tensorboardX")):  # either of two will do
+            check_extra(name, needed_by=f"--report_to={name}")
 
 
 def use_own_trackers(trainer) -> None:

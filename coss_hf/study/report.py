@@ -104,7 +104,7 @@ class Report:
         parts = [
             *(paragraph(sentence, "lead") for sentence in sentences),
             html_table(self._quality_table()),
-            image(picture),
+            *([image(picture)] if picture.is_file() else []),
             heading("What it costs"),
             html_table(cost_table(self.costs)),
             paragraph(self._notes()),

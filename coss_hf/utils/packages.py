@@ -1,8 +1,58 @@
-"""Imports of installed packages."""
+"""Imports of installed packages, and which extra installs one that is missing."""
 
 import importlib
+import importlib.util
 import sys
 from types import ModuleType
+
+# By package: the extra of `setup.py` that brings it.
+EXTRAS = {
+    "matplotlib": "plots",
+    "onnx": "export",
+    "onnxruntime": "export",
+    "onnxscript": "export",
+    "sklearn": "quickstart",
+    "tensorboard": "tensorboard",
+    "timm": "timm",
+    "trackio": "trackio",
+}
+
+
+class MissingPackage(ValueError):
+    """A package of an extra is not installed; the message names the extra."""
+
+
+def is_installed(name: str) -> bool:
+    """Whether a package can be imported; it is not imported.
+
+    Example:
+        >>> is_installed("json"), is_installed("no_such_package")
+        (True, False)
+    """
+    return importlib.util.find_spec(name) is not None
+
+
+def check_extra(*names: str, needed_by: str) -> None:
+    """Check that packages of an extra are installed.
+
+    Args:
+        names: of the packages, as they are imported; see ``EXTRAS``.
+        needed_by: what needs them, as the beginning of the message: an argument and its value.
+
+    Raises:
+        MissingPackage: one is not installed.
+
+    Example:
+        >>> check_extra("json", needed_by="--log_format=json")
+    """
+    for name in names:
+        if not is_installed(name):
+            raise MissingPackage(f"{needed_by} needs {name}, which is not installed: {how_to_install(name)}.")
+
+
+def how_to_install(name: str) -> str:
+    """The command that installs a package of an extra: ``pip install 'coss-hf[timm]'``."""
+    return f"pip install 'coss-hf[{EXTRAS[name]}]'" if name in EXTRAS else f"pip install {name}"
 
 
 def import_installed(name: str) -> ModuleType:

@@ -19,7 +19,7 @@ def trackio_folder(tmp_path_factory):
     """Trackio reads its folder once, at its import."""
     if "trackio" not in sys.modules:
         os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
-    trackio = pytest.importorskip("trackio", reason="trackio is not installed: pip install 'coss_hf[trackio]'")
+    trackio = pytest.importorskip("trackio", reason="trackio is not installed: pip install 'coss-hf[trackio]'")
     return Path(trackio.TRACKIO_DIR)
 
 
