@@ -3,10 +3,12 @@
     accelerate launch recipes/distill.py --teacher google/vit-base-patch16-224 --student timm/resnet18.a1_in1k \
         --dataset path/to/images --output_dir my-student
 
-    accelerate launch recipes/distill.py --config recipes/configs/cifar10_resnet56_resnet20.yaml --seed 1
+    accelerate launch recipes/distill.py --config cifar10_resnet56_resnet20 --teacher path/to/resnet56 \
+        --dataset path/to/cifar10 --seed 1
 
-Every argument can stand in a YAML file given with --config; the command line overrides it. --dry_run shows what a run
-would do. The output folder loads with AutoModel and AutoImageProcessor.
+Every argument can stand in a YAML file given with --config, or in one that comes with the package, given by its name;
+the command line overrides it. --dry_run shows what a run would do. The output folder loads with AutoModel and
+AutoImageProcessor.
 """
 
 from coss_hf.cli.help import show_help

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
-from coss_hf.cli.options import GROUPS, NOT_OFFERED, SENTENCES
+from coss_hf.cli.options import GROUPS, LAUNCH_OPTIONS, LAUNCHED, NOT_OFFERED, NOT_READ, SENTENCES
 
 PAGES = Path(__file__).parent / "help_texts"
 WIDTH = 100
@@ -32,8 +32,16 @@ def show_help(module: str, command: str) -> None:
         command: name of the command, such as ``distill``.
     """
     if module == "__main__" and {"-h", "--help"} & {*sys.argv[1:]}:
-        print((PAGES / f"{command}.txt").read_text().replace("coss-hf " + command, launched_as(command)), end="")
+        print(as_launched((PAGES / f"{command}.txt").read_text(), command), end="")
         raise SystemExit(0)
+
+
+def as_launched(page: str, command: str) -> str:
+    """A page for whoever started the command: a script of a clone is launched by ``accelerate launch``."""
+    if not os.environ.get("COSS_HF_COMMAND"):
+        for name in LAUNCH_OPTIONS:
+            page = re.sub(rf"  --{name} .*\n(?: {{{INDENT}}}.*\n)*", "", page)
+    return page.replace(f"coss-hf {command}", launched_as(command))
 
 
 def launched_as(command: str) -> str:
@@ -55,10 +63,10 @@ def render(command: str, document: str, dataclass_types: Iterable[type], everyth
     document = re.sub(r"(?<=\S)  +", " ", as_commands(document))  # line continuations
     title, _, rest = document.strip().partition("\n\n")
     blocks = [f"usage: coss-hf {command} [--option value ...]", title]
-    groups = _groups(dataclass_types, everything)
+    groups = _groups(command, dataclass_types, everything)
     blocks += [f"{group}:\n" + "\n".join(rows) for group, rows in groups.items()]
     blocks.append(rest.rstrip())
-    if not everything and groups != _groups(dataclass_types, True):
+    if not everything and groups != _groups(command, dataclass_types, True):
         blocks.append(f"All options: coss-hf {command} --help_all")
     return "\n\n".join(blocks) + "\n"
 
@@ -87,10 +95,12 @@ def _as_command(found: re.Match) -> str:
     return f"coss-hf {found[2].replace('_', '-')}{config}"
 
 
-def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list[str]]:
+def _groups(command: str, dataclass_types: Iterable[type], everything: bool) -> dict[str, list[str]]:
     """Lines of each group of options."""
-    fields = {"config": None}
-    texts = {"config": SENTENCES["config"]}
+    kinds = {"config": "FILE", **(LAUNCH_OPTIONS if command in LAUNCHED else {})}
+    fields: dict[str, dataclasses.Field | None] = dict.fromkeys(kinds)
+    texts = {name: SENTENCES[name] for name in kinds}
+    hidden = {*NOT_OFFERED, *NOT_READ.get(command, ())}
     own = []
     shared = {name for names in GROUPS.values() for name in names}
     for kind in dataclass_types:
@@ -99,21 +109,25 @@ def _groups(dataclass_types: Iterable[type], everything: bool) -> dict[str, list
         texts |= {name: own_help(kind, field) for name, field in found.items()}
         if not kind.__module__.startswith("coss_hf.trainer") or kind.__name__ == "TeacherArguments":
             declared = kind.__dict__.get("__annotations__", {})
-            own += [name for name in found if name in declared and name not in shared | NOT_OFFERED]
+            own += [name for name in found if name in declared and name not in shared | hidden]
     groups = {"Options of this command": own, **GROUPS}
     if everything:
         seen = {name for names in groups.values() for name in names}
-        groups["All other options"] = [name for name in fields if name not in seen | NOT_OFFERED]
+        groups["All other options"] = [name for name in fields if name not in seen | hidden]
     lines = {
-        title: [_row(name, fields[name], texts[name]) for name in names if name in fields]
+        title: [
+            _row(name, fields[name], texts[name], kinds.get(name))
+            for name in names
+            if name in fields and name not in hidden
+        ]
         for title, names in groups.items()
     }
     return {title: rows for title, rows in lines.items() if rows}
 
 
-def _row(name: str, field: dataclasses.Field | None, text: str) -> str:
+def _row(name: str, field: dataclasses.Field | None, text: str, kind: str | None = None) -> str:
     """One option: its name and kind of value, then its sentence and its default."""
-    option = f"  --{name} {'FILE' if field is None else _kind(field)}".rstrip()
+    option = f"  --{name} {_kind(field) if kind is None else kind}".rstrip()
     text = _sentence(text)
     if field is not None:
         text += _default(field, text)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import coss_hf
+from coss_hf.cli.options import LAUNCHED
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.reporting.run_record import hide_secrets
 
@@ -29,8 +30,6 @@ COMMANDS = {
     "quickstart": "Train a teacher and its student on digits, in minutes on a CPU.",
     "env": "Print versions and devices, for bug reports.",
 }
-# The others run in one process.
-LAUNCHED = ("distill", "neighbors", "compare", "report", "reproduce", "train-teacher")
 USAGE = "usage: coss-hf COMMAND [--num_processes N] [--accelerate_config FILE] [--option value ...]"
 
 

@@ -44,6 +44,8 @@ GROUPS = {
         "torch_compile",
         "dataloader_num_workers",
         "use_cpu",
+        "num_processes",
+        "accelerate_config",
     ),
     "Evaluation and tracking": (
         "label_column",
@@ -51,7 +53,6 @@ GROUPS = {
         "eval_steps",
         "logging_steps",
         "report_to",
-        "run_name",
     ),
     "Output and Hub": (
         "output_dir",
@@ -63,14 +64,52 @@ GROUPS = {
     ),
 }
 
+# Commands that `coss-hf` starts in several processes on request, and the options that ask for it, with their values.
+LAUNCHED = ("distill", "neighbors", "compare", "report", "reproduce", "train-teacher")
+LAUNCH_OPTIONS = {"num_processes": "N", "accelerate_config": "FILE"}
+
+# Options that a command shares with others, but does not read, or refuses.
+_OF_ONE_RUN = (
+    "method",
+    "beta",
+    "seed",
+    "num_train_epochs",
+    "max_steps",
+    "eval_strategy",
+    "eval_steps",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "dry_run",
+    "push_to_hub",
+    "hub_model_id",
+)
+NOT_READ = {
+    "neighbors": (
+        "student",
+        "student_config_overrides",
+        "student_dtype",
+        "student_init",
+        "student_pooling",
+        "student_revision",
+        "student_size",
+        "shuffle_buffer_size",
+        "streaming",
+    ),
+    "compare": _OF_ONE_RUN,
+    "report": _OF_ONE_RUN,
+}
+
 # Sentences for options that are inherited from transformers.TrainingArguments as they are.
 SENTENCES = {
+    "accelerate_config": "File of `accelerate config`, or the name of one that comes with the package (multi_gpu, "
+    "fsdp, ...).",
     "bf16": "Train under bfloat16 autocast; weights and loss stay float32.",
     "config": "YAML file with any of these options; the command line overrides it.",
     "dataloader_num_workers": "Number of processes that load and augment images, for each training process.",
     "fp16": "Train under float16 autocast with loss scaling; needs a GPU.",
     "gradient_accumulation_steps": "Number of batches whose gradients are added up before each optimizer step.",
     "hub_model_id": "Repository on the Hub to push to, as USER/NAME.",
+    "num_processes": "Number of processes on this machine: one for each GPU.",
     "num_train_epochs": "Number of passes over the training images.",
     "push_to_hub": "Push the finished student to the Hub.",
     "resume_from_checkpoint": "Resume from the last checkpoint in --output_dir, or from the folder given here.",

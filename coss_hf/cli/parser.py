@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from coss_hf.cli.help import launched_as, render
+from coss_hf.cli.help import as_launched, render
 from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.utils.messages import command_line
@@ -56,8 +56,9 @@ def _answer_help(dataclass_types, argv: list[str]) -> None:
     if asked:
         command = Path(sys.argv[0]).stem.replace("_", "-")
         document = getattr(sys.modules["__main__"], "__doc__", None) or ""
-        page = render(command, document, dataclass_types, everything="--help_all" in asked)
-        print(page.replace(f"coss-hf {command}", launched_as(command)), end="")
+        print(
+            as_launched(render(command, document, dataclass_types, everything="--help_all" in asked), command), end=""
+        )
         raise SystemExit(0)
 
 

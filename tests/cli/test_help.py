@@ -1,15 +1,17 @@
 """`--help`: kept pages that say what the options are, at once."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
-from coss_hf.cli.help import PAGES, render
+from coss_hf.cli.help import PAGES, as_launched, render
 from coss_hf.cli.main import COMMANDS
-from coss_hf.cli.options import GROUPS, NOT_OFFERED
+from coss_hf.cli.options import GROUPS, LAUNCHED, NOT_OFFERED, NOT_READ
 from coss_hf.cli.pages import load_recipe, pages
 from coss_hf.cli.parser import parse
+from coss_hf.cli.shipped import find_yaml, folder
 from tests.helpers.runs import ROOT
 
 # Of what imports take seconds.
@@ -62,3 +64,39 @@ def test_help_needs_none_of_the_imports_that_take_seconds(words):
     )
     imported = {line.rsplit("|", 1)[-1].strip() for line in done.stderr.splitlines()}
     assert done.returncode == 0 and done.stdout.startswith("usage: ") and not imported & HEAVY
+
+
+def test_processes_are_options_of_the_command_alone(monkeypatch, capsys):
+    """They were in no page; a script of a clone does not take them, it is launched by accelerate."""
+    for command in COMMANDS:
+        if command != "env":
+            page = (PAGES / f"{command}.txt").read_text()
+            assert ("  --num_processes N" in page and "  --accelerate_config FILE" in page) == (command in LAUNCHED)
+    page = (PAGES / "distill.txt").read_text()
+    monkeypatch.setenv("COSS_HF_COMMAND", "coss-hf distill")
+    assert as_launched(page, "distill") == page
+    monkeypatch.setenv("COSS_HF_COMMAND", "")
+    monkeypatch.setattr(sys, "argv", ["recipes/distill.py"])
+    shown = as_launched(page, "distill")
+    assert "  --num_processes" not in shown and "  --accelerate_config" not in shown
+    assert set(options(page)) - set(options(shown)) == {"--num_processes", "--accelerate_config"}
+    assert shown.count("\n\n") == page.count("\n\n") and "python recipes/distill.py --teacher" in shown
+
+
+def test_pages_list_no_option_that_their_command_does_not_read():
+    """`neighbors --help` offered a student, `compare --help` a method, which it refuses."""
+    for command, names in NOT_READ.items():
+        recipe = load_recipe(command)
+        known = {name for kind in recipe.ARGUMENTS for name in kind.__dataclass_fields__}
+        page = render(command, recipe.__doc__, recipe.ARGUMENTS, everything=True)
+        shown = {option.removeprefix("--") for option in options(page)}
+        assert not shown & {*names} and {*names} <= known
+
+
+def test_examples_name_configurations_that_come_with_the_package():
+    """A path of a clone is not there after `pip install`."""
+    for command in COMMANDS:
+        if command != "env":
+            named = re.findall(r"--config (\S+)", (PAGES / f"{command}.txt").read_text())
+            assert all(find_yaml(name, folder("recipes") / "configs", "--config") for name in named if name != "FILE")
+            assert not any("/" in name for name in named)
