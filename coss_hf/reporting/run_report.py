@@ -17,6 +17,7 @@ from coss_hf.evaluation.tables import cells
 from coss_hf.reporting.html_page import code, heading, html_table, image, page, paragraph
 from coss_hf.reporting.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
 from coss_hf.reporting.run_record import command, versions, write_json
+from coss_hf.utils.messages import for_reader
 
 FAILED = "It did not help"
 PICTURES = (
@@ -40,18 +41,19 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
     monitored = len(trainer.evaluator.test_images) if trainer.evaluator else None
     held_out = splits.test or splits.validation
     evaluated = len(held_out) if held_out is not None else None
-    raised = {}
+    raised = []
     if monitored:
-        raised = alarms(history, monitored, finished=True, gentle=is_gentle(trainer.args))
+        raised = [*alarms(history, monitored, finished=True, gentle=is_gentle(trainer.args)).values()]
+    verdict = [*problems, *summary(results, history, raised, evaluated, monitored)]
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
         "results": results,
-        "verdict": [*problems, *summary(results, history, [*raised.values()], evaluated, monitored)],
-        "problems": [*problems],
-        "alarms": [*raised.values()],
+        "verdict": [for_reader(sentence) for sentence in verdict],
+        "problems": [for_reader(sentence) for sentence in problems],
+        "alarms": [for_reader(sentence) for sentence in raised],
         "evaluated_on": "test" if splits.test is not None else "validation",
         "evaluated_images": evaluated,
         "watched_images": monitored,
@@ -179,7 +181,7 @@ def summary(
     seen = [entry[key] for entry in evaluations(history) if entry.get(key) is not None]
     too_few = evaluated is not None and evaluated < MIN_IMAGES
     if too_few:
-        first = f"Whether it helped cannot be said on {evaluated:,} images"
+        first = f"{evaluated:,} images are too few to tell whether it helped, which takes {MIN_IMAGES} or more"
     elif student <= random:
         first = f"{FAILED}: the student is no better than at random weights"
     elif len(seen) > 1 and seen[-1] <= seen[0] and (monitored is None or monitored >= MIN_IMAGES):

@@ -100,6 +100,9 @@ def check_study(
         )
     if training.seed != DistillationArguments.seed:
         raise ValueError(f"--seed={training.seed}: the runs have the seeds 1 to {seeds}; give --seeds, their number.")
+    for name in ("dry_run", "push_to_hub"):
+        if getattr(training, name):
+            raise ValueError(f"--{name}: it is for a single run, and this command makes many; leave it out.")
     if splits.test is None and splits.validation is None:
         raise ValueError("--validation_size: there is no test split, so hold images out of train to compare on.")
     return "test" if splits.test is not None else "validation"

@@ -185,8 +185,9 @@ class _Standing:
             )
         if self.unknown:
             return (
-                f"{self.first} has the highest mean; whether it is better than {_listed(self.unknown)} cannot be said, "
-                f"since too few runs came to an end."
+                f"{self.first} has the highest mean. It is not known whether it is better than "
+                f"{_listed(self.unknown)}: two runs of each at least must end with a result to tell differences from "
+                f"noise. The file of results says why the others failed."
             )
         return f"{self.first} is better than every other row by more than the noise of these seeds."
 

@@ -17,7 +17,7 @@ from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.callbacks.console import ConsoleCallback
-from coss_hf.trainer.distillation_model import reads_maps
+from coss_hf.trainer.distillation_model import losses_of, reads_maps
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.rehearsal import rehearse
@@ -191,7 +191,7 @@ def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> Dist
 
 def _leave_out_cache(args: DistillationArguments, student: Backbone, teacher: Backbone) -> None:
     """For a method of maps: its views are those of the other methods, and the teacher embeds them each time."""
-    if args.teacher_cache and reads_maps(student, teacher, args.methods):
+    if args.teacher_cache and reads_maps(student, teacher, losses_of(args)):
         args.teacher_cache = None
 
 

@@ -7,6 +7,11 @@ from coss_hf.evaluation.tables import COLUMNS
 from coss_hf.study.baselines import COSINE, PLAIN
 from coss_hf.study.tables import difference, half_interval, ranked
 
+TOO_FEW = (
+    "too few runs came to an end, and two of each at least are needed, with the same seeds, to tell a difference from "
+    "noise. The file of results says why the others failed"
+)
+
 
 def verdict(rows: list[dict], metric: str, costs: dict[str, dict]) -> list[str]:
     """Say whether the distilled student beats what it started from, what the method's parts add, and what is saved.
@@ -54,8 +59,8 @@ def _helped(groups: dict[str, list[dict]], metric: str) -> str:
     by = COLUMNS[metric][0]
     if math.isinf(half):
         return (
-            f"Whether it helped cannot be said: too few runs came to an end. By {by} the distilled student has "
-            f"{reached['coss']:.1f} %, {what} have {reached[start]:.1f} %."
+            f"It is not known whether it helped: {TOO_FEW}. By {by} the distilled student has {reached['coss']:.1f} %, "
+            f"{what} have {reached[start]:.1f} %."
         )
     if gain <= half:
         return (
@@ -84,7 +89,7 @@ def _parts(groups: dict[str, list[dict]], metric: str) -> list[str]:
             continue
         gain, half = _gain(groups["coss"], groups[baseline], metric)
         if math.isinf(half):
-            sentences.append(f"The part of {part.lower()} cannot be said: too few runs came to an end.")
+            sentences.append(f"It is not known what {part.lower()} {gains}: {TOO_FEW}.")
             continue
         verb = gains if gain > 0 else loses
         noise = "inside the noise of these seeds" if abs(gain) <= half else "more than the noise of these seeds"

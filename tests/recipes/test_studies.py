@@ -87,6 +87,8 @@ def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling
         ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
         ({"hours": 1e-9, "methods": ["rkd"]}, "is too short for these runs, which need"),
         ({"num_images": 4}, "--num_images=4 is less than one step"),
+        ({"num_images": 64, "dry_run": True}, "--dry_run: it is for a single run, and this command makes many"),
+        ({"num_images": 64, "push_to_hub": True}, "--push_to_hub: it is for a single run"),
     ],
 )
 def test_compare_rejects_invalid_arguments(refused, networks, options, message):
@@ -182,10 +184,11 @@ def test_a_comparison(tmp_path, image_parquet, networks):
     }
     training = {"per_device_train_batch_size": 8, "augmentation": "cifar", "use_cpu": True, "lambda_ss": 0.5}
     neighbors = {"neighbors_k": 1, "neighbors_pool": 4, "neighbors_cache": tmp_path / "cache"}
-    out = finish(start("compare", **options, **training, **neighbors))
+    out = finish(start("compare", **options, **training, **neighbors, view_epochs=2))
     names = ["rkd", "seed + coss(lambda_co=0)", "coss", "coss, cosine only", "coss, no neighbours", "random", "teacher"]
     assert all(f"| {name} |" in out for name in names) and "96 images seen" in out
     assert "noise" in out and (tmp_path / "out" / "compared.png").exists()
+    assert "The teacher embedded each view once for all runs of" in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "compared.jsonl").read_text().splitlines()]
     assert len(rows) == 5 * 3 + 3 + 1 + 1 and {row["split"] for row in rows} == {"validation"}
     assert {row["images_seen"] for row in rows if row["method"] not in UNTRAINED} == {96}

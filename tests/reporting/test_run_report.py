@@ -102,7 +102,7 @@ def test_a_verdict_says_on_how_many_images_it_rests():
     (sentence,) = report.summary(results(0.8, "overlap10"), [], [], evaluated=2000)
     assert sentence.endswith("(on 2,000 images, where 0.5 % would be chance).")
     unsaid, _ = report.summary(results(0.5), [], [], evaluated=20)
-    assert unsaid.startswith("Whether it helped cannot be said on 20 images:")
+    assert unsaid.startswith("20 images are too few to tell whether it helped, which takes 50 or more: k-NN 20")
 
 
 def test_only_good_news_looks_like_it(tmp_path):

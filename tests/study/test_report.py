@@ -67,8 +67,8 @@ def test_too_few_runs_left_for_a_verdict():
     group = rows(random=[0.3, 0.3, 0.31], coss=[0.7], teacher=[0.8])
     cosine = [{"method": "coss, cosine only", "seed": seed, "linear": 0.6} for seed in (2, 3)]
     said = verdict(group + cosine, "linear", COSTS)
-    assert said[0].startswith("Whether it helped cannot be said") and "70.0 %" in said[0]
-    assert said[1].startswith("The part of space similarity") and "inf" not in " ".join(said)
+    assert said[0].startswith("It is not known whether it helped: too few runs came to an end") and "70.0 %" in said[0]
+    assert said[1].startswith("It is not known what space similarity adds: too few") and "inf" not in " ".join(said)
 
 
 def test_every_run_failed():
