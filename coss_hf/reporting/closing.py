@@ -1,20 +1,25 @@
 """What a run prints last: what it came to, and what to do with the student."""
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
-from coss_hf.evaluation.diagnostics import on_images
+from coss_hf.evaluation.diagnostics import evaluations, on_images
 from coss_hf.evaluation.tables import table
 from coss_hf.utils.messages import command_to
 
 
-def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> str:
+def closing_summary(
+    output_dir: str, record: dict, in_teacher_space: bool, *, from_module: bool = False, in_python: bool = False
+) -> str:
     """The table, the verdict, the page, how the student is used and how it is pushed.
 
     Args:
         output_dir: folder of the run.
         record: of ``write_record``.
         in_teacher_space: whether the student's embeddings can be compared with the teacher's.
+        from_module: whether the student is a plain module, which only its owner can build.
+        in_python: whether it is for somebody who called the trainer, instead of a command.
     """
     results = record["results"]
     blocks = ["No test or validation images: nothing was evaluated."]
@@ -25,15 +30,50 @@ def closing_summary(output_dir: str, record: dict, in_teacher_space: bool) -> st
     if record["verdict"]:
         blocks.append("\n".join(record["verdict"]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")
-    lines = ["import coss_hf"]
-    if in_teacher_space:
-        lines.append(f'student = coss_hf.Student.from_pretrained("{output_dir}")')
-        lines.append("embeddings = student.encode(images)  # PIL images or paths, in the teacher's space")
-    else:
-        lines.append(f'embeddings = coss_hf.embed("{output_dir}", images)')
+    lines = _use(str(output_dir), in_teacher_space, from_module)
     blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
-    name = Path(output_dir).absolute().name
-    blocks.append(
-        f"Push it to the Hub:\n    {command_to('push')} {shlex.join([str(output_dir), '--repo_id', f'USER/{name}'])}"
-    )
+    blocks.append(f"Push it to the Hub:\n    {'trainer.push_to_hub()' if in_python else _push(str(output_dir))}")
     return "\n\n".join(blocks)
+
+
+def _use(output_dir: str, in_teacher_space: bool, from_module: bool) -> list[str]:
+    """Three lines of Python at most."""
+    if from_module:
+        return [
+            "import coss_hf",
+            f'student = coss_hf.Student.from_pretrained("{output_dir}", module=...)  # built as the trained one was',
+            "embeddings = student.encode(images)  # PIL images or paths",
+        ]
+    if in_teacher_space:
+        return [
+            "import coss_hf",
+            f'student = coss_hf.Student.from_pretrained("{output_dir}")',
+            "embeddings = student.encode(images)  # PIL images or paths, in the teacher's space",
+        ]
+    return ["import coss_hf", f'embeddings = coss_hf.embed("{output_dir}", images)']
+
+
+def _push(output_dir: str) -> str:
+    name = Path(output_dir).absolute().name
+    return f"{command_to('push')} {shlex.join([output_dir, '--repo_id', f'USER/{name}'])}"
+
+
+def next_lines(output_dir: str, log_history: Sequence[dict]) -> str:
+    """What ``DistillationTrainer.train`` prints last: how far the student came, and which calls follow.
+
+    Args:
+        output_dir: folder of the run.
+        log_history: of the trainer's state.
+    """
+    lines = []
+    overlaps = [one["overlap10"] for one in evaluations(log_history) if one.get("overlap10") is not None]
+    if len(overlaps) > 1:
+        lines.append(
+            f"Nearest neighbours shared with the teacher, on images held out: {100 * overlaps[0]:.1f} % before the "
+            f"training, {100 * overlaps[-1]:.1f} % after it."
+        )
+    lines.append(
+        f"Next: trainer.save_model() writes the student to {output_dir}, and trainer.report() compares it with its "
+        f"teacher and with random weights."
+    )
+    return "\n".join(lines)

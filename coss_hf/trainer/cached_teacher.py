@@ -1,6 +1,5 @@
 """The teacher of a training whose embeddings are kept: read where they are there, else embedded and kept."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,9 +20,10 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.code_identity import code_identity
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 FORMAT = "1"  # raise it where decoding, drawing or pooling change: rows of before are then not read
 NOT_KNOWN_YET = {"--neighbors_pool", "--dataset"}  # before neighbours are searched, and in a dry run
@@ -39,12 +39,18 @@ def cache_folder(teacher_cache: str) -> Path:
 def check_cached(teacher_cache: str, method: str, *, view_epochs: int, reads_maps: bool) -> None:
     """Check that the embeddings of a teacher are all that a training reads, and that its views come back.
 
+    Args:
+        teacher_cache: folder of the cache.
+        method: the loss in the message, with the argument that gave it: ``--method=at``.
+        view_epochs: number of epochs after which the views come back; 0: never.
+        reads_maps: whether the loss reads the teacher's feature maps.
+
     Raises:
         ValueError: they are not, or they do not.
     """
     if reads_maps:
         raise ValueError(
-            f"--teacher_cache={teacher_cache} keeps the teacher's embeddings, and --method={method} reads its feature "
+            f"--teacher_cache={teacher_cache} keeps the teacher's embeddings, and {method} reads its feature "
             f"maps, which take hundreds of times the space: leave --teacher_cache out, or choose a method of "
             f"embeddings (coss, pkt, rkd, dist, ...) or of logits (kd)."
         )

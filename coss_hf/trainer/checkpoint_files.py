@@ -14,9 +14,11 @@ from transformers import TrainingArguments
 
 from coss_hf.hub.export_folders import remove_exports
 from coss_hf.trainer.manifest import MANIFEST, find_damage
+from coss_hf.utils.messages import for_reader
 from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
+LOCK = "_lock"
 STAGING, REPLACED = "unfinished-", "replaced-"
 DAMAGED = "damaged-"
 TEMPORARY = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # of safetensors, which then gives the file its name
@@ -55,7 +57,7 @@ def lock_output_dir(output_dir: str | Path) -> None:
     except OSError as error:
         raise ValueError(f"--output_dir={output_dir} cannot be made ({error}); give another folder.") from error
     # The name is one that Trainer does not push. Within a process a second run may follow the first.
-    lock = FileLock(Path(output_dir, "_lock"), is_singleton=True)
+    lock = FileLock(Path(output_dir, LOCK), is_singleton=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -89,6 +91,19 @@ def remove_temporary_files(output_dir: str | Path) -> None:
             path.unlink()
 
 
+def holds_run(output_dir: str | Path) -> bool:
+    """Whether a student or checkpoints are in a folder."""
+    output = Path(output_dir)
+    return (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
+
+
+def may_be_refused(args: TrainingArguments) -> bool:
+    """Whether ``claim_output_dir`` may refuse the output folder; the same on all processes, which call together."""
+    locked = Path(args.output_dir, LOCK).exists()  # by a run at work, or by one that has ended
+    found = holds_run(args.output_dir) and not args.overwrite_output_dir
+    return any(Processes().gather(found or locked))
+
+
 def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_run: bool = False) -> str | None:
     """Lock the output folder and return the checkpoint to resume from; None for a fresh start.
 
@@ -107,8 +122,7 @@ def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_r
     if not dry_run:
         enter_output_dir(args, asked)
     checkpoint = find_checkpoint(str(output), asked)
-    used = (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
-    if used and checkpoint is None and not (args.overwrite_output_dir or dry_run):
+    if holds_run(output) and checkpoint is None and not (args.overwrite_output_dir or dry_run):
         resume = "continue it with --resume_from_checkpoint"
         if asked:
             resume = "it has no complete checkpoint to resume from"
@@ -274,7 +288,12 @@ def _say_if_unchecked(checkpoint: str) -> None:
 @functools.cache
 def _say_once(text: str) -> None:
     """A run looks for its checkpoint more than once: before it loads images, and with what they are."""
-    print(text, flush=True)
+    print(for_reader(text), flush=True)
+
+
+def end_of_messages() -> None:
+    """A run has ended: what the next one in this process, of a notebook, finds out is printed again."""
+    _say_once.cache_clear()
 
 
 def set_damaged_aside(checkpoint: str) -> None:

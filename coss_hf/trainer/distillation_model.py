@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from transformers import set_seed
 
 from coss_hf.features import Features
-from coss_hf.losses.combination import Method
 from coss_hf.losses.coss import mean_cosines
 from coss_hf.losses.registry import LOSSES, build_loss
 from coss_hf.models.backbone import Backbone
@@ -67,7 +66,7 @@ class DistillationModel(nn.Module):
         """
         # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head and one loss.
         set_seed(args.seed)
-        needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+        needs = losses_of(args, criterion)
         _share_maps(student, teacher, args, needs, built_in=criterion is None)
         head = _build_head(student, teacher, args, needs, built_in=criterion is None)
         if criterion is None:
@@ -179,9 +178,14 @@ def uses_maps(need) -> bool:
     return getattr(need, "uses_maps", False)
 
 
-def reads_maps(student: Backbone, teacher: Backbone, methods: list[Method]) -> bool:
+def losses_of(args: DistillationArguments, criterion: nn.Module | None = None) -> list:
+    """The losses of a training: the one that was given as a module, else the classes of the methods."""
+    return [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+
+
+def reads_maps(student: Backbone, teacher: Backbone, losses: list) -> bool:
     """Whether a training reads feature maps of its teacher: some methods take embeddings where there are no maps."""
-    if not any(LOSSES[method.name].uses_maps for method in methods):
+    if not any(uses_maps(loss) for loss in losses):
         return False
     return min(_count_maps(student, teacher).values()) > 0
 

@@ -94,7 +94,7 @@ def resolve_inputs(
     if not isinstance(train_dataset, (ViewDataset, ImageSplits)):  # a recipe does it before it reads images
         from coss_hf.trainer.rehearsal import rehearse  # builds trainers
 
-        rehearse(student, teacher, args)
+        rehearse(student, teacher, args, None if isinstance(criterion, str) else criterion)
     views = train_dataset
     splits = None
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)

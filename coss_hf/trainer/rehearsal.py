@@ -24,7 +24,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
 from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
-from coss_hf.trainer.distillation_model import reads_maps
+from coss_hf.trainer.distillation_model import losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -42,13 +42,16 @@ class _AnyLoss(nn.Module):
 
 
 @parameter_names()
-def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) -> None:
+def rehearse(
+    student: Backbone, teacher: Backbone, args: DistillationArguments, criterion: nn.Module | None = None
+) -> None:
     """Build loader, trackers, optimizer and schedule of a run, and make one step on noise, of a copy of the student.
 
     Args:
         student: to be trained; left as it is.
         teacher: frozen; moved to the run's device.
         args: of the training.
+        criterion: a loss instead of ``args.method``; the step on noise is made without it.
 
     Raises:
         ValueError: what could not be built or done, the arguments that were given for it, and why; an image processor
@@ -59,8 +62,9 @@ def rehearse(student: Backbone, teacher: Backbone, args: DistillationArguments) 
             f"--gradient_checkpointing: the student ({type(student.model).__name__}) does not support it; leave it out."
         )
     if args.teacher_cache:
-        maps = reads_maps(student, teacher, args.methods)
-        check_cached(args.teacher_cache, args.method, view_epochs=args.view_epochs, reads_maps=maps)
+        named = f"--method={args.method}" if criterion is None else f"--criterion={type(criterion).__name__}"
+        maps = reads_maps(student, teacher, losses_of(args, criterion))
+        check_cached(args.teacher_cache, named, view_epochs=args.view_epochs, reads_maps=maps)
     check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.

@@ -1,6 +1,5 @@
 """What a training came to: teacher, student and random weights compared, and the record, pictures, page and card."""
 
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,9 +8,9 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.reporting.run_report import NeighborExamples, write_page, write_pictures, write_record
 from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.utils.disk import full_disk
-from coss_hf.utils.messages import command_to, first_line
+from coss_hf.utils.messages import command_to, first_line, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 
 class RunReport(NamedTuple):
@@ -26,6 +25,10 @@ class RunReport(NamedTuple):
     record: dict
     neighbors: NeighborExamples | None
     projection: dict | None
+
+    def __repr__(self) -> str:
+        """Short: a notebook prints what the last line of a cell returns."""
+        return f"RunReport of {self.record.get('images_seen', 0):,} images seen"
 
 
 def compare(trainer) -> dict[str, dict]:

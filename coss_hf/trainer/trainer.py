@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import json
-import logging
 import math
 import os
 from collections.abc import Callable
@@ -28,12 +27,14 @@ from coss_hf.hub.model_card import write_card
 from coss_hf.losses.base import DistillationLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.modules import ModuleNetwork
+from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.reporting.run_report import write_record
-from coss_hf.reporting.trackers import report_end_of_run, use_own_trackers
+from coss_hf.reporting.trackers import check_trackers, report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
-from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines
+from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines, prints_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
@@ -43,9 +44,11 @@ from coss_hf.trainer.checkpoint_files import (
     check_identity,
     check_training_state,
     claim_output_dir,
+    end_of_messages,
     find_checkpoint,
     finished,
     incomplete,
+    may_be_refused,
     newest_complete,
     read_state,
     remove_earlier_run,
@@ -79,12 +82,12 @@ from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.trainer.weight_decay import matrices
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
-from coss_hf.utils.messages import parameter_names
+from coss_hf.utils.messages import for_reader, get_logger, on_command_line, parameter_names
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 BEST = "best"
 
@@ -114,7 +117,8 @@ class DistillationTrainer(Trainer):
         criterion: the loss: a method's name or a sum of methods (see ``args.method``, its default), or a module called
             as ``criterion(student, teacher, index)``.
         transform: the augmentation: a name (see ``args.augmentation``, its default), or a callable from a PIL image to
-            a uint8 tensor ``(3, h, w)`` that draws from torch's global generator alone, which is seeded for each view.
+            a uint8 tensor ``(3, h, w)``. The global generators of Python's ``random``, NumPy and torch are seeded for
+            each view.
         data: columns and splits of the images, and how neighbours are searched; default: ``DataArguments()``.
         neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
         callbacks: as in ``transformers.Trainer``.
@@ -161,7 +165,6 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
-        data = data or DataArguments()
         self._given = {
             "args": args,
             "train_dataset": train_dataset,
@@ -169,37 +172,53 @@ class DistillationTrainer(Trainer):
             "evaluator": evaluator,
             "criterion": criterion,
             "transform": transform,
-            "data": data,
+            "data": data or DataArguments(),
             "neighbors": neighbors,
             "callbacks": callbacks,
             "optimizers": optimizers,
         }
+        self._set_up(teacher, student, args)
+
+    def _set_up(self, teacher, student, args: DistillationArguments | None) -> None:
+        """Build everything up to the first step; again where a run is resumed with the images that it began with."""
+        given = self._given
         inputs = resolve_inputs(
             teacher,
             student,
             args,
-            train_dataset,
-            eval_dataset,
-            evaluator=evaluator,
-            criterion=criterion,
-            transform=transform,
-            data=data,
+            given["train_dataset"],
+            given["eval_dataset"],
+            evaluator=given["evaluator"],
+            criterion=given["criterion"],
+            transform=given["transform"],
+            data=given["data"],
         )
         self.splits = inputs.splits
         self.settings = inputs.settings
-        self.settings.leave_to(*optimizers)
-        self._build(inputs, callbacks, optimizers)
-        self.arguments: dict = to_dict(data, self.args) | inputs.given | {"method": self.method}
+        self.settings.leave_to(*given["optimizers"])
+        self._build(inputs, given["callbacks"], given["optimizers"])
+        self.arguments: dict = to_dict(given["data"], self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
             self._check_evaluations()
-        cached = self._find_cache()
+        self._cache_to_open = self._find_cache()
+        self._has_neighbors = False
+        # Whether the folder's run is to be resumed, replaced or left alone is known in `train`, which may get the
+        # parameter for it. Until then a used folder is no error: it may be evaluated. But hours are not spent on it.
+        if not (self._claims_output_dir() and may_be_refused(self.args)):
+            self._find_neighbors()
+
+    def _find_neighbors(self) -> None:
+        """Find neighbours, once, and last, since that takes longest; then open the cache, whose rows follow them."""
+        if self._has_neighbors:
+            return
         if self.splits is not None:
-            self._use_neighbors(neighbors, data)
-        if cached is not None and not self.args.dry_run:
-            self._open_cache(cached)
+            self._use_neighbors(self._given["neighbors"], self._given["data"])
+        if self._cache_to_open is not None and not self.args.dry_run:
+            self._open_cache(self._cache_to_open)
+        self._identity = None
+        self._has_neighbors = True
 
     def _use_neighbors(self, neighbors: np.ndarray | None, data: DataArguments) -> None:
-        """Find them last, since that takes longest."""
         if not self.args.neighbors_k:
             return
         if neighbors is None:
@@ -258,7 +277,8 @@ class DistillationTrainer(Trainer):
         if args.teacher_cache:
             epochs = getattr(views, "view_epochs", 0)
             maps = self.teacher.maps > 0
-            check_cached(args.teacher_cache, args.method, view_epochs=epochs, reads_maps=maps)
+            check_cached(args.teacher_cache, self._named_method(args), view_epochs=epochs, reads_maps=maps)
+        check_trackers(args.report_to)
         self._check_shared_memory(args, student, views, evaluator)
         self._prepare_networks(model, args)
         self.evaluator = evaluator
@@ -315,6 +335,11 @@ class DistillationTrainer(Trainer):
         if not isinstance(given, nn.Module):
             return self.args.method
         return repr(given) if isinstance(given, DistillationLoss) else type(given).__name__
+
+    def _named_method(self, args: DistillationArguments) -> str:
+        """The loss in messages, with the argument that gave it."""
+        given = self._given["criterion"]
+        return f"--criterion={type(given).__name__}" if isinstance(given, nn.Module) else f"--method={args.method}"
 
     def _loss_needs_embeddings_alone(self) -> bool:
         """Whether the loss of held-out images can be computed from their embeddings."""
@@ -425,8 +450,15 @@ class DistillationTrainer(Trainer):
             return self._describe()
         if resume_from_checkpoint is None:
             resume_from_checkpoint = self.args.resume_from_checkpoint
+        try:
+            return self._train(resume_from_checkpoint, kwargs)
+        finally:
+            end_of_messages()
+
+    def _train(self, resume_from_checkpoint: str | bool | None, kwargs: dict) -> TrainOutput:
         self._claim_output_dir(resume_from_checkpoint)
         self._take_recorded_images(resume_from_checkpoint)
+        self._find_neighbors()
         self._bring_cached_rows()
         self._take_recorded_settings(resume_from_checkpoint)
         checkpoint = self.find_checkpoint(resume_from_checkpoint)
@@ -450,6 +482,8 @@ class DistillationTrainer(Trainer):
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
+        if self.is_world_process_zero() and prints_lines(self) and not on_command_line():
+            print(next_lines(self.args.output_dir, self.state.log_history), flush=True)
         return result
 
     def _take_recorded_settings(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -486,12 +520,17 @@ class DistillationTrainer(Trainer):
         from coss_hf.trainer.dry_run import describe  # measures trainers
 
         if self.is_world_process_zero():
-            print(describe(self, self.splits, measure=True), flush=True)
+            print(for_reader(describe(self, self.splits, measure=True)), flush=True)
         return TrainOutput(0, 0.0, {})
 
+    def _claims_output_dir(self) -> bool:
+        """Whether it is for ``train`` to look who uses the folder: a recipe did it before it read images."""
+        known = isinstance(self._given["train_dataset"], (ImageSplits, ViewDataset))
+        return not (self._owns_output_dir or known or self.args.dry_run)
+
     def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Once: a trainer may train again in its own folder. A recipe did it before it read images."""
-        if self._owns_output_dir or isinstance(self._given["train_dataset"], (ImageSplits, ViewDataset)):
+        """Once: a trainer may train again in its own folder."""
+        if not self._claims_output_dir():
             return
         claim_output_dir(self.args, resume_from_checkpoint)
         remove_earlier_run(self.args, resume_from_checkpoint)
@@ -513,7 +552,7 @@ class DistillationTrainer(Trainer):
         added = self.callback_handler.callbacks
         args = copy.copy(given["args"] or DistillationArguments())
         args.resume_from_checkpoint = checkpoint
-        self.__init__(self.teacher, self.student, **{**given, "args": args})
+        self._set_up(self.teacher, self.student, args)
         self._owns_output_dir = True
         present = {type(callback) for callback in self.callback_handler.callbacks}
         for callback in added:
@@ -536,6 +575,7 @@ class DistillationTrainer(Trainer):
         return TrainOutput(self.state.global_step, float("nan"), {})
 
     def get_train_dataloader(self) -> DataLoader:
+        self._find_neighbors()
         self._step_seed.restart()
         if self.is_streaming:
             self._stream_loader = StreamLoader(self.train_dataset, self.args, self._position)
@@ -786,15 +826,27 @@ class DistillationTrainer(Trainer):
         After ``train`` and ``save_model``. The first process works; the others return None at once. The record's
         ``results`` are empty without test or validation images.
 
-        Trackers are told, too, and their runs end. From a recipe they are told after the push.
+        Trackers are told, too, and their runs end. From a recipe they are told after the push. With ``log_format``
+        ``text``, the table, the verdict, and lines that use the student are printed.
 
         Raises:
             CheckpointError: the disk is full.
         """
         made = self.write_report()
         if made is not None:
+            if self.args.log_format == "text":
+                print(self._closing_summary(made.record), flush=True)
             report_end_of_run(self, made.record, made.neighbors, made.projection)
         return made
+
+    def _closing_summary(self, record: dict) -> str:
+        return closing_summary(
+            self.args.output_dir,
+            record,
+            in_teacher_space=self.student.model.config.teacher_space is not None,
+            from_module=isinstance(self.student.model, ModuleNetwork),
+            in_python=True,
+        )
 
     def write_report(self) -> RunReport | None:
         """See ``report``; trackers are not told."""

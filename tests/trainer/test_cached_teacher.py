@@ -60,7 +60,7 @@ class Run:
         options = OPTIONS | options
         neighbors = NEIGHBORS if options["neighbors_k"] else None
         self.trainer = trainer = h.make_trainer(output, world / "images", *networks, neighbors=neighbors, **options)
-        trainer.model.double()
+        self.prepare()
         self.losses = []
         self.embedded = 0
         compute, embed = trainer.compute_loss, trainer._teacher_features
@@ -77,6 +77,16 @@ class Run:
         trainer.compute_loss = compute_loss
         trainer._teacher_features = teacher_features
         trainer.train(resume_from_checkpoint=checkpoint)
+
+    def prepare(self) -> None:
+        self.trainer.model.double()
+
+
+class SinglePrecisionRun(Run):
+    """The same in the precision that is given."""
+
+    def prepare(self) -> None:
+        pass
 
 
 def same(run, losses):
@@ -561,3 +571,44 @@ def test_a_checkpoint_from_before_reduced_decoding_was_of_images_at_full_size(tm
     check_identity(str(tmp_path), saved | {"--reduced_decoding": "False"})
     with pytest.raises(ValueError, match=r"then False, now True\)\. Give --reduced_decoding False"):
         check_identity(str(tmp_path), saved | {"--reduced_decoding": "True"})
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        ({"bf16": True}, 2e-2),  # a half warm batch is cut otherwise, and bfloat16 has 8 bits
+        ({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5),
+        ({"bf16": True, "torch_compile": True, "torch_compile_backend": "eager"}, 2e-2),
+    ],
+)
+def test_cached_is_live_in_bfloat16_and_compiled(world, tmp_path, options, tolerance):
+    short = {"max_steps": 8, "neighbors_k": 0, "view_epochs": 1} | options
+    live = SinglePrecisionRun(world, tmp_path / "live", **short)
+    cache = {"teacher_cache": str(tmp_path / "cache")}
+    cold = SinglePrecisionRun(world, tmp_path / "cold", **short, **cache)
+    warm = SinglePrecisionRun(world, tmp_path / "warm", **short, **cache)
+    assert (live.embedded, cold.embedded, warm.embedded) == (64, 48, 0)
+    assert cold.losses == pytest.approx(live.losses, rel=tolerance)
+    assert warm.losses == pytest.approx(live.losses, rel=tolerance)
+    other = SinglePrecisionRun(world, tmp_path / "other", **{**short, "bf16": not short.get("bf16")}, **cache)
+    assert other.embedded == 48, "what was embedded in another precision is not read"
+
+
+def test_a_loss_of_maps_is_named_by_its_parameter(world, tmp_path, monkeypatch):
+    """The message named --method, coss by default, where the loss was given as a module."""
+
+    class OfMaps(nn.Module):
+        uses_maps = True
+
+        def forward(self, student, teacher, index):
+            return student.maps[-1].mean() - teacher.maps[-1].mean()
+
+    args = DistillationArguments(str(tmp_path), teacher_cache="cache", view_epochs=1, use_cpu=True)
+    networks = str(world / "other"), str(world / "teacher")
+    read = []
+    monkeypatch.setattr("coss_hf.trainer.inputs.as_splits", lambda *given, **options: read.append(1))
+    with pytest.raises(ValueError, match="^teacher_cache=cache .* and criterion=OfMaps reads its feature maps"):
+        DistillationTrainer(*networks, args, str(world / "images"), criterion=OfMaps())
+    assert not read, "before images are read"
+    with pytest.raises(ValueError, match="criterion=OfMaps reads its feature maps"):
+        h.make_trainer(tmp_path, world / "images", *networks, criterion=OfMaps(), teacher_cache="cache", view_epochs=1)

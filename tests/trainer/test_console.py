@@ -6,7 +6,7 @@ import pytest
 
 import tests.helpers.runs as h
 from coss_hf.losses import CoSSLoss
-from coss_hf.reporting.closing import closing_summary
+from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.trainer.callbacks.console import clock, evaluation_line
 
 
@@ -20,8 +20,8 @@ def printed(tmp_path, image_parquet, networks, capsys):
 
 
 def test_console_prints_one_line_per_log_step(printed):
-    *steps, last = printed(max_steps=4, logging_steps=2)
-    assert len(steps) == 2 and last.startswith("trained 4 steps in 0:0")
+    *steps, last, following = printed(max_steps=4, logging_steps=2)
+    assert len(steps) == 2 and last.startswith("trained 4 steps in 0:0") and following.startswith("Next: ")
     parts = steps[0].split(" · ")
     assert parts[:2] == ["step 2/4", "16 images"]
     assert (
@@ -77,3 +77,18 @@ def test_closing_summary_says_what_to_do_next(monkeypatch):
     assert "It learnt." in text and "runs/my-student/report.html" in text
     assert 'coss_hf.Student.from_pretrained("runs/my-student")' in text
     assert "coss-hf push runs/my-student --repo_id USER/my-student" in text
+
+
+def test_closing_summary_in_python_and_of_a_plain_module():
+    """The lines that use the student of a plain module failed: only its owner can build it."""
+    record = {"results": {}, "verdict": []}
+    text = closing_summary("out", record, in_teacher_space=True, from_module=True, in_python=True)
+    assert 'Student.from_pretrained("out", module=...)' in text and "    trainer.push_to_hub()" in text
+    assert "coss-hf push" not in text
+
+
+def test_what_follows_a_training():
+    entry = {"eval_overlap10": 0.125, "eval_effective_rank": 2.0}
+    before, after = next_lines("out", [entry, {"loss": 1.0}, entry | {"eval_overlap10": 0.5}]).splitlines()
+    assert "12.5 % before the training, 50.0 % after it." in before and "to out, and trainer.report()" in after
+    assert len(next_lines("out", [entry]).splitlines()) == 1

@@ -1,9 +1,11 @@
 """Runs in a notebook: the output folder, losses of the user's own, what trackers and the card are told."""
 
 import json
+import random
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from coss_hf import DistillationTrainer
 from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.trainer.inputs import described, hub_dataset
-from tests.trainer.test_front_door import arguments, data, images, trained  # noqa: F401 (a fixture)
+from tests.trainer.test_front_door import arguments, data, images, trained, weights  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -159,3 +161,112 @@ def test_held_out_images_of_any_split(make, images, tmp_path):  # noqa: F811
     trainer = make(both, eval_dataset=held_out)
     assert len(trainer.evaluator.test_images) == 12 and trainer.splits.test is None
     assert len(make(both, eval_dataset=images.select(range(7))).evaluator.test_images) == 7
+
+
+def test_a_used_folder_is_refused_before_neighbours_are_searched(make, images, monkeypatch):  # noqa: F811
+    """Neighbours of the new run had been mined, for hours perhaps, when `train` refused its folder."""
+    from coss_hf.trainer import trainer as module
+
+    options = {"neighbors_k": 1, "neighbors_pool": 4, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trained(make(**options))
+    searched = []
+    find = module.find_neighbors
+    monkeypatch.setattr(module, "find_neighbors", lambda *given: searched.append(1) or find(*given))
+    again = make(**options)
+    assert again.evaluate(images.select(range(12)))["eval_cosine"], "a used folder may be evaluated"
+    with pytest.raises(ValueError, match="^output_dir=.* already holds a run"):
+        again.train()
+    assert not searched
+    longer = make(**options | {"max_steps": 4})
+    longer.train(resume_from_checkpoint=True)
+    assert searched == [1] and longer.train_dataset.k == 1 and longer.state.global_step == 4
+    replaced = make(**options, overwrite_output_dir=True)
+    replaced.train()
+    assert searched == [1, 1] and replaced.train_dataset.k == 1
+    make(**options, dry_run=True).train()
+    assert searched == [1, 1, 1]
+
+
+class OtherSignature(DistillationTrainer):
+    """A trainer of the user's own."""
+
+    def __init__(self, networks, folder, photos, **options):
+        args = arguments(folder, save_strategy="steps", save_steps=2, **options)
+        super().__init__(networks.teacher, networks.resnet, args, photos, data=data(folder))
+
+
+def test_recorded_images_are_taken_up_by_a_subclass_of_another_signature(tmp_path, images, networks):  # noqa: F811
+    """The trainer called its own `__init__` again, which was the subclass's."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for row in range(16):
+        images[row]["image"].save(folder / f"{row:02d}.png")
+    OtherSignature(networks, tmp_path, str(folder), max_steps=2).train()
+    images[20]["image"].save(folder / "00new.png")
+    again = OtherSignature(networks, tmp_path, str(folder), max_steps=4)
+    assert len(again.train_dataset) == 17
+    again.train(resume_from_checkpoint=True)
+    assert len(again.train_dataset) == 16 and again.state.global_step == 4
+
+
+def test_what_is_found_on_resuming_is_printed_once_a_run(make, tmp_path, capsys):
+    """Once a process: the second resume of a notebook was silent."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None}
+    make(**saving).train()
+    for steps in (6, 8):
+        newest = max((tmp_path / "out").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        (newest / "trainer_state.json").write_text("{")
+        capsys.readouterr()
+        make(max_steps=steps, **saving).train(resume_from_checkpoint=True)
+        assert capsys.readouterr().out.count("Damaged, and passed over for") == 1
+
+
+def test_train_and_report_end_with_what_to_do_next(make, images, capsys):  # noqa: F811
+    """Only the recipe's runs ended with a verdict, the page, and lines that use the student."""
+    trainer = make(eval_dataset=images.select(range(12)))
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "shared with the teacher, on images held out: " in out and " % before the training, " in out
+    assert out.rstrip().endswith("compares it with its teacher and with random weights.")
+    assert out.count("Next: trainer.save_model() writes the student to ") == 1
+    trainer.save_model()
+    report = trainer.report()
+    out = capsys.readouterr().out
+    for sentence in report.record["verdict"]:
+        assert out.count(sentence) == 1 and "--" not in sentence
+    assert out.count("| random ") == out.count("The page of this run: ") == 1
+    assert out.count('student = coss_hf.Student.from_pretrained("') == out.count("    trainer.push_to_hub()") == 1
+    assert len(repr(report)) < 80, "a notebook shows what the last line of a cell returns"
+    quiet = make(log_format="json", overwrite_output_dir=True)
+    quiet.train()
+    assert "Next: " not in capsys.readouterr().out
+
+
+def test_a_dry_run_names_parameters(make, capsys):
+    make(dry_run=True).train()
+    out = capsys.readouterr().out
+    assert "(validation_size) or with eval_strategy=" in out and "--" not in out
+
+
+def draws_from_all(image):
+    """A transform of the user's own, of every global generator."""
+    view = torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+    shift = random.randrange(60) + np.random.randint(60) + int(torch.randint(60, ()))
+    return (view // 4 + shift).to(torch.uint8)
+
+
+def test_a_resumed_run_gets_the_same_views_of_a_transform(tmp_path, images, networks):  # noqa: F811
+    """Views of `random` and NumPy were those of the process and the worker that made them."""
+
+    def train(name: str, steps: int, **options) -> str:
+        resume = options.pop("resume", None)
+        given = {"save_strategy": "steps", "save_steps": 2, "num_images": 8 * steps, "max_steps": -1} | options
+        args = arguments(tmp_path, name, lr_scheduler_type="constant", **given)
+        trainer = DistillationTrainer(networks.teacher, networks.resnet, args, images, transform=draws_from_all)
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+        return weights(tmp_path / name)
+
+    expected = train("whole", 4)
+    train("out", 2)
+    assert train("out", 4, resume=True, dataloader_num_workers=1) == expected
