@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: quickstart test lint docs
+.PHONY: quickstart test lint docs linkcheck
 
 # A teacher and a student on scikit-learn's bundled digits: minutes on two cores.
 quickstart: $(VENV)/.quickstart
@@ -17,6 +17,10 @@ lint: $(VENV)/.dev
 # The documentation site, in docs/_build/html.
 docs: $(VENV)/.dev
 	$(VENV)/bin/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# Addresses on the pages that do not answer; needs a network, and is no part of the tests.
+linkcheck: $(VENV)/.docs
+	$(VENV)/bin/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
 # One environment; each target adds what it needs, once. With `INSTALL="uv pip install -q -p .venv"` in a quarter of the time.
 INSTALL ?= $(VENV)/bin/python -m pip install -q

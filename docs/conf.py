@@ -24,6 +24,10 @@ napoleon_google_docstring = True
 napoleon_custom_sections = [("Returns (when called)", "returns_style")]
 napoleon_use_ivar = True
 
+# Of `make linkcheck`: pages of the Hub that need a login, and examples that nobody made.
+linkcheck_ignore = [r"https://huggingface\.co/(?:USER|datasets/USER)"]
+linkcheck_timeout = 30
+
 html_theme = "furo"
 html_title = "coss_hf"
 html_theme_options = {
