@@ -24,7 +24,7 @@ _COMMAND = r"`[^`]*`|(?:\bcoss-hf|\bpython|\baccelerate launch|\bhf|\bdocker|\bp
 _FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{values})(?!\w))?"
 _VALUES = (
     "auto|none|no|steps|epoch|skip|error|random|pretrained|teacher_layers|mlp|linear|float32|bfloat16|float16|dynamic|"
-    "static|cls|mean|pooler|gap|tower|projected|coss|true|false"
+    "static|cls|mean|pooler|gap|tower|projected|coss|exact|ivf|hnsw|cifar|imagenet|moco|true|false"
 )
 _COMMAND_OR_FLAG = re.compile(f"{_COMMAND}|{_FLAG.format(values=_VALUES)}")
 # What messages call the command that runs, and the lines of Python that run.
