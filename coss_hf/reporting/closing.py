@@ -58,12 +58,13 @@ def _push(output_dir: str) -> str:
     return f"{command_to('push')} {shlex.join([output_dir, '--repo_id', f'USER/{name}'])}"
 
 
-def next_lines(output_dir: str, log_history: Sequence[dict]) -> str:
+def next_lines(output_dir: str, log_history: Sequence[dict], can_report: bool = True) -> str:
     """What ``DistillationTrainer.train`` prints last: how far the student came, and which calls follow.
 
     Args:
         output_dir: folder of the run.
         log_history: of the trainer's state.
+        can_report: whether the trainer has the images themselves, and not only views of them.
     """
     lines = []
     overlaps = [one["overlap10"] for one in evaluations(log_history) if one.get("overlap10") is not None]
@@ -72,8 +73,6 @@ def next_lines(output_dir: str, log_history: Sequence[dict]) -> str:
             f"Nearest neighbours shared with the teacher, on images held out: {100 * overlaps[0]:.1f} % before the "
             f"training, {100 * overlaps[-1]:.1f} % after it."
         )
-    lines.append(
-        f"Next: trainer.save_model() writes the student to {output_dir}, and trainer.report() compares it with its "
-        f"teacher and with random weights."
-    )
+    report = ", and trainer.report() compares it with its teacher and with random weights" if can_report else ""
+    lines.append(f"Next: trainer.save_model() writes the student to {output_dir}{report}.")
     return "\n".join(lines)

@@ -483,7 +483,8 @@ class DistillationTrainer(Trainer):
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
         if self.is_world_process_zero() and prints_lines(self) and not on_command_line():
-            print(next_lines(self.args.output_dir, self.state.log_history), flush=True)
+            can_report = self.splits is not None
+            print(next_lines(self.args.output_dir, self.state.log_history, can_report), flush=True)
         return result
 
     def _take_recorded_settings(self, resume_from_checkpoint: str | bool | None) -> None:

@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--teacher", help="folder of a resnet56 with its classifier; default: random weights")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="rows of the paper's table 1, or expressions")
     parser.add_argument("--scales", type=float, nargs="+", default=[0.5, 1, 2])
-    parser.add_argument("--train_images", type=int, default=384)
+    parser.add_argument("--train_images", type=int, default=256)
     parser.add_argument("--held_out", type=int, default=200, help="images that a trial is measured on")
     parser.add_argument("--epochs", type=int, default=2, help="epochs of a trial, all with the same views")
     parser.add_argument("--batch_size", type=int, default=64)
