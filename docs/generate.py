@@ -255,6 +255,23 @@ def neighbor_search() -> str:
     return as_markdown(lines)
 
 
+def shared_cache() -> str:
+    """A study whose trials share the teacher's embeddings, next to the same study without a cache."""
+    rows = json_lines("shared_cache.jsonl")
+    lines = [["trials", "teacher", "images that it embeds", "wall time, s"]]
+    for name, cached in (("methods of embeddings and logits", True), ("methods of feature maps", False)):
+        methods = {row["method"] for row in rows if row["cached"]}
+        found = [row for row in rows if (row["method"] in methods) == cached]
+        lines += [_way(f"{len(found) // 2} of {name}", way, found) for way in ("live", "shared")]
+    return as_markdown([*lines, *(_way(f"all {len(rows) // 2}", way, rows) for way in ("live", "shared"))])
+
+
+def _way(name: str, way: str, rows: list[dict]) -> list[str]:
+    found = select(rows, way=way)
+    images = sum(row["teacher_images"] for row in found)
+    return [name, way, f"{images:,}", f"{sum(row['seconds'] for row in found):.0f}"]
+
+
 def cost_model() -> str:
     """The formulas of docs/scaling.md at d = 256, float16, 31 neighbours and 8 probes, on one core."""
     dim, size, pool, probes = 256, 2, 31, 8
@@ -328,6 +345,7 @@ TABLES = (
     correlation,
     neighbor_search,
     cost_model,
+    shared_cache,
 )
 
 

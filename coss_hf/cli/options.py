@@ -40,7 +40,6 @@ GROUPS = {
     ),
     "Speed and precision": (
         "bf16",
-        "fp16",
         "torch_compile",
         "dataloader_num_workers",
         "use_cpu",

@@ -1,14 +1,14 @@
 """What a training waits for, and which cores wait for work: named once, with the option that mends it."""
 
-import logging
 from collections.abc import Callable
 
 import torch
 from transformers import TrainerCallback
 
 from coss_hf.utils.cores import OtherLoad, processes_on_machine, usable_cores
+from coss_hf.utils.messages import get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 # Shares of the time and of a core from which on something is reported.
 LONG_WAIT = 0.2
