@@ -17,6 +17,7 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import quality_plot
 from coss_hf.study.tables import as_markdown, half_interval
+from coss_hf.utils.packages import check_extra
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -110,6 +111,7 @@ def front_page() -> str:
 
 def front_picture(path: Path) -> None:
     """Accuracy against latency: the rows of the front page whose latency was measured, as a picture."""
+    check_extra("matplotlib", needed_by="docs/images/front_page.png")
     costs = json_record("report_cifar10.json")["costs"]
     points = {
         name.replace(" (resnet56)", "").replace(" (resnet20)", ""): (

@@ -1,6 +1,8 @@
 """A `Backbone` of any `nn.Module`: of timm, of torchvision, or of one's own."""
 
 import itertools
+import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -188,16 +190,27 @@ def without_classifier(module: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
 
 
 def _say_what_is_left_out(full: nn.Module, kept: nn.Module, argument: str) -> None:
-    """Log the layers of a network that are missing in another: one may be the user's own, and meant to stay."""
+    """Log the layers of a network that are missing in another: one may be the user's own, and meant to stay.
+
+    Those of the published classes are told quietly, and a teacher's, too: methods of logits read its classifier.
+    """
     names = {name for name, _ in kept.named_parameters()}
     layers = {name.rpartition(".")[0] for name, _ in full.named_parameters() if name not in names} - {""}
     if layers:
         shown = [f"{name}: {_in_one_line(full.get_submodule(name))}" for name in sorted(layers)]
-        logger.warning(
-            "%s=%s: its classifier is left out (%s), and the embedding is what it reads. To keep it, give "
-            "Backbone.from_module(module, embedding=lambda output: output).",
+        classes = _timm_cfg(full).get("num_classes") or CLASSES
+        published = all(_outputs(full.get_submodule(name)) in (classes, None) for name in layers)
+        loud = argument != "teacher" and not published and os.environ.get("RANK", "0") == "0"
+        logger.log(
+            logging.WARNING if loud else logging.INFO,
+            "%s=%s: its classifier is left out (%s), and the embedding is what it reads. Where this layer makes the "
+            "embedding, keep it by Backbone.from_module(module, embedding=lambda output: output).",
             *(flag(argument), module_name(full), "; ".join(shown)),
         )
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    return getattr(layer, "out_features", getattr(layer, "out_channels", None))
 
 
 def _in_one_line(layer: nn.Module) -> str:

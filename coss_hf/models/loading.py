@@ -368,7 +368,7 @@ def _load_config(name: str, argument: str, hub: dict):
     except MissingPackage:
         raise
     except Exception as error:  # damaged files, code of any origin
-        if "timm" in str(error):
+        if isinstance(error, ImportError) and "timm" in str(error):
             check_extra("timm", needed_by=given)
         if "trust_remote_code" in str(error):
             raise ValueError(

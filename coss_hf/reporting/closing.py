@@ -38,17 +38,18 @@ def closing_summary(
 
 def _use(output_dir: str, in_teacher_space: bool, from_module: bool) -> list[str]:
     """Three lines of Python at most."""
-    if from_module:
-        return [
-            "import coss_hf",
-            f'student = coss_hf.Student.from_pretrained("{output_dir}", module=...)  # built as the trained one was',
-            "embeddings = student.encode(images)  # PIL images or paths",
-        ]
+    module = ", module=...)  # built as the trained one was" if from_module else ")"
     if in_teacher_space:
         return [
             "import coss_hf",
-            f'student = coss_hf.Student.from_pretrained("{output_dir}")',
+            f'student = coss_hf.Student.from_pretrained("{output_dir}"{module}',
             "embeddings = student.encode(images)  # PIL images or paths, in the teacher's space",
+        ]
+    if from_module:
+        return [
+            "import coss_hf",
+            f'student = coss_hf.load_backbone("{output_dir}"{module}',
+            "embeddings = coss_hf.embed(student, images)",
         ]
     return ["import coss_hf", f'embeddings = coss_hf.embed("{output_dir}", images)']
 
@@ -58,20 +59,29 @@ def _push(output_dir: str) -> str:
     return f"{command_to('push')} {shlex.join([output_dir, '--repo_id', f'USER/{name}'])}"
 
 
-def next_lines(output_dir: str, log_history: Sequence[dict], can_report: bool = True) -> str:
+def next_lines(
+    output_dir: str, log_history: Sequence[dict], last_step: int, *, best: int | None = None, can_report: bool = True
+) -> str:
     """What ``DistillationTrainer.train`` prints last: how far the student came, and which calls follow.
 
     Args:
         output_dir: folder of the run.
         log_history: of the trainer's state.
+        last_step: of the training.
+        best: step of the best student, where that one was loaded in the end.
         can_report: whether the trainer has the images themselves, and not only views of them.
     """
     lines = []
-    overlaps = [one["overlap10"] for one in evaluations(log_history) if one.get("overlap10") is not None]
-    if len(overlaps) > 1:
+    seen = [one for one in evaluations(log_history) if one.get("overlap10") is not None]
+    of_student = [one for one in seen if not best or one["step"] == best]
+    if seen and seen[0]["step"] == 0 and of_student and of_student[-1]["step"] > 0:
+        step = of_student[-1]["step"]
+        when = "after it" if step == last_step else f"at step {step:,}"
+        if best:
+            when += ", whose student was the best and is loaded"
         lines.append(
-            f"Nearest neighbours shared with the teacher, on images held out: {100 * overlaps[0]:.1f} % before the "
-            f"training, {100 * overlaps[-1]:.1f} % after it."
+            f"Nearest neighbours shared with the teacher, on images held out: {100 * seen[0]['overlap10']:.1f} % "
+            f"before the training, {100 * of_student[-1]['overlap10']:.1f} % {when}."
         )
     report = ", and trainer.report() compares it with its teacher and with random weights" if can_report else ""
     lines.append(f"Next: trainer.save_model() writes the student to {output_dir}{report}.")

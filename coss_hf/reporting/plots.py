@@ -26,10 +26,18 @@ def _where_it_can_be_drawn(draw: Callable) -> Callable:
         if is_installed("matplotlib"):
             draw(path, *args, **kwargs)
         else:
-            Path(path).unlink(missing_ok=True)  # one of an earlier run
-            logger.warning("%s is left out, since matplotlib is not installed: %s.", path, how_to_install("matplotlib"))
+            _say_that_none_is_drawn(Path(path).parent.absolute())
 
     return drawn
+
+
+@functools.cache  # once for all pictures of a folder
+def _say_that_none_is_drawn(folder: Path) -> None:
+    logger.warning(
+        "Pictures in %s are not drawn, and those that are there stay as they are, since matplotlib is not installed: "
+        "%s.",
+        *(folder, how_to_install("matplotlib")),
+    )
 
 
 def _figure(width: float, height: float):

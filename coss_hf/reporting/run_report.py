@@ -32,6 +32,12 @@ PICTURES = (
 )
 
 
+def remove_pictures(output_dir: str | Path) -> None:
+    """Remove those of the run that is replaced: the page shows what is there, and the new run may draw fewer."""
+    for name, *_ in PICTURES:
+        Path(output_dir, name).unlink(missing_ok=True)
+
+
 def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[str] = ()) -> dict:
     """Write ``run.json``, and return it: command, arguments, what was resolved, images seen, results, verdict.
 

@@ -44,7 +44,7 @@ def without_totals(logs: dict[str, float]) -> tuple[dict[str, float], dict[str, 
 def settings_of(trainer) -> dict[str, dict]:
     """What a run was given, for a tracker's configuration: fingerprints, sizes and arguments."""
     return {
-        "fingerprints": {name.lstrip("-"): value for name, value in trainer.identity().items()},
+        "fingerprints": {name.lstrip("-"): value for name, value in trainer.identity(search=False).items()},
         "parameters": {"teacher": trainer.teacher.num_parameters(), "student": trainer.student.num_parameters()},
         "arguments": trainer.arguments,
     }

@@ -17,6 +17,15 @@ def name_blocks(model: nn.Module, student: PreTrainedModel) -> None:
     model._no_split_modules = sorted(present & set(student._no_split_modules or ()))
 
 
+def unshare(network: nn.Module) -> None:
+    """Let a network keep its tensors in dictionaries of its own: FSDP puts shards there, which are nothing for a module
+    of the caller that shares them (``copy_sharing_tensors``).
+    """
+    for module in network.modules():
+        module._parameters = module._parameters.copy()
+        module._buffers = module._buffers.copy()
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process holds a part of the parameters of ``model`` only, as FSDP2 spreads them."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())

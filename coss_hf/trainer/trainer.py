@@ -30,11 +30,11 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.reporting.run_record import to_dict
-from coss_hf.reporting.run_report import write_record
+from coss_hf.reporting.run_report import remove_pictures, write_record
 from coss_hf.reporting.trackers import check_trackers, report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
-from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines, prints_lines
+from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
@@ -58,7 +58,7 @@ from coss_hf.trainer.checkpoint_files import (
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
 from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
-from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy
+from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
@@ -196,12 +196,12 @@ class DistillationTrainer(Trainer):
         self.splits = inputs.splits
         self.settings = inputs.settings
         self.settings.leave_to(*given["optimizers"])
+        self._has_neighbors = False
         self._build(inputs, given["callbacks"], given["optimizers"])
         self.arguments: dict = to_dict(given["data"], self.args) | inputs.given | {"method": self.method}
         if self.splits is not None:
             self._check_evaluations()
         self._cache_to_open = self._find_cache()
-        self._has_neighbors = False
         # Whether the folder's run is to be resumed, replaced or left alone is known in `train`, which may get the
         # parameter for it. Until then a used folder is no error: it may be evaluated. But hours are not spent on it.
         if not (self._claims_output_dir() and may_be_refused(self.args)):
@@ -319,6 +319,7 @@ class DistillationTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
             name_blocks(model, model.network)
             self._unsharded = unsharded_copy(model).to(args.device)
+            unshare(model.network)
 
     @property
     def methods(self) -> list[str]:
@@ -482,9 +483,13 @@ class DistillationTrainer(Trainer):
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
-        if self.is_world_process_zero() and prints_lines(self) and not on_command_line():
+        if self.is_world_process_zero() and self.args.log_format == "text" and not on_command_line():
             can_report = self.splits is not None
-            print(next_lines(self.args.output_dir, self.state.log_history, can_report), flush=True)
+            best = self.state.best_global_step if self.args.load_best_model_at_end else None
+            text = next_lines(
+                self.args.output_dir, self.state.log_history, self.state.global_step, best=best, can_report=can_report
+            )
+            print(text, flush=True)
         return result
 
     def _take_recorded_settings(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -505,6 +510,8 @@ class DistillationTrainer(Trainer):
             self.settings.shown = True
 
     def _start_afresh(self, asked: str | bool | None) -> None:
+        if self.args.overwrite_output_dir and self.args.process_index == 0:
+            remove_pictures(self.args.output_dir)
         pretrain(self)
         if asked and self.args.process_index == 0:
             print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
@@ -851,6 +858,7 @@ class DistillationTrainer(Trainer):
 
     def write_report(self) -> RunReport | None:
         """See ``report``; trackers are not told."""
+        self._find_neighbors()  # on all processes: the page names them
         self._place_teacher()
         return report(self)
 
@@ -965,8 +973,15 @@ class DistillationTrainer(Trainer):
 
     # ---- resuming ----
 
-    def identity(self) -> dict[str, str]:
-        """What must be the same for a run to be resumed; each entry under the argument that decides it."""
+    def identity(self, search: bool = True) -> dict[str, str]:
+        """What must be the same for a run to be resumed; each entry under the argument that decides it.
+
+        Args:
+            search: whether to find the neighbours first, where that was put off; all processes do it together. Without
+                it they are left out until they are known.
+        """
+        if search:
+            self._find_neighbors()
         if self._identity is None:
             model = self.unwrapped_model
             self._identity = {
@@ -977,7 +992,10 @@ class DistillationTrainer(Trainer):
                 "--seed": str(self.args.seed),
                 "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
             } | self.train_dataset.identity()
-        return self._identity
+        if self._has_neighbors:
+            return self._identity
+        found, self._identity = self._identity, None
+        return {name: value for name, value in found.items() if name != "--neighbors_k"}
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the checkpoint to resume from, checked; None for a fresh start.

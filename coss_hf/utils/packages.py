@@ -29,7 +29,12 @@ def is_installed(name: str) -> bool:
         >>> is_installed("json"), is_installed("no_such_package")
         (True, False)
     """
-    return importlib.util.find_spec(name) is not None
+    try:
+        spec = importlib.util.find_spec(name)
+    except ValueError:  # it is loaded, by other means than an import
+        return True
+    # A folder of that name in the working directory, such as onnx/, has no origin.
+    return spec is not None and spec.origin is not None
 
 
 def check_extra(*names: str, needed_by: str) -> None:

@@ -17,6 +17,7 @@ from coss_hf.evaluation.evaluator import random_weights
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.from_module import read_defaults
 from coss_hf.models.modules import ModuleNetwork
+from coss_hf.trainer.fsdp import unshare
 from tests.helpers.modules import FORMS, INPUT, encoder, torchvision_resnet
 
 IMAGES = h.colour_images(3, 5)[0]
@@ -318,7 +319,20 @@ def test_the_module_of_the_caller_is_the_one_that_is_moved(kind):
     assert all(given.get_buffer(name) == 1 for name in statistics)
 
 
-def test_a_classifier_that_is_left_out_is_named_once(caplog):
+def test_shards_do_not_reach_the_module_of_the_caller():
+    """FSDP put its DTensors into the dictionaries that both share, and nobody else can use such a module."""
+    given = encoder()
+    network = Backbone.from_module(given, **INPUT).model
+    before = {name: id(tensor) for name, tensor in [*given.named_parameters(), *given.named_buffers()]}
+    unshare(network)
+    for module in network.modules():  # as `fully_shard` replaces them
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, torch.nn.Parameter(parameter.detach()[:1]))
+    network.to(torch.float64)
+    assert before == {name: id(tensor) for name, tensor in [*given.named_parameters(), *given.named_buffers()]}
+
+
+def test_a_classifier_that_is_left_out_is_named_once(caplog, monkeypatch):
     """The last layer left without a word, and might be the user's own embedding."""
     module = torchvision_resnet()
     Backbone.from_module(module, size=32, argument="student")
@@ -328,8 +342,16 @@ def test_a_classifier_that_is_left_out_is_named_once(caplog):
     caplog.clear()
     kept = Backbone.from_module(module, size=32, embedding=lambda output: output)
     assert kept.dim == 5 and "left out" not in caplog.text, "as the message says"
+    Backbone.from_module(module, size=32, argument="teacher")
     Backbone.from_module(timm.create_model("test_resnet"))
-    assert "(fc: Linear(in_features=96, out_features=1000, bias=True))" in caplog.text
+    monkeypatch.setenv("RANK", "1")
+    Backbone.from_module(module, size=32)
+    assert "left out" not in caplog.text, (
+        "kd reads a teacher's; published classes are no embedding; once in all processes"
+    )
+    monkeypatch.delenv("RANK")
+    Backbone.from_module(timm.create_model("test_resnet", num_classes=7))
+    assert "(fc: Linear(in_features=96, out_features=7, bias=True))" in caplog.text
     caplog.clear()
     Backbone.from_module(timm.create_model("test_resnet", num_classes=0))
     Backbone.from_module(encoder(), **INPUT)

@@ -85,10 +85,28 @@ def test_closing_summary_in_python_and_of_a_plain_module():
     text = closing_summary("out", record, in_teacher_space=True, from_module=True, in_python=True)
     assert 'Student.from_pretrained("out", module=...)' in text and "    trainer.push_to_hub()" in text
     assert "coss-hf push" not in text
+    text = closing_summary("out", record, in_teacher_space=False, from_module=True)
+    assert 'coss_hf.load_backbone("out", module=...)' in text and "Student" not in text
 
 
 def test_what_follows_a_training():
-    entry = {"eval_overlap10": 0.125, "eval_effective_rank": 2.0}
-    before, after = next_lines("out", [entry, {"loss": 1.0}, entry | {"eval_overlap10": 0.5}]).splitlines()
-    assert "12.5 % before the training, 50.0 % after it." in before and "to out, and trainer.report()" in after
-    assert next_lines("out", [entry], can_report=False) == "Next: trainer.save_model() writes the student to out."
+    history = [
+        {"eval_overlap10": overlap, "eval_effective_rank": 2.0, "step": step}
+        for step, overlap in ((0, 0.125), (2, 0.75), (4, 0.5))
+    ]
+    overlaps, following = next_lines("out", history, 4).splitlines()
+    assert overlaps.endswith(": 12.5 % before the training, 50.0 % after it.")
+    assert following.startswith("Next: ") and "to out, and trainer.report()" in following
+    alone = next_lines("out", history[:1], 4, can_report=False)
+    assert alone == "Next: trainer.save_model() writes the student to out."
+
+
+def test_the_overlap_is_that_of_the_student_that_stays():
+    """It was that of the last evaluation, "after the training": also of a student that the best one had replaced."""
+    history = [
+        {"eval_overlap10": overlap, "eval_effective_rank": 2.0, "step": step}
+        for step, overlap in ((0, 0.125), (2, 0.75), (4, 0.5))
+    ]
+    assert " 75.0 % at step 2, whose student was the best and is loaded." in next_lines("out", history, 5, best=2)
+    assert " 50.0 % at step 4." in next_lines("out", history, 5)
+    assert "shared with" not in next_lines("out", history[1:], 5), "nothing was measured before the training"

@@ -13,6 +13,7 @@ from transformers import AutoModel
 
 import tests.helpers.runs as h
 from coss_hf.losses.srrl import SRRLLoss
+from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.engine import synchronise_batch_norm
 from coss_hf.trainer.fsdp import name_blocks
@@ -255,6 +256,18 @@ def test_batch_norm_is_converted_and_the_student_stays_what_it_was(tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "saved")
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in again.modules())
     h.assert_same(again.state_dict(), state)
+
+
+def test_a_module_of_the_caller_follows_its_converted_batch_norm():
+    """Its statistics stayed those of before the training, where `to` or a step puts new ones."""
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    network = Backbone.from_module(module, size=16, mean=0.5, std=0.25).model
+    synchronise_batch_norm(network, nn.Identity())
+    converted = network.module[1]
+    assert isinstance(converted, nn.SyncBatchNorm) and isinstance(module[1], nn.BatchNorm2d)
+    network.to(torch.float64)
+    converted.running_mean = torch.ones(4)
+    assert module[1].weight is converted.weight and module[1].running_mean is converted.running_mean
 
 
 def test_activations_inside_timms_batch_norm_survive():

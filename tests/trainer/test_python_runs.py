@@ -187,6 +187,18 @@ def test_a_used_folder_is_refused_before_neighbours_are_searched(make, images, m
     assert searched == [1, 1, 1]
 
 
+def test_a_used_folder_with_neighbours_is_the_run_that_it_was(make):
+    """As studies resume their trials: the checkpoint was refused, "then neighbors_k 1, now 0"."""
+    options = {"neighbors_k": 1, "neighbors_pool": 4, "save_strategy": "steps", "save_steps": 2}
+    first = make(max_steps=2, **options)
+    first.train()
+    again = make(max_steps=4, **options)
+    assert "--neighbors_k" not in again.identity(search=False) and again.train_dataset.k == 0
+    again.train(resume_from_checkpoint=again.find_checkpoint("auto"))
+    assert again.state.global_step == 4 and again.train_dataset.k == 1
+    assert again.identity() == first.identity() == make(max_steps=4, **options).identity()
+
+
 class OtherSignature(DistillationTrainer):
     """A trainer of the user's own."""
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import ModuleType
 
 import pytest
 from transformers import AutoModel, TimmWrapperConfig
@@ -10,6 +11,7 @@ import tests.helpers.runs as h
 from coss_hf import DistillationArguments, DistillationTrainer
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.plots import quality_plot
+from coss_hf.reporting.run_report import remove_pictures
 from coss_hf.utils.packages import EXTRAS, MissingPackage, check_extra, how_to_install, is_installed
 from tests.recipes.test_distill import load_recipe
 
@@ -59,14 +61,42 @@ def test_trackers(without, tmp_path, image_parquet, networks, name):
 
 
 def test_pictures_are_left_out(without, tmp_path, caplog):
-    """They are drawn at the end of a run: nothing else of its report is lost."""
-    (tmp_path / "a.png").write_bytes(b"of an earlier run")
+    """They are drawn at the end of a run: nothing else of its report is lost, nor a picture that is there."""
+    (tmp_path / "a.png").write_bytes(b"of this run")
     without("matplotlib")
-    quality_plot(tmp_path / "a.png", {"coss": (1.0, [0.5])}, "knn20", "title")
-    assert not (tmp_path / "a.png").exists()
+    for name in ("a.png", "b.png"):
+        quality_plot(tmp_path / name, {"coss": (1.0, [0.5])}, "knn20", "title")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
     assert caplog.messages == [
-        f"{tmp_path / 'a.png'} is left out, since matplotlib is not installed: pip install 'coss-hf[plots]'."
+        f"Pictures in {tmp_path} are not drawn, and those that are there stay as they are, since matplotlib is not "
+        f"installed: pip install 'coss-hf[plots]'."
     ]
+
+
+def test_pictures_of_a_run_that_is_replaced_go_with_it(tmp_path):
+    """Without matplotlib the new run's page would show them."""
+    for name in ("loss.png", "mine.png"):
+        (tmp_path / name).write_bytes(b"")
+    remove_pictures(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
+def test_a_folder_of_that_name_is_no_package(tmp_path, monkeypatch):
+    """`onnx/` or `trackio/` in the working directory, which their own runs make, was taken for the package."""
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not is_installed("no_such_package")
+    monkeypatch.setitem(sys.modules, "made_by_hand", ModuleType("made_by_hand"))
+    assert is_installed("made_by_hand"), "find_spec raises ValueError"
+
+
+def test_a_name_with_timm_in_it_does_not_need_timm(without, tmp_path):
+    """The name of the folder stands in every message about it."""
+    (tmp_path / "my_timm").mkdir()
+    (tmp_path / "my_timm" / "config.json").write_text("{")
+    without("timm")
+    with pytest.raises(ValueError, match="my_timm: no config.json of a known network"):
+        load_backbone(str(tmp_path / "my_timm"), argument="student")
 
 
 def test_the_quickstart(without, capsys):

@@ -104,16 +104,6 @@ def print_lines(trainer: Trainer, log_format: str = "text", optimum: float | Non
     trainer.add_callback(ConsoleCallback(log_format, optimum))
 
 
-def prints_lines(trainer: Trainer) -> bool:
-    """Whether a trainer prints for people: lines, or the table of a notebook."""
-    for one in trainer.callback_handler.callbacks:
-        if isinstance(one, ConsoleCallback):
-            return one.log_format == "text"
-        if type(one).__name__ == "NotebookProgressCallback":
-            return True
-    return False
-
-
 def evaluation_line(step: int, logs: dict) -> str:
     """One line of what an evaluation measured, the most telling first."""
     entries = [f"evaluation at step {step:,}"]
