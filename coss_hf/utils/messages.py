@@ -69,7 +69,10 @@ class _ForReader(logging.Filter):
     """Turns flags of log lines into parameters, unless a command runs."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
+        try:
+            message = record.getMessage()
+        except Exception:  # a format that does not fit: `logging` says so itself, and no training ends of it
+            return True
         if "--" in message:
             record.msg = for_reader(message)
             record.args = ()

@@ -1,5 +1,6 @@
 """One message, in the words of its reader: flags where a command runs, parameters in Python."""
 
+import logging
 import sys
 
 import pytest
@@ -36,6 +37,13 @@ def test_flags_become_parameters_and_commands_stay(message, in_python):
     assert for_reader(message) == in_python
     with command_line():
         assert for_reader(message) == message
+
+
+def test_a_log_line_whose_arguments_do_not_fit_ends_nothing(caplog, monkeypatch):
+    """`logging` swallows such a mistake; the filter raised it into the training."""
+    monkeypatch.setattr("logging.raiseExceptions", False)
+    record = logging.LogRecord("coss_hf.test", logging.INFO, "", 0, "%d of --seed", ("three",), None)
+    assert get_logger("coss_hf.test").filter(record)
 
 
 @pytest.mark.parametrize("kind", [ValueError, CheckpointError, UnreadableImage])
