@@ -133,12 +133,15 @@ class StreamViews(torch.utils.data.IterableDataset):
 
     def identity(self) -> dict[str, str]:
         """What determines the views of a run, by command-line flag; and the parts that its places belong to."""
+        order = str(self.block_size if self.shuffle else 0)
+        if not (self.shuffle or self.shuffles_itself):
+            order += " in the same order in each pass"  # once later passes had another one
         return {
             "--dataset": f"stream {self._stream_identity}",
             "--augmentation": self.augmentation_name,
             "--view_size": str(self.size),
             "--validation_size": f"{len(self._held_out)} images held out",
-            "--shuffle_buffer_size": f"{self.block_size if self.shuffle else 0}, {self.chunk_size} at a time",
+            "--shuffle_buffer_size": f"{order}, {self.chunk_size} at a time",
             # The place in a stream is that of each process and each of its workers.
             "--num_processes": f"{self.processes}, each at its place in the stream",
             "--dataloader_num_workers": f"{self.workers}, each at its place in the stream",

@@ -285,15 +285,7 @@ def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, st
         return augmentation(given, size), given
     name = getattr(given, "__qualname__", None) or repr(given)
     with keeping_generators():
-        view = _try(given, name, size, seed=0)
-        if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != (3, size, size):
-            found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
-            raise ValueError(
-                f"--transform={name} returns {found}; a view is a uint8 tensor (3, {size}, {size}), which each network "
-                f"normalises for itself: leave conversion to float and normalisation out, or set view_size."
-            )
-        first = [view, *(_try(given, name, size, seed) for seed in range(1, TRIES))]
-        second = [_try(given, name, size, seed) for seed in range(TRIES)]
+        first, second = ([_try(given, name, size, seed) for seed in range(TRIES)] for _ in range(2))
     if not all(map(torch.equal, first, second)):
         logger.warning(
             "--transform=%s gives another view when it is called again with the same seeds: it draws from a generator "
@@ -304,17 +296,24 @@ def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, st
     return given, name
 
 
-def _try(transform: Callable, name: str, size: int, seed: int):
-    """What a transform makes of an image of noise."""
+def _try(transform: Callable, name: str, size: int, seed: int) -> Tensor:
+    """The view that a transform makes of an image of noise, checked."""
     pixels = np.random.default_rng(0).integers(0, 256, (size + 16, size + 8, 3), dtype=np.uint8)
     seed_generators(seed)
     try:
-        return transform(Image.fromarray(pixels))
+        view = transform(Image.fromarray(pixels))
     except Exception as error:  # code of any origin
         raise ValueError(
             f"--transform={name} fails on a PIL image ({type(error).__name__}: {error}); give a callable from a "
             f"PIL image to a uint8 tensor (3, {size}, {size})."
         ) from error
+    if not isinstance(view, Tensor) or view.dtype != torch.uint8 or view.shape != (3, size, size):
+        found = f"{view.dtype} {tuple(view.shape)}" if isinstance(view, Tensor) else type(view).__name__
+        raise ValueError(
+            f"--transform={name} returns {found}; a view is a uint8 tensor (3, {size}, {size}), which each network "
+            f"normalises for itself: leave conversion to float and normalisation out, or set view_size."
+        )
+    return view
 
 
 def _digest(array: np.ndarray) -> str:

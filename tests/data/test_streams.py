@@ -206,6 +206,7 @@ def test_the_order_of_a_stream_is_kept_in_every_pass(shards, workers):
     loader = StreamLoaderOfKeys(views(load_stream(shards), workers=workers), workers)
     passes = [loader.next_pass() for _ in range(3)]
     assert passes[0] == passes[1] == passes[2] and len(set(passes[0])) == 48
+    assert "same order in each pass" in views(load_stream(shards)).identity()["--shuffle_buffer_size"]
     shuffled = load_stream(shards)
     again = views(shuffled, shuffle_buffer_size=16)
     assert keys(again) != (again.set_epoch(1), keys(again))[1]

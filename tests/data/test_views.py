@@ -368,6 +368,19 @@ class DrawsFromItsOwn:
         return view.roll(int(self.generator.integers(SIZE)), -1)
 
 
+def test_every_branch_of_a_transform_is_checked(rows):
+    """A branch that returned an image ended in a TypeError of torch.equal."""
+
+    def sometimes(image: Image.Image):
+        image = image.resize((SIZE, SIZE))
+        random.seed(calls.append(1) or len(calls))
+        return F.pil_to_tensor(image) if len(calls) % 3 else image
+
+    calls = []
+    with pytest.raises(ValueError, match="sometimes returns Image; a view is a uint8 tensor"):
+        views(rows, sometimes)
+
+
 def test_a_transform_with_a_generator_of_its_own_is_named(rows, caplog):
     views(rows, DrawsFromAll())
     assert not caplog.text
