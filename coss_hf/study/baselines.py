@@ -14,6 +14,16 @@ from coss_hf.trainer.training_args import DistillationArguments
 
 # Arguments that each trial sets for itself.
 TRIAL_ARGUMENTS = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
+# A study has its own length, measures in the end, and goes on by itself where it stopped.
+OF_ONE_RUN = (
+    "dry_run",
+    "push_to_hub",
+    "max_steps",
+    "num_train_epochs",
+    "eval_strategy",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+)
 WITHOUT_LABELS = ("overlap10", "cosine")
 COSINE = "coss, cosine only"
 PLAIN = "coss, no neighbours"
@@ -82,6 +92,18 @@ def untrained_trial(pair: str, method: str, seed: int, split: str) -> Trial:
     return Trial(pair=pair, method=method, expression="", scale=0, seed=seed, num_images=0, split=split)
 
 
+def check_options(training: DistillationArguments) -> None:
+    """Refuse what the help leaves out, as given: before the settings are filled.
+
+    Raises:
+        ValueError: an option of a single run.
+    """
+    defaults = DistillationArguments(use_cpu=training.use_cpu)
+    for name in OF_ONE_RUN:
+        if getattr(training, name) != getattr(defaults, name):
+            raise ValueError(f"--{name}: it is for a single run, and this command makes many; leave it out.")
+
+
 def check_study(
     training: DistillationArguments, hours: float | None, seeds: int, jobs: int, splits: ImageSplits
 ) -> str:
@@ -100,9 +122,6 @@ def check_study(
         )
     if training.seed != DistillationArguments.seed:
         raise ValueError(f"--seed={training.seed}: the runs have the seeds 1 to {seeds}; give --seeds, their number.")
-    for name in ("dry_run", "push_to_hub"):
-        if getattr(training, name):
-            raise ValueError(f"--{name}: it is for a single run, and this command makes many; leave it out.")
     if splits.test is None and splits.validation is None:
         raise ValueError("--validation_size: there is no test split, so hold images out of train to compare on.")
     return "test" if splits.test is not None else "validation"

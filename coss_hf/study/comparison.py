@@ -8,7 +8,14 @@ from pathlib import Path
 
 from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
 from coss_hf.reporting.run_record import command, write_json
-from coss_hf.study.baselines import changed_arguments, check_study, run_images, trained_trials, untrained_trials
+from coss_hf.study.baselines import (
+    changed_arguments,
+    check_options,
+    check_study,
+    run_images,
+    trained_trials,
+    untrained_trials,
+)
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
@@ -74,6 +81,7 @@ def plan_comparison(
     Raises:
         ValueError: what cannot be compared.
     """
+    check_options(training)
     pair = f"{models.student} / {models.teacher}"
     folder = Path(training.output_dir)
     view_seed = training.seed if training.view_seed is None else training.view_seed
