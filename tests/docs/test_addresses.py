@@ -41,7 +41,7 @@ def test_identifiers_of_papers_have_a_month(path):
 
 def test_no_address_of_the_repository_is_invented():
     """There is none yet: readers are told to install in a clone."""
-    for path in [*sorted((d.ROOT / "docs").rglob("*.md")), d.ROOT / "setup.py"]:
+    for path in [*sorted((d.ROOT / "docs").rglob("*.md")), d.ROOT / "README.md", d.ROOT / "setup.py"]:
         assert not re.search(r"git clone|ADDRESS-OF", path.read_text()), path
 
 
