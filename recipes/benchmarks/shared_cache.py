@@ -3,19 +3,20 @@
     python recipes/benchmarks/shared_cache.py --dataset path/to/cifar10 --output shared_cache.jsonl
 
 The trials are those with which ``coss-hf reproduce --table 1`` chooses: 11 methods x 3 scales, resnet56 -> resnet20,
-one seed, the same views in each of them. Each is trained and measured twice, live (the teacher embeds each view) and
-shared (each embedding is read from one cache that the trials before it have filled), in turns, so that both meet the
-machine in the same state. Methods that compare feature maps cannot use a cache: their teacher embeds each view in both.
+one seed, the same views in each of them; but ``factor`` trains its part for 5 steps beforehand. Each is trained and
+measured twice, live (the teacher embeds each view) and shared (each embedding is read from one cache that the trials
+before it have filled), in turns, so that both meet the machine in the same state. Methods that compare feature maps
+cannot use a cache: their teacher embeds each view in both.
 
-A line of the file is one trial in one of both ways. The same command resumes where it stopped. Images that the teacher
-embeds for the evaluation are not counted: they are embedded once, before the first trial. By default the teacher is at
-random weights, which changes neither passes nor times.
+A line of the file is one trial in one of both ways. The same command resumes where it stopped, with the teacher and the
+cache that it keeps in a folder next to the file. Images that the teacher embeds for the evaluation are not counted:
+they are embedded once, before the first trial. By default the teacher is at random weights, which changes neither
+passes nor times.
 """
 
 import argparse
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,10 @@ class CountingTrainer(DistillationTrainer):
 
 def configurations(options: argparse.Namespace, folder: Path) -> dict[str, StudyConfig]:
     """Return the study with its teacher live, and with a shared cache; the views come back after one epoch in both."""
-    teacher = options.teacher or save_untrained("resnet56", folder / "teacher")
+    teacher = options.teacher or str(folder / "teacher")
+    if not options.teacher and not (folder / "teacher").exists():
+        torch.manual_seed(0)
+        save_untrained("resnet56", folder / "teacher")
     data = DataArguments(
         dataset=options.dataset, max_train_samples=options.train_images, validation_size=options.held_out
     )
@@ -66,6 +70,13 @@ def configurations(options: argparse.Namespace, folder: Path) -> dict[str, Study
     shared = study_config(args, data, {PAIR: teacher})
     live = replace(shared, training=shared.training | {"teacher_cache": None})
     return {"live": live, "shared": shared}
+
+
+def remove_cut_line(output: Path) -> None:
+    """Remove a last line that an interruption cut short: its trial runs again."""
+    text = output.read_text() if output.exists() else ""
+    if text and not text.endswith("\n"):
+        output.write_text(text[: text.rfind("\n") + 1])
 
 
 def missing(output: Path, trials: list[Trial]) -> Iterator[tuple[Trial, str]]:
@@ -108,29 +119,29 @@ def main() -> None:
     factory.DistillationTrainer = CountingTrainer
     images = options.epochs * options.train_images
     trials = paper.choice_trials(1, PAIR, options.methods, options.scales, images)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        study = configurations(options, folder)
-        # Also what both share: images, teacher, and its embeddings of the images that are measured on.
-        run_trial(untrained_trial(PAIR, "teacher", 1, "validation"), study["live"], folder / "trial")
-        for trial, way in missing(options.output, trials):
-            shutil.rmtree(folder / "trial", ignore_errors=True)
-            CountingTrainer.images = 0
-            start = now()
-            row = run_trial(trial, study[way], folder / "trial")
-            line = {
-                "method": trial.method,
-                "scale": trial.scale,
-                "way": way,
-                "images_seen": row["images_seen"],
-                "teacher_images": CountingTrainer.images,
-                "cached": row.get("shared_views", {}).get("teacher_cache", False),
-                "seconds": round(now() - start, 2),
-                "machine": machine(),
-            }
-            with options.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            print(line, flush=True)
+    folder = options.output.with_name(options.output.name + ".files")
+    remove_cut_line(options.output)
+    study = configurations(options, folder)
+    # Also what both share: images, teacher, and its embeddings of the images that are measured on.
+    run_trial(untrained_trial(PAIR, "teacher", 1, "validation"), study["live"], folder / "trial")
+    for trial, way in missing(options.output, trials):
+        shutil.rmtree(folder / "trial", ignore_errors=True)
+        CountingTrainer.images = 0
+        start = now()
+        row = run_trial(trial, study[way], folder / "trial")
+        line = {
+            "method": trial.method,
+            "scale": trial.scale,
+            "way": way,
+            "images_seen": row["images_seen"],
+            "teacher_images": CountingTrainer.images,
+            "cached": row.get("shared_views", {}).get("teacher_cache", False),
+            "seconds": round(now() - start, 2),
+            "machine": machine(),
+        }
+        with options.output.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(line, flush=True)
     print(summary(options.output))
 
 

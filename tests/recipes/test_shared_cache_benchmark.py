@@ -35,6 +35,12 @@ def test_passes_of_both_ways(module, tmp_path, image_parquet, monkeypatch, capsy
     assert [passes["pkt", scale, "shared"] for scale in (1, 2)] == [12, 0]
     assert [passes["at", scale, way] for scale in (1, 2) for way in module.WAYS] == [24] * 4
     assert {row["method"] for row in rows if row["cached"]} == {"pkt"}
+    # A resume began with an empty cache and another teacher, and failed on a line that was cut short.
+    kept = [json.dumps(row) for row in rows if (row["method"], row["scale"], row["way"]) != ("pkt", 2, "shared")]
+    output.write_text("\n".join([*kept, '{"method": "pk']))
+    module.main()
+    resumed = [json.loads(line) for line in output.read_text().splitlines()]
+    assert len(resumed) == len(rows) and resumed[-1]["way"] == "shared" and resumed[-1]["teacher_images"] == 0
     ran = []
     monkeypatch.setattr(module, "run_trial", lambda trial, *rest: ran.append(trial.method))
     capsys.readouterr()
