@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import textwrap
 from pathlib import Path
 
 import datasets
@@ -83,6 +84,24 @@ def test_trained_saved_and_loaded(tmp_path, images, teacher, student):
     if module is not None:
         keys = {name for name in NEW[student](0).state_dict() if not name.startswith("fc.")}
         assert set(load_file(tmp_path / "out" / "model.safetensors")) == keys
+
+
+@pytest.mark.parametrize(("method", "call"), [("coss", "Student.from_pretrained"), ("rkd", "load_backbone")])
+def test_the_lines_that_use_the_student_run(tmp_path, images, method, call):
+    """Where no teacher's space is reached, they called `Student.from_pretrained`, which refuses such a student."""
+    args = arguments(tmp_path / "out", max_steps=1, method=method)
+    trainer = DistillationTrainer(backbone("own", 1), backbone("own", 2), args, images)
+    trainer.train()
+    trainer.save_model()
+    text = trainer._closing_summary({"results": {}, "verdict": []})
+    lines = textwrap.dedent(text.split("Use the student:\n")[1].split("\n\n")[0])
+    assert call in lines
+    names = {"images": images["image"][:2], "build": NEW["own"]}
+    exec(lines.replace("module=...", "module=build(9)"), names)
+    expected = (
+        embeddings(trainer, images)[:2] if method == "coss" else coss_hf.embed(trainer.student, images["image"][:2])
+    )
+    torch.testing.assert_close(names["embeddings"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_names_of_libraries_as_they_are(tmp_path, images):
