@@ -14,7 +14,7 @@ from coss_hf.trainer.training_args import DistillationArguments
 
 # Arguments that each trial sets for itself.
 TRIAL_ARGUMENTS = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
-# A study has its own length, measures in the end, and goes on by itself where it stopped.
+# A study has its own length, measures in the end, and resumes by itself.
 OF_ONE_RUN = (
     "dry_run",
     "push_to_hub",

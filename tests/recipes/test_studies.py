@@ -89,7 +89,7 @@ def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling
         ({"num_images": 4}, "--num_images=4 is less than one step"),
         ({"num_images": 64, "dry_run": True}, "--dry_run: it is for a single run, and this command makes many"),
         ({"num_images": 64, "push_to_hub": True}, "--push_to_hub: it is for a single run"),
-        ({"num_images": 64, "eval_strategy": "steps"}, "--eval_strategy: it is for a single run"),
+        ({"num_images": 64, "eval_strategy": "epoch"}, "--eval_strategy: it is for a single run"),
         ({"num_images": 64, "resume_from_checkpoint": True}, "--resume_from_checkpoint: it is for a single run"),
         ({"num_images": 64, "overwrite_output_dir": True}, "--overwrite_output_dir: it is for a single run"),
     ],

@@ -18,6 +18,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.engine import synchronise_batch_norm
 from coss_hf.trainer.fsdp import name_blocks
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.modules import torchvision_resnet
 from tests.helpers.processes import run as run_program
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -260,14 +261,14 @@ def test_batch_norm_is_converted_and_the_student_stays_what_it_was(tmp_path):
 
 def test_a_module_of_the_caller_follows_its_converted_batch_norm():
     """Its statistics stayed those of before the training, where `to` or a step puts new ones."""
-    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    network = Backbone.from_module(module, size=16, mean=0.5, std=0.25).model
+    module = torchvision_resnet()
+    network = Backbone.from_module(module, size=32).model
     synchronise_batch_norm(network, nn.Identity())
-    converted = network.module[1]
-    assert isinstance(converted, nn.SyncBatchNorm) and isinstance(module[1], nn.BatchNorm2d)
+    converted = network.module.bn1
+    assert isinstance(converted, nn.SyncBatchNorm) and isinstance(module.bn1, nn.BatchNorm2d)
     network.to(torch.float64)
-    converted.running_mean = torch.ones(4)
-    assert module[1].weight is converted.weight and module[1].running_mean is converted.running_mean
+    converted.running_mean = torch.ones(64)
+    assert module.bn1.weight is converted.weight and module.bn1.running_mean is converted.running_mean
 
 
 def test_activations_inside_timms_batch_norm_survive():
