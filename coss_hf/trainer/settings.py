@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import math
 import multiprocessing
 from collections.abc import Mapping
@@ -21,10 +20,11 @@ from coss_hf.trainer.checkpoint_files import RECORD
 from coss_hf.trainer.distillation_model import has_head
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.cores import processes_on_machine, usable_cores
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.shared_memory import needed, room
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 RECORDED = "settings"  # entry of the record in a checkpoint
 RESUMED = "as in the run that is resumed"
