@@ -140,6 +140,6 @@ def use_precision(args: TrainingArguments) -> None:
     state = AcceleratorState()
     engines = (DistributedType.DEEPSPEED, DistributedType.FSDP)
     if state.mixed_precision != args.mixed_precision and state.distributed_type not in engines:
-        compiler = state.dynamo_plugin  # resetting forgets it
+        compiler = state.dynamo_plugin  # resetting loses it
         AcceleratorState._reset_state()
         AcceleratorState(args.mixed_precision, cpu=args.use_cpu, dynamo_plugin=compiler, _from_accelerator=True)
