@@ -110,7 +110,7 @@ def fill_for_trials(
 ) -> tuple[DistillationArguments, Settings]:
     """Fill what the arguments of every run leave out, once for all of them: their results are compared.
 
-    It is kept in the folder, so that a study goes on with the same trials on another machine, and after an update.
+    It is kept in the folder, so that a study resumes with the same trials on another machine, and after an update.
 
     Args:
         training: arguments of every run.
