@@ -96,6 +96,11 @@ def check(args: ExportArguments) -> None:
 
 def check_output(args: ExportArguments) -> None:
     """Raise ``ValueError`` where the files cannot be written."""
+    if not args.output and args.pooling != "auto":
+        raise ValueError(
+            f"--pooling {args.pooling}: files in the model's own folder give its own embedding; leave --pooling out, "
+            f"or give --output a folder."
+        )
     if not args.output:
         return
     if Path(args.output).is_file():
@@ -104,6 +109,10 @@ def check_output(args: ExportArguments) -> None:
         raise ValueError(
             f"--output {args.output} is the model's own folder; leave it out to write folders such as "
             f"{args.model}/onnx there."
+        )
+    if any(Path(args.output).glob("model*.safetensors")):
+        raise ValueError(
+            f"--output {args.output} contains a network, whose image processor would be replaced; give another folder."
         )
 
 
@@ -170,7 +179,7 @@ def add_to_card(args: ExportArguments) -> None:
     """Show the exported files on the card in the model's folder, where there is one."""
     card = Path(args.model, "README.md")
     if card.is_file():
-        backbone = load_backbone(args.model, argument="model", pooling=args.pooling)
+        backbone = load_backbone(args.model, argument="model")
         subject = Subject(args.model, backbone, load_head(args.model), Path(args.model))
         card.write_text(renewed(card.read_text(), subject))
 

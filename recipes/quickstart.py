@@ -4,7 +4,7 @@
 
 It writes the digits as parquet, trains a small labelled teacher (recipes/train_teacher.py), distils it without labels
 into a smaller student (recipes/distill.py), and prints how well the embeddings of test images tell their classes. Each
-command is printed before it runs. It needs scikit-learn: pip install 'coss-hf[quickstart]'.
+command is printed before it runs. It needs scikit-learn, which the extra `quickstart` installs.
 """
 
 from coss_hf.cli.help import as_commands, show_help

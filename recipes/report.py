@@ -6,22 +6,22 @@
 Rows: random weights, the student's own weights if it has any, cosine alone (lambda_ss=0), CoSS without neighbours (with
 --neighbors_k), CoSS, the teacher. Each trained row runs with the same seeds, from the same initial weights, on as many
 images as --hours allow (or --num_images). Quality is measured on test images (without any, on those that
---validation_size holds out): linear evaluation, probe, k-NN and retrieval if there are labels, agreement with the
-teacher in any case. Cost is measured on this machine: parameters, multiply-adds, bytes, latency. Other flags are those
-of recipes/distill.py. The same command resumes where it stopped. `report.html` in the output folder is the page;
-report.jsonl, report.json, report.md and report.png are its rows, costs, table and plot.
+--validation_size, or else the command itself, holds out): linear evaluation, probe, k-NN and retrieval if there are
+labels, agreement with the teacher in any case. Cost is measured on this machine: parameters, multiply-adds, bytes,
+latency. Other flags are those of recipes/distill.py. The same command resumes where it stopped. `report.html` in the
+output folder is the page; report.jsonl, report.json, report.md and report.png are its rows, costs, table and plot.
 """
 
 from coss_hf.cli.help import show_help
 
 show_help(__name__, "report")
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.reporting.run_record import command, versions
-from coss_hf.study.comparison import plan_comparison, ranking_metric
+from coss_hf.study.comparison import held_out_size, plan_comparison, ranking_metric
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.report import Report
 from coss_hf.study.trials import UNTRAINED, load
@@ -55,6 +55,7 @@ def main() -> None:
                 f"--method={training.method}, --beta={training.beta}, --timing_rounds={args.timing_rounds}: a report "
                 f"is of CoSS at its own beta, with a timed round at least; recipes/compare.py compares other methods."
             )
+        data = replace(data, validation_size=held_out_size(data, unless_test=True))
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)

@@ -110,11 +110,11 @@ SENTENCES = {
     "hub_model_id": "Repository on the Hub to push to, as USER/NAME.",
     "num_processes": "Number of processes on this machine: one for each GPU.",
     "num_train_epochs": "Number of passes over the training images.",
-    "push_to_hub": "Push the finished student to the Hub.",
+    "push_to_hub": "Push the finished network to the Hub.",
     "resume_from_checkpoint": "Resume from the last checkpoint in --output_dir, or from the folder given here.",
     "run_name": "Name of the run in the tracker.",
     "seed": "Seed of initial weights, views and batches.",
-    "torch_compile": "Compile student and teacher with torch.compile.",
+    "torch_compile": "Compile all networks of the run with torch.compile.",
     "use_cpu": "Run on the CPU, even where there is a GPU.",
     "warmup_steps": "Number of steps during which the learning rate rises from 0; below 1, a share of all steps.",
 }

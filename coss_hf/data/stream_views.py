@@ -193,7 +193,9 @@ class StreamViews(torch.utils.data.IterableDataset):
 
     def _blocks(self, state: dict | None) -> Iterator[tuple[list[dict | None], int, dict | None]]:
         """Blocks of images with their numbers and the stream's state before each."""
-        stream = copy.copy(self._rows)  # so that a state loaded here is not that of the next pass
+        # A state that is loaded here must not be that of the next pass; a copy made by datasets shares all attributes.
+        stream = copy.copy(self._rows)
+        stream.__dict__ = dict(self._rows.__dict__)
         number = 0 if state is None else state["block"]
         by_state = not self.shuffles_itself
         before = None if state is None else state["stream"]

@@ -17,6 +17,7 @@ from torch import Tensor
 from coss_hf.evaluation.agreement import neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, unit
 from coss_hf.hub.export_executorch import PROGRAM_FILE, executorch_package, open_program, write_program
+from coss_hf.hub.export_folders import FILES
 from coss_hf.hub.export_openvino import OPENVINO_FILE, open_openvino, openvino_package, write_openvino
 from coss_hf.hub.student import Student
 from coss_hf.models.image_processor import is_timm_processor
@@ -297,7 +298,10 @@ def export(
         results = _measure(student, files, images, train_images, labels, rounds)
         if not hub_layout:
             _save_processor(student, staged)
-        if "onnx" in folders:  # of an earlier export
+        if not hub_layout:  # of an earlier export, which the new record does not describe
+            for file in [file for names in FILES.values() for file in names]:
+                (output / file).unlink(missing_ok=True)
+        elif "onnx" in folders:
             (output / folders["onnx"].relative_to(staged) / INT8_FILE).unlink(missing_ok=True)
         for path in sorted(path for path in staged.rglob("*") if path.is_file()):
             target = output / path.relative_to(staged)

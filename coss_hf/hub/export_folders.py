@@ -4,6 +4,10 @@ import hashlib
 import json
 from pathlib import Path
 
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
+
 # In each of them: what was measured, and of which weights the files are.
 RECORD = "export.json"
 FILES = {
@@ -46,6 +50,17 @@ def exported_folders(folder: str | Path) -> tuple[list[str], list[str]]:
         belongs = digest is not None and _recorded(Path(folder, name, RECORD), "weights") == digest
         (current if belongs else stale).append(name)
     return current, stale
+
+
+def warn_of_stale_exports(folder: str | Path) -> None:
+    """Name the exported files in a student's folder that are of other weights than those now in it."""
+    stale = exported_folders(folder)[1]
+    if stale:
+        logger.warning(
+            "%s: the files in %s were exported from other weights. Run coss-hf export again, or remove them.",
+            folder,
+            ", ".join(stale),
+        )
 
 
 def remove_exports(folder: str | Path) -> None:

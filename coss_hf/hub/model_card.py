@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
+from coss_hf.hub.export_folders import warn_of_stale_exports
 from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
@@ -63,6 +64,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    warn_of_stale_exports(folder)
     subject = Subject(name, trainer.student, trainer.full_model.head, folder, on_hub=bool(trainer.hub_model_id))
     tags = metadata.pop("tags", None) or []
     base_models = _base_models(trainer.student, teacher, arguments.get("student_init", "pretrained"))

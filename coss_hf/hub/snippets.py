@@ -439,24 +439,28 @@ def _own_remark(subject: Subject) -> str:
     if subject.space is None:
         return f"{text}."
     text = f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
-    return f"{text} {describe_space(subject.space.get('space'))}".rstrip()
+    space = describe_space(subject.space.get("space"), texts=subject.space.get("texts", True))
+    return f"{text} {space}".rstrip()
 
 
 # ---- texts ----
 
 
 def _text_code(subject: Subject) -> str:
+    torchvision = "" if _torchvision_builder(subject) is None else "import torchvision\n"
+    revision = subject.space.get("revision")
+    given = f', revision="{revision}"' if revision else ""
     return f'''import coss_hf
 import torch
-from PIL import Image
+{torchvision}from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 name = "{subject.name}"
 teacher = "{subject.space["teacher"]}"
 texts = ["a photo of a cat", "a photo of a dog"]
-tokens = AutoTokenizer.from_pretrained(teacher)(texts, padding="max_length", return_tensors="pt")
+tokens = AutoTokenizer.from_pretrained(teacher{given})(texts, padding="max_length", return_tensors="pt")
 with torch.no_grad():
-    text_embeddings = AutoModel.from_pretrained(teacher).get_text_features(**tokens).pooler_output
+    text_embeddings = AutoModel.from_pretrained(teacher{given}).get_text_features(**tokens).pooler_output
 {_own_loading(subject)}
 
 {_image(subject)}
@@ -469,8 +473,9 @@ def _text_remark(subject: Subject) -> str:
 
 
 def _no_text(subject: Subject) -> str | None:
-    in_shared_space = subject.space is not None and subject.space.get("space") == "projected"
-    return "" if in_shared_space else NOT_MENTIONED
+    space = subject.space or {}
+    reads_texts = space.get("space") == "projected" and space.get("texts", True)
+    return "" if reads_texts else NOT_MENTIONED
 
 
 # ---- exported files ----
@@ -504,7 +509,8 @@ def _onnx_code(subject: Subject) -> str:
 
 def _openvino_code(subject: Subject) -> str:
     load = """cached_file(name, "openvino/openvino_model.bin")  # the weights, next to it
-model = openvino.Core().compile_model(cached_file(name, "openvino/openvino_model.xml"), "CPU")"""
+graph = cached_file(name, "openvino/openvino_model.xml")
+model = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})"""
     return _exported_code(subject, "import openvino", load, 'embedding = model(pixels.numpy())["embedding"]')
 
 
@@ -520,15 +526,23 @@ def _exported_remark(kind: str, package: str) -> Callable[[Subject], str]:
         exported_head = exported_with_head(subject.folder, kind)
         space = _described_space(subject) if exported_head else "the student's own embedding"
         text = f"Needs `{package}`; {space}."
-        if kind == "onnx":
-            text += (
-                ' Optimum (`ORTModelForFeatureExtraction`, `subfolder="onnx"`) and Transformers.js '
-                '(`pipeline("image-feature-extraction", ..., { dtype: "fp32" })`) give the same as '
-                "`last_hidden_state`."
-            )
-        return text
+        return f"{text} {_other_readers(subject)}" if kind == "onnx" else text
 
     return remark
+
+
+def _other_readers(subject: Subject) -> str:
+    """Of the ONNX file. Transformers.js needs a ``preprocessor_config.json``, which students of timm do not have."""
+    text = (
+        f'Optimum (`ORTModelForFeatureExtraction`, `subfolder="onnx"`{_trust(subject)}) reads it as '
+        f"`last_hidden_state`, with a release of Transformers that it supports."
+    )
+    if is_timm_processor(subject.student.processor) or _trust(subject):
+        return text
+    return (
+        f"{text} The graph also has the names that Transformers.js reads "
+        f'(`pipeline("image-feature-extraction", ..., {{ dtype: "fp32" }})`).'
+    )
 
 
 def renewed(card: str, subject: Subject) -> str:

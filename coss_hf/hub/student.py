@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coss_hf.data.decoding import decode
+from coss_hf.hub.export_folders import warn_of_stale_exports
 from coss_hf.hub.push import COMPANIONS, PushFailed, push
 from coss_hf.hub.sentence_modules import write_modules
+from coss_hf.hub.snippets import Subject, renewed
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
@@ -196,6 +198,10 @@ class Student(nn.Module):
             found = find_student_file(self._source[0], name, self._source[1])
             if found is not None and Path(found).resolve() != (folder / name).resolve():
                 shutil.copy(found, folder / name)
+        warn_of_stale_exports(folder)
+        card = folder / "README.md"
+        if self._source and card.is_file():  # exported files stay behind, and their code goes from the card
+            card.write_text(renewed(card.read_text(), Subject(self._source[0], self.backbone, self.head, folder)))
 
     def push_to_hub(
         self,

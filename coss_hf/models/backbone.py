@@ -104,6 +104,7 @@ class Backbone:
         can_interpolate: whether it can stretch position embeddings.
         options: keyword arguments of the network's forward pass.
         maps: number of feature maps that ``features`` returns together with the embedding; 0 by default.
+        has_texts: whether the network that it was taken from embeds texts, too.
         classifier: the linear layer on the embedding that was left out of a plain module; None where none is known.
 
     Raises:
@@ -127,6 +128,7 @@ class Backbone:
         self.maps = 0
         self.classifier: nn.Linear | None = None
         self.missing = set(missing)
+        self.has_texts = callable(getattr(model, "get_text_features", None))
         if space == "projected":
             self.model = projected_tower(model, argument)
             self.missing = self.model.own_names(self.missing)

@@ -115,6 +115,8 @@ def load_backbone(
         argument=argument,
         space=space,
     )
+    if init == "pretrained":
+        backbone.has_texts |= vision_config_of(_load_config(name, argument, hub)) is not None
     if is_timm_processor(backbone.processor):
         # timm's processors are saved in the network's configuration, not next to it.
         own = getattr(model.config, "pretrained_cfg", None) or {}

@@ -6,7 +6,6 @@ noise.
 """
 
 import copy
-import logging
 from enum import Enum
 from typing import NamedTuple
 
@@ -17,9 +16,10 @@ from transformers import PreTrainedModel
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooling import pool
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.vectors import l2_normalize
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 MIN_COSINE = 0.9999
 TIMM = "timm_wrapper"

@@ -172,15 +172,19 @@ def space_of(model: nn.Module, pooling: str) -> str | None:
     return "tower" if kind in _BEFORE_PROJECTION else None
 
 
-def describe_space(space: str | None) -> str:
+def describe_space(space: str | None, *, texts: bool = True) -> str:
     """A sentence on what embeddings in a teacher's space can be compared with; empty where there is nothing to say.
 
     Args:
         space: of ``space_of``.
+        texts: whether the teacher has a text tower itself.
     """
+    search = "the teacher's text tower searches images that the student has embedded"
+    if not texts:
+        search = "the text tower that the teacher was trained with can search images that the student has embedded"
     return {
-        "projected": "The space is the one that the teacher's images share with its texts (after the projection): the "
-        "teacher's text tower searches images that the student has embedded.",
+        "projected": "The space is the one that the teacher's images share with its texts (after the projection): "
+        f"{search}.",
         "tower": "The space is that of the teacher's vision tower, before the projection into the space of its texts: "
         "it is compared with embeddings of images alone. A student of `--teacher_space projected` is compared with "
         "texts, too.",

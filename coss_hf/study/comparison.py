@@ -98,10 +98,10 @@ def plan_comparison(
     sweep = Sweep(folder, name, jobs, {"command": command()})
     trained = trained_trials(pair, training, seeds, split, methods)
     sweep.check(trained, config)
-    keep_filled(given, training, settings)
     others = untrained_trials(pair, models, seeds, split)
     num_images = training.num_images or run_images(folder, hours, trained, others, config)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others
+    keep_filled(given, training, settings)
     return Comparison(pair, split, num_images, trials, config, sweep, settings)
 
 
@@ -157,12 +157,18 @@ def _key(given: DistillationArguments, situation: Situation) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def held_out_size(data: DataArguments) -> int | float:
-    """Return how many images to hold out: as many as a training does, if the dataset has no validation images."""
+def held_out_size(data: DataArguments, *, unless_test: bool = False) -> int | float:
+    """Return how many images to hold out: as many as a training does, if the dataset has no validation images.
+
+    Args:
+        data: the images.
+        unless_test: hold none out where the dataset has test images.
+    """
     if data.validation_size is not None:
         return data.validation_size
     splits = data.load()
-    return 0 if splits.validation is not None else min(MAX_DEFAULT_VALIDATION_SIZE, len(splits.train) // 10)
+    measured = splits.validation is not None or (unless_test and splits.test is not None)
+    return 0 if measured else min(MAX_DEFAULT_VALIDATION_SIZE, len(splits.train) // 10)
 
 
 def ranking_metric(rows: list[dict]) -> str:

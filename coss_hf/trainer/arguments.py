@@ -200,8 +200,9 @@ class DataArguments(SearchOptions):
     validation_size: float | None = field(
         default=None,
         metadata={
-            "help": "Number of images held out of train before anything else, or their share, below 1. Default: where "
-            "the dataset brings no validation images, 2,000 (a tenth of train at most), which evaluate the training."
+            "help": "Number of images held out of train before anything else, or their share, below 1. Default of "
+            "distill, neighbors, compare and report: 2,000 (a tenth of train at most) where the dataset brings no "
+            "images to measure on; of other commands: those that the student's own run held out, else none."
         },
     )
     max_train_samples: int | None = field(

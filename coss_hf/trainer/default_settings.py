@@ -31,7 +31,7 @@ class StartingValues:
     Attributes:
         optim: name of the optimizer.
         learning_rate: largest rate of the schedule, of a student with random weights, at ``at_views``.
-        at_views: number of views a step at which ``learning_rate`` holds.
+        at_views: number of views per step at which ``learning_rate`` holds.
         weight_decay: its strength.
         weight_decay_on: ``all`` parameters, or ``matrices``.
         warmup: share of the run during which the rate rises.
@@ -52,13 +52,13 @@ SGD = StartingValues("sgd", 0.05, 128, 5e-4, "all", warmup=0.05, max_grad_norm=1
 ADAMW = StartingValues("adamw_torch", 5e-4, 64, 0.05, "matrices", warmup=0.1, max_grad_norm=1.0)
 
 BY_FAMILY = {TRANSFORMER: ADAMW, LAYER_NORM: ADAMW, BATCH_NORM: SGD}
-# Through a projection head, SGD is taken on views of at most so many pixels a side, and at least so many views a step.
+# Through a projection head, SGD is taken for views of at most so many pixels a side, at least so many views per step.
 SMALL_SIZE = 32
 LEAST_VIEWS_OF_SGD = 128
 
 # A student that has learnt something already must not be thrown back: its rate is so much of the others'.
 TRAINED_RATE = 0.2
-# The rate grows with the square root of the views a step, within these factors.
+# The rate grows with the square root of the views per step, within these factors.
 RATE_FACTORS = (0.25, 4.0)
 # A rate that was given without an optimizer is one of SGD if it is at least so large, else one of AdamW.
 LEAST_RATE_OF_SGD = 0.01

@@ -277,4 +277,4 @@ def _teacher_space(teacher: Backbone, head: nn.Module | None) -> dict:
         "dim": teacher.dim,
         "head": head is not None,
     }
-    return space if teacher.space is None else space | {"space": teacher.space}
+    return space if teacher.space is None else space | {"space": teacher.space, "texts": teacher.has_texts}

@@ -129,8 +129,8 @@ def synchronise_batch_norm(student: PreTrainedModel, criterion: nn.Module) -> No
 def use_precision(args: TrainingArguments) -> None:
     """Let a trainer compute in its own precision, whatever another trainer of this process computes in.
 
-    accelerate keeps one for the process: it refuses a second one, and an earlier trainer would go on in that of a later
-    one. DeepSpeed and FSDP, which keep more there, are left alone.
+    accelerate keeps one for the process: it refuses a second one, and an earlier trainer would continue in that of a
+    later one. DeepSpeed and FSDP, which keep more there, are left alone.
 
     Args:
         args: arguments of the trainer.

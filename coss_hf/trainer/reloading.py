@@ -4,7 +4,6 @@ That of a plain module is loaded into a copy of it at random weights: only its o
 """
 
 import json
-import logging
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,9 +26,9 @@ from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
 from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_output
 from coss_hf.models.pooling import pool
 from coss_hf.utils.errors import RunStopped
-from coss_hf.utils.messages import command_to, first_line
+from coss_hf.utils.messages import command_to, first_line, get_logger
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 IMAGES = 4
 # Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.

@@ -41,7 +41,7 @@ class Situation:
         trained: whether the student has weights that were trained.
         size: side of the views in pixels.
         images: number of training images; None for a stream.
-        views: number of views a step, over all processes, neighbours included.
+        views: number of views per step, over all processes, neighbours included.
         head: whether there is a projection head.
         device: type of the device that trains: ``cuda``, ``cpu``, ...
         cores: number of cores for each process.
@@ -308,7 +308,7 @@ def _optimizer_name(optim) -> str:
 def _rate(usual: table.StartingValues, situation: Situation) -> Filled:
     least, most = table.RATE_FACTORS
     factor = min(max(math.sqrt(situation.views / usual.at_views), least), most)
-    reason = f"{usual.learning_rate:g} at {usual.at_views} views a step"
+    reason = f"{usual.learning_rate:g} at {usual.at_views} views per step"
     if factor != 1:
         root = f"the square root of {situation.views:,} / {usual.at_views}"
         reason += f", times {factor:.3g}" + (

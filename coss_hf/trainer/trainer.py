@@ -1021,8 +1021,8 @@ class DistillationTrainer(Trainer):
                 raise
             raise ValueError(
                 f"--resume_from_checkpoint: in the run that is resumed weight decay was for other parameters than "
-                f"--weight_decay_on={self.args.weight_decay_on} names now; go on with the version of coss_hf that it "
-                f"was begun with, or start afresh in another --output_dir."
+                f"--weight_decay_on={self.args.weight_decay_on} names now; continue with the version of coss_hf "
+                f"that it was begun with, or start afresh in another --output_dir."
             ) from error
 
     def _load_best_model(self) -> None:

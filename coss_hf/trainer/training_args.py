@@ -158,7 +158,8 @@ class DistillationArguments(TrainingArguments):
     learning_rate: float | None = field(
         default=None,
         metadata={
-            "help": "Largest learning rate of the schedule. Default: see --settings; it grows with the views a step."
+            "help": "Largest learning rate of the schedule. Default: see --settings; with auto it depends on the views "
+            "per step."
         },
     )
     momentum: float = field(

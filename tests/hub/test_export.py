@@ -21,7 +21,7 @@ from coss_hf.hub.export import (
     open_file,
     write_graph,
 )
-from coss_hf.hub.export_folders import RECORD, exported_folders, weights_digest
+from coss_hf.hub.export_folders import RECORD, exported_folders, warn_of_stale_exports, weights_digest
 from coss_hf.hub.student import Student
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
@@ -273,7 +273,7 @@ def test_missing_package_names_its_extra(monkeypatch, kind, package):
 # ---- whether exported files are those of the present weights ----
 
 
-def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path):
+def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path, caplog):
     student_folder(tmp_path)
     for name in ("onnx", "openvino"):
         (tmp_path / name).mkdir()
@@ -283,6 +283,8 @@ def test_exported_files_belong_to_the_weights_that_they_were_made_from(tmp_path)
     for name, weights in (("onnx", weights_digest(tmp_path)), ("openvino", "others")):
         (tmp_path / name / RECORD).write_text(json.dumps({"weights": weights}))
     assert exported_folders(tmp_path) == (["onnx"], ["openvino"])
+    warn_of_stale_exports(tmp_path)
+    assert "the files in openvino were exported from other weights" in caplog.text
     (tmp_path / "head.safetensors").write_text("of other weights")
     assert exported_folders(tmp_path) == ([], ["onnx", "openvino"])
     args = SimpleNamespace(overwrite_output_dir=True, process_index=0, output_dir=str(tmp_path))

@@ -68,13 +68,20 @@ def test_record_and_snippet_of_the_documentation(tmp_path, image_parquet, monkey
             "--quantize static is for the ONNX file: add onnx to --formats",
         ),
         ({"quantize": "int4"}, "quantize"),
+        # In the model's folder they would be taken for its own embedding.
+        ({"output": None, "pooling": "cls"}, "--pooling cls: files in the model's own folder give its own embedding"),
+        # The image processor of another student was replaced.
+        ({"output": "OTHER"}, "contains a network, whose image processor would be replaced"),
     ],
 )
 def test_bad_input(tmp_path, image_parquet, monkeypatch, capsys, replaced, message):
     model = h.save_resnet(tmp_path / "model")
     (tmp_path / "file").write_text("")
     options = {"model": model, "output": tmp_path / "out", "dataset": image_parquet} | replaced
-    options["output"] = {"FILE": tmp_path / "file", "MODEL": model}.get(options["output"], options["output"])
+    places = {"FILE": tmp_path / "file", "MODEL": model, "OTHER": tmp_path / "other"}
+    if options["output"] == "OTHER":
+        h.save_resnet(tmp_path / "other")
+    options["output"] = places.get(options["output"], options["output"])
     with pytest.raises(SystemExit) as stop:
         call(monkeypatch, **options)
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -123,3 +130,7 @@ def test_the_card_shows_what_was_exported(tmp_path, image_parquet, networks, mon
     expected = coss_hf.Student.from_pretrained(out).encode([scope["image"]]).numpy()
     np.testing.assert_allclose(scope["embedding"], expected, rtol=1e-4, atol=1e-4)
     assert "in the teacher's space, 16 numbers" in after.split("### ONNX Runtime")[1].split("```")[0]
+    # Its files stay where they are, so that a copy has no code that reads them.
+    coss_hf.Student.from_pretrained(out).save_pretrained(tmp_path / "copy")
+    copied = (tmp_path / "copy" / "README.md").read_text()
+    assert "onnxruntime" not in copied and "### Transformers" in copied

@@ -33,8 +33,12 @@ def config(image_parquet, networks):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Workers that need not import everything again; tests/study/test_teachers.py starts one from nothing."""
-    context = multiprocessing.get_context("fork")
+    """Workers that need not import everything again; tests/study/test_teachers.py starts one from nothing.
+
+    Of a server: torch cannot train in a fork of a process that has trained.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["coss_hf.study.sweep"])
     monkeypatch.setattr("multiprocessing.get_context", lambda method=None: context)
 
 

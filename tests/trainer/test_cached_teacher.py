@@ -408,7 +408,7 @@ def photos(folder):
     return images[16]
 
 
-def of_files(world, tmp_path, **options):
+def of_files(world, tmp_path, output="out", **options):
     """A trainer on the photographs, without neighbours: it knows them by their names and sizes."""
     options = {
         "settings": "paper",
@@ -418,7 +418,7 @@ def of_files(world, tmp_path, **options):
         "logging_steps": 1,
     } | options
     args = DistillationArguments(
-        str(tmp_path / "out"), use_cpu=True, disable_tqdm=True, report_to="none", augmentation="cifar", **options
+        str(tmp_path / output), use_cpu=True, disable_tqdm=True, report_to="none", augmentation="cifar", **options
     )
     networks = str(world / "teacher"), str(world / "vit")
     images = str(tmp_path / "photos")
@@ -441,7 +441,7 @@ def test_a_live_run_that_knows_its_images_by_file_goes_on_with_a_cache(world, tm
     resumed.train()
     assert losses_of(resumed) == pytest.approx(losses_of(live), rel=1e-5)
     assert resumed.identity() == live.identity() and resumed.cached_teacher.cache.present() == 16
-    fresh = of_files(world, tmp_path, teacher_cache=str(tmp_path / "cache"), save_strategy="no")
+    fresh = of_files(world, tmp_path, "fresh", teacher_cache=str(tmp_path / "cache"), save_strategy="no")
     assert fresh.train_dataset.identity()["--dataset"] != live.identity()["--dataset"]
     assert fresh.cached_teacher.cache.path == resumed.cached_teacher.cache.path
 

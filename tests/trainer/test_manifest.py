@@ -100,7 +100,9 @@ def test_a_run_resumes_before_the_damage_to_the_same_student(world, run, capsys)
 def test_every_file_of_a_checkpoint_is_in_its_manifest(world):
     folder = world["run"] / "checkpoint-4"
     listed = json.loads((folder / MANIFEST).read_text())["files"]
-    assert {*listed, MANIFEST} == {path.name for path in folder.iterdir()} and {*FILES} < {*listed}
+    assert {*listed, MANIFEST} == {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()} and {
+        *FILES
+    } < {*listed}
 
 
 def test_unreadable_manifest_counts_as_damage(run):

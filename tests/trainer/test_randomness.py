@@ -83,7 +83,7 @@ def test_neighbours_evaluations_and_resumption_leave_the_student_as_it_is(world,
         resumed = make(world, kind, tmp_path / "resumed", **evaluated | {"eval_steps": 3})
         torch.rand(step)
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-        h.assert_same(h.state(resumed), expected)
+        h.assert_same(h.state(resumed), expected, but=h.UNTRAINED)
 
 
 def test_the_seed_decides(world, tmp_path):

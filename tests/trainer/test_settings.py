@@ -205,7 +205,7 @@ def test_a_small_rate_is_one_of_adamw(caplog):
     assert values(args, "optim", "learning_rate", "weight_decay_on") == ("adamw_torch", 5e-4, "matrices")
     assert settings.filled["optim"].reason == "a learning rate of 0.0005 was given, which is one of AdamW"
     filled(arguments(momentum=0.8, optim="adamw_torch"))
-    assert "--momentum=0.8 has no effect with --optim adamw_torch" in caplog.text
+    assert "momentum=0.8 has no effect with optim adamw_torch" in caplog.text
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.0])

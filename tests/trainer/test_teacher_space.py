@@ -13,6 +13,9 @@ from transformers import CLIPModel
 import coss_hf
 import tests.helpers.runs as h
 from coss_hf.cli.parser import parse
+from coss_hf.hub.snippets import LOADERS, NOT_MENTIONED, Subject
+from coss_hf.models.loading import load_backbone
+from coss_hf.models.saving import save_processor
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.cached_teacher import teacher_identity
 from coss_hf.trainer.dry_run import describe
@@ -124,3 +127,19 @@ def test_from_python(tmp_path, image_parquet, networks, teacher):
     trainer.save_model()
     assert trainer.arguments["teacher_space"] == "projected"
     assert coss_hf.Student.from_pretrained(tmp_path / "out").dim == 512
+
+
+def test_the_card_searches_by_text_where_the_teacher_reads_texts(tmp_path, networks, teacher):
+    """Vision halves have no text tower to search with."""
+    student = load_backbone(networks.small, argument="student")
+    student.model.config.teacher_space = {"teacher": teacher, "revision": "v2", "space": "projected", "dim": 512}
+    subject = Subject("me/student", student, None, tmp_path)
+    (text,) = [loader for loader in LOADERS if loader.title == "Search by text"]
+    assert text.why_not(subject) == "" and text.code(subject).count('revision="v2"') == 2
+    student.model.config.teacher_space["texts"] = False
+    assert text.why_not(subject) == NOT_MENTIONED
+    whole = load_backbone(teacher, argument="teacher")
+    CLIPModel.from_pretrained(teacher).vision_model.save_pretrained(tmp_path / "half")
+    save_processor(whole.processor, tmp_path / "half")
+    half = load_backbone(str(tmp_path / "half"), argument="teacher")
+    assert whole.has_texts and not half.has_texts

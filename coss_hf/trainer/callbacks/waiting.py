@@ -142,7 +142,7 @@ def slow_images(share: float, workers: int, cores: int, threads: int, device: st
     if most is not None and most < more:
         remedy = f"--dataloader_num_workers {most} is the most that memory and images allow"
         if most <= workers:
-            remedy = "more workers find no room in shared memory, or no longer help"
+            remedy = "more workers do not fit into shared memory, or no longer help"
     elif more > workers:
         remedy = f"--dataloader_num_workers {more} uses the {cores} cores that there are"
     elif device == "cpu" and threads > 1 and not workers:
