@@ -115,7 +115,7 @@ def load_backbone(
         argument=argument,
         space=space,
     )
-    if init == "pretrained":
+    if init == "pretrained" and backbone.space is not None:
         backbone.has_texts |= vision_config_of(_load_config(name, argument, hub)) is not None
     if is_timm_processor(backbone.processor):
         # timm's processors are saved in the network's configuration, not next to it.

@@ -61,7 +61,7 @@ def test_slow_images():
 def test_slow_images_advise_no_more_workers_than_were_filled_in_on_purpose():
     """64 cores, of which 8 workers are taken, or as many as shared memory has room for."""
     assert "--dataloader_num_workers 8 is the most" in slow_images(0.4, 4, 64, 1, "cuda", most=8)
-    assert "more workers find no room" in slow_images(0.4, 3, 64, 1, "cuda", most=3)
+    assert "more workers do not fit into shared memory" in slow_images(0.4, 3, 64, 1, "cuda", most=3)
     assert "--dataloader_num_workers 5 uses the 6 cores" in slow_images(0.4, 0, 6, 1, "cuda", most=5)
 
 
