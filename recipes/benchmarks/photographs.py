@@ -215,7 +215,7 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     """Return what is trained longer, and read on test images."""
     best = experiment.best_settings(student)
     num_images = experiment.options.num_images
-    arms = [Arm(student, best, num_images, method) for method in (["coss"] if student == WARM else METHODS)]
+    arms = [Arm(student, best, num_images, method) for method in METHODS]
     return arms + ([] if best == "paper" else [Arm(student, "paper", num_images)])
 
 
@@ -238,6 +238,8 @@ def test_arms(students: list[str], experiment: Experiment) -> Iterator[tuple[Arm
             yield from ((arm, seed) for arm in long_arms(student, experiment))
     if experiment.earlier.exists():
         yield Arm(WARM, "", 0, "initial weights"), SEEDS[0]
+        best = Arm(WARM, experiment.best_settings(WARM), experiment.options.choice_images)
+        yield from ((best, seed) for seed in SEEDS)
 
 
 def build_parser() -> argparse.ArgumentParser:
