@@ -50,7 +50,9 @@ def is_trained(network: nn.Module) -> bool:
     """Return whether a network has weights that were trained, or copied from trained ones.
 
     Norms tell: at random weights each of their scales is one number everywhere, and each shift is 0; and a batch norm
-    that has seen no images has a mean of 0. Of a network without such norms nothing is known, and it counts as random.
+    that has seen no images has a mean of 0. Of a network without norms, such as VGG, the biases tell: at random weights
+    those of a layer are one number, or drawn as PyTorch draws them, none above 1 / sqrt(inputs of a unit). A network
+    without norms and biases counts as random.
 
     Args:
         network: any module.
@@ -59,7 +61,10 @@ def is_trained(network: nn.Module) -> bool:
         >>> is_trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
         False
     """
-    return any(_has_moved(norm) for norm in network.modules() if _is_batch_norm(norm) or _is_other_norm(norm))
+    norms = [module for module in network.modules() if _is_batch_norm(module) or _is_other_norm(module)]
+    if norms:
+        return any(_has_moved(norm) for norm in norms)
+    return any(_has_moved_biases(layer) for layer in network.modules())
 
 
 @torch.no_grad()
@@ -74,6 +79,16 @@ def _has_moved(norm: nn.Module) -> bool:
     if isinstance(scale, Tensor) and scale.numel():
         return bool((scale != scale.flatten()[0]).any())
     return isinstance(mean, Tensor)  # without a scale its statistics are all that there is
+
+
+@torch.no_grad()
+def _has_moved_biases(layer: nn.Module) -> bool:
+    weight = getattr(layer, "weight", None)
+    bias = getattr(layer, "bias", None)
+    if not (isinstance(weight, Tensor) and isinstance(bias, Tensor) and weight.dim() >= 2 and bias.numel()):
+        return False
+    bound = weight[0].numel() ** -0.5  # of PyTorch's own initial values
+    return bool((bias != bias.flatten()[0]).any() and bias.abs().max() > bound * (1 + 1e-5))
 
 
 def _channels(network: nn.Module) -> tuple[int, int]:

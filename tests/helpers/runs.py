@@ -1,6 +1,7 @@
 """Tiny networks and images that several tests share."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import resource
@@ -33,7 +34,18 @@ from coss_hf.utils.messages import command_line
 from tests.helpers.processes import Program
 
 ROOT = Path(__file__).resolve().parents[2]
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
 COLOURS = np.array([(200, 40, 40), (40, 180, 60), (50, 60, 210), (120, 120, 120)])
+
+
+def load_benchmark(name: str, monkeypatch):
+    """The module of a benchmark, which imports those beside it, as its command does."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where its dataclasses look for their names
+    spec.loader.exec_module(module)
+    return module
 
 
 def colour_images(count: int, seed: int, size: int = 16):

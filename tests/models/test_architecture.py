@@ -206,5 +206,31 @@ def test_scales_that_were_drawn_are_not_trained():
     assert is_trained(network)
 
 
-def test_networks_without_norms_count_as_random():
-    assert not is_trained(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(8, 2)))
+@pytest.mark.parametrize("drawn", ["by PyTorch", "zero biases", "a prior in the last bias"])
+def test_biases_tell_where_there_are_no_norms(drawn):
+    """The published weights of VGG counted as random: their rate was five times too large."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    if drawn == "zero biases":
+        for layer in (network[0], network[-1]):
+            nn.init.zeros_(layer.bias)
+    if drawn == "a prior in the last bias":  # as detectors do
+        nn.init.constant_(network[-1].bias, -4.6)
+    assert not is_trained(network)
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    for _ in range(5):
+        optimizer.zero_grad()
+        found = network(torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+        (found - torch.tensor([1.0, 0.0, -1.0, 2.0])).square().sum(1).mean().backward()
+        optimizer.step()
+    assert is_trained(network)
+
+
+def test_networks_without_norms_and_biases_count_as_random():
+    assert not is_trained(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU()))
+
+
+def test_networks_without_norms_at_random_weights():
+    timm = pytest.importorskip("timm")
+    torchvision = pytest.importorskip("torchvision")
+    assert not is_trained(torchvision.models.squeezenet1_1())
+    assert not is_trained(timm.create_model("nf_resnet26"))

@@ -1,8 +1,6 @@
-import importlib.util
 import json
 import math
 import os
-from pathlib import Path
 
 import pyarrow.parquet
 import pytest
@@ -11,18 +9,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoModel, get_cosine_schedule_with_warmup
 
+import tests.helpers.runs as h
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetForImageClassification
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "benchmarks" / "bare_loop.py"
-
 
 @pytest.fixture
-def bare_loop():
-    spec = importlib.util.spec_from_file_location("bare_loop", RECIPE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bare_loop(monkeypatch):
+    return h.load_benchmark("bare_loop", monkeypatch)
 
 
 def test_views_are_crops_and_flips(bare_loop):

@@ -1,6 +1,5 @@
 """The benchmark of a shared cache resumes where it stopped, and counts what the teacher embeds."""
 
-import importlib.util
 import json
 import sys
 
@@ -8,15 +7,10 @@ import pytest
 
 import tests.helpers.runs as h
 
-FOLDER = h.ROOT / "recipes" / "benchmarks"
-
 
 @pytest.fixture
 def module(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("shared_cache_benchmark", FOLDER / "shared_cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = h.load_benchmark("shared_cache", monkeypatch)
     monkeypatch.setattr(module, "restart_with_kept_memory", lambda: None)
     monkeypatch.setattr(module.factory, "DistillationTrainer", module.DistillationTrainer)  # put back after the test
     return module

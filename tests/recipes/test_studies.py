@@ -153,7 +153,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
     and where some are finished."""
     budget = {"budget": 960 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
     budget |= {"save_steps": 7}
-    options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["vid", "coss"], "scales": [0.5, 1]}
+    options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["at", "coss"], "scales": [0.5, 1]}
     options |= budget | {"use_cpu": True, "batch_size": 16}
     finish(start("reproduce", **options, output_dir=tmp_path / "whole"))
     for name, count in (("teachers/*/checkpoint-*", 1), ("trials/*/checkpoint-*", 1), ("trials/*.json", 5)):

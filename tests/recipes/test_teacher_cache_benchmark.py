@@ -1,25 +1,14 @@
 """The benchmark of the teacher cache goes on where it stopped, and compares the medians of its rounds."""
 
-import importlib.util
 import json
 import sys
 
 import tests.helpers.runs as h
 
-FOLDER = h.ROOT / "recipes" / "benchmarks"
-
-
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("teacher_cache_benchmark", FOLDER / "teacher_cache.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "restart_with_kept_memory", lambda: None)
-    return module
-
 
 def test_runs_are_resumed_and_compared(tmp_path, monkeypatch, capsys):
-    module = load(monkeypatch)
+    module = h.load_benchmark("teacher_cache", monkeypatch)
+    monkeypatch.setattr(module, "restart_with_kept_memory", lambda: None)
     speeds = {"live": 10.0, "cold": 9.0, "warm": 19.0, "student": 20.0}
     runs = []
 
