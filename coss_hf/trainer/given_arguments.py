@@ -73,6 +73,26 @@ RANGES = {
 }
 
 
+def instead_of_arguments(arguments: dict, optimizer, scheduler) -> dict:
+    """Return what a record holds where the user gave an optimizer or a schedule as an object.
+
+    Args:
+        arguments: those of the run, by name.
+        optimizer: the object; None for none.
+        scheduler: the same.
+
+    Returns:
+        None for each argument that the object takes the place of, and a description of the object.
+    """
+    found = {}
+    for name, prefixes, given in (("optimizer", OPTIMIZER, optimizer), ("scheduler", SCHEDULE, scheduler)):
+        if given is not None:
+            found |= {argument: None for argument in arguments if argument.startswith(prefixes)}
+            options = ", ".join(f"{key}={value}" for key, value in getattr(given, "defaults", {}).items())
+            found[name] = f"{type(given).__module__}.{type(given).__name__}({options})"
+    return found
+
+
 def given(args: TrainingArguments) -> dict[str, object]:
     """The arguments that are not at their default, by name; call it before ``__post_init__`` derives others."""
     return {

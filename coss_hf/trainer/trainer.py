@@ -59,6 +59,7 @@ from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_s
 from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
+from coss_hf.trainer.given_arguments import instead_of_arguments
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
@@ -199,6 +200,7 @@ class DistillationTrainer(Trainer):
         self._has_neighbors = False
         self._build(inputs, given["callbacks"], given["optimizers"])
         self.arguments: dict = to_dict(given["data"], self.args) | inputs.given | {"method": self.method}
+        self.arguments |= instead_of_arguments(self.arguments, *given["optimizers"])
         if self.splits is not None:
             self._check_evaluations()
         self._cache_to_open = self._find_cache()

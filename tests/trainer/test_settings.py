@@ -408,6 +408,9 @@ def test_an_optimizer_of_ones_own_is_not_described_as_another(tmp_path, image_pa
     trainer = DistillationTrainer(networks.teacher, student, args, str(image_parquet), optimizers=(own, None))
     assert not {"optim", "learning_rate", "weight_decay"} & {*trainer.settings.filled}
     assert "warmup_steps" in trainer.settings.filled
+    assert trainer.arguments["learning_rate"] is None is trainer.arguments["optim"]
+    assert trainer.arguments["optimizer"].startswith("torch.optim.sgd.SGD(lr=0.1, momentum=0")
+    assert trainer.arguments["warmup_steps"] == trainer.args.warmup_steps and "scheduler" not in trainer.arguments
 
 
 def test_they_are_printed_once_at_the_start(tmp_path, image_parquet, networks, capsys):
