@@ -10,6 +10,7 @@ from coss_hf.reporting.run_record import command
 from coss_hf.study import paper_tables as paper
 from coss_hf.study import teachers
 from coss_hf.study.baselines import check_report
+from coss_hf.study.paper_cells import cells, ranking_sentence
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
 from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
@@ -184,6 +185,9 @@ class Reproduction:
             held_out = len(self.splits.validation)
             published = paper.published(args.table, pair)
             parts.append(pair_section(title, rows, chosen[pair], args.metric, held_out, published))
+            found = [cell for cell in cells(rows, [args.table]) if cell.pair == pair]
+            if sentence := ranking_sentence(found, args.metric):
+                parts.append(sentence)
             if pair in self.own_teachers:
                 parts.append(teachers.describe(self.own_teachers[pair]))
             plot = folder / f"table{args.table}-{pair.replace('/', '-')}.png"

@@ -26,6 +26,7 @@ from coss_hf.utils.process_group import Processes
 logger = get_logger(__name__)
 
 FORMAT = "1"  # raise it where decoding, drawing or pooling change: rows of before are then not read
+FEW = 8  # missing rows are embedded together with others of their batch up to this number
 NOT_KNOWN_YET = {"--neighbors_pool", "--dataset"}  # before neighbours are searched, and in a dry run
 
 
@@ -197,12 +198,22 @@ class CachedTeacher(TrainerCallback):
         elif self._whole_batches:
             embedding = embed(views).embedding[positions]
         else:
-            embedding = embed(views[positions]).embedding
+            embedding = embed(views[self._with_others(missing, len(views))]).embedding[: len(missing)]
         embedding = embedding.to(torch.float32, copy=True)  # the next step of a CUDA graph writes over its output
         self._last = (batch["missing_rows"], embedding)
         rounded = embedding.to(getattr(torch, self.cache.dtype.name)).float()
         rounded = torch.where(rounded.isfinite(), rounded, embedding)
         return Features(cached.index_copy(0, positions, rounded))
+
+    @staticmethod
+    def _with_others(missing: list[int], count: int) -> list[int]:
+        """Positions of missing rows, filled up with others of the batch where they are few.
+
+        One or two images alone take another path through a CPU's convolutions, and are rounded otherwise than among
+        others. With this, what is kept does not depend on how many rows an interrupted run had left.
+        """
+        others = set(range(count)).difference(missing)
+        return missing + sorted(others)[: max(0, FEW - len(missing))]
 
     def _keep_last(self) -> None:
         """Keep the rows of the step before, which a GPU has computed by now: nothing waits for this one's."""

@@ -10,9 +10,9 @@ Stages, each with three seeds, all runs of a student at equal images seen:
 
     settings  CoSS with neighbours under each of SETTINGS, short, measured on images held out of train
     methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by the
-              settings of the paper
+              default and by the paper's settings
     warm      a student that was distilled from other images before, under each of SETTINGS
-    test      test images, read once: the best settings, those of the paper, random weights, the teacher, and the costs
+    test      test images, read once: the long runs, random weights, the teacher, and the costs
 
 Every run sees the same views, so that the teacher embeds each view once for all of them. Each line of photographs.jsonl
 is one network on one split. The same command resumes where it stopped.
@@ -52,6 +52,7 @@ SETTINGS = {
     "adamw 5e-4": {"learning_rate": 5e-4, **ADAMW},
     "adamw 2e-3": {"learning_rate": 2e-3, **ADAMW},
 }
+DEFAULT = "adamw 5e-4"  # what all three students get where nothing is said, at 64 views per step
 METHODS = {"coss": ("coss", 3), "cosine alone": ("coss(lambda_ss=0)", 3), "coss, no neighbours": ("coss", 0)}
 WARM = "mobilenetv3, warm start"
 SEEDS = (1, 2, 3)
@@ -216,7 +217,7 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     best = experiment.best_settings(student)
     num_images = experiment.options.num_images
     arms = [Arm(student, best, num_images, method) for method in METHODS]
-    return arms + ([] if best == "paper" else [Arm(student, "paper", num_images)])
+    return arms + [Arm(student, name, num_images) for name in (DEFAULT, "paper") if name != best]
 
 
 def training_arms(stage: str, students: list[str], experiment: Experiment) -> Iterator[Arm]:

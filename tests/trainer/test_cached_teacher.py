@@ -21,7 +21,7 @@ from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments
-from coss_hf.trainer.cached_teacher import libraries, teacher_identity
+from coss_hf.trainer.cached_teacher import CachedTeacher, libraries, teacher_identity
 from coss_hf.trainer.checkpoint_files import check_identity
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
@@ -226,7 +226,8 @@ def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
         return trainer.cached_teacher.cache.present()
 
     assert train("first", {3, 11}) == 46
-    assert train("second", {7}) == 48 and sum(embedded) == 3
+    assert train("second", {7}) == 48
+    assert set(embedded) == {8} and len(embedded) <= 3, "three images, each among others of its batch"
     assert train("third", ()) == 48 and not embedded
 
 
@@ -612,3 +613,10 @@ def test_a_loss_of_maps_is_named_by_its_parameter(world, tmp_path, monkeypatch):
     assert not read, "before images are read"
     with pytest.raises(ValueError, match="criterion=OfMaps reads its feature maps"):
         h.make_trainer(tmp_path, world / "images", *networks, criterion=OfMaps(), teacher_cache="cache", view_epochs=1)
+
+
+def test_few_missing_rows_are_embedded_among_others():
+    """A study that was killed had other figures: an image alone is rounded otherwise by a CPU's convolutions."""
+    assert CachedTeacher._with_others([5], 16) == [5, 0, 1, 2, 3, 4, 6, 7]
+    assert CachedTeacher._with_others([2, 1], 4) == [2, 1, 0, 3]
+    assert CachedTeacher._with_others([*range(3, 12)], 16) == [*range(3, 12)]

@@ -1,0 +1,145 @@
+"""Figures of a study beside the paper's, cell by cell, and whether both rank the rows alike."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas
+
+from coss_hf.study import paper_tables as paper
+from coss_hf.study.tables import as_markdown, half_interval
+
+# A correlation of fewer rows says nothing.
+LEAST_ROWS = 5
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of the paper, and ours.
+
+    Attributes:
+        table: number of the table.
+        pair: student and teacher.
+        row: name of the row.
+        published: the paper's top-1 in %; None where it has none.
+        runs: our results of it on test images, one a seed; empty where it was not run.
+    """
+
+    table: int
+    pair: str
+    row: str
+    published: float | None
+    runs: tuple[dict, ...] = ()
+
+    def values(self, metric: str) -> list[float]:
+        """Return ours in %, one a seed."""
+        return [100 * row[metric] for row in self.runs if row.get(metric) is not None]
+
+    def text(self, metric: str) -> str:
+        """Return our mean in % with the half of its 95 % t-interval; "not run" where there is nothing."""
+        values = self.values(metric)
+        if not values:
+            return "not run"
+        text = f"{statistics.fmean(values):.1f}"
+        return text if len(values) == 1 else f"{text} ± {half_interval(values):.1f}"
+
+    def gap(self, metric: str) -> float | None:
+        """Return ours minus the paper's, in points; None where one of them is missing."""
+        values = self.values(metric)
+        return statistics.fmean(values) - self.published if values and self.published is not None else None
+
+
+def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> list[Cell]:
+    """Return every cell of the paper's tables, and of ``--table 5``, with what was run of it.
+
+    Args:
+        rows: results of ``coss-hf reproduce``; those that name no table are of each.
+        tables: numbers of the tables.
+    """
+    found = []
+    for table in tables:
+        for pair in paper.PUBLISHED[table]:
+            published = paper.published(table, pair)
+            for name in paper.ROWS[table]:
+                wanted = {"table": table, "pair": pair, "method": name, "split": "test"}
+                runs = tuple(row for row in rows if all(row.get(key, value) == value for key, value in wanted.items()))
+                found.append(Cell(table, pair, name, published.get(name), runs))
+    return found
+
+
+def cells_table(found: Sequence[Cell], metric: str = "linear") -> str:
+    """Return the cells of one pair as a table in Markdown: the paper's figure, ours, the gap, and how ours was made.
+
+    Args:
+        found: the cells.
+        metric: metric of ours that is compared with the paper's top-1.
+    """
+    lines = [["row", "paper", f"{metric}, here", "gap", "k-NN 20, here", "seeds", "images seen", "scale"]]
+    for cell in found:
+        gap = cell.gap(metric)
+        lines.append(
+            [
+                f"`{cell.row}`",
+                "" if cell.published is None else f"{cell.published:.2f}",
+                cell.text(metric),
+                "" if gap is None else f"{gap:+.1f}",
+                cell.text("knn20") if cell.runs else "",
+                str(len(cell.runs)) if cell.runs else "",
+                f"{max(row['images_seen'] for row in cell.runs):,}" if cell.runs else "",
+                ", ".join(sorted({f"{row['scale']:g}" for row in cell.runs})),
+            ]
+        )
+    return as_markdown(lines)
+
+
+def rank_correlation(ours: Sequence[float], theirs: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Return Spearman's rank correlation and its 95 % interval over rows drawn with replacement.
+
+    Args:
+        ours: a figure of each row, ``(n,)``.
+        theirs: the same in the paper, ``(n,)``.
+        draws: number of draws of n rows; those in which one side has one value alone are left out.
+
+    Returns:
+        The correlation, the lower and the upper end of the interval.
+
+    Raises:
+        ValueError: fewer than ``LEAST_ROWS`` rows, or a side that has one value alone.
+
+    Example:
+        >>> rank_correlation([1, 2, 3, 4, 5], [10, 20, 30, 40, 50])
+        (1.0, 1.0, 1.0)
+    """
+    values = np.array([ours, theirs], dtype=float)
+    if values.shape[1] < LEAST_ROWS or (values == values[:, :1]).all(axis=1).any():
+        raise ValueError(f"a rank correlation needs {LEAST_ROWS} rows or more that differ, not {values.tolist()}.")
+    rng = np.random.default_rng(0)
+    drawn = (values[:, rng.integers(0, values.shape[1], values.shape[1])] for _ in range(draws))
+    several = [_spearman(one) for one in drawn if (one != one[:, :1]).any(axis=1).all()]
+    low, high = np.percentile(several, (2.5, 97.5))
+    return _spearman(values), float(low), float(high)
+
+
+def _spearman(values: np.ndarray) -> float:
+    """Correlation of the ranks of two rows; equal values share the mean of their ranks."""
+    return float(np.corrcoef(pandas.DataFrame(values.T).rank().to_numpy().T)[0, 1].round(12))
+
+
+def ranking_sentence(found: Sequence[Cell], metric: str = "linear") -> str:
+    """Say how far our ranking of the rows agrees with the paper's; empty where too few rows were run.
+
+    Args:
+        found: the cells of one pair.
+        metric: metric that ranks ours.
+    """
+    both = [cell for cell in found if cell.gap(metric) is not None]
+    try:
+        ours = [statistics.fmean(cell.values(metric)) for cell in both]
+        rho, low, high = rank_correlation(ours, [cell.published for cell in both])
+    except ValueError:
+        return ""
+    return (
+        f"Spearman's rank correlation of {metric} here with the paper's top-1, over {len(both)} rows: {rho:.2f} (95 % "
+        f"interval over draws of the rows: {low:.2f} to {high:.2f})."
+    )

@@ -1,0 +1,48 @@
+"""Our figures beside the paper's."""
+
+import numpy as np
+import pytest
+
+from coss_hf.study.paper_cells import cells, cells_table, rank_correlation, ranking_sentence
+
+
+def row(table, pair, method, seed, linear, split="test"):
+    return {"table": table, "pair": pair, "method": method, "seed": seed, "split": split, "scale": 1} | {
+        "linear": linear,
+        "knn20": linear - 0.1,
+        "images_seen": 1_000_000,
+    }
+
+
+def test_every_cell_is_there_run_or_not():
+    rows = [row(3, "resnet20/resnet56", "lambda 0.5", seed, 0.60 + seed / 100) for seed in (1, 2, 3)]
+    rows.append(row(3, "resnet20/resnet56", "lambda 0.5", 0, 0.9, split="validation"))
+    found = cells(rows)
+    assert len(found) == 3 * 11 + 2 * 3 + 2 * 4 + 3 * 2 + 4
+    (cell,) = (cell for cell in found if cell.runs)
+    assert (cell.table, cell.row, cell.published) == (3, "lambda 0.5", 71.11)
+    assert cell.gap("linear") == pytest.approx(62 - 71.11)
+    text = cells_table([cell for cell in found if cell.table == 3 and cell.pair == "resnet20/resnet56"])
+    assert "| `lambda 0.5` | 71.11 | 62.0 ± 2.5 | -9.1 | 52.0 ± 2.5 | 3 | 1,000,000 | 1 |" in text
+    assert "| `lambda 0` | 70.58 | not run |  |  |  |  |  |" in text
+    assert not ranking_sentence(found), "one row ranks nothing"
+
+
+def test_rank_correlation():
+    """The value of scipy.stats.spearmanr, with equal values."""
+    ours, theirs = [0.3, 0.1, 0.5, 0.4, 0.2, 0.2], [69.3, 49.0, 71.1, 65.0, 68.6, 63.1]
+    rho, low, high = rank_correlation(ours, theirs)
+    assert rho == pytest.approx(0.782691, abs=1e-6) and -1 <= low < rho < high <= 1
+    assert rank_correlation(ours, [-value for value in ours])[0] == pytest.approx(-1)
+    assert rank_correlation(ours, theirs) == (rho, low, high), "the same draws each time"
+    with pytest.raises(ValueError, match="needs 5 rows or more that differ"):
+        rank_correlation(ours[:4], theirs[:4])
+    with pytest.raises(ValueError, match="that differ"):
+        rank_correlation(ours, np.ones(6))
+
+
+def test_a_ranking_is_compared_over_the_rows_that_were_run():
+    names = ("at", "sp", "vid", "rkd", "pkt", "coss")
+    rows = [row(1, "vgg8/vgg13", name, 1, 0.4 + place / 10) for place, name in enumerate(names)]
+    found = [cell for cell in cells(rows, [1]) if cell.pair == "vgg8/vgg13"]
+    assert "with the paper's top-1, over 6 rows: 0.54 (95 % interval" in ranking_sentence(found)
