@@ -320,6 +320,20 @@ def teacher_cache() -> str:
     return as_markdown(lines)
 
 
+def decoding() -> str:
+    """Views a second and core of large and small photographs, by how they are decoded."""
+    record = json_record("decoding.json")
+    ways = {"full": "full size", "reduced": "reduced scale", "copy": "copy at 288 px"}
+    lines = [["photographs", "augmentation", *ways.values(), "reduced / full", "copy / full"]]
+    for size in ("4000x3000", "500x375"):
+        for augmentation in ("imagenet", "moco"):
+            rates = record[size][augmentation]["views_per_second"]
+            cells = [f"{rates[way]:.1f}" for way in ways]
+            ratios = [f"{rates[way] / rates['full']:.2f}" for way in ("reduced", "copy")]
+            lines.append([size.replace("x", " × "), f"`{augmentation}`", *cells, *ratios])
+    return as_markdown(lines)
+
+
 def photographs_settings() -> str:
     """Settings in short runs on photographs, measured on held-out images."""
     rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=6400)
@@ -334,6 +348,7 @@ def photographs_settings() -> str:
 
 
 TABLES = (
+    decoding,
     photographs_settings,
     teacher_cache,
     front_page,
