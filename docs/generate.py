@@ -16,6 +16,7 @@ from coss_hf.losses.registry import LOSSES, SHAPES
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import quality_plot
+from coss_hf.study.paper_cells import cells, cells_table, ranking_sentence
 from coss_hf.study.tables import as_markdown, half_interval
 from coss_hf.utils.packages import check_extra
 
@@ -193,6 +194,19 @@ def tables234() -> str:
     return as_markdown(lines)
 
 
+def cifar100() -> str:
+    """Every cell of the paper's tables on its own data, run or not, with the agreement of the rankings."""
+    path = RESULTS / "cifar100.jsonl"
+    found = cells(json_lines(path.name) if path.exists() else [])
+    parts = []
+    for table, pair in dict.fromkeys((cell.table, cell.pair) for cell in found):
+        own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
+        name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
+        parts.append(f"### {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
+        parts.append(ranking_sentence(own))
+    return "\n\n".join(part for part in parts if part)
+
+
 def gpu() -> str:
     """Longer runs of one seed on a GPU."""
     metrics = {"probe": "linear probe", "knn20": "k-NN 20", "map": "mAP", "overlap10": "overlap 10"}
@@ -356,6 +370,7 @@ TABLES = (
     cifar10_short,
     table1,
     tables234,
+    cifar100,
     gpu,
     report,
     export,

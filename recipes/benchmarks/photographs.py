@@ -216,7 +216,7 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     """Return what is trained longer, and read on test images."""
     best = experiment.best_settings(student)
     num_images = experiment.options.num_images
-    arms = [Arm(student, best, num_images, method) for method in METHODS]
+    arms = [Arm(student, best, num_images, method) for method in experiment.options.methods]
     return arms + [Arm(student, name, num_images) for name in (DEFAULT, "paper") if name != best]
 
 
@@ -251,6 +251,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs, students and results")
     parser.add_argument("--stage", choices=["settings", "methods", "warm", "test"], required=True)
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods of the long runs"
+    )
     parser.add_argument("--num_images", type=int, default=19_200, help="images seen by a long run, neighbours included")
     parser.add_argument("--choice_images", type=int, default=6_400, help="images seen by a run that compares settings")
     parser.add_argument("--teacher_size", type=int, default=128, help="side of the teacher's input in pixels")

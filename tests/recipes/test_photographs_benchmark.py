@@ -66,6 +66,8 @@ def test_long_runs_are_of_the_best_settings_the_default_and_the_papers(world):
     assert kinds == {(best, method) for method in world.module.METHODS} | {("adamw 5e-4", "coss"), ("paper", "coss")}
     assert len(rows) == 5 * 3 and {row["images_seen"] for row in rows} == {19_200}
     assert ("coss, no neighbours", 1, 19_200, 0, 64) in world.trained, "as many views a step"
+    fewer = world.run("methods", "--num_images=640", "--methods", "coss")[27:]
+    assert {row["method"] for row in fewer} == {"coss"} and len(fewer) == 3 * 3
 
 
 def test_test_images_are_read_once(world):
