@@ -1,4 +1,4 @@
-"""Figures of a study beside the paper's, cell by cell, and whether both rank the rows alike."""
+"""Figures of a study next to the paper's, cell by cell, and whether both rank the rows alike."""
 
 import statistics
 from collections.abc import Sequence

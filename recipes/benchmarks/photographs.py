@@ -52,7 +52,7 @@ SETTINGS = {
     "adamw 5e-4": {"learning_rate": 5e-4, **ADAMW},
     "adamw 2e-3": {"learning_rate": 2e-3, **ADAMW},
 }
-DEFAULT = "adamw 5e-4"  # what all three students get where nothing is said, at 64 views per step
+DEFAULT = "adamw 5e-4"  # of all three students at 64 views per step
 METHODS = {"coss": ("coss", 3), "cosine alone": ("coss(lambda_ss=0)", 3), "coss, no neighbours": ("coss", 0)}
 WARM = "mobilenetv3, warm start"
 SEEDS = (1, 2, 3)

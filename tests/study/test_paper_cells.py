@@ -1,4 +1,4 @@
-"""Our figures beside the paper's."""
+"""Our figures next to the paper's."""
 
 import numpy as np
 import pytest
