@@ -10,6 +10,7 @@ import json
 import math
 import re
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
 from coss_hf.losses.registry import LOSSES, SHAPES
@@ -23,6 +24,7 @@ from coss_hf.utils.packages import check_extra
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+PHOTOGRAPH_STUDENTS = {"mobilenetv3": "mobilenetv3_small_100", "vit-tiny": "ViT-tiny", "resnet18": "resnet18"}
 PADDED = "student (resnet20), 10 epochs"
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
@@ -361,8 +363,46 @@ def photographs_settings() -> str:
     return as_markdown(lines)
 
 
+def photographs() -> str:
+    """Teacher, students and random weights on photographs, test images, with what they cost."""
+    metrics = {
+        "knn20": "k-NN 20",
+        "linear": "linear evaluation",
+        "overlap10": "overlap 10",
+        "asymmetric_map": "mAP, teacher's gallery",
+    }
+    head = ["photographs, test images", "images seen", *metrics.values(), "parameters", "file, MB", "one image, ms"]
+    lines = [head]
+    for name, found, cost in photograph_rows():
+        seen = f"{found[0]['images_seen']:,}" if found[0]["images_seen"] else ""
+        scores = [score(found, key, statistics.stdev) for key in metrics]
+        if found[0]["method"] == "teacher":
+            scores[2:] = ["", ""]  # of its own neighbours
+        sizes = [f"{cost['parameters']:,}", f"{cost['bytes'] / 1e6:.1f}", f"{cost['batch_1']['ms']:.1f}"]
+        lines.append([name, seen, *scores, *sizes])
+    return as_markdown(lines)
+
+
+def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
+    """Rows of test images, with their names and costs: the teacher, then student by student, the best first."""
+    rows = select(json_lines("photographs.jsonl"), split="test")
+    teacher = select(rows, method="teacher")[:1]
+    yield "teacher (EfficientNet-Lite1)", teacher, teacher[0]
+    for student in (name for name in PHOTOGRAPH_STUDENTS if select(rows, student=name)):
+        own = [row for row in rows if row["student"] == student and row["method"] != "teacher"]
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for row in own:
+            groups.setdefault((row["settings"], row["method"]), []).append(row)
+        cost = next(row for row in own if row["method"] == "random weights")
+        order = sorted(groups, key=lambda key: -statistics.fmean(row["knn20"] for row in groups[key]))
+        for settings, method in order:
+            name = f"{PHOTOGRAPH_STUDENTS[student]}: {method}" + (f" ({settings})" if settings else "")
+            yield name, groups[settings, method], cost
+
+
 TABLES = (
     decoding,
+    photographs,
     photographs_settings,
     teacher_cache,
     front_page,

@@ -31,7 +31,7 @@ class ModelArguments:
     student: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name or folder of the network to train; with --student_init random also a CIFAR network "
+            "help": "Hub name or folder of the small network; with --student_init random also a CIFAR network "
             "(resnet20, vgg8, wrn_16_2, ...) or a model type of Transformers (vit, resnet, timm_wrapper, ...)."
         },
     )
