@@ -178,11 +178,14 @@ def _drain(items: multiprocessing.Queue) -> list:
 @contextlib.contextmanager
 def _silent_progress_in_children():
     """Switch off the progress bars of processes that are started meanwhile: tqdm reads this when it is imported."""
+    before = os.environ.get("TQDM_DISABLE")
     os.environ["TQDM_DISABLE"] = "1"
     try:
         yield
     finally:
         del os.environ["TQDM_DISABLE"]
+        if before is not None:
+            os.environ["TQDM_DISABLE"] = before
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from coss_hf.study import sweep as sweep_module
 from coss_hf.study import timing
 from coss_hf.study import trials as trials_module
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
@@ -191,3 +192,13 @@ def test_step_time_is_measured_on_available_steps(times, expected):
     clock = timing._Clock(deadline=0)
     clock.times = times
     assert clock.per_step(0) == expected
+
+
+@pytest.mark.parametrize("given", [None, "0", "1"])
+def test_progress_bars_are_afterwards_as_the_user_set_them(given, monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    if given is not None:
+        monkeypatch.setenv("TQDM_DISABLE", given)
+    with sweep_module._silent_progress_in_children():
+        assert os.environ["TQDM_DISABLE"] == "1"
+    assert os.environ.get("TQDM_DISABLE") == given
