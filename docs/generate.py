@@ -327,12 +327,14 @@ def teacher_cache() -> str:
     for pair, networks in names.items():
         for kind, views in kinds.items():
             found = [row for row in rows if (row["run"]["pair"], row["run"]["data"]) == (pair, kind)]
-            rates = {}
-            for mode in ("live", "cold", "warm", "student"):
-                values = [row["images_per_second"] for row in found if row["run"]["mode"] == mode]
-                rates[mode] = statistics.median(values)
-            ratios = [f"{rates['warm'] / rates[mode]:.2f}" for mode in ("live", "student")]
-            lines.append([f"{networks}, {views}", *(f"{rate:.1f}" for rate in rates.values()), *ratios])
+            rates: dict[str, dict[int, float]] = {}
+            for row in found:
+                rates.setdefault(row["run"]["mode"], {})[row["run"]["round"]] = row["images_per_second"]
+            cells = [f"{statistics.median(rates[mode].values()):.1f}" for mode in ("live", "cold", "warm", "student")]
+            for mode in ("live", "student"):
+                ratios = [rates["warm"][number] / rates[mode][number] for number in sorted(rates["warm"])]
+                cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            lines.append([f"{networks}, {views}", *cells])
     return as_markdown(lines)
 
 

@@ -9,10 +9,12 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Value
+from datasets.fingerprint import Hasher
 from PIL import Image
 
 from coss_hf.data.columns import find_image_column
-from coss_hf.data.decoding import decode_reduced, encoded_bytes
+from coss_hf.data.decoding import NOT_OF_THE_IMAGE, decode_reduced, encoded_bytes
+from coss_hf.data.encoded_files import EncodedFiles
 from coss_hf.data.relative_paths import resolve_paths
 from coss_hf.data.rows import image_rows
 from coss_hf.data.sources import load_source
@@ -22,6 +24,7 @@ from coss_hf.utils.messages import first_names
 BEFORE = "bytes_before"
 STATE = "copy_state"
 SAME, SMALLER, BAD = range(3)
+PART = 1000  # images: what a call that is stopped loses at most, per process
 MAX_JPEG_SIDE = 65_500  # pixels, of libjpeg
 
 
@@ -43,7 +46,6 @@ class SmallerCopy(NamedTuple):
     bytes_after: int
 
 
-@cache_errors_as_value_error()
 def write_smaller_copy(
     dataset: str,
     output: Path,
@@ -58,7 +60,8 @@ def write_smaller_copy(
 ) -> SmallerCopy:
     """Write a `save_to_disk` folder of all splits, in which the images' shorter side is at most `shorter_side`.
 
-    It is there complete or not at all; the work of a call that was stopped is kept in the cache of `datasets`.
+    It is there complete or not at all. A call that was stopped leaves what it has copied, part by part, in the cache of
+    `datasets`, where the same call finds it; at the end it is removed.
 
     Args:
         dataset: see `load_images`.
@@ -78,33 +81,71 @@ def write_smaller_copy(
         raise ValueError(f"--shorter_side={shorter_side}, --quality={quality}: give 1 pixel or more, and 1 to 95.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output={output} is there already: remove it, or give another folder.")
-    source = load_source(dataset, name, revision)
-    first = source.splits.get("train") or next(iter(source.splits.values()))
-    column = find_image_column(dataset, first, image_column)
-    copies, counts = {}, []
-    for split, rows in source.splits.items():
-        if column not in rows.column_names:
-            raise ValueError(f"--image_column={column}: split {split} of {dataset} has no such column.")
-        rows = resolve_paths(dataset, rows, column, source.folders)
-        copies[split], found = _copy(rows, column, split, shorter_side, quality, on_bad_image, num_proc)
-        counts.append(found)
-    _save(DatasetDict(copies), output)
+    options = {"side": shorter_side, "quality": quality, "on_bad_image": on_bad_image, "num_proc": num_proc}
+    copies, counts, parts = _copies(dataset, name, revision, image_column, options)
+    _save(copies, output)
+    for folder in parts:
+        shutil.rmtree(folder, ignore_errors=True)
     return SmallerCopy(*(sum(values) for values in zip(*counts, strict=True)))
 
 
-def _copy(
-    rows: Dataset, column: str, split: str, side: int, quality: int, on_bad_image: str, num_proc: int | None
-) -> tuple[Dataset, SmallerCopy]:
-    rows = image_rows(rows, column)
+@cache_errors_as_value_error()
+def _copies(
+    dataset: str, name: str | None, revision: str | None, image_column: str | None, options: dict
+) -> tuple[DatasetDict, list[SmallerCopy], list[Path]]:
+    """Splits with smaller images, what was done in each, and the folders in which they lie until they are saved."""
+    source = load_source(dataset, name, revision)
+    first = source.splits.get("train") or next(iter(source.splits.values()))
+    column = find_image_column(dataset, first, image_column)
+    copies, counts, parts = {}, [], []
+    for split, rows in source.splits.items():
+        if column not in rows.column_names:
+            raise ValueError(f"--image_column={column}: split {split} of {dataset} has no such column.")
+        rows = image_rows(resolve_paths(dataset, rows, column, source.folders), column)
+        parts.append(_folder_of_parts(rows, column, options["side"], options["quality"]))
+        mapped = _mapped(rows, column, split, options["side"], options["quality"], options["num_proc"], parts[-1])
+        copies[split], found = _copy(rows, mapped, column, split, options["on_bad_image"])
+        counts.append(found)
+    return DatasetDict(copies), counts, parts
+
+
+def _folder_of_parts(rows: Dataset, column: str, side: int, quality: int) -> Path:
+    """Where copies of these images lie meanwhile; another folder once a file of them was replaced."""
+    files = EncodedFiles(rows, column)
+    stats = (files.names, files.sizes.tolist(), files.times.tolist())
+    name = Hasher.hash(("smaller copy, version 1", rows._fingerprint, stats, column, side, quality))
+    return Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf_smaller_copies" / name
+
+
+def _mapped(
+    rows: Dataset, column: str, split: str, side: int, quality: int, num_proc: int | None, folder: Path
+) -> Dataset:
+    """All rows with smaller images, in files of a part each: those of a call that was stopped are found again.
+
+    On disk even where the rows are in memory, as those of a folder of images are.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     features = Features({**rows.features, BEFORE: Value("int64"), STATE: Value("int8")})
-    mapped = rows.map(
-        _smaller_row,
-        fn_kwargs={"column": column, "side": side, "quality": quality},
-        features=features,
-        num_proc=num_proc,
-        desc=f"Copying images ({split})",
-        writer_batch_size=100,
-    )
+    size = PART * (num_proc or 1)
+    found = []
+    for start in range(0, max(1, len(rows)), size):
+        end = min(start + size, len(rows))
+        part = rows.select(range(start, end)).map(
+            _smaller_row,
+            fn_kwargs={"column": column, "side": side, "quality": quality},
+            features=features,
+            num_proc=num_proc,
+            load_from_cache_file=True,
+            cache_file_name=str(folder / f"{start}-{end}.arrow"),
+            desc=f"Copying images ({split}, {start:,} to {end:,} of {len(rows):,})",
+            writer_batch_size=100,
+        )
+        found.append(part)
+    return datasets.concatenate_datasets(found)
+
+
+def _copy(rows: Dataset, mapped: Dataset, column: str, split: str, on_bad_image: str) -> tuple[Dataset, SmallerCopy]:
+    """Leave out, or refuse, what could not be decoded, and count."""
     states = np.asarray(mapped[STATE][:])
     bad = np.flatnonzero(states == BAD)
     if len(bad) and (on_bad_image == "error" or len(bad) == len(rows)):
@@ -128,7 +169,9 @@ def _smaller_row(row: dict, column: str, side: int, quality: int) -> dict:
     try:
         data = encoded_bytes(record)
         copy = smaller_image({"bytes": data, "path": record["path"]}, side, quality)
-    except (ValueError, OSError):
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) in NOT_OF_THE_IMAGE:
+            raise  # too many open files, no memory: the image may be good
         return {column: {"bytes": b"", "path": None}, BEFORE: 0, STATE: BAD}
     path = record["path"] and os.path.basename(record["path"])
     return {

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import weakref
 from collections.abc import Sequence
@@ -94,10 +95,10 @@ class TeacherCache:
         """Make the files where they are missing or too short; what they hold stays.
 
         Args:
-            epochs: of the training; None for all. Files that cannot be written will do where these are there.
+            epochs: of the training; None for all. Files that cannot be written will do where some of these are there.
 
         Raises:
-            ValueError: they cannot be written and rows are missing.
+            ValueError: they cannot be written and hold no rows.
         """
         self.close()
         weakref.finalize(self, _close_files, self._files).atexit = False
@@ -112,8 +113,14 @@ class TeacherCache:
             self._write_meta()
         except OSError as error:
             self.close()
-            if not self.is_complete(epochs):
+            if not self.present(epochs):
                 raise self._unwritable(error.strerror or error) from error
+            if not self.is_complete(epochs):
+                logger.warning(
+                    "--teacher_cache=%s: %s cannot be written (%s) and lacks some rows: the teacher embeds these each "
+                    "time.",
+                    *(self.folder, self.path, error.strerror or error),
+                )
         self._maps = None  # of files that may have been shorter
 
     def check_writable(self, epochs: int | None = None) -> None:
@@ -130,23 +137,28 @@ class TeacherCache:
         for path in (folder, *paths):
             if problem is None and not os.access(path, os.W_OK):
                 problem = f"{path} is read-only"
-        if problem is not None and not self.is_complete(epochs):
+        if problem is not None and not self.present(epochs):
             raise self._unwritable(problem)
 
     def _unwritable(self, problem) -> ValueError:
         return ValueError(
             f"--teacher_cache={self.folder}: {self.path} cannot be written ({problem}); get the permission or give "
-            f"another folder. (One that cannot be written can be read once it is complete.)"
+            f"another folder. (One that cannot be written can be read where it holds rows.)"
         )
 
     def _sizes(self) -> dict[str, int]:
         return {ROWS: len(self) * self.row_bytes, MAP: len(self) * 8}
 
     def _write_meta(self) -> None:
-        """For people, and to tell how another cache differs; nothing depends on it."""
-        if _read_meta(self.path) != self.identity:
-            temporary = self.path / f".{META}.{os.getpid()}"
-            temporary.write_text(json.dumps(self.identity, indent=2))
+        """For people, and to tell how another cache differs; nothing depends on it, not even on its being written."""
+        if _read_meta(self.path) == self.identity:
+            return
+        with contextlib.suppress(OSError):
+            # Not named by the process: those of two containers may have one number.
+            file, temporary = tempfile.mkstemp(prefix=f".{META}.", dir=self.path)
+            with os.fdopen(file, "w") as writer:
+                writer.write(json.dumps(self.identity, indent=2))
+            os.chmod(temporary, 0o644)
             os.replace(temporary, self.path / META)
 
     def check_room(self, epochs: int) -> None:
@@ -206,7 +218,7 @@ class TeacherCache:
         size = sum(self._sizes().values())
         return (
             f"{self.path}: {size_in_bytes(size)} for {epochs:,} epochs x {images:,} images x {views} views x {dim:,} "
-            f"numbers ({self.dtype.name}), {100 * self.present() / len(self):.0f} % there, "
+            f"numbers ({self.dtype.name}), {100 * self.present() // len(self)} % there, "
             f"{size_in_bytes(self.free_bytes())} free"
         )
 
@@ -215,7 +227,7 @@ class TeacherCache:
         found = [[name for name in self.identity if other.get(name) != self.identity[name]] for other in self.others()]
         if not found:
             return ""
-        return f"{self.folder} holds rows of other runs, the most similar with another {', '.join(min(found, key=len))}"
+        return f"{self.folder} holds other caches; the most similar one differs in {', '.join(min(found, key=len))}"
 
     # ---- reading: in loader workers ----
 
@@ -249,10 +261,10 @@ class TeacherCache:
             for position, row in enumerate(rows):
                 checksum = int(there[row]) if row < len(there) else 0
                 if checksum:
-                    values = array[row]
-                    known[position] = self._checksum(row, values.tobytes()) == checksum
+                    data = array[row].tobytes()  # read once: another process may be writing the row
+                    known[position] = self._checksum(row, data) == checksum
                     if known[position]:
-                        embeddings[position] = values
+                        embeddings[position] = np.frombuffer(data, self.dtype)
         return torch.from_numpy(embeddings), known
 
     def _checksum(self, row: int, data: bytes) -> int:

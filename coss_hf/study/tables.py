@@ -233,19 +233,22 @@ def extra_passes(rows: list[dict]) -> list[str]:
 
 def what_was_shared(rows: list[dict]) -> list[str]:
     """Return sentences on the views that all runs saw, and on whose teacher's embeddings were shared, if any were."""
-    views = {row["method"]: row["shared_views"] for row in rows if row.get("shared_views")}
+    views: dict[str, list[dict]] = {}
+    for row in rows:
+        if row.get("shared_views"):
+            views.setdefault(row["method"], []).append(row["shared_views"])
     if not views:
         return []
-    first = next(iter(views.values()))
+    first = next(iter(views.values()))[0]
     epochs = f"{first['epochs']} epoch{'s' if first['epochs'] > 1 else ''}"
     parts = [
         f"Views come back after {epochs} and are the same in every run (view seed {first['seed']}): the seeds "
         f"differ in initial weights and in the order of the images."
     ]
-    cached = [name for name, found in views.items() if found["teacher_cache"]]
+    cached = [name for name, found in views.items() if all(one["teacher_cache"] for one in found)]
     live = [name for name in views if name not in cached]
     if cached:
-        parts.append(f"The teacher embedded each view once for all runs of {_listed(cached)}.")
+        parts.append(f"The runs of {_listed(cached)} shared the teacher's embeddings of these views.")
     if live:
-        parts.append(f"It passed over the views in each run of {_listed(live)}, which reads its feature maps.")
+        parts.append(f"The teacher embedded the views again in the runs of {_listed(live)}.")
     return [" ".join(parts)]

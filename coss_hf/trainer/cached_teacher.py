@@ -169,10 +169,6 @@ class CachedTeacher(TrainerCallback):
         with Processes().together():
             self.cache.create(self._epochs)
 
-    def is_complete(self) -> bool:
-        """Whether all rows that the training needs are there."""
-        return self.cache.is_complete(self._epochs)
-
     def knows(self, views: ViewDataset) -> bool:
         """Whether the views are still those that the cache was opened for."""
         return views.identity() == self._of_views

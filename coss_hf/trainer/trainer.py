@@ -623,6 +623,16 @@ class DistillationTrainer(Trainer):
         if next(self.teacher.model.parameters()).device != self.args.device:
             self.teacher.model.to(self.args.device)
 
+    @contextlib.contextmanager
+    def _teacher_in_place(self):
+        """On the device meanwhile; one that was put aside for a cache is put aside again."""
+        before = next(self.teacher.model.parameters()).device
+        self._place_teacher()
+        try:
+            yield
+        finally:
+            self.teacher.model.to(before)
+
     @torch.no_grad()
     def teacher_features(self, batch: dict) -> Features:
         """Return the teacher's features of a batch's views, from the cache where they are there."""
@@ -672,8 +682,8 @@ class DistillationTrainer(Trainer):
     def _keeping_embeddings(self):
         """What the teacher embedded is kept, however the training ends; who uses the teacher next finds it in place."""
         try:
-            if self.cached_teacher is not None and self.cached_teacher.is_complete():
-                self.teacher.model.to("cpu")  # evaluations, and rows that turn out to be damaged, bring it back
+            if self.cached_teacher is not None:
+                self.teacher.model.to("cpu")  # the first row that is missing brings it back
             yield
         finally:
             if self.cached_teacher is not None:
@@ -783,10 +793,10 @@ class DistillationTrainer(Trainer):
                 "train by --validation_size."
             )
         self.collect()
-        self._place_teacher()
-        metrics, projected = self.evaluator(self.student, self.project)
-        if self._loss_needs_embeddings_alone():
-            metrics["loss"] = self._eval_loss(projected)
+        with self._teacher_in_place():
+            metrics, projected = self.evaluator(self.student, self.project)
+            if self._loss_needs_embeddings_alone():
+                metrics["loss"] = self._eval_loss(projected)
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
         self.monitor.stop_clock()
         return EvalLoopOutput(

@@ -39,10 +39,10 @@ QUALITY = 90
 
 
 def photograph(seed: int, width: int, height: int) -> dict:
-    """Return a JPEG of textures at all scales, about as large in bytes as a photograph."""
+    """Return a JPEG of textures at all scales, down to two pixels."""
     rng = np.random.default_rng(seed)
     pixels = np.zeros((height, width, 3))
-    for octave in range(3, 10):
+    for octave in range(3, 1 + int(np.log2(width))):
         cells = rng.normal(0, 1, (2**octave, 2**octave, 3)).astype(np.float32)
         bands = [Image.fromarray(cells[..., band]).resize((width, height), Image.BICUBIC) for band in range(3)]
         pixels += np.stack(bands, 2) * 60 / (octave - 1)

@@ -1,6 +1,9 @@
 """A copy of photographs at a given shorter side, for repeated runs."""
 
+import errno
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -9,6 +12,7 @@ from PIL import Image
 
 import tests.helpers.runs as h
 from coss_hf.cli.pages import load_recipe
+from coss_hf.data import smaller_copy
 from coss_hf.data.decoding import decode
 from coss_hf.data.loading import load_images
 from coss_hf.data.smaller_copy import smaller_image, write_smaller_copy
@@ -99,12 +103,85 @@ def test_bad_input_is_refused(photos, tmp_path, monkeypatch, capsys, options, me
     assert not (tmp_path / "copy").exists()
 
 
-def test_a_full_disk_leaves_nothing_half_written(photos, tmp_path):
-    # All work is in the cache of `datasets` after the first call: the limit meets the copy alone.
-    write_smaller_copy(str(photos), tmp_path / "first", 60)
-    with h.no_file_larger_than(500), pytest.raises(ValueError, match="--output=.*cannot be written|HF_DATASETS_CACHE"):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of `datasets`, and where parts of copies lie in it."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "coss_hf_smaller_copies"
+
+
+@pytest.fixture
+def copied(monkeypatch):
+    """The images that were made smaller; the number in ``stop`` is interrupted."""
+    found = SimpleNamespace(count=0, stop=None)
+
+    def counting(record, side, quality):
+        found.count += 1
+        if found.count == found.stop:
+            raise KeyboardInterrupt
+        return smaller_image(record, side, quality)
+
+    monkeypatch.setattr(smaller_copy, "smaller_image", counting)
+    monkeypatch.setattr(smaller_copy, "PART", 2)
+    return found
+
+
+def test_a_copy_that_was_stopped_goes_on(photos, tmp_path, cache, copied):
+    """A folder of images is a table in memory: all of its copies lay in memory, and a stopped call left nothing."""
+    copied.stop = 4
+    with pytest.raises(KeyboardInterrupt):
         write_smaller_copy(str(photos), tmp_path / "copy", 60)
+    copied.count, copied.stop = 0, None
+    assert write_smaller_copy(str(photos), tmp_path / "copy", 60).smaller == 3
+    assert copied.count == 2, "those of the part that was stopped"
+    assert not list(cache.iterdir()), "a finished copy leaves nothing behind"
+
+
+def test_a_file_that_was_replaced_is_copied_again(photos, tmp_path, cache, copied):
+    """One that could not be decoded stayed left out after it was repaired."""
+    (photos / "cat" / "large.jpg").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="large.jpg"):
+        write_smaller_copy(str(photos), tmp_path / "copy", 60)
+    (photos / "cat" / "large.jpg").write_bytes(encoded(smooth(0, 640, 480))["bytes"])
+    found = write_smaller_copy(str(photos), tmp_path / "copy", 60)
+    assert (found.images, found.left_out) == (4, 0)
+
+
+def test_what_is_no_fault_of_an_image_is_raised(photos, tmp_path, cache, monkeypatch):
+    """Too many open files: good images were left out by --on_bad_image skip."""
+
+    def too_many(record, side, quality):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(smaller_copy, "smaller_image", too_many)
+    with pytest.raises(OSError, match="Too many open files"):
+        write_smaller_copy(str(photos), tmp_path / "copy", 60, on_bad_image="skip")
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(photos, tmp_path, cache, copied, monkeypatch):
+    def full(self, folder):
+        Path(folder).mkdir()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(datasets.DatasetDict, "save_to_disk", full)
+        with pytest.raises(ValueError, match="--output=.*cannot be written .*continues with what it has copied"):
+            write_smaller_copy(str(photos), tmp_path / "copy", 60)
     assert not (tmp_path / "copy").exists() and not list(tmp_path.glob(".copy*"))
+    copied.count = 0
+    write_smaller_copy(str(photos), tmp_path / "copy", 60)
+    assert copied.count == 0, "all was copied before"
+    with h.no_file_larger_than(500), pytest.raises(ValueError, match="HF_DATASETS_CACHE|--output="):
+        write_smaller_copy(str(photos), tmp_path / "other", 50)
+    assert not (tmp_path / "other").exists()
+
+
+def test_several_processes_copy_the_same(photos, tmp_path, cache):
+    write_smaller_copy(str(photos), tmp_path / "one", 60)
+    write_smaller_copy(str(photos), tmp_path / "two", 60, num_proc=2)
+    one, two = (datasets.load_from_disk(str(tmp_path / name))["train"] for name in ("one", "two"))
+    assert [np.asarray(row["image"]).tobytes() for row in one] == [np.asarray(row["image"]).tobytes() for row in two]
 
 
 def test_a_copy_is_never_smaller_than_asked():

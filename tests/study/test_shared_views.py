@@ -54,7 +54,8 @@ def test_methods_scales_and_seeds_share_embeddings_and_views(config, tmp_path, m
     assert [row["shared_views"]["teacher_cache"] for row in rows] == [True] * 4 + [False]
     (text,) = what_was_shared(rows)
     assert "after 2 epochs and are the same in every run (view seed 0)" in text
-    assert "once for all runs of coss and pkt." in text and "in each run of srrl, which reads its feature maps" in text
+    assert "The runs of coss and pkt shared the teacher's embeddings" in text
+    assert "embedded the views again in the runs of srrl." in text
     assert text in comparison(rows, "linear")
     assert what_was_shared([{"method": "coss"}]) == []
 

@@ -6,6 +6,7 @@ import random
 import re
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from transformers import TrainerCallback
 
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
+from coss_hf.data.teacher_cache import TeacherCache
 from coss_hf.data.views import ViewDataset
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
@@ -27,6 +29,7 @@ from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.data.test_teacher_cache import from_its_own_generator
 
 NEIGHBORS = (np.arange(48)[:, None] + np.arange(1, 5)) % 48
 OPTIONS = {
@@ -193,7 +196,7 @@ def test_another_teacher_or_view_misses_and_is_named(world, tmp_path, caplog, ch
     same(run, live.losses)
     assert run.embedded == live.embedded
     assert "0 % there" in caplog.text
-    assert re.search(rf"most similar with another .*--{next(iter(change))}", caplog.text)
+    assert re.search(rf"most similar one differs in .*--{next(iter(change))}", caplog.text)
 
 
 def test_an_image_that_is_replaced_is_neither_read_nor_kept(world, tmp_path):
@@ -336,6 +339,28 @@ def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
     assert again.trainer.find_checkpoint(str(record))
 
 
+def check_rows(folder: Path, world: Path) -> int:
+    """Compare all rows of the one cache of a folder, of images without neighbours, with a teacher's own pass."""
+    (path,) = (path for path in folder.iterdir() if path.is_dir())
+    identity = json.loads((path / "meta.json").read_text())
+    images, views, dim = map(int, identity.pop("shape").split(" x "))
+    cache = TeacherCache(folder, identity, (3, images, views, dim), dtype=identity.pop("dtype"))
+    assert cache.path == path
+    teacher = load_backbone(str(world / "teacher"))
+    splits = load_images(str(world / "images"), validation_size=0)
+    dataset = ViewDataset(splits.train, "image", "cifar", 16, view_epochs=3, seed=42)
+    count = 0
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        found, known = cache.read(range(epoch * images, (epoch + 1) * images))
+        pixels = torch.cat([item["pixel_values"] for item in dataset.__getitems__(list(range(images)))])
+        with torch.no_grad():
+            expected = teacher.features(teacher.normalize(pixels)).embedding
+        torch.testing.assert_close(found[known], expected[known], rtol=1e-4, atol=1e-5)
+        count += sum(known)
+    return count
+
+
 @pytest.mark.slow
 def test_killed_at_random_moments_while_filling(world, tmp_path):
     """Three kills, each resumed with the rows that are there; the reference has no cache."""
@@ -361,9 +386,11 @@ def test_killed_at_random_moments_while_filling(world, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         killed.append(target)
+    rows = check_rows(tmp_path / "cache", world)
     last = start("killed", "--resume_from_checkpoint", **cache)
     err = last.communicate(timeout=300)[1]
     assert last.returncode == 0, err
+    assert 0 < rows <= check_rows(tmp_path / "cache", world) and "% there" in err
     found, expected = (load_file(tmp_path / name / "model.safetensors") for name in ("killed", "whole"))
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
@@ -546,6 +573,19 @@ def test_folder_room_and_transform_are_checked_before_neighbours_are_searched(wo
                 make(**more)
         with pytest.raises(AssertionError, match="searched"):
             make(**more)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_transform_that_draws_by_itself_is_refused_before_the_search(world, tmp_path, monkeypatch):
+    def search(*args, **kwargs):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("coss_hf.trainer.trainer.find_neighbors", search)
+    cache = {"teacher_cache": str(tmp_path / "cache"), "view_size": 32, "per_device_train_batch_size": 8}
+    args = DistillationArguments(**OPTIONS, **cache, output_dir=str(tmp_path / "out"))
+    networks = str(world / "teacher"), str(world / "vit")
+    with pytest.raises(ValueError, match="transform.* gives another view .*global generators of random, NumPy"):
+        DistillationTrainer(*networks, args, str(world / "images"), transform=from_its_own_generator)
     assert not (tmp_path / "cache").exists()
 
 

@@ -48,6 +48,23 @@ def test_other_programs(cores, threads, others, fewer):
     assert bool(found) == bool(fewer) and (not fewer or f"OMP_NUM_THREADS={fewer} is faster" in found)
 
 
+def test_other_programs_are_named_as_soon_as_they_are_known(monkeypatch, caplog):
+    """Within a second of building the trainer it is not known how busy the cores are, and nobody asked again."""
+    measured = iter([None, 1.0, 1.0])
+    monkeypatch.setattr(waiting, "usable_cores", lambda: 2)
+    monkeypatch.setattr(waiting.torch, "get_num_threads", lambda: 2)
+    callback = WaitingCallback()
+    monkeypatch.setattr(callback._load, "cores", lambda: next(measured))
+    args = SimpleNamespace(device=torch.device("cpu"), dataloader_num_workers=0)
+    state = SimpleNamespace(is_world_process_zero=True)
+    with caplog.at_level(logging.WARNING):
+        callback.on_train_begin(args, state, None)
+        assert "Other programs" not in caplog.text
+        callback.on_log(args, state, None, logs={"loss": 1})
+        callback.on_log(args, state, None, logs={"loss": 1})
+    assert caplog.text.count("Other programs keep 1.0 of 2 cores busy") == 1
+
+
 def test_slow_images():
     assert "--dataloader_num_workers 7 uses the 8 cores" in slow_images(0.4, 0, 8, 4, "cuda")
     assert "--dataloader_num_workers 3 uses" in slow_images(0.4, 0, 4, 1, "cpu")

@@ -31,23 +31,35 @@ class WaitingCallback(TrainerCallback):
         self._load = OtherLoad()
         self._entries = 0
         self._said_wait = False
+        self._asked_for_others = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._entries = 0
         self._last = None
-        if not state.is_world_process_zero or args.device.type != "cpu":
+        self._asked_for_others = not state.is_world_process_zero or args.device.type != "cpu"
+        if self._asked_for_others:
             return
         cores = usable_cores()
         threads = torch.get_num_threads()
         for sentence in (
             too_many_threads(cores, processes_on_machine(), threads),
             idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers),
-            shared_cores(cores, threads, self._load.cores()),
         ):
             if sentence:
                 logger.warning(sentence)
+        self._ask_for_others()
+
+    def _ask_for_others(self) -> None:
+        """Name other programs on the same cores, once it is known how busy these are: a second after the trainer."""
+        others = None if self._asked_for_others else self._load.cores()
+        if others is None:
+            return
+        self._asked_for_others = True
+        if sentence := shared_cores(usable_cores(), torch.get_num_threads(), others):
+            logger.warning(sentence)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
+        self._ask_for_others()
         share = (logs or {}).get("data_wait_share")
         if share is None or self._said_wait or not state.is_world_process_zero:
             return
@@ -123,7 +135,7 @@ def shared_cores(cores: int, threads: int, others: float | None) -> str:
     fewer = max(1, int(cores - others))
     return (
         f"Other programs keep {others:.1f} of {cores} cores busy, and PyTorch's {threads} threads wait for each other "
-        f"where they share one, up to ten times as long: OMP_NUM_THREADS={fewer} is faster until they end."
+        f"where they share one: OMP_NUM_THREADS={fewer} is faster until they end."
     )
 
 
