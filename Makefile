@@ -22,7 +22,8 @@ docs: $(VENV)/.dev
 linkcheck: $(VENV)/.docs
 	$(VENV)/bin/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
-# One environment; each target adds what it needs, once: bytecode of what is imported alone is made. With `INSTALL="uv pip install -q -p .venv"` in a quarter of the time.
+# One environment; each target adds what it needs, once. With --no-compile bytecode is made later, only for modules that are
+# imported. With `INSTALL="uv pip install -q -p .venv"` the installation takes a quarter of the time.
 INSTALL ?= $(VENV)/bin/python -m pip install -q --no-compile
 $(VENV)/.%: setup.py
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

@@ -1,5 +1,6 @@
 """A copy of a dataset with smaller images, for repeated runs."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -8,8 +9,10 @@ from typing import NamedTuple
 
 import datasets
 import numpy as np
+import PIL
 from datasets import Dataset, DatasetDict, Features, Value
 from datasets.fingerprint import Hasher
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from coss_hf.data.columns import find_image_column
@@ -79,69 +82,104 @@ def write_smaller_copy(
     """
     if shorter_side < 1 or not 1 <= quality <= 95:
         raise ValueError(f"--shorter_side={shorter_side}, --quality={quality}: give 1 pixel or more, and 1 to 95.")
+    if num_proc is not None and num_proc < 1:
+        raise ValueError(f"--num_proc={num_proc}: give 1 or more, or leave it out.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output={output} is there already: remove it, or give another folder.")
-    options = {"side": shorter_side, "quality": quality, "on_bad_image": on_bad_image, "num_proc": num_proc}
-    copies, counts, parts = _copies(dataset, name, revision, image_column, options)
-    _save(copies, output)
-    for folder in parts:
-        shutil.rmtree(folder, ignore_errors=True)
+    with cache_errors_as_value_error():
+        splits, column = _splits(dataset, name, revision, image_column)
+        parts = _Parts(splits, column, shorter_side, quality, num_proc)
+    with parts.owned():
+        copies, counts = {}, []
+        for split, rows in splits.items():
+            with cache_errors_as_value_error():
+                mapped = parts.mapped(split)
+            copies[split], found = _copy(rows, mapped, column, split, on_bad_image)
+            counts.append(found)
+        _save(DatasetDict(copies), output)
+        shutil.rmtree(parts.folder, ignore_errors=True)
     return SmallerCopy(*(sum(values) for values in zip(*counts, strict=True)))
 
 
-@cache_errors_as_value_error()
-def _copies(
-    dataset: str, name: str | None, revision: str | None, image_column: str | None, options: dict
-) -> tuple[DatasetDict, list[SmallerCopy], list[Path]]:
-    """Splits with smaller images, what was done in each, and the folders in which they lie until they are saved."""
+def _splits(
+    dataset: str, name: str | None, revision: str | None, image_column: str | None
+) -> tuple[dict[str, Dataset], str]:
+    """Undecoded images of each split, and their column."""
     source = load_source(dataset, name, revision)
     first = source.splits.get("train") or next(iter(source.splits.values()))
     column = find_image_column(dataset, first, image_column)
-    copies, counts, parts = {}, [], []
+    found = {}
     for split, rows in source.splits.items():
         if column not in rows.column_names:
             raise ValueError(f"--image_column={column}: split {split} of {dataset} has no such column.")
-        rows = image_rows(resolve_paths(dataset, rows, column, source.folders), column)
-        parts.append(_folder_of_parts(rows, column, options["side"], options["quality"]))
-        mapped = _mapped(rows, column, split, options["side"], options["quality"], options["num_proc"], parts[-1])
-        copies[split], found = _copy(rows, mapped, column, split, options["on_bad_image"])
-        counts.append(found)
-    return DatasetDict(copies), counts, parts
+        found[split] = image_rows(resolve_paths(dataset, rows, column, source.folders), column)
+    return found, column
 
 
-def _folder_of_parts(rows: Dataset, column: str, side: int, quality: int) -> Path:
-    """Where copies of these images lie meanwhile; another folder once a file of them was replaced."""
-    files = EncodedFiles(rows, column)
-    stats = (files.names, files.sizes.tolist(), files.times.tolist())
-    name = Hasher.hash(("smaller copy, version 1", rows._fingerprint, stats, column, side, quality))
-    return Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf_smaller_copies" / name
+class _Parts:
+    """Copies of images in files of a part each, in the cache of `datasets`: a call that was stopped finds them again.
 
+    They are on disk even where the rows are in memory, as those of a folder of images are.
 
-def _mapped(
-    rows: Dataset, column: str, split: str, side: int, quality: int, num_proc: int | None, folder: Path
-) -> Dataset:
-    """All rows with smaller images, in files of a part each: those of a call that was stopped are found again.
-
-    On disk even where the rows are in memory, as those of a folder of images are.
+    Attributes:
+        folder: of the files; another one once an image file was replaced.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    features = Features({**rows.features, BEFORE: Value("int64"), STATE: Value("int8")})
-    size = PART * (num_proc or 1)
-    found = []
-    for start in range(0, max(1, len(rows)), size):
-        end = min(start + size, len(rows))
-        part = rows.select(range(start, end)).map(
-            _smaller_row,
-            fn_kwargs={"column": column, "side": side, "quality": quality},
-            features=features,
-            num_proc=num_proc,
-            load_from_cache_file=True,
-            cache_file_name=str(folder / f"{start}-{end}.arrow"),
-            desc=f"Copying images ({split}, {start:,} to {end:,} of {len(rows):,})",
-            writer_batch_size=100,
-        )
-        found.append(part)
-    return datasets.concatenate_datasets(found)
+
+    def __init__(self, splits: dict[str, Dataset], column: str, side: int, quality: int, num_proc: int | None):
+        self._splits = splits
+        self._options = {"column": column, "side": side, "quality": quality}
+        self._num_proc = num_proc
+        known = []
+        for split, rows in splits.items():
+            files = EncodedFiles(rows, column)
+            known.append((split, rows._fingerprint, files.names, files.sizes.tolist(), files.times.tolist()))
+        name = Hasher.hash(("smaller copy, version 1", PIL.__version__, known, self._options))
+        self.folder = Path(datasets.config.HF_DATASETS_CACHE) / "coss_hf_smaller_copies" / name
+
+    @contextlib.contextmanager
+    def owned(self):
+        """Keep other calls away that copy the same images."""
+        with cache_errors_as_value_error():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                "--dataset: another call is copying these images at this size; wait until it has ended."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def mapped(self, split: str) -> Dataset:
+        """All rows of a split with smaller images, with what was done to each."""
+        rows = self._splits[split]
+        features = Features({**rows.features, BEFORE: Value("int64"), STATE: Value("int8")})
+        if not len(rows):  # which `map` returns as they are
+            return Dataset.from_dict({name: [] for name in features}, features=features)
+        size = PART * (self._num_proc or 1)
+        found = []
+        for start in range(0, len(rows), size):
+            end = min(start + size, len(rows))
+            part = rows.select(range(start, end)).map(
+                _smaller_row,
+                fn_kwargs=self._options,
+                features=features,
+                num_proc=self._num_proc,
+                load_from_cache_file=True,
+                cache_file_name=str(self.folder / f"{split}-{start}-{end}.arrow"),
+                desc=f"Copying images ({split}, {start:,} to {end:,} of {len(rows):,})",
+                writer_batch_size=100,
+            )
+            if BAD in part[STATE][:]:
+                # Their fault may be one of the disk, or be mended: the next call looks again. They stay mapped.
+                for file in part.cache_files:
+                    with contextlib.suppress(OSError):
+                        os.remove(file["filename"])
+            found.append(part)
+        return datasets.concatenate_datasets(found)
 
 
 def _copy(rows: Dataset, mapped: Dataset, column: str, split: str, on_bad_image: str) -> tuple[Dataset, SmallerCopy]:

@@ -123,11 +123,14 @@ class TeacherCache:
                 )
         self._maps = None  # of files that may have been shorter
 
-    def check_writable(self, epochs: int | None = None) -> None:
+    def check_writable(self, epochs: int | None = None) -> bool:
         """As far as it can be told without writing, check that `create` will succeed.
 
+        Returns:
+            Whether rows can be written; if not, those that are there will be read.
+
         Raises:
-            ValueError: it will not.
+            ValueError: it will not succeed.
         """
         paths = [path for path in (self.path / ROWS, self.path / MAP) if path.exists()]
         folder = self.path.absolute()
@@ -139,6 +142,7 @@ class TeacherCache:
                 problem = f"{path} is read-only"
         if problem is not None and not self.present(epochs):
             raise self._unwritable(problem)
+        return problem is None
 
     def _unwritable(self, problem) -> ValueError:
         return ValueError(

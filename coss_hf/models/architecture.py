@@ -62,6 +62,7 @@ def is_trained(network: nn.Module) -> bool:
         False
     """
     norms = [module for module in network.modules() if _is_batch_norm(module) or _is_other_norm(module)]
+    norms = [norm for norm in norms if any(True for _ in _of_its_own(norm))]  # the others cannot tell
     if norms:
         return any(_has_moved(norm) for norm in norms)
     return any(_has_moved_biases(layer) for layer in network.modules())

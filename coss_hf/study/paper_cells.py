@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 
 from coss_hf.study import paper_tables as paper
-from coss_hf.study.tables import as_markdown, half_interval
+from coss_hf.study.tables import METRICS, as_markdown, half_interval
 
 # A correlation of fewer rows says nothing.
 LEAST_ROWS = 5
@@ -23,7 +23,7 @@ class Cell:
         pair: student and teacher.
         row: name of the row.
         published: the paper's top-1 in %; None where it has none.
-        runs: our results of it on test images, one a seed; empty where it was not run.
+        runs: our results of it on test images at one length, one a seed; empty where it was not run.
     """
 
     table: int
@@ -37,10 +37,10 @@ class Cell:
         return [100 * row[metric] for row in self.runs if row.get(metric) is not None]
 
     def text(self, metric: str) -> str:
-        """Return our mean in % with the half of its 95 % t-interval; "not run" where there is nothing."""
+        """Return our mean in % with the half of its 95 % t-interval; "not run" or "diverged" where there is none."""
         values = self.values(metric)
         if not values:
-            return "not run"
+            return "diverged" if self.runs else "not run"
         text = f"{statistics.fmean(values):.1f}"
         return text if len(values) == 1 else f"{text} ± {half_interval(values):.1f}"
 
@@ -51,11 +51,14 @@ class Cell:
 
 
 def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> list[Cell]:
-    """Return every cell of the paper's tables, and of ``--table 5``, with what was run of it.
+    """Return every cell of the paper's tables, and of ``--table 5``, with what was run of it: one for each length.
 
     Args:
         rows: results of ``coss-hf reproduce``; those that name no table are of each.
         tables: numbers of the tables.
+
+    Raises:
+        ValueError: two runs of one cell, length and seed with different results.
     """
     found = []
     for table in tables:
@@ -63,9 +66,24 @@ def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> li
             published = paper.published(table, pair)
             for name in paper.ROWS[table]:
                 wanted = {"table": table, "pair": pair, "method": name, "split": "test"}
-                runs = tuple(row for row in rows if all(row.get(key, value) == value for key, value in wanted.items()))
-                found.append(Cell(table, pair, name, published.get(name), runs))
+                runs = [row for row in rows if all(row.get(key, value) == value for key, value in wanted.items())]
+                lengths = sorted({row["num_images"] for row in runs}) or [None]
+                for length in lengths:
+                    own = _one_a_seed([row for row in runs if row["num_images"] == length])
+                    found.append(Cell(table, pair, name, published.get(name), own))
     return found
+
+
+def _one_a_seed(runs: list[dict]) -> tuple[dict, ...]:
+    """A run that was repeated counts once."""
+    kept: dict[int, dict] = {}
+    for row in runs:
+        other = kept.setdefault(row["seed"], row)
+        differ = [key for key in ("scale", *METRICS) if row.get(key) != other.get(key)]
+        if differ:
+            name = f"{row['pair']} {row['method']} seed {row['seed']}"
+            raise ValueError(f"two runs of {name} with {row['num_images']:,} images differ in {', '.join(differ)}.")
+    return tuple(kept.values())
 
 
 def cells_table(found: Sequence[Cell], metric: str = "linear") -> str:
@@ -85,7 +103,7 @@ def cells_table(found: Sequence[Cell], metric: str = "linear") -> str:
                 cell.text(metric),
                 "" if gap is None else f"{gap:+.1f}",
                 cell.text("knn20") if cell.runs else "",
-                str(len(cell.runs)) if cell.runs else "",
+                str(len(cell.values(metric))) if cell.runs else "",
                 f"{max(row['images_seen'] for row in cell.runs):,}" if cell.runs else "",
                 ", ".join(sorted({f"{row['scale']:g}" for row in cell.runs})),
             ]
@@ -127,19 +145,24 @@ def _spearman(values: np.ndarray) -> float:
 
 
 def ranking_sentence(found: Sequence[Cell], metric: str = "linear") -> str:
-    """Say how far our ranking of the rows agrees with the paper's; empty where too few rows were run.
+    """Say how far our ranking of the rows agrees with the paper's, at the length that most rows have.
+
+    Empty where too few rows were run.
 
     Args:
         found: the cells of one pair.
         metric: metric that ranks ours.
     """
     both = [cell for cell in found if cell.gap(metric) is not None]
+    lengths = [cell.runs[0]["num_images"] for cell in both]
+    both = [cell for cell in both if cell.runs[0]["num_images"] == max(lengths, key=lengths.count)]
     try:
         ours = [statistics.fmean(cell.values(metric)) for cell in both]
         rho, low, high = rank_correlation(ours, [cell.published for cell in both])
     except ValueError:
         return ""
+    rows = {cell.row for cell in found if cell.published is not None}
     return (
-        f"Spearman's rank correlation of {metric} here with the paper's top-1, over {len(both)} rows: {rho:.2f} (95 % "
-        f"interval over draws of the rows: {low:.2f} to {high:.2f})."
+        f"Spearman's rank correlation of {metric} here with the paper's top-1, over {len(both)} of {len(rows)} rows: "
+        f"{rho:.2f} (95 % interval over draws of the rows: {low:.2f} to {high:.2f})."
     )

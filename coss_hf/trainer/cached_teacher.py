@@ -138,8 +138,12 @@ class CachedTeacher(TrainerCallback):
         """
         with Processes().together():
             if not self.cache.has_similar(NOT_KNOWN_YET):
-                self.cache.check_writable(self._epochs)
-                self.cache.check_room(self._epochs)
+                self._check_disk()
+
+    def _check_disk(self) -> None:
+        """A folder that is only read, as on a disk without free space, needs no room."""
+        if self.cache.check_writable(self._epochs):
+            self.cache.check_room(self._epochs)
 
     def use(self, views: ViewDataset, show: bool) -> None:
         """Take the cache of these views as they are now, check it and say what is there; all processes together.
@@ -153,8 +157,7 @@ class CachedTeacher(TrainerCallback):
             self._open(views, of_views | {"--dataset": contents}, views.k)
             self._of_views = of_views
             cache = self.cache
-            cache.check_writable(self._epochs)
-            cache.check_room(self._epochs)
+            self._check_disk()
         if show:
             logger.info("Teacher cache %s", cache.describe())
             if not cache.present() and cache.differences():
@@ -206,7 +209,8 @@ class CachedTeacher(TrainerCallback):
         """Positions of missing rows, filled up with others of the batch where they are few.
 
         One or two images alone take another path through a CPU's convolutions, and are rounded otherwise than among
-        others. With this, what is kept does not depend on how many rows an interrupted run had left.
+        others: figures of a study that was interrupted differed. In larger groups they are rounded alike on the CPUs
+        where this was compared.
         """
         others = set(range(count)).difference(missing)
         return missing + sorted(others)[: max(0, FEW - len(missing))]

@@ -48,13 +48,10 @@ class StartingValues:
 
 
 # One line each; which family takes which stands below.
-SGD = StartingValues("sgd", 0.05, 128, 5e-4, "all", warmup=0.05, max_grad_norm=1.0)
+SGD = StartingValues("sgd", 0.05, 128, 5e-4, "all", warmup=0.1, max_grad_norm=1.0)
 ADAMW = StartingValues("adamw_torch", 5e-4, 64, 0.05, "matrices", warmup=0.1, max_grad_norm=1.0)
 
 BY_FAMILY = {TRANSFORMER: ADAMW, LAYER_NORM: ADAMW, BATCH_NORM: SGD}
-# Through a projection head, SGD is taken for views of at most so many pixels a side, at least so many views per step.
-SMALL_SIZE = 32
-LEAST_VIEWS_OF_SGD = 128
 
 # A student that has learnt something already must not be thrown back: its rate is so much of the others'.
 TRAINED_RATE = 0.2

@@ -214,16 +214,6 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
             )
 
 
-def has_head(
-    student: Backbone, teacher: Backbone, args: DistillationArguments, criterion: nn.Module | None = None
-) -> bool:
-    """Return whether the student is trained through a projection head; see ``DistillationModel.from_args``."""
-    needs = [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
-    if args.head == "auto":
-        return _compares_embeddings(needs, built_in=criterion is None) and student.dim != teacher.dim
-    return args.head != "none"
-
-
 def _compares_embeddings(needs, built_in: bool) -> bool:
     return not built_in or any(need.same_dim for need in needs)
 

@@ -98,11 +98,10 @@ def resolve_inputs(
     views = train_dataset
     splits = None
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    loss = {"criterion": None if isinstance(criterion, str) else criterion}
     if isinstance(train_dataset, ViewDataset):
         args = args.drawing(views.k)  # what they were made with
         embeds = evaluator is not None
-        situation = find_situation(args, student, teacher, size=views.size, images=len(views), embeds=embeds, **loss)
+        situation = find_situation(args, student, teacher, size=views.size, images=len(views), embeds=embeds)
         args, settings = fill(args, situation, recorded_settings(checkpoint))
     else:
         splits = train_dataset
@@ -115,7 +114,7 @@ def resolve_inputs(
         images = None if splits.stream is not None else len(splits.train)
         size = view_size(args, student, teacher)
         embeds = evaluator is not None or splits.validation is not None
-        situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds, **loss)
+        situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds)
         args, settings = fill(args, situation, recorded_settings(checkpoint))
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
         if evaluator is None:

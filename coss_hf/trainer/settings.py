@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -17,7 +16,6 @@ from coss_hf.models.architecture import family, is_trained
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer import default_settings as table
 from coss_hf.trainer.checkpoint_files import RECORD
-from coss_hf.trainer.distillation_model import has_head
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.cores import processes_on_machine, usable_cores
 from coss_hf.utils.messages import get_logger
@@ -42,7 +40,6 @@ class Situation:
         size: side of the views in pixels.
         images: number of training images; None for a stream.
         views: number of views per step, over all processes, neighbours included.
-        head: whether there is a projection head.
         device: type of the device that trains: ``cuda``, ``cpu``, ...
         cores: number of cores for each process.
         threads: number of threads that PyTorch computes with, in each process.
@@ -57,7 +54,6 @@ class Situation:
     size: int
     images: int | None
     views: int
-    head: bool = False
     device: str = "cpu"
     cores: int = 1
     threads: int = 1
@@ -69,11 +65,7 @@ class Situation:
     def __str__(self) -> str:
         weights = "trained" if self.trained else "random"
         images = "a stream" if self.images is None else f"{self.images:,} images"
-        head = "with" if self.head else "without"
-        return (
-            f"{self.family}, {weights} weights, {head} head, views of {self.size} px, {images}, {self.views:,} views a "
-            f"step"
-        )
+        return f"{self.family}, {weights} weights, views of {self.size} px, {images}, {self.views:,} views a step"
 
 
 @dataclass(frozen=True)
@@ -137,7 +129,6 @@ def find_situation(
     size: int,
     images: int | None,
     embeds: bool = False,
-    criterion: nn.Module | None = None,
     share_of_cores: int = 1,
     length_is_known: bool = False,
 ) -> Situation:
@@ -152,7 +143,6 @@ def find_situation(
         size: side of the views in pixels.
         images: number of training images; None for a stream.
         embeds: whether held-out images are evaluated during training.
-        criterion: a loss that is taken instead of ``args.method``.
         share_of_cores: number of trainings that share the machine, each with its share of the threads.
         length_is_known: whether the length is decided elsewhere.
     """
@@ -170,7 +160,6 @@ def find_situation(
         size=size,
         images=images,
         views=args.images_per_step,
-        head=has_head(student, teacher, args, criterion),
         device=args.device.type,
         cores=min(cores),
         threads=max(threads),
@@ -265,7 +254,7 @@ def _of_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> dict
 
 def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> tuple[table.StartingValues, Filled]:
     """By what was given besides; without that by the situation."""
-    usual, reason = _usual(situation)
+    usual, reason = table.BY_FAMILY[situation.family], situation.family
     rate = None if "learning_rate" in left_out else args.learning_rate
     if args.optim is not None:
         usual = table.SGD if _is_sgd(args.optim) else _like_adam(usual)
@@ -278,18 +267,6 @@ def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> 
     elif rate is not None and _is_sgd(usual.optim):
         usual, reason = table.ADAMW, f"a learning rate of {rate:g} was given, which is one of AdamW"
     return usual, Filled(usual.optim, reason)
-
-
-def _usual(situation: Situation) -> tuple[table.StartingValues, str]:
-    usual = table.BY_FAMILY[situation.family]
-    if not _is_sgd(usual.optim):
-        return usual, situation.family
-    if not situation.head:
-        return usual, f"{situation.family}, no projection head"
-    if situation.size <= table.SMALL_SIZE and situation.views >= table.LEAST_VIEWS_OF_SGD:
-        reason = f"views of at most {table.SMALL_SIZE} px, {table.LEAST_VIEWS_OF_SGD} or more a step"
-        return usual, f"{situation.family}, {reason}"
-    return table.ADAMW, f"{situation.family}, with a projection head"
 
 
 def _is_sgd(optim) -> bool:

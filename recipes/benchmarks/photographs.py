@@ -19,7 +19,6 @@ is one network on one split. The same command resumes where it stopped.
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -28,6 +27,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from result_lines import add_line, read_lines
 from transformers import set_seed
 
 from coss_hf.hub.student import Student
@@ -96,8 +96,7 @@ class Experiment:
         self.folder = self.options.output_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / "photographs.jsonl"
-        if self.file.exists():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+        self.rows = read_lines(self.file)
 
     def config(self, arm: Arm, images: str | None = None) -> StudyConfig:
         """Return what the runs of an arm share; its images may be other ones."""
@@ -141,8 +140,7 @@ class Experiment:
         row = asdict(arm) | {"seed": seed, "split": split} | more | metrics
         row |= {"command": shlex.join(sys.argv), "versions": versions()}
         self.rows.append(row)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_line(self.file, row)
         print(f"{arm.student}, {arm.settings}, {arm.method}, seed {seed}, {split}: {line(metrics)}", flush=True)
 
     def found(self, arm: Arm, split: str, seed: int | None = None) -> list[dict]:

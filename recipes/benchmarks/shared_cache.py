@@ -15,13 +15,13 @@ passes nor times.
 """
 
 import argparse
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from result_lines import add_line, read_lines
 from torch import Tensor
 from trainer_step import machine, now, restart_with_kept_memory
 
@@ -72,17 +72,9 @@ def configurations(options: argparse.Namespace, folder: Path) -> dict[str, Study
     return {"live": live, "shared": shared}
 
 
-def remove_cut_line(output: Path) -> None:
-    """Remove a last line that an interruption cut short: its trial runs again."""
-    text = output.read_text() if output.exists() else ""
-    if text and not text.endswith("\n"):
-        output.write_text(text[: text.rfind("\n") + 1])
-
-
 def missing(output: Path, trials: list[Trial]) -> Iterator[tuple[Trial, str]]:
     """Yield the trials that the file does not hold yet, in both ways; each trial begins with the other way."""
-    lines = output.read_text().splitlines() if output.exists() else []
-    done = {(line["method"], line["scale"], line["way"]) for line in map(json.loads, lines)}
+    done = {(line["method"], line["scale"], line["way"]) for line in read_lines(output)}
     for number, trial in enumerate(trials):
         for way in WAYS[:: 1 if number % 2 else -1]:
             if (trial.method, trial.scale, way) not in done:
@@ -91,7 +83,7 @@ def missing(output: Path, trials: list[Trial]) -> Iterator[tuple[Trial, str]]:
 
 def summary(output: Path) -> str:
     """Return passes and wall time of both ways, of all methods and of those that can use a cache."""
-    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    rows = read_lines(output)
     cached = {row["method"] for row in rows if row["cached"]}
     lines = ["methods                        trials  way     teacher images  wall, s"]
     for name, kept in (("all", lambda row: True), ("of embeddings and logits", lambda row: row["method"] in cached)):
@@ -120,7 +112,6 @@ def main() -> None:
     images = options.epochs * options.train_images
     trials = paper.choice_trials(1, PAIR, options.methods, options.scales, images)
     folder = options.output.with_name(options.output.name + ".files")
-    remove_cut_line(options.output)
     study = configurations(options, folder)
     # Also what both share: images, teacher, and its embeddings of the images that are measured on.
     run_trial(untrained_trial(PAIR, "teacher", 1, "validation"), study["live"], folder / "trial")
@@ -139,8 +130,7 @@ def main() -> None:
             "seconds": round(now() - start, 2),
             "machine": machine(),
         }
-        with options.output.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        add_line(options.output, line)
         print(line, flush=True)
     print(summary(options.output))
 

@@ -17,7 +17,6 @@ run. The same command resumes where it stopped. At the end the medians over roun
 """
 
 import argparse
-import json
 import shutil
 import statistics
 import tempfile
@@ -25,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from result_lines import add_line, read_lines
 from torch import nn
 from trainer_step import IMAGENET, InMemory, machine, now, restart_with_kept_memory
 from transformers import (
@@ -159,8 +159,7 @@ def run_student(pair: str, steps: int) -> dict:
 
 def missing_runs(output: Path, datasets: dict[str, list[str]], rounds: int) -> Iterator[dict]:
     """Yield the runs that the file does not hold yet, round by round; each round begins with another mode."""
-    lines = output.read_text().splitlines() if output.exists() else []
-    done = {tuple(json.loads(line)["run"].values()) for line in lines}
+    done = {tuple(line["run"].values()) for line in read_lines(output)}
     for number in range(rounds):
         for pair, kinds in datasets.items():
             for kind in kinds:
@@ -174,7 +173,7 @@ def summary(output: Path) -> str:
     """Return medians of images per second, and how they stand to the live rate and to that of the student alone."""
     rates: dict[tuple[str, str], dict[str, list[float]]] = {}
     shares: dict[tuple[str, str, str], list[float]] = {}
-    for line in map(json.loads, output.read_text().splitlines()):
+    for line in read_lines(output):
         pair, kind, mode, _ = line["run"].values()
         rates.setdefault((pair, kind), {}).setdefault(mode, []).append(line["images_per_second"])
         shares.setdefault((pair, kind, mode), []).append(line["teacher_share"])
@@ -224,8 +223,7 @@ def main() -> None:
                     run_trainer(pair, images, cache, options.steps, options.workers)
                 found = run_trainer(pair, images, cache, options.steps, options.workers)
             line = {"run": run, **found, "machine": machine(), "workers": options.workers}
-            with options.output.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            add_line(options.output, line)
             print(line, flush=True)
     print(summary(options.output))
 

@@ -13,7 +13,6 @@ to the file. Runs of several processes may fill one file: give each its own ``--
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -23,6 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from result_lines import add_line, read_lines
 from trainer_step import machine
 
 from coss_hf.study import paper_tables as paper
@@ -69,15 +69,9 @@ def files_of(output: Path) -> Path:
     return output.with_name(output.name + ".files")
 
 
-def rows_of(output: Path) -> list[dict]:
-    """Return the complete lines of the file; a line that an interruption cut short runs again."""
-    text = output.read_text() if output.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
 def missing(options: argparse.Namespace) -> Iterator[tuple[int, str | None, int]]:
     """Yield views, type of the cache and seed of what the file lacks, seed by seed; most views first, which fill it."""
-    done = {(row["view_epochs"], row["cache_dtype"], row["seed"]) for row in rows_of(options.output)}
+    done = {(row["view_epochs"], row["cache_dtype"], row["seed"]) for row in read_lines(options.output)}
     views = sorted(options.view_epochs, reverse=True)
     arms = [(epochs, "float32" if epochs else None) for epochs in views]
     arms.append((options.float16_view_epochs, "float16"))
@@ -86,8 +80,9 @@ def missing(options: argparse.Namespace) -> Iterator[tuple[int, str | None, int]
 
 
 def summary(rows: list[dict]) -> str:
-    """Return mean and standard deviation over seeds by views and type of the cache."""
-    lines = []
+    """Return mean and standard deviation over seeds by views and type of the cache; of runs that did not diverge."""
+    lines = [f"diverged: {row['failed']}" for row in rows if "failed" in row]
+    rows = [row for row in rows if "failed" not in row]
     for views, dtype in dict.fromkeys((row["view_epochs"], row["cache_dtype"]) for row in rows):
         found = [row for row in rows if (row["view_epochs"], row["cache_dtype"]) == (views, dtype)]
         cells = []
@@ -124,10 +119,9 @@ def main() -> None:
         row |= run_trial(trial(options, seed), config, folder)
         row["seconds"] = round(time.perf_counter() - start)
         row |= {"machine": machine(), "command": shlex.join(["python", *sys.argv])}
-        with options.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add_line(options.output, row)
         print(summary([row]), flush=True)
-    print(summary(rows_of(options.output)))
+    print(summary(read_lines(options.output)))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from coss_hf.data import smaller_copy
 from coss_hf.data.decoding import decode
 from coss_hf.data.loading import load_images
 from coss_hf.data.smaller_copy import smaller_image, write_smaller_copy
+from coss_hf.data.sources import load_source
 from tests.data.test_reduced_decoding import encoded, smooth
 
 
@@ -91,6 +92,7 @@ def test_undecodable_images_are_named_or_left_out(photos, tmp_path, monkeypatch,
         ({"dataset": "nowhere/at/all"}, "--dataset"),
         ({"shorter_side": 0}, "--shorter_side=0"),
         ({"quality": 100}, "--quality=100"),
+        ({"num_proc": -1}, "--num_proc=-1"),
         ({"output": "."}, "is there already"),
         ({"image_column": "face"}, "--image_column"),
     ],
@@ -145,6 +147,40 @@ def test_a_file_that_was_replaced_is_copied_again(photos, tmp_path, cache, copie
     (photos / "cat" / "large.jpg").write_bytes(encoded(smooth(0, 640, 480))["bytes"])
     found = write_smaller_copy(str(photos), tmp_path / "copy", 60)
     assert (found.images, found.left_out) == (4, 0)
+
+
+def test_an_image_that_could_not_be_read_is_tried_again(photos, tmp_path, cache, monkeypatch):
+    """A disk that failed for a moment, a permission that was missing: the file itself is as it was."""
+
+    def fails(record, side, quality):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(smaller_copy, "smaller_image", fails)
+        with pytest.raises(ValueError, match="4 images of split train cannot be decoded"):
+            write_smaller_copy(str(photos), tmp_path / "copy", 60)
+    assert write_smaller_copy(str(photos), tmp_path / "copy", 60).left_out == 0
+
+
+def test_two_calls_do_not_share_parts(photos, tmp_path, cache, monkeypatch):
+    def again(record, side, quality):
+        with pytest.raises(ValueError, match="another call is copying these images"):
+            write_smaller_copy(str(photos), tmp_path / "second", 60)
+        return smaller_image(record, side, quality)
+
+    monkeypatch.setattr(smaller_copy, "smaller_image", again)
+    assert write_smaller_copy(str(photos), tmp_path / "first", 60).images == 4
+    assert not (tmp_path / "second").exists()
+
+
+def test_an_empty_split_stays_empty(tmp_path, cache):
+    h.write_images(tmp_path / "images", train=8)
+    rows = datasets.Dataset.from_parquet(str(tmp_path / "images" / "train.parquet"))
+    saved = datasets.DatasetDict({"train": rows, "test": rows.select([])})
+    saved.save_to_disk(tmp_path / "saved")
+    assert write_smaller_copy(str(tmp_path / "saved"), tmp_path / "copy", 8).images == 8
+    copy = load_source(str(tmp_path / "copy"), None, None).splits  # `datasets` does not read an empty split that it has saved
+    assert len(copy["train"]) == 8 and len(copy["test"]) == 0
 
 
 def test_what_is_no_fault_of_an_image_is_raised(photos, tmp_path, cache, monkeypatch):

@@ -18,7 +18,8 @@ from tests.hub.test_loaders import CASES, MORE, Case, student
 NAMES = ("cifar", "vit", "vit, mean", "resnet", "swin", "beit", "siglip", "dinov2")
 PROGRAM = """
 const { createRequire } = require("module");
-const { pipeline, env } = createRequire(process.env.TRANSFORMERS_JS + "/")("@huggingface/transformers");
+const folder = require("path").resolve(process.env.TRANSFORMERS_JS) + "/";
+const { pipeline, env } = createRequire(folder)("@huggingface/transformers");
 env.allowRemoteModels = false;
 env.localModelPath = process.argv[1] + "/";
 (async () => {

@@ -206,10 +206,11 @@ def test_scales_that_were_drawn_are_not_trained():
     assert is_trained(network)
 
 
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.GroupNorm(2, 8, affine=False)])
 @pytest.mark.parametrize("drawn", ["by PyTorch", "zero biases", "a prior in the last bias"])
-def test_biases_tell_where_there_are_no_norms(drawn):
+def test_biases_tell_where_there_are_no_norms(drawn, norm):
     """The published weights of VGG counted as random: their rate was five times too large."""
-    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6 * 6, 4))
     if drawn == "zero biases":
         for layer in (network[0], network[-1]):
             nn.init.zeros_(layer.bias)

@@ -11,6 +11,7 @@ def row(table, pair, method, seed, linear, split="test"):
         "linear": linear,
         "knn20": linear - 0.1,
         "images_seen": 1_000_000,
+        "num_images": 1_000_000,
     }
 
 
@@ -26,6 +27,22 @@ def test_every_cell_is_there_run_or_not():
     assert "| `lambda 0.5` | 71.11 | 62.0 ± 2.5 | -9.1 | 52.0 ± 2.5 | 3 | 1,000,000 | 1 |" in text
     assert "| `lambda 0` | 70.58 | not run |  |  |  |  |  |" in text
     assert not ranking_sentence(found), "one row ranks nothing"
+
+
+def test_lengths_and_failures_are_told_apart():
+    rows = [row(1, "vgg8/vgg13", "coss", seed, 0.60 + seed / 100) for seed in (1, 2)]
+    long = row(1, "vgg8/vgg13", "coss", 1, 0.74) | {"num_images": 12_000_000, "images_seen": 12_000_000}
+    failed = row(1, "vgg8/vgg13", "vid", 1, 0) | {"failed": "the loss is nan"}
+    del failed["linear"], failed["knn20"]
+    found = [cell for cell in cells([*rows, rows[0], long, failed], [1]) if cell.pair == "vgg8/vgg13"]
+    text = cells_table(found)
+    assert "| `coss` | 74.58 | 61.5 ± 6.4 | -13.1 | 51.5 ± 6.4 | 2 | 1,000,000 | 1 |" in text, (
+        "a repeated run counts once"
+    )
+    assert "| `coss` | 74.58 | 74.0 | -0.6 | 64.0 | 1 | 12,000,000 | 1 |" in text
+    assert "| `vid` | 73.65 | diverged |  | diverged | 0 | 1,000,000 | 1 |" in text
+    with pytest.raises(ValueError, match="two runs of vgg8/vgg13 coss seed 1 with 1,000,000 images differ in linear"):
+        cells([*rows, rows[0] | {"linear": 0.7}])
 
 
 def test_rank_correlation():
@@ -45,4 +62,4 @@ def test_a_ranking_is_compared_over_the_rows_that_were_run():
     names = ("at", "sp", "vid", "rkd", "pkt", "coss")
     rows = [row(1, "vgg8/vgg13", name, 1, 0.4 + place / 10) for place, name in enumerate(names)]
     found = [cell for cell in cells(rows, [1]) if cell.pair == "vgg8/vgg13"]
-    assert "with the paper's top-1, over 6 rows: 0.54 (95 % interval" in ranking_sentence(found)
+    assert "with the paper's top-1, over 6 of 11 rows: 0.54 (95 % interval" in ranking_sentence(found)

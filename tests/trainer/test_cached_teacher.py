@@ -340,19 +340,20 @@ def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
 
 
 def check_rows(folder: Path, world: Path) -> int:
-    """Compare all rows of the one cache of a folder, of images without neighbours, with a teacher's own pass."""
-    (path,) = (path for path in folder.iterdir() if path.is_dir())
+    """Compare all rows of the one cache of a folder with the teacher's own pass, and count them."""
+    (path,) = (path for path in folder.iterdir() if (path / "meta.json").exists())
     identity = json.loads((path / "meta.json").read_text())
     images, views, dim = map(int, identity.pop("shape").split(" x "))
     cache = TeacherCache(folder, identity, (3, images, views, dim), dtype=identity.pop("dtype"))
     assert cache.path == path
-    teacher = load_backbone(str(world / "teacher"))
-    splits = load_images(str(world / "images"), validation_size=0)
-    dataset = ViewDataset(splits.train, "image", "cifar", 16, view_epochs=3, seed=42)
+    options = {"neighbors_k": 1, "neighbors_pool": 4, "view_epochs": 3, "seed": 42}
+    networks = str(world / "teacher"), str(world / "vit")
+    trainer = h.make_trainer(folder / "checked", world / "images", *networks, **options)
+    teacher, dataset = trainer.teacher, trainer.train_dataset
     count = 0
     for epoch in range(3):
         dataset.set_epoch(epoch)
-        found, known = cache.read(range(epoch * images, (epoch + 1) * images))
+        found, known = cache.read(range(epoch * images * views, (epoch + 1) * images * views))
         pixels = torch.cat([item["pixel_values"] for item in dataset.__getitems__(list(range(images)))])
         with torch.no_grad():
             expected = teacher.features(teacher.normalize(pixels)).embedding

@@ -57,14 +57,11 @@ OPTIMIZER = ("optim", "learning_rate", "weight_decay", "weight_decay_on", "warmu
         ({"family": TRANSFORMER}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
         ({"family": TRANSFORMER, "size": 32}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
         ({"family": LAYER_NORM}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
-        # With batch norm: SGD without a projection head, and at 32 pixels with a large batch; resnet10t of timm, 64
-        # views a step of 32 pixels through a head, learnt more by AdamW (54.7) than by SGD (52.5).
-        ({"family": BATCH_NORM, "head": True}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "head": True, "size": 32}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "head": True, "views": 128}, ("adamw_torch", 7.1e-4, 0.05, "matrices", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "head": True, "size": 32, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.05, 1.0)),
-        ({"family": BATCH_NORM, "size": 32, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.05, 1.0)),
-        ({"family": BATCH_NORM, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.05, 1.0)),
+        # On photographs with 64 views a step, through a head, mobilenetv3 learnt more by SGD than by AdamW.
+        ({"family": BATCH_NORM}, ("sgd", 0.035, 5e-4, "all", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "size": 32}, ("sgd", 0.035, 5e-4, "all", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "size": 32, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.1, 1.0)),
         # The square root of the views, within a quarter and four times.
         ({"views": 256}, ("adamw_torch", 1e-3, 0.05, "matrices", 0.1, 1.0)),
         ({"views": 128}, ("adamw_torch", 7.1e-4, 0.05, "matrices", 0.1, 1.0)),
@@ -72,7 +69,7 @@ OPTIMIZER = ("optim", "learning_rate", "weight_decay", "weight_decay_on", "warmu
         ({"views": 10**6}, ("adamw_torch", 2e-3, 0.05, "matrices", 0.1, 1.0)),
         # Trained weights are not thrown away.
         ({"trained": True}, ("adamw_torch", 1e-4, 0.05, "matrices", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "size": 32, "views": 128, "trained": True}, ("sgd", 0.01, 5e-4, "all", 0.05, 1.0)),
+        ({"family": BATCH_NORM, "size": 32, "views": 128, "trained": True}, ("sgd", 0.01, 5e-4, "all", 0.1, 1.0)),
     ],
 )
 def test_starting_values(options, expected):
@@ -84,9 +81,7 @@ def test_each_filled_value_has_a_reason():
     assert args.left_out in ((), ("dataloader_prefetch_factor",))
     assert all(one.reason for one in settings.filled.values()) and set(settings.filled) <= set(table.PAPER)
     lines = settings.table().splitlines()
-    assert lines[0].startswith(
-        "settings    for transformer, random weights, without head, views of 224 px, 50,000 images"
-    )
+    assert lines[0].startswith("settings    for transformer, random weights, views of 224 px, 50,000 images")
     assert "--settings paper" in lines[0] and len(lines) == 1 + len(settings.filled)
     (rate,) = [line for line in lines if "learning_rate" in line]
     assert rate.split()[:2] == ["learning_rate", "0.001"] and "times 2 (the square root of 256 / 64)" in rate
@@ -315,7 +310,7 @@ def test_processes_fill_in_the_same(networks, monkeypatch):
     backbone = load_backbone(networks.vit, argument="student")
     found = module.find_situation(arguments(), backbone, backbone, size=16, images=9)
     assert (found.cores, found.threads, found.shared_memory, found.bf16) == (3, 2, 10_000, False)
-    assert not found.head and found.pixels_to_embed == 0
+    assert found.pixels_to_embed == 0
 
 
 def test_no_workers_where_they_are_not_forked(monkeypatch):
@@ -363,8 +358,8 @@ def tiny(kind: str, networks):
         ("resnet", BATCH_NORM, "sgd"),
         ("vit", TRANSFORMER, "adamw_torch"),
         ("convnext", LAYER_NORM, "adamw_torch"),
-        ("timm", BATCH_NORM, "adamw_torch"),  # through a head
-        ("torchvision", BATCH_NORM, "adamw_torch"),
+        ("timm", BATCH_NORM, "sgd"),
+        ("torchvision", BATCH_NORM, "sgd"),
     ],
 )
 def test_students_of_every_kind(tmp_path, image_parquet, networks, kind, family, optim):
