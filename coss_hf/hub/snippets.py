@@ -537,7 +537,7 @@ def _other_readers(subject: Subject) -> str:
         f'Optimum (`ORTModelForFeatureExtraction`, `subfolder="onnx"`{_trust(subject)}) reads it as '
         f"`last_hidden_state`, with a release of Transformers that it supports."
     )
-    if is_timm_processor(subject.student.processor) or _trust(subject):
+    if is_timm_processor(subject.student.processor):
         return text
     return (
         f"{text} The graph also has the names that Transformers.js reads "

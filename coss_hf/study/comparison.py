@@ -153,7 +153,8 @@ def _kept(given: DistillationArguments) -> dict[str, dict]:
 
 def _key(given: DistillationArguments, situation: Situation) -> str:
     """Of what was given, of the networks and of the images, not of the machine."""
-    text = json.dumps([str(situation), changed_arguments(given)], sort_keys=True, default=str)
+    networks_and_images = [situation.family, situation.trained, situation.size, situation.images, situation.views]
+    text = json.dumps([networks_and_images, changed_arguments(given)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -48,7 +48,7 @@ class StartingValues:
 
 
 # One line each; which family takes which stands below.
-SGD = StartingValues("sgd", 0.05, 128, 5e-4, "all", warmup=0.1, max_grad_norm=1.0)
+SGD = StartingValues("sgd", 0.05, 64, 5e-4, "all", warmup=0.1, max_grad_norm=1.0)
 ADAMW = StartingValues("adamw_torch", 5e-4, 64, 0.05, "matrices", warmup=0.1, max_grad_norm=1.0)
 
 BY_FAMILY = {TRANSFORMER: ADAMW, LAYER_NORM: ADAMW, BATCH_NORM: SGD}
@@ -57,8 +57,6 @@ BY_FAMILY = {TRANSFORMER: ADAMW, LAYER_NORM: ADAMW, BATCH_NORM: SGD}
 TRAINED_RATE = 0.2
 # The rate grows with the square root of the views per step, within these factors.
 RATE_FACTORS = (0.25, 4.0)
-# A rate that was given without an optimizer is one of SGD if it is at least so large, else one of AdamW.
-LEAST_RATE_OF_SGD = 0.01
 MAX_WARMUP_EPOCHS = 10
 
 # Length of a run: so many images seen, neighbours included, within these numbers of epochs.

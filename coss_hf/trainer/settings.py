@@ -262,11 +262,16 @@ def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> 
         usual, reason = table.SGD, "a momentum was given, which is one of SGD"
     elif any(name.startswith("adam_") for name in args.given):
         usual, reason = _like_adam(usual), "options of Adam were given"
-    elif rate is not None and rate >= table.LEAST_RATE_OF_SGD:
+    elif rate is not None and rate >= _between(situation):
         usual, reason = table.SGD, f"a learning rate of {rate:g} was given, which is one of SGD"
     elif rate is not None and _is_sgd(usual.optim):
         usual, reason = table.ADAMW, f"a learning rate of {rate:g} was given, which is one of AdamW"
     return usual, Filled(usual.optim, reason)
+
+
+def _between(situation: Situation) -> float:
+    """The rate in the middle between those of SGD and AdamW: a rate that was given is one of the nearer."""
+    return math.sqrt(_rate(table.SGD, situation).value * _rate(table.ADAMW, situation).value)
 
 
 def _is_sgd(optim) -> bool:

@@ -9,9 +9,9 @@
 Stages, each with three seeds, all runs of a student at equal images seen:
 
     settings  CoSS with neighbours under each of SETTINGS, short, measured on images held out of train
-    methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by the
-              default and by the paper's settings
-    warm      a student that was distilled from other images before, under each of SETTINGS
+    methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by
+              each of DEFAULTS
+    warm      a student that was distilled from other images before, under each of WARM_SETTINGS
     test      test images, read once: the long runs, random weights, the teacher, and the costs
 
 Every run sees the same views, so that the teacher embeds each view once for all of them. Each line of photographs.jsonl
@@ -52,7 +52,12 @@ SETTINGS = {
     "adamw 5e-4": {"learning_rate": 5e-4, **ADAMW},
     "adamw 2e-3": {"learning_rate": 2e-3, **ADAMW},
 }
-DEFAULT = "adamw 5e-4"  # of all three students at 64 views per step
+DEFAULTS = ("adamw 5e-4", "paper")  # at 64 views per step: of transformers, and of --settings paper
+# Of trained weights: the defaults are a fifth of the rates of random ones.
+WARM_SETTINGS = SETTINGS | {
+    "sgd 0.01, warm-up, clipping": {"learning_rate": 0.01, "warmup_steps": 0.1, **CLIPPED},
+    "adamw 1e-4": {"learning_rate": 1e-4, **ADAMW},
+}
 METHODS = {"coss": ("coss", 3), "cosine alone": ("coss(lambda_ss=0)", 3), "coss, no neighbours": ("coss", 0)}
 WARM = "mobilenetv3, warm start"
 SEEDS = (1, 2, 3)
@@ -123,7 +128,7 @@ class Experiment:
             "save_steps": 100,
             "use_cpu": options.use_cpu,
         }
-        return StudyConfig(data, {arm.student: models}, training | views | SETTINGS.get(arm.settings, {}))
+        return StudyConfig(data, {arm.student: models}, training | views | WARM_SETTINGS.get(arm.settings, {}))
 
     @property
     def earlier(self) -> Path:
@@ -196,12 +201,17 @@ class Experiment:
         """Return the settings with the best mean on held-out images."""
         means = {
             name: statistics.fmean(row[CHOSEN_BY] for row in rows)
-            for name in SETTINGS
+            for name in settings_of(student)
             if len(rows := self.found(Arm(student, name, self.options.choice_images), "validation")) == len(SEEDS)
         }
-        if len(means) < len(SETTINGS):
+        if len(means) < len(settings_of(student)):
             raise SystemExit(f"{student}: not all settings have run; give --stage settings (or warm) first.")
         return max(means, key=means.get)
+
+
+def settings_of(student: str) -> dict[str, dict]:
+    """Return the settings that are compared for a student."""
+    return WARM_SETTINGS if student == WARM else SETTINGS
 
 
 def line(metrics: dict) -> str:
@@ -215,7 +225,7 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     best = experiment.best_settings(student)
     num_images = experiment.options.num_images
     arms = [Arm(student, best, num_images, method) for method in experiment.options.methods]
-    return arms + [Arm(student, name, num_images) for name in (DEFAULT, "paper") if name != best]
+    return arms + [Arm(student, name, num_images) for name in DEFAULTS if name != best]
 
 
 def training_arms(stage: str, students: list[str], experiment: Experiment) -> Iterator[Arm]:
@@ -225,7 +235,7 @@ def training_arms(stage: str, students: list[str], experiment: Experiment) -> It
             yield from long_arms(student, experiment)
         return
     for student in students if stage == "settings" else [WARM]:
-        yield from (Arm(student, name, experiment.options.choice_images) for name in SETTINGS)
+        yield from (Arm(student, name, experiment.options.choice_images) for name in settings_of(student))
 
 
 def test_arms(students: list[str], experiment: Experiment) -> Iterator[tuple[Arm, int]]:

@@ -5,7 +5,7 @@ import yaml
 
 import tests.helpers.runs as h
 from coss_hf.cli import parse
-from coss_hf.models.architecture import TRANSFORMER
+from coss_hf.models.architecture import BATCH_NORM, TRANSFORMER
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.settings import Situation, fill
 from coss_hf.trainer.training_args import DistillationArguments
@@ -21,6 +21,7 @@ SITUATIONS = {
     "small_set_pretrained",
     "vit_photographs",
 }
+AUTO = {"cnn_photographs": "sgd", "retrieval": "sgd", "small_set_pretrained": "sgd", "vit_photographs": "adamw_torch"}
 EVERYTHING = (ModelArguments, DataArguments, DistillationArguments)
 
 
@@ -34,8 +35,12 @@ def test_it_is_read_and_filled(name):
     models, data, args = parse(EVERYTHING, [*words, "--teacher", "teacher"])
     assert models.student and data.dataset
     given = yaml.safe_load((h.ROOT / "recipes" / "configs" / f"{name}.yaml").read_text())
-    found, settings = fill(args, Situation(TRANSFORMER, False, 224, 50_000, args.images_per_step))
-    assert not {*given} & {*settings.filled} and found.learning_rate > 0
+    trained = given.get("student_init") != "random"
+    family = TRANSFORMER if "vit" in models.student else BATCH_NORM
+    found, settings = fill(args, Situation(family, trained, 224, 50_000, args.images_per_step))
+    assert not {*given} & {*settings.filled}
+    if args.settings == "auto":
+        assert found.optim == (AUTO[name]) and found.learning_rate < 0.02, "trained weights"
     published = name.startswith(("cifar10", "imagenet", "quickstart"))
     assert (args.settings == "paper") == published, "published figures are not filled by anything else"
 

@@ -57,11 +57,9 @@ OPTIMIZER = ("optim", "learning_rate", "weight_decay", "weight_decay_on", "warmu
         ({"family": TRANSFORMER}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
         ({"family": TRANSFORMER, "size": 32}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
         ({"family": LAYER_NORM}, ("adamw_torch", 5e-4, 0.05, "matrices", 0.1, 1.0)),
-        # On photographs with 64 views a step, through a head, mobilenetv3 learnt more by SGD than by AdamW.
-        ({"family": BATCH_NORM}, ("sgd", 0.035, 5e-4, "all", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "size": 32}, ("sgd", 0.035, 5e-4, "all", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "size": 32, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "views": 128}, ("sgd", 0.05, 5e-4, "all", 0.1, 1.0)),
+        # On photographs with 64 views a step, through a head, mobilenetv3 learnt more by SGD at 0.05 than by AdamW.
+        ({"family": BATCH_NORM}, ("sgd", 0.05, 5e-4, "all", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "views": 128}, ("sgd", 0.071, 5e-4, "all", 0.1, 1.0)),
         # The square root of the views, within a quarter and four times.
         ({"views": 256}, ("adamw_torch", 1e-3, 0.05, "matrices", 0.1, 1.0)),
         ({"views": 128}, ("adamw_torch", 7.1e-4, 0.05, "matrices", 0.1, 1.0)),
@@ -69,7 +67,7 @@ OPTIMIZER = ("optim", "learning_rate", "weight_decay", "weight_decay_on", "warmu
         ({"views": 10**6}, ("adamw_torch", 2e-3, 0.05, "matrices", 0.1, 1.0)),
         # Trained weights are not thrown away.
         ({"trained": True}, ("adamw_torch", 1e-4, 0.05, "matrices", 0.1, 1.0)),
-        ({"family": BATCH_NORM, "size": 32, "views": 128, "trained": True}, ("sgd", 0.01, 5e-4, "all", 0.1, 1.0)),
+        ({"family": BATCH_NORM, "trained": True}, ("sgd", 0.01, 5e-4, "all", 0.1, 1.0)),
     ],
 )
 def test_starting_values(options, expected):
@@ -189,9 +187,21 @@ def test_bare_switches(tmp_path):
 )
 def test_rate_and_optimizer_belong_together(given, optim, rate):
     """A rate of SGD in the hands of AdamW destroys a student, and one of AdamW teaches nothing by SGD."""
-    args = filled(arguments(**given), views=128 if "sgd" in (given.get("optim"), optim) else 64)
+    args = filled(arguments(**given))
     assert values(args, "optim", "learning_rate") == (optim, rate)
     assert args.weight_decay_on == ("all" if optim == "sgd" else "matrices")
+
+
+@pytest.mark.parametrize("family", [BATCH_NORM, LAYER_NORM, TRANSFORMER])
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("views", [16, 64, 128, 2048])
+@pytest.mark.parametrize("factor", [0.5, 1, 2])
+def test_a_rate_near_the_filled_one_keeps_the_optimizer(family, trained, views, factor):
+    """A student of trained weights with 0.005 instead of 0.01, as an alarm advises, was trained by AdamW at 0.005."""
+    options = {"family": family, "trained": trained, "views": views}
+    auto = filled(arguments(), **options)
+    args = filled(arguments(learning_rate=factor * auto.learning_rate), **options)
+    assert values(args, "optim", "weight_decay_on") == values(auto, "optim", "weight_decay_on")
 
 
 def test_a_small_rate_is_one_of_adamw(caplog):
