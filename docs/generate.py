@@ -416,6 +416,20 @@ def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
             yield name, groups[key], cost
 
 
+def photograph_picture(path: Path) -> None:
+    """Accuracy against latency on photographs: the teacher, and each student at its best and at random weights."""
+    check_extra("matplotlib", needed_by="docs/images/photographs.png")
+    points: dict[str, tuple[float, list[float]]] = {}
+    kept = set()
+    for name, found, cost in photograph_rows():
+        kind = (found[0]["student"], found[0]["method"] if found[0]["method"] in ("teacher", "random weights") else "")
+        if kind not in kept:
+            points[name.partition(" (")[0]] = (cost["batch_1"]["ms"], [row["knn20"] for row in found])
+        kept.add(kind)
+    path.parent.mkdir(exist_ok=True)
+    quality_plot(path, points, "k-NN 20", "Photographs of ten classes: EfficientNet-Lite1 as teacher, no labels")
+
+
 TABLES = (
     decoding,
     photographs,
@@ -598,6 +612,7 @@ def pages() -> dict[Path, str]:
 
 if __name__ == "__main__":
     front_picture(DOCS / "images" / "front_page.png")
+    photograph_picture(DOCS / "images" / "photographs.png")
     for page, content in pages().items():
         page.write_text(content)
         print(page.relative_to(ROOT))
