@@ -179,9 +179,7 @@ def test_an_empty_split_stays_empty(tmp_path, cache):
     saved = datasets.DatasetDict({"train": rows, "test": rows.select([])})
     saved.save_to_disk(tmp_path / "saved")
     assert write_smaller_copy(str(tmp_path / "saved"), tmp_path / "copy", 8).images == 8
-    copy = load_source(
-        str(tmp_path / "copy"), None, None
-    ).splits
+    copy = load_source(str(tmp_path / "copy"), None, None).splits
     assert len(copy["train"]) == 8 and len(copy["test"]) == 0
 
 
