@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pandas
 
 from coss_hf.study import paper_tables as paper
 from coss_hf.study.tables import METRICS, as_markdown, half_interval
@@ -141,7 +140,11 @@ def rank_correlation(ours: Sequence[float], theirs: Sequence[float], draws: int 
 
 def _spearman(values: np.ndarray) -> float:
     """Correlation of the ranks of two rows; equal values share the mean of their ranks."""
-    return float(np.corrcoef(pandas.DataFrame(values.T).rank().to_numpy().T)[0, 1].round(12))
+    ranks = []
+    for row in values:
+        _, places, counts = np.unique(row, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
+    return float(np.corrcoef(ranks)[0, 1].round(12))
 
 
 def ranking_sentence(found: Sequence[Cell], metric: str = "linear") -> str:
