@@ -209,7 +209,7 @@ def cifar100() -> str:
     for table, pair in dict.fromkeys((cell.table, cell.pair) for cell in found):
         own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
         name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
-        parts.append(f"### {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
+        parts.append(f"## {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
         parts.append(ranking_sentence(own))
     return "\n\n".join(part for part in parts if part)
 
