@@ -6,8 +6,8 @@
 All splits and columns are kept, only images change: those with a larger shorter side are scaled to it, upright, and
 written as JPEG. Smaller ones stay byte for byte. Take a side a little above that of the views (288 for views of 224). A
 crop of a small part of a photograph (--augmentation imagenet: down to 8 % of its area) has fewer pixels in the copy
-than in the original. The same command continues a call that was stopped, and repeats at most
-1,000 images per process.
+than in the original. The same command continues a call that was stopped, and repeats at
+most 1,000 images per process.
 """
 
 from coss_hf.cli.help import show_help

@@ -214,15 +214,11 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
             )
 
 
-def _compares_embeddings(needs, built_in: bool) -> bool:
-    return not built_in or any(need.same_dim for need in needs)
-
-
 def _build_head(
     student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool
 ) -> nn.Module | None:
     """The head that ``args`` ask for; none where no built-in method compares embeddings of one dimension."""
-    if args.head == "auto" and not _compares_embeddings(needs, built_in):
+    if args.head == "auto" and built_in and not any(need.same_dim for need in needs):
         return None
     head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
     if head is not None and all(uses_maps(need) for need in needs):

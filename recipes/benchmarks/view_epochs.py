@@ -5,11 +5,12 @@
 
 CoSS, resnet56 -> resnet20, the paper's recipe without neighbours: each image has one view an epoch, so that no setting
 repeats a view more often. All runs see the same number of images in the same order; they differ in the number of epochs
-after which the views come back (``--view_epochs``; 0: never). One of these numbers also runs with ``--cache_dtype``
-float16. Each has the seeds 1, 2, 3 (initial weights and order), and is measured on images held out of train.
+after which the views come back (``--view_epochs``; 0: never). One of these numbers also runs with
+``--teacher_cache_dtype float16``. Each has the seeds 1, 2, 3 (initial weights and order), and is
+measured on images held out of train.
 
 A line of the file is one run. The same command resumes where it stopped, with the cache that it keeps in a folder next
-to the file. Runs of several processes may fill one file: give each its own ``--seeds``.
+to the file.
 """
 
 import argparse

@@ -251,7 +251,7 @@ def test_a_row_that_is_written_while_it_is_read_is_the_one_whose_checksum_was_co
         return checksum(row, data)
 
     monkeypatch.setattr(cache, "_checksum", overwritten)
-    assert_right_or_missing(cache)
+    assert assert_right_or_missing(cache) == 60
 
 
 def test_the_description_of_a_cache_stops_nothing(tmp_path, monkeypatch):
