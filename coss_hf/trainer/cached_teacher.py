@@ -141,7 +141,7 @@ class CachedTeacher(TrainerCallback):
                 self._check_disk()
 
     def _check_disk(self) -> None:
-        """A folder that is only read, as on a disk without free space, needs no free space."""
+        """Free space is needed only where rows are written."""
         if self.cache.check_writable(self._epochs):
             self.cache.check_room(self._epochs)
 
