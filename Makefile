@@ -1,5 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
+# Bytecode is written by the first process that imports a module, for all later ones.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test lint docs linkcheck
 

@@ -343,6 +343,21 @@ def teacher_cache() -> str:
     return as_markdown(lines)
 
 
+def view_epochs() -> str:
+    """Students by the number of epochs after which their views come back, on held-out images."""
+    metrics = {"knn20": "k-NN 20", "linear": "linear evaluation", "overlap10": "overlap 10"}
+    lines = [["epochs of views", "cache", "seeds", *metrics.values(), "cosine to the teacher"]]
+    rows = json_lines("view_epochs.jsonl")
+    arms = {(row["view_epochs"], row["cache_dtype"]) for row in rows}
+    for views, dtype in sorted(arms, key=lambda arm: (arm[0] or math.inf, arm[1] or "")):
+        found = select(rows, view_epochs=views, cache_dtype=dtype)
+        cosines = [row["cosine"] for row in found]
+        cosine = f"{statistics.fmean(cosines):.4f} ± {statistics.stdev(cosines):.4f}"
+        cells = [score(found, key, statistics.stdev) for key in metrics]
+        lines.append([str(views or "new each time"), dtype or "none", str(len(found)), *cells, cosine])
+    return as_markdown(lines)
+
+
 def decoding() -> str:
     """Views a second and core of large and small photographs, by how they are decoded."""
     record = json_record("decoding.json")
@@ -436,6 +451,7 @@ TABLES = (
     photographs_longer,
     photographs_settings,
     teacher_cache,
+    view_epochs,
     front_page,
     quickstart_digits,
     cifar10_short,

@@ -132,19 +132,19 @@ def rank_correlation(ours: Sequence[float], theirs: Sequence[float], draws: int 
     if values.shape[1] < LEAST_ROWS or (values == values[:, :1]).all(axis=1).any():
         raise ValueError(f"a rank correlation needs {LEAST_ROWS} rows or more that differ, not {values.tolist()}.")
     rng = np.random.default_rng(0)
-    drawn = (values[:, rng.integers(0, values.shape[1], values.shape[1])] for _ in range(draws))
-    several = [_spearman(one) for one in drawn if (one != one[:, :1]).any(axis=1).all()]
+    drawn = values[:, rng.integers(0, values.shape[1], (draws, values.shape[1]))].swapaxes(0, 1)
+    several = _spearman(drawn[(drawn != drawn[..., :1]).any(axis=2).all(axis=1)])
     low, high = np.percentile(several, (2.5, 97.5))
-    return _spearman(values), float(low), float(high)
+    return float(_spearman(values[None])[0]), float(low), float(high)
 
 
-def _spearman(values: np.ndarray) -> float:
-    """Correlation of the ranks of two rows; equal values share the mean of their ranks."""
-    ranks = []
-    for row in values:
-        _, places, counts = np.unique(row, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[places])
-    return float(np.corrcoef(ranks)[0, 1].round(12))
+def _spearman(pairs: np.ndarray) -> np.ndarray:
+    """Correlation of the ranks of each pair of rows, (pairs, 2, values); equal values share the mean of their ranks."""
+    other = pairs[..., None, :]
+    ranks = (pairs[..., None] > other).sum(-1) + (1 + (pairs[..., None] == other).sum(-1)) / 2
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    ranks /= np.linalg.norm(ranks, axis=-1, keepdims=True)
+    return ranks.prod(axis=1).sum(axis=-1).round(12)
 
 
 def ranking_sentence(found: Sequence[Cell], metric: str = "linear") -> str:

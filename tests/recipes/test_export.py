@@ -110,27 +110,36 @@ def test_a_name_on_the_hub_needs_a_folder_to_write_to(tmp_path, image_parquet, n
     assert "--output is missing: --model somebody/student is a name on the Hub" in capsys.readouterr().err
 
 
-def test_the_card_shows_what_was_exported(tmp_path, image_parquet, networks, monkeypatch):
-    """It is written at the end of the training, when there are no such files yet."""
+@pytest.mark.parametrize(
+    ("kind", "package", "title"),
+    [
+        ("onnx", "onnxruntime", "ONNX Runtime"),
+        ("openvino", "openvino", "OpenVINO"),
+        ("executorch", "executorch.runtime", "ExecuTorch"),
+    ],
+)
+def test_the_card_shows_what_was_exported(tmp_path, image_parquet, networks, monkeypatch, kind, package, title):
+    """It is written at the end of the training, when there are no such files yet; its code gives the embedding."""
+    pytest.importorskip(package)
     trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, max_steps=1)
     trainer.train()
     trainer.save_model()
     trainer.create_model_card()
     out = tmp_path / "out"
     before = (out / "README.md").read_text()
-    assert "onnxruntime" not in before
+    assert f"### {title}" not in before
     card = renamed(before, str(out.resolve()))
     (out / "README.md").write_text(card)
-    call(monkeypatch, "--head", model=out, dataset=image_parquet, num_images=12, timing_rounds=1)
+    call(monkeypatch, "--head", model=out, dataset=image_parquet, num_images=12, timing_rounds=1, formats=kind)
     after = (out / "README.md").read_text()
     assert after.split("## Training")[1] == card.split("## Training")[1] and after.startswith(card.split("## Use")[0])
-    (code,) = [code for code in re.findall(r"```python\n(.*?)```", after, re.DOTALL) if "onnxruntime" in code]
+    section = after.split(f"### {title}")[1]
     scope = {}
-    exec(code, scope)
+    exec(re.search(r"```python\n(.*?)```", section, re.DOTALL)[1], scope)
     expected = coss_hf.Student.from_pretrained(out).encode([scope["image"]]).numpy()
-    np.testing.assert_allclose(scope["embedding"], expected, rtol=1e-4, atol=1e-4)
-    assert "in the teacher's space, 16 numbers" in after.split("### ONNX Runtime")[1].split("```")[0]
+    np.testing.assert_allclose(np.asarray(scope["embedding"]), expected, rtol=1e-4, atol=1e-4)
+    assert "in the teacher's space, 16 numbers" in section.split("```")[0]
     # Its files stay where they are, so that a copy has no code that reads them.
     coss_hf.Student.from_pretrained(out).save_pretrained(tmp_path / "copy")
     copied = (tmp_path / "copy" / "README.md").read_text()
-    assert "onnxruntime" not in copied and "### Transformers" in copied
+    assert f"### {title}" not in copied and "### Transformers" in copied
