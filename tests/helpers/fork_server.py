@@ -58,6 +58,7 @@ def prepare(request: dict, pipes: list[int]) -> dict:
     os.environ.clear()
     os.environ.update(request["environment"])
     if request["largest_file"] != resource.RLIM_INFINITY:
+        sys.dont_write_bytecode = True
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(
             resource.RLIMIT_FSIZE, (request["largest_file"], resource.getrlimit(resource.RLIMIT_FSIZE)[1])

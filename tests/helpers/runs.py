@@ -173,7 +173,12 @@ def start_program(words: list[str], processes: int, launcher: bool = False):
 
 @contextlib.contextmanager
 def no_file_larger_than(size: int):
-    """For this process, and those started inside: writing more fails with an error, as on a full disk."""
+    """For this process, and those started inside: writing more fails with an error, as on a full disk.
+
+    No bytecode is written: Python would cut it off without an error, for all later processes.
+    """
+    bytecode = (sys.dont_write_bytecode, os.environ.get("PYTHONDONTWRITEBYTECODE", ""))
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # inherited, like the limit
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
@@ -182,6 +187,7 @@ def no_file_larger_than(size: int):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+        sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = bytecode
 
 
 @command_line()
