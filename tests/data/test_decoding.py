@@ -93,9 +93,18 @@ def test_transparent_rgba_equals_pillows_own_conversion():
 def test_modes_that_only_rare_readers_yield(mode, plain, monkeypatch):
     opened = uniform("RGBA", (200, 30, 60, 255)).convert(plain).convert(mode)
     expected = np.asarray(opened.convert(plain).convert("RGB"))
-    monkeypatch.setattr(Image, "open", lambda _: opened)
+    monkeypatch.setattr(Image, "open", lambda _, formats: opened)
     np.testing.assert_array_equal(pixels({"bytes": b"any", "path": None}), expected)
     assert plain == "LA" or np.abs(expected[0, 0].astype(int) - (200, 30, 60)).max() <= 3
+
+
+@pytest.mark.parametrize("kind, readers", [("JPEG", ["JPEG"]), ("PNG", ["PNG"]), ("WEBP", None), ("BMP", None)])
+def test_usual_formats_are_opened_by_their_reader_alone(kind, readers, monkeypatch):
+    record = encoded(uniform("RGB", (200, 30, 60)), kind)
+    given = []
+    opened = Image.open
+    monkeypatch.setattr(Image, "open", lambda file, formats: given.append(formats) or opened(file, formats=formats))
+    assert np.abs(pixels(record).astype(int) - (200, 30, 60)).max() <= 3 and given == [readers]
 
 
 SIXTEEN = np.array([[0, 128, 129, 257, 32768, 65278, 65407, 65535]], np.uint16)
