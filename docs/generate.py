@@ -18,7 +18,7 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import quality_plot
 from coss_hf.study.paper_cells import cells, cells_table, ranking_sentence
-from coss_hf.study.tables import as_markdown, half_interval
+from coss_hf.study.tables import as_markdown, half_interval, ranked
 from coss_hf.utils.packages import check_extra
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -431,6 +431,37 @@ def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
             yield name, groups[key], cost
 
 
+def photographs_paired() -> str:
+    """How far CoSS by the chosen settings is above each other row of its student, seed by seed, on test images."""
+    rows = select(json_lines("photographs.jsonl"), split="test")
+    lines = [["student", "CoSS by the chosen settings, minus", "seeds", "k-NN 20", "linear evaluation"]]
+    for student in (name for name in PHOTOGRAPH_STUDENTS if select(rows, student=name, method="coss")):
+        own = select(rows, student=student)
+        arms = dict.fromkeys((row["settings"], row["method"]) for row in own if row["method"] != "teacher")
+        coss = chosen_settings(student)
+        for settings, method in (arm for arm in arms if arm != (coss, "coss")):
+            found = []
+            for row in select(own, settings=settings, method=method):
+                found += [(best, row) for best in select(own, settings=coss, method="coss", seed=row["seed"])]
+            cells = [paired(found, key) for key in ("knn20", "linear")]
+            name = f"{method} ({settings})" if settings not in ("", coss) else method
+            lines.append([PHOTOGRAPH_STUDENTS[student], name, str(len(found)), *cells])
+    return as_markdown(lines)
+
+
+def chosen_settings(student: str) -> str:
+    """The settings with the best mean of k-NN 20 in the short runs, on held-out images."""
+    rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", student=student)
+    rows = select(rows, num_images=min(row["num_images"] for row in rows))
+    return next(iter(ranked([row | {"method": row["settings"]} for row in rows], "knn20")))
+
+
+def paired(found: list[tuple[dict, dict]], key: str) -> str:
+    """Mean difference in points, with a 95 % t-interval."""
+    values = [100 * (one[key] - other[key]) for one, other in found]
+    return f"{statistics.fmean(values):+.1f} ± {half_interval(values):.1f}"
+
+
 def photograph_picture(path: Path) -> None:
     """Accuracy against latency on photographs: the teacher, and each student at its best and at random weights."""
     check_extra("matplotlib", needed_by="docs/images/photographs.png")
@@ -449,6 +480,7 @@ TABLES = (
     decoding,
     photographs,
     photographs_longer,
+    photographs_paired,
     photographs_settings,
     teacher_cache,
     view_epochs,
