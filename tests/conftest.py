@@ -1,3 +1,4 @@
+import atexit
 import gc
 import os
 import shutil
@@ -33,6 +34,7 @@ LONGEST = (
 
 def pytest_configure(config):
     """One empty cache for all processes of the session, instead of what other programs of this machine have cached."""
+    atexit.register(gc.unfreeze)  # else bindings of C++ report what was not collected as leaked
     if "HF_HOME" not in os.environ:
         home = tempfile.TemporaryDirectory(prefix="coss-hf-tests-")
         os.environ["HF_HOME"] = home.name

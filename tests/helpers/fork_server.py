@@ -5,6 +5,7 @@
 A request names a program, its environment and its pipes; the answer is its process id, and later its exit status.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -110,6 +111,7 @@ if __name__ == "__main__":
         importlib.import_module(module)
     gc.collect()
     gc.freeze()  # a collection in a child would look at, and so copy, all of it
+    atexit.register(gc.unfreeze)  # else bindings of C++ report what was not collected as leaked
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     if request["processes"] > 1:
         launch(request["processes"])
