@@ -10,7 +10,7 @@ Stages, each with three seeds, all runs of a student at equal images seen:
 
     settings  CoSS with neighbours under each of SETTINGS, short, measured on images held out of train
     methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by
-              each of DEFAULTS
+              each of --other_settings
     warm      a student that was distilled from other images before, under each of WARM_SETTINGS
     test      test images, read once: the long runs, random weights, the teacher, and the costs
 
@@ -225,7 +225,7 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     best = experiment.best_settings(student)
     num_images = experiment.options.num_images
     arms = [Arm(student, best, num_images, method) for method in experiment.options.methods]
-    return arms + [Arm(student, name, num_images) for name in DEFAULTS if name != best]
+    return arms + [Arm(student, name, num_images) for name in experiment.options.other_settings if name != best]
 
 
 def training_arms(stage: str, students: list[str], experiment: Experiment) -> Iterator[Arm]:
@@ -261,6 +261,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods of the long runs"
+    )
+    parser.add_argument(
+        "--other_settings",
+        nargs="*",
+        default=list(DEFAULTS),
+        choices=list(SETTINGS),
+        help="settings of long runs of CoSS, besides the best ones",
     )
     parser.add_argument("--num_images", type=int, default=19_200, help="images seen by a long run, neighbours included")
     parser.add_argument("--choice_images", type=int, default=6_400, help="images seen by a run that compares settings")

@@ -68,6 +68,8 @@ def test_long_runs_are_of_the_best_settings_and_the_defaults(world):
     assert ("coss, no neighbours", 1, 19_200, 0, 64) in world.trained, "as many views a step"
     fewer = world.run("methods", "--num_images=640", "--methods", "coss")[27:]
     assert {row["method"] for row in fewer} == {"coss"} and len(fewer) == 3 * 3
+    best_alone = world.run("methods", "--num_images=1280", "--methods", "coss", "--other_settings")[36:]
+    assert [(row["settings"], row["seed"]) for row in best_alone] == [(best, 1), (best, 2), (best, 3)]
 
 
 def test_test_images_are_read_once(world):
