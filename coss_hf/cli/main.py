@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import coss_hf
-from coss_hf.cli.options import LAUNCHED
+from coss_hf.cli.options import LAUNCHED, STUDIES
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.reporting.run_record import hide_secrets
 
@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     if {"-h", "--help", "--help_all"} & {*argv} or (processes is None and config is None):
         run_recipe(command, argv)
     elif command not in LAUNCHED:
-        _fail(f"coss-hf {command} runs in one process; leave out --num_processes and --accelerate_config.")
+        instead = " --jobs trains several of its students in parallel." if command in STUDIES else ""
+        _fail(f"coss-hf {command} runs in one process; leave out --num_processes and --accelerate_config.{instead}")
     else:
         launch(command, argv, processes, config)
 

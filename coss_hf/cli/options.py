@@ -64,7 +64,8 @@ GROUPS = {
 }
 
 # Commands that `coss-hf` starts in several processes on request, and the options that ask for it, with their values.
-LAUNCHED = ("distill", "neighbors", "compare", "report", "reproduce", "train-teacher")
+LAUNCHED = ("distill", "neighbors", "train-teacher")
+STUDIES = ("compare", "report", "reproduce")
 LAUNCH_OPTIONS = {"num_processes": "N", "accelerate_config": "FILE"}
 
 # Options that a command shares with others, but does not read, or refuses.

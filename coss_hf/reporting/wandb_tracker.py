@@ -14,7 +14,7 @@ from pathlib import Path
 from PIL.Image import Image
 from transformers.integrations import WandbCallback
 
-from coss_hf.hub.push import PUBLISHED
+from coss_hf.hub.push import PUBLISHED, published_folders
 from coss_hf.reporting.tracked import EndOfRun, grouped, settings_of, without_totals
 from coss_hf.utils.messages import first_line, get_logger
 
@@ -160,6 +160,8 @@ class WandbTracker(WandbCallback):
             for path in Path(self.trainer.args.output_dir).iterdir():
                 if any(fnmatch(path.name, pattern) for pattern in (*PUBLISHED, "*.py")):
                     student.add_file(str(path))
+            for name in published_folders(Path(self.trainer.args.output_dir)):
+                student.add_dir(str(Path(self.trainer.args.output_dir, name)), name=name)
             run.log_artifact(student, aliases=["final_model"])
         run.finish()
         self._initialized = False  # what comes later belongs to this run, too

@@ -38,10 +38,15 @@ class Sweep:
         header: entries put before each result: the command.
 
     Raises:
-        ValueError: another sweep is using the folder.
+        ValueError: another sweep is using the folder, or a launcher has started several processes.
     """
 
     def __init__(self, folder: Path, name: str, jobs: int, header: dict):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"--output_dir={folder}: several processes were started for one sweep; start one, and give --jobs for "
+                f"the number of trials that run in parallel, on all GPUs in turn."
+            )
         self.folder = Path(folder)
         self.file = self.folder / f"{name}.jsonl"
         self.trials = self.folder / "trials"

@@ -102,6 +102,14 @@ def given(args: TrainingArguments) -> dict[str, object]:
     }
 
 
+def resolve_saving(args: TrainingArguments, strategy: str) -> None:
+    """Fill when checkpoints are written: by ``strategy``, unless an interval in steps was given."""
+    if args.save_strategy is None:
+        args.save_strategy = strategy if args.save_steps is None else "steps"
+    if args.save_steps is None:
+        args.save_steps = 500
+
+
 def _default(field):
     return field.default if field.default_factory is MISSING else field.default_factory()
 

@@ -26,7 +26,7 @@ from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import RECORD, check_identity, enter_output_dir, find_checkpoint, shapes
 from coss_hf.trainer.checkpointing import CheckpointWriter
 from coss_hf.trainer.engine import check_graphs, check_processes
-from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused
+from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused, resolve_saving
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
@@ -99,11 +99,15 @@ class TeacherArguments(TrainingArguments):
         default=0.0,
         metadata={"help": "Largest norm of the gradient; longer gradients are scaled to it. 0: no clipping."},
     )
-    save_strategy: str = field(
-        default="no",
+    save_strategy: str | None = field(
+        default=None,
         metadata={
-            "help": "When checkpoints are written: steps, epoch or no. The trained network is saved in any case."
+            "help": "When checkpoints are written: steps, epoch or no. The trained network is saved in any case. "
+            "Default: no, or steps where --save_steps is given."
         },
+    )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Number of optimizer steps between two checkpoints. Default: 500."}
     )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of each epoch."})
     remove_unused_columns: bool = field(
@@ -115,6 +119,9 @@ class TeacherArguments(TrainingArguments):
     def __post_init__(self):
         self.given = given(self)
         check_numbers(self)
+        resolve_saving(self, "no")
+        if "eval_steps" in self.given and "eval_strategy" not in self.given:
+            self.eval_strategy = "steps"
         try:
             super().__post_init__()
         except Exception as error:  # values of all kinds, packages that are not installed, files that cannot be read

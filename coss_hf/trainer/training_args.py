@@ -16,7 +16,7 @@ from coss_hf.losses.registry import LOSSES
 from coss_hf.models.heads import HEADS
 from coss_hf.trainer.default_settings import PAPER, SETTINGS
 from coss_hf.trainer.engine import check_engine
-from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused
+from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused, resolve_saving
 from coss_hf.trainer.schedule import RunLength
 from coss_hf.utils.messages import parameter_names
 
@@ -280,8 +280,15 @@ class DistillationArguments(TrainingArguments):
         metadata={"help": "Trackers: wandb, trackio, tensorboard, several of them, all or none."},
     )
     project: str = field(default="coss_hf", metadata={"help": "Name of the project of the run in Trackio."})
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When checkpoints are written: steps, epoch, best or no."}
+    save_strategy: str | None = field(
+        default=None,
+        metadata={
+            "help": "When checkpoints are written: steps, epoch, best or no. Default: epoch, or steps where "
+            "--save_steps is given."
+        },
+    )
+    save_steps: float | None = field(
+        default=None, metadata={"help": "Number of optimizer steps between two checkpoints. Default: 500."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of newest checkpoints that are kept."})
     hub_strategy: str = field(
@@ -319,6 +326,7 @@ class DistillationArguments(TrainingArguments):
             self.warmup_steps = ratio
         left_out = self.stood_in = self.left_out
         self._stand_in(left_out)
+        resolve_saving(self, "epoch")
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
         self.evaluates_by_default = strategy == "steps" and not self.eval_steps

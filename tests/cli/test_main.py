@@ -57,6 +57,10 @@ def test_every_command_but_env_is_a_recipe():
             "error: --accelerate_config nowhere: no such file; give a file, or",
         ),
         (["push", "--num_processes", "2"], "error: coss-hf push runs in one process"),
+        (
+            ["compare", "--num_processes=4"],
+            "error: coss-hf compare runs in one process; leave out --num_processes and --accelerate_config. --jobs",
+        ),
         (["push", "nowhere", "--repo_id", "me/x"], "error: nowhere holds no student"),
     ],
 )

@@ -136,7 +136,10 @@ def test_the_model_that_is_kept_is_the_student_without_secrets(world, wandb_fold
     folder = wandb_folder / "student"
     folder.mkdir()
     for name, content in kept[-1].items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
+    modules = json.loads((folder / "modules.json").read_text())
+    assert len(modules) > 1 and all((folder / module["path"]).is_dir() for module in modules), "with its head"
     h.assert_same(AutoModel.from_pretrained(folder).state_dict(), AutoModel.from_pretrained(world.out).state_dict())
 
 

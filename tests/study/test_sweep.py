@@ -102,6 +102,13 @@ def test_one_sweep_at_a_time(tmp_path, config):
     del first
 
 
+def test_several_processes_are_not_one_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="several processes were started for one sweep; start one, and give --jobs"):
+        Sweep(tmp_path / "study", "a", 1, {})
+    assert not (tmp_path / "study").exists()
+
+
 def test_parallel_trials_take_gpus_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)

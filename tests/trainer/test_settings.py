@@ -22,6 +22,7 @@ from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.engine import use_precision
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.settings import RECORDED, Situation, fill, recorded_settings, values_to_record
+from coss_hf.trainer.supervised import TeacherArguments
 from coss_hf.utils import shared_memory
 from coss_hf.utils.shared_memory import needed
 
@@ -562,3 +563,21 @@ def test_warmup_steps_of_a_schedule():
     """The share is one of the steps of the run: the rate rises for so many, and falls to 0 at the end."""
     args = filled(arguments(num_train_epochs=20))
     assert args.get_warmup_steps(1_000) == math.ceil(0.1 * 1_000)
+
+
+@pytest.mark.parametrize(
+    ("given", "distillation", "supervised"),
+    [
+        ({}, ("epoch", 500), ("no", 500)),
+        ({"save_steps": 500}, ("steps", 500), ("steps", 500)),
+        ({"save_strategy": "epoch", "save_steps": 20}, ("epoch", 20), ("epoch", 20)),
+        ({"save_strategy": "steps"}, ("steps", 500), ("steps", 500)),
+    ],
+)
+def test_an_interval_of_checkpoints_is_not_ignored(tmp_path, given, distillation, supervised):
+    """``--save_steps 500`` alone once left the checkpoints to the ends of epochs, without a word."""
+    for kind, expected in ((DistillationArguments, distillation), (TeacherArguments, supervised)):
+        args = kind(output_dir=str(tmp_path), use_cpu=True, **given)
+        assert (args.save_strategy, args.save_steps) == expected
+        assert dataclasses.replace(args).save_strategy == expected[0]
+    assert TeacherArguments(output_dir=str(tmp_path), use_cpu=True, eval_steps=3).eval_strategy == "steps"
