@@ -28,6 +28,7 @@ from coss_hf.models.heads import load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.models.towers import SPACES
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.utils.paths import check_output_file
 
 SPLITS = ("train", "validation", "test")
 
@@ -72,6 +73,7 @@ def check(args: EmbedArguments) -> None:
             raise ValueError(f"--{name} is missing; see --help.")
     if Path(args.output).suffix not in (".npy", ".parquet"):
         raise ValueError(f"--output {args.output}: give a file with the suffix .npy or .parquet.")
+    check_output_file(args.output, "--output")
     if args.batch_size < 1:
         raise ValueError(f"--batch_size {args.batch_size}: give 1 or more.")
 

@@ -16,7 +16,6 @@ from coss_hf.cli.help import show_help
 show_help(__name__, "evaluate")
 
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from coss_hf.utils.ending import ENDING
 
@@ -32,6 +31,7 @@ from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.utils.paths import check_output_file
 
 
 @dataclass
@@ -55,8 +55,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     for name, value in (("student", models.student), ("output", args.output)):
         if not value:
             raise ValueError(f"--{name} is missing; see --help.")
-    if Path(args.output).is_dir():
-        raise ValueError(f"--output {args.output} is a folder; give the name of a JSON file.")
+    check_output_file(args.output, "--output")
     data = data.follow(models.student, models.student_revision)
     splits = data.load()
     test_images = splits.test or splits.validation
@@ -107,9 +106,9 @@ def main() -> None:
         models, args = as_in_its_run(models, args)
         results, images = evaluate(models, data, args)
     facts = {"images": images, "command": command(), "seed": args.seed, "versions": versions()}
-    write_json(args.output, {**results, **facts})
     print(table(results))
     print(f"Overlap {on_images(images)}.")
+    write_json(args.output, {**results, **facts})
     print(f"Written to {args.output}.")
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     _, teacher = load(plan.config, plan.pair)
     networks = {"student": models.load_student(teacher), "teacher": teacher}
     seen = max(row["images_seen"] for row in rows if row["method"] not in UNTRAINED)
-    names = f"{Path(models.teacher).name} → {Path(models.student).name}"
+    names = f"{Path(models.teacher).name} → {Path(models.student or models.student_init).name}"
     report = Report(
         title=f"{names}, {seen:,} images seen, {args.seeds} seeds",
         rows=rows,

@@ -37,6 +37,8 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv.count("--config") > 1:
+        raise ValueError("--config was given twice: give one file, and the other options on the command line.")
     if "--config" in argv:
         position = argv.index("--config")
         path = [expand_word(word, "--config") for word in argv[position + 1 : position + 2]]

@@ -5,6 +5,8 @@ import json
 import shlex
 import socket
 import ssl
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -129,28 +131,49 @@ def push(
         api = HfApi(token=token)
         repo_id = _open_repo(api, repo_id, "model", private)
         card = folder / "README.md"
+        text = new = None
         if card.is_file():  # its snippet loads the student by name
             text = card.read_text()
-            card.write_text(renamed(text, repo_id, on_hub=True))
+            new = renamed(text, repo_id, on_hub=True)
             is_old = "## Use" in text and "### coss_hf" not in text  # of before cards named each library
             if is_old and not (folder / sentence_modules.MODULES_FILE).is_file():
                 logger.warning(OLD_STUDENT, folder, folder, repo_id)
-        with _errors_as_problems(repo_id):
+        with _errors_as_problems(repo_id), _with_card(folder, new) as place:
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             code = ["*.py"] if "auto_map" in _read(folder / "config.json") else []
             folders = published_folders(folder)
             commit = api.upload_folder(
                 repo_id=repo_id,
-                folder_path=folder,
+                folder_path=place,
                 commit_message=message or f"Student{_images_seen(folder)}",
                 revision=revision,
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
                 delete_patterns=[*REPLACED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
+    if new != text:
+        with contextlib.suppress(OSError):  # of a folder that can only be read
+            card.write_text(new)
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit
+
+
+@contextlib.contextmanager
+def _with_card(folder: Path, card: str | None) -> Iterator[Path]:
+    """The folder with another card, as links: the folder may be read-only, and stays as it is if the push fails."""
+    if card is None:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as made:
+        place = Path(made)
+        for path in folder.rglob("*"):
+            link = place / path.relative_to(folder)
+            if path.is_file() and path != folder / "README.md":
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
+        (place / "README.md").write_text(card)
+        yield place
 
 
 def published_folders(folder: Path) -> list[str]:
@@ -288,7 +311,8 @@ def _images_seen(folder: Path) -> str:
     record = folder / "run.json"
     if not record.is_file():
         return ""
-    return f", {_read(record)['images_seen']:,} images seen"
+    seen = _read(record).get("images_seen")  # a supervised teacher's record has none
+    return "" if seen is None else f", {seen:,} images seen"
 
 
 def _read(path: Path) -> dict:

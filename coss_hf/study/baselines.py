@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.evaluation.embeddings import OVERLAP_K
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.timing import images_within
 from coss_hf.study.trials import StudyConfig, Trial
 from coss_hf.trainer.arguments import ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
 
 # Arguments that each trial sets for itself.
 TRIAL_ARGUMENTS = ("output_dir", "method", "seed", "num_images", "neighbors_k", "beta")
@@ -126,6 +130,24 @@ def check_study(
     return "test" if splits.test is not None else "validation"
 
 
+def check_measured(split: str, splits: ImageSplits) -> None:
+    """Check that there are enough images to measure on.
+
+    Args:
+        split: name of the split that is measured on.
+        splits: the images.
+
+    Raises:
+        ValueError: too few; without labels each image needs more others than the neighbours that are compared.
+    """
+    count = len(getattr(splits, split))
+    least = OVERLAP_K + 1 if splits.label_column is None else 2
+    if count < least:
+        labels = "without labels" if splits.label_column is None else "with labels"
+        option = "--validation_size" if split == "validation" else "--test_split"
+        raise ValueError(f"{option}: {count} images to measure on; {labels} a comparison needs {least} or more.")
+
+
 def check_report(metric: str, splits: ImageSplits) -> None:
     """Check that there are images to report on, with labels if the metric needs them.
 
@@ -169,10 +191,18 @@ def run_images(folder: Path, hours: float, trained: list[Trial], others: list[Tr
         ValueError: not even a few steps of each fit.
     """
     path = folder / "length.json"
-    if path.exists():
-        known = json.loads(path.read_text())
-        if known["hours"] == hours:
-            return known["num_images"]
-    num_images = images_within(3600 * hours, trained, others, config)
-    write_json(path, {"hours": hours, "num_images": num_images})
-    return num_images
+    known = json.loads(path.read_text()) if path.exists() else {}
+    if known.get("hours") == hours:  # of before it was known what was measured
+        return known["num_images"]
+    measured = config.key(replace(trained[0], num_images=0))  # teacher, student, images and arguments
+    found = known.get(name := f"{hours:g} h, {measured}")
+    if found is None:
+        found = {"num_images": images_within(3600 * hours, trained, others, config), "runs": len(trained)}
+        write_json(path, known | {name: found})
+    elif found["runs"] != len(trained):
+        logger.warning(
+            "--hours=%g: the length of a run was measured for %d runs, and stays so that their results are kept; %d "
+            "runs take about %.2g h. Remove %s to measure again.",
+            *(hours, found["runs"], len(trained), hours * len(trained) / found["runs"], path),
+        )
+    return found["num_images"]

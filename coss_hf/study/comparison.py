@@ -10,6 +10,7 @@ from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
 from coss_hf.reporting.run_record import command, write_json
 from coss_hf.study.baselines import (
     changed_arguments,
+    check_measured,
     check_options,
     check_study,
     run_images,
@@ -82,7 +83,7 @@ def plan_comparison(
         ValueError: what cannot be compared.
     """
     check_options(training)
-    pair = f"{models.student} / {models.teacher}"
+    pair = f"{models.student or models.student_init} / {models.teacher}"
     folder = Path(training.output_dir)
     view_seed = training.seed if training.view_seed is None else training.view_seed
     given = training
@@ -95,6 +96,7 @@ def plan_comparison(
         split = "validation"
         if splits.validation is None:
             raise ValueError("--validation_size: hold images out of train, say 2000, to compare the methods on.")
+    check_measured(split, splits)
     sweep = Sweep(folder, name, jobs, {"command": command()})
     trained = trained_trials(pair, training, seeds, split, methods)
     sweep.check(trained, config)

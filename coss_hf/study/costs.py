@@ -62,6 +62,8 @@ def _multiply_adds(network: Backbone, pixels: Tensor) -> int:
 
 
 def _file_bytes(network: Backbone) -> int:
+    if not hasattr(network.model, "save_pretrained"):  # a plain module, or a tower with its projection
+        return sum(value.nbytes for value in network.model.state_dict().values())
     with tempfile.TemporaryDirectory() as folder:
         network.model.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))

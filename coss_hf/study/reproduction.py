@@ -165,7 +165,7 @@ class Reproduction:
         for pair in args.table_pairs:
             reports += paper.report_trials(pair, chosen[pair], args.finalists, args.seeds, self.report_images)
         reported = self.sweep.run(reports, self.config)
-        return self._write(chosen, {pair: of_pair(reported, pair) for pair in args.table_pairs})
+        return self._write(tried, chosen, {pair: of_pair(reported, pair) for pair in args.table_pairs})
 
     def _best_scales(self, rows: list[dict], pair: str) -> list[dict]:
         """Return each method's best row, the best method first; methods without a value are left out."""
@@ -173,7 +173,7 @@ class Reproduction:
         found = [best(group, self.args.metric) for group in groups.values()]
         return [row for row in found if row is not None]
 
-    def _write(self, chosen: dict[str, list[dict]], reported: dict[str, list[dict]]) -> str:
+    def _write(self, tried: list[dict], chosen: dict[str, list[dict]], reported: dict[str, list[dict]]) -> str:
         args = self.args
         folder = Path(args.output_dir)
         budget = "the paper's 240 epochs"
@@ -181,6 +181,9 @@ class Reproduction:
             budget = f"a budget of {args.budget:g} of the paper's 240 epochs"
         parts = [f"# Table {args.table}, {budget}", f"{self.data.dataset}; `{command()}`"]
         for pair, rows in reported.items():
+            if not chosen[pair]:
+                parts.append(f"## {pair}\n\n{nothing_chosen(of_pair(tried, pair), args.metric)}")
+                continue
             title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({budget})"
             held_out = len(self.splits.validation)
             published = paper.published(args.table, pair)
@@ -200,6 +203,13 @@ class Reproduction:
 def of_pair(rows: list[dict], pair: str) -> list[dict]:
     """Return the results of one pair."""
     return [row for row in rows if row["pair"] == pair]
+
+
+def nothing_chosen(tried: list[dict], metric: str) -> str:
+    """Return why no scale of a pair was chosen."""
+    reasons = sorted({f"`{row['method']}`: {row['failed']}" for row in tried if "failed" in row})
+    why = "; ".join(reasons) if reasons else f"none of the runs on held-out images has a value of {metric}"
+    return f"No scale was chosen, so that nothing is reported: {why}."
 
 
 def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduction:

@@ -6,10 +6,12 @@ import logging
 import multiprocessing
 import os
 import queue
+import signal
 import tempfile
 import threading
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,11 +124,12 @@ class Sweep:
             turns.put(turn)
         threads = max(1, torch.get_num_threads() // self.jobs)
         counted = dict.fromkeys(todo, 0)
-        pool = ProcessPoolExecutor(self.jobs, context, _start_worker, (seen, threads, self.gpus, turns))
-        with _silent_progress_in_children(), pool, _no_new_trials_after_an_error(pool):
-            running = {
-                pool.submit(_run_in_worker, trial, config, self.trials / key, key): key for key, trial in todo.items()
-            }
+        stopped = context.Event()
+        pool = ProcessPoolExecutor(self.jobs, context, _start_worker, (seen, threads, self.gpus, turns, stopped))
+        running: dict[Future, str] = {}
+        with _silent_progress_in_children(), pool, _stop_after_an_error(running, stopped):
+            for key, trial in todo.items():
+                running[pool.submit(_run_in_worker, trial, config, self.trials / key, self._path(key))] = key
             while running:
                 ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for key, images in _drain(seen):
@@ -136,9 +139,9 @@ class Sweep:
                     key = running.pop(future)
                     progress.update(todo[key].num_images - counted[key])
                     counted[key] = todo[key].num_images
-                    write_json(self._path(key), future.result())
+                    result = future.result()
                     self.write()
-                    progress.write(describe(future.result()))
+                    progress.write(describe(result))
 
     def _path(self, key: str) -> Path:
         return self.trials / f"{key}.json"
@@ -194,21 +197,32 @@ def _silent_progress_in_children():
 
 
 @contextlib.contextmanager
-def _no_new_trials_after_an_error(pool: ProcessPoolExecutor):
+def _stop_after_an_error(running: dict[Future, str], stopped):
+    """After an error or Ctrl-C no trial begins, and each that runs saves its step, from which it resumes, and ends."""
+    others = set(multiprocessing.active_children())
     try:
         yield
     except BaseException:
-        pool.shutdown(cancel_futures=True, wait=False)
+        stopped.set()
+        for future in running:
+            future.cancel()
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
         raise
 
 
-# In a worker: the queue of the images that its steps have seen.
+# In a worker: the queue of the images that its steps have seen, and whether the sweep has stopped.
 _seen = None
+_stopped = None
 
 
-def _start_worker(seen, threads: int, gpus: list[str], turns) -> None:
-    global _seen
+def _start_worker(seen, threads: int, gpus: list[str], turns, stopped) -> None:
+    global _seen, _stopped
     _seen = seen
+    _stopped = stopped
+    seen.cancel_join_thread()  # a parent that has left its loop reads no more of it
+    # Ctrl-C in a terminal reaches all processes; the parent passes it on once, and a second signal would end at once.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     show_gpu(gpus, turns.get())
     torch.set_num_threads(threads)
     logging.disable(logging.WARNING)  # one progress display, not one for each process
@@ -221,5 +235,7 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, key: str) -> dict:
-    return run_trial(trial, config, folder, lambda images: _seen.put((key, images)))
+def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, path: Path) -> dict:
+    if _stopped.is_set():  # a pool hands out one trial ahead, which cannot be cancelled any more
+        raise RuntimeError("the sweep has stopped")
+    return run_trial(trial, config, folder, lambda images: _seen.put((folder.name, images)), partial(write_json, path))

@@ -4,11 +4,13 @@ import functools
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
 
@@ -23,7 +25,7 @@ from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.errors import NonFiniteLoss
+from coss_hf.utils.errors import NonFiniteEmbedding, NonFiniteLoss
 
 # Arguments that say how a trial is run and do not change its result.
 OPERATION = (
@@ -252,7 +254,11 @@ class _Progress(TrainerCallback):
 
 
 def run_trial(
-    trial: Trial, config: StudyConfig, folder: Path, report: Callable[[int], None] = lambda images: None
+    trial: Trial,
+    config: StudyConfig,
+    folder: Path,
+    report: Callable[[int], None] = lambda images: None,
+    keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Train and measure; resume from a checkpoint in ``folder``, which is removed at the end.
 
@@ -261,26 +267,38 @@ def run_trial(
         config: what the study's trials share.
         folder: folder of its checkpoints.
         report: function called after each step with the number of images that the step has seen.
+        keep: function called with the result before the checkpoints are removed.
 
     Returns:
         The fields of the trial; ``images_seen``; ``extra_teacher_images``, the teacher's passes apart from those of the
         steps; ``shared_views`` where these come back: their number of epochs, their seed, and whether the teacher's
         embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the metrics.
-        ``failed`` with the reason, and no metrics, if the loss became NaN or infinite.
+        ``failed`` with the reason, and no metrics, if the loss or the student's embeddings became NaN or infinite.
     """
     if trial.method in UNTRAINED:
-        return _measure_untrained(trial, config, folder)
+        result = _measure_untrained(trial, config)
+        keep(result)
+        return result
+    result = _train_and_measure(trial, config, folder, report)
+    keep(result)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: Callable[[int], None]) -> dict:
     trainer = build_trial_trainer(trial, config, folder)
     trainer.add_callback(_Progress(trainer, report))
     result = asdict(trial)
     try:
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
     except NonFiniteLoss as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        result["images_seen"] = trainer.images_seen
-        result["extra_teacher_images"] = 0
-        result["failed"] = str(error).split(";")[0]
-        return result
+        return result | _failed(trainer, error)
+    evaluator = _evaluator(_inputs(config, trial.pair), trial.split, config.bank_size)
+    _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
+    try:
+        metrics = measure(trial, config, trainer.student, trainer.project)
+    except NonFiniteEmbedding as error:
+        return result | _failed(trainer, error)
     if trainer.args.view_epochs:
         result["shared_views"] = {
             "epochs": trainer.args.view_epochs,
@@ -291,9 +309,16 @@ def run_trial(
     result["images_seen"] = trainer.images_seen
     result["extra_teacher_images"] = _extra_teacher_images(trainer)
     result["loss"] = losses[-1] if losses else None
-    result |= measure(trial, config, trainer.student, trainer.project)
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
+    return result | metrics
+
+
+def _failed(trainer: DistillationTrainer, error: Exception) -> dict:
+    """The result of a student whose loss or embeddings are not finite."""
+    return {
+        "images_seen": trainer.images_seen,
+        "extra_teacher_images": 0,
+        "failed": str(error).split(";")[0],
+    }
 
 
 def _extra_teacher_images(trainer: DistillationTrainer) -> int:
@@ -302,10 +327,10 @@ def _extra_teacher_images(trainer: DistillationTrainer) -> int:
     return pretraining_images(trainer) + searched
 
 
-def _measure_untrained(trial: Trial, config: StudyConfig, folder: Path) -> dict:
+def _measure_untrained(trial: Trial, config: StudyConfig) -> dict:
     _, teacher = load(config, trial.pair)
     models = config.models[trial.pair]
-    device = DistillationArguments(str(folder), use_cpu=config.training.get("use_cpu", False)).device
+    device = _device(config)
     set_seed(trial.seed)
     network = teacher if trial.method == "teacher" else models.load_student(teacher)
     if trial.method == "random" and models.student_init != "random":
@@ -316,6 +341,11 @@ def _measure_untrained(trial: Trial, config: StudyConfig, folder: Path) -> dict:
     result["images_seen"] = 0
     result["extra_teacher_images"] = 0
     return result | measure(trial, config, network)
+
+
+def _device(config: StudyConfig) -> torch.device:
+    """Where networks are measured that are not trained."""
+    return DistillationArguments(tempfile.gettempdir(), use_cpu=config.training.get("use_cpu", False)).device
 
 
 def measure(
@@ -346,6 +376,7 @@ def embedding_seconds(trial: Trial, config: StudyConfig, sample_size: int) -> fl
     """
     evaluator = _evaluator(_inputs(config, trial.pair), trial.split, config.bank_size)
     network = config.models[trial.pair].load_student(evaluator.teacher)
+    network.model.to(_device(config))
     images = evaluator.test_images.select(range(min(sample_size, len(evaluator.test_images))))
     evaluator.embed(network, images, "Timing")
     start = time.perf_counter()
@@ -366,4 +397,5 @@ def _evaluator(inputs: str, split: str, bank_size: int) -> Evaluator:
         linear=True,
         diagnostics=True,
         retrieval=True,
+        on_bad_image=splits.on_bad_image,
     )

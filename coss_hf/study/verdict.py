@@ -36,7 +36,7 @@ def verdict(rows: list[dict], metric: str, costs: dict[str, dict]) -> list[str]:
 
 def _gain(group: list[dict], other: list[dict], metric: str) -> tuple[float, float]:
     """Return the mean difference in points and half its interval; to a single row, of all seeds."""
-    if len(other) == 1:
+    if other[0]["method"] == "initial":  # without a seed
         values = [row[metric] - other[0][metric] for row in group]
         return 100 * statistics.fmean(values), 100 * half_interval(values)
     found = difference(group, other, metric)

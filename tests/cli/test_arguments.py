@@ -78,6 +78,12 @@ def test_config_with_an_equals_sign(tmp_path):
     assert parse((DistillationArguments,), argv)[0].learning_rate == 0.123
 
 
+def test_two_config_files_are_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("learning_rate: 0.123")
+    with pytest.raises(ValueError, match="--config was given twice"):
+        parse((DistillationArguments,), ["--config", str(tmp_path / "run.yaml"), f"--config={tmp_path / 'run.yaml'}"])
+
+
 def test_lone_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched.*use_cpu"):

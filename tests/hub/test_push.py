@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 import tests.helpers.runs as h
-from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem
+from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem, _with_card
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
 from tests.helpers.processes import run as run_program
@@ -282,3 +282,24 @@ def test_a_broken_file_of_the_folder_is_named(tmp_path):
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(_Problem, match=r"run\.json cannot be read .*correct it"):
         _images_seen(tmp_path)
+
+
+def test_a_push_leaves_the_folder_as_it_is_until_it_has_succeeded(tmp_path):
+    (tmp_path / "2_Dense").mkdir()
+    for name in ("README.md", "config.json", "2_Dense/README.md"):
+        (tmp_path / name).write_text(name)
+    with _with_card(tmp_path, "another card") as place:
+        found = {str(path.relative_to(place)): path.read_text() for path in place.rglob("*") if path.is_file()}
+    assert found == {
+        "README.md": "another card",
+        "config.json": "config.json",
+        "2_Dense/README.md": "2_Dense/README.md",
+    }
+    assert (tmp_path / "README.md").read_text() == "README.md"
+
+
+def test_images_seen_of_a_teacher_are_not_known(tmp_path):
+    (tmp_path / "run.json").write_text('{"accuracy": 0.5}')
+    assert _images_seen(tmp_path) == ""
+    (tmp_path / "run.json").write_text('{"images_seen": 5000}')
+    assert _images_seen(tmp_path) == ", 5,000 images seen"

@@ -11,6 +11,7 @@ from coss_hf.study.costs import costs
 from coss_hf.study.verdict import verdict
 from coss_hf.trainer.arguments import ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.networks import save
 
 TIMES = {f"batch_{n}": {"ms": 10.0 * n, "images_per_second": 1} for n in (1, 64)}
 COSTS = {"teacher": {"parameters": 400, "macs": 1000, "bytes": 50} | TIMES}
@@ -71,6 +72,12 @@ def test_too_few_runs_left_for_a_verdict():
     assert said[1].startswith("It is not known what space similarity adds: too few") and "inf" not in " ".join(said)
 
 
+def test_one_run_of_a_baseline_is_not_one_without_noise():
+    group = rows(random=[0.3, 0.3, 0.31], coss=[0.7, 0.7, 0.71], teacher=[0.8])
+    said = verdict(group + [{"method": "coss, cosine only", "seed": 2, "linear": 0.6}], "linear", COSTS)
+    assert said[1].startswith("It is not known what space similarity adds: too few")
+
+
 def test_every_run_failed():
     failed = [{"method": "coss", "seed": 1, "failed": "The loss is nan at step 3"}]
     said = verdict(failed + rows(random=[0.1], teacher=[0.8]), "linear", COSTS)
@@ -113,6 +120,13 @@ def test_costs_equal_calculation_by_hand(tmp_path):
         assert found[name]["parameters"] == network.num_parameters()
         assert 0 < found[name]["bytes"] - 4 * network.num_parameters() < 20_000
         assert found[name]["batch_1"]["ms"] > 0 and found[name]["batch_64"]["images_per_second"] > 0
+
+
+def test_costs_of_a_tower_with_its_projection(tmp_path):
+    save("clip_two_towers", tmp_path)
+    tower = load_backbone(str(tmp_path), space="projected")
+    found = costs({"teacher": tower}, torch.device("cpu"), rounds=1)["teacher"]
+    assert found["bytes"] == 4 * found["parameters"] > 0
 
 
 def test_quality_against_latency(tmp_path):

@@ -3,17 +3,20 @@ import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from coss_hf.evaluation.evaluator import Evaluator
+from coss_hf.study import baselines, timing
 from coss_hf.study import sweep as sweep_module
-from coss_hf.study import timing
 from coss_hf.study import trials as trials_module
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.utils.errors import NonFiniteEmbedding
 
 TRIAL = Trial("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
 
@@ -61,6 +64,65 @@ def test_finished_trials_are_kept_and_never_repeated(tmp_path, config):
     again = Sweep(tmp_path / "study", "second", 1, {}).run([replace(TRIAL, method="other"), failing], config)
     assert again == [rows[0] | {"method": "other"}, rows[1]]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "trials").glob("*.json")}
+
+
+@pytest.mark.usefixtures("forked")
+def test_an_error_ends_the_sweep_and_keeps_what_was_finished(tmp_path, config):
+    """A pool that is shut down twice took up the remaining trials again, and nobody kept their results."""
+    cannot_run = replace(TRIAL, method="kd", expression="kd", seed=2)
+    later = [replace(TRIAL, seed=seed) for seed in (3, 4)]
+    sweep = Sweep(tmp_path / "study", "first", 1, {})
+    with pytest.raises(ValueError, match="kd"):
+        sweep.run([TRIAL, cannot_run, *later], config)
+    found = [sweep.result(trial, config.key(trial)) for trial in (TRIAL, cannot_run, *later)]
+    assert found[0]["images_seen"] == 48 and found[1:] == [None, None, None]
+
+
+def test_a_result_is_kept_before_its_checkpoints_are_removed(tmp_path, config):
+    there = []
+    run_trial(
+        TRIAL, config, tmp_path / "trial", keep=lambda result: there.append((result, (tmp_path / "trial").exists()))
+    )
+    assert there[0][0]["linear"] >= 0 and there[0][1] and not (tmp_path / "trial").exists()
+
+
+def test_a_student_without_finite_embeddings_is_a_failed_trial(tmp_path, config, monkeypatch):
+    real = Evaluator.embed
+
+    def embed(self, backbone, images, description):
+        if description.startswith("Student"):
+            raise NonFiniteEmbedding("Student: the network gives NaN or infinity for 3 of 48 images: a, b, c. Use")
+        return real(self, backbone, images, description)
+
+    monkeypatch.setattr(Evaluator, "embed", embed)
+    result = run_trial(TRIAL, config, tmp_path / "trial")
+    assert result["failed"].startswith("Student: the network gives NaN") and result["images_seen"] == 48
+    monkeypatch.setattr(Evaluator, "embed", lambda *args: (_ for _ in ()).throw(NonFiniteEmbedding("Teacher: NaN")))
+    trials_module._evaluator.cache_clear()
+    with pytest.raises(NonFiniteEmbedding, match="Teacher"):
+        run_trial(TRIAL, config, tmp_path / "trial")
+    trials_module._evaluator.cache_clear()
+
+
+def test_a_measured_length_is_that_of_its_own_networks_and_arguments(tmp_path, config, monkeypatch, caplog):
+    lengths = iter((100, 200, 300))
+    monkeypatch.setattr(baselines, "images_within", lambda *args: next(lengths))
+    other = replace(config, training=config.training | {"learning_rate": 0.02})
+
+    def length(hours, trials, config=config):
+        return baselines.run_images(tmp_path, hours, trials, [], config)
+
+    assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300]
+    assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300] and not caplog.text
+    assert length(8, [TRIAL, replace(TRIAL, seed=2)]) == 100 and "2 runs take about 16 h" in caplog.text
+
+
+@pytest.mark.parametrize(("labels", "count", "problem"), [(None, 10, "11 or more"), ("label", 1, "2 or more")])
+def test_too_few_images_to_measure_on(labels, count, problem):
+    splits = SimpleNamespace(label_column=labels, validation=range(count), test=range(count + 1))
+    with pytest.raises(ValueError, match=f"^--validation_size: {count} images to measure on; with.* {problem}"):
+        baselines.check_measured("validation", splits)
+    baselines.check_measured("test", splits)
 
 
 def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):

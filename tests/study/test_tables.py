@@ -1,10 +1,12 @@
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 
 from coss_hf.reporting.plots import method_plot
 from coss_hf.study.paper_tables import ROWS, choice_trials, published, report_trials, scaled
+from coss_hf.study.reproduction import ReproduceArguments, Reproduction, nothing_chosen
 from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, markdown, ranked
 
 
@@ -116,3 +118,14 @@ def test_the_plot_is_written(tmp_path):
     found = ranked([*rows("a", 0.80, 0.81), *rows("b", None)], "linear")
     method_plot(tmp_path / "plot.png", found, "linear", "a title")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_pair_without_any_choice_has_a_section_that_says_so(tmp_path):
+    failed = [{"pair": "a/b", "method": "rkd", "failed": "The loss is inf at step 9"}]
+    untrained = {"pair": "a/b", "method": "random", "seed": 1, "images_seen": 0, "linear": 0.1}
+    args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"])
+    this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"))
+    text = Reproduction._write(this, failed, {"a/b": []}, {"a/b": [untrained]})
+    assert "## a/b\n\nNo scale was chosen" in text and "`rkd`: The loss is inf at step 9" in text
+    assert (tmp_path / "table1.md").read_text() == text
+    assert "none of the runs on held-out images has a value of knn20" in nothing_chosen([], "knn20")
