@@ -3,8 +3,9 @@
     python recipes/embed.py --model my-student --dataset path/to/images --output embeddings.npy
 
 The rows of the file follow the images of the split. `.npy` holds an array (n, d) of float32; `.parquet` holds the
-columns `file_name` (where an image has one), the label (where there are labels) and `embedding`. A student of
-recipes/distill.py is embedded with its projection head, in its teacher's space, with --head.
+columns `file_name` (where an image has one; in a folder of images its path below the folder), the label (where there
+are labels) and `embedding`. A student of recipes/distill.py is embedded with its projection head, in its teacher's
+space, with --head.
 """
 
 from coss_hf.cli.help import show_help
@@ -31,6 +32,7 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.utils.paths import check_output_file
 
 SPLITS = ("train", "validation", "test")
+FILE_NAME, EMBEDDING = "file_name", "embedding"  # columns of the parquet file
 
 
 @dataclass
@@ -83,12 +85,17 @@ def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
     """Return the embeddings ``(n, d)`` float32 of a split.
 
     Raises:
-        ValueError: a network or head that cannot be used, or no such split.
+        ValueError: a network or head that cannot be used, no such split, or a label column that is called like one of
+            the output.
     """
     rows = getattr(splits, args.split)
     if rows is None:
-        names = ", ".join(name for name in SPLITS if getattr(splits, name) is not None)
-        raise ValueError(f"--split {args.split}: the dataset has no such split; it has {names}.")
+        raise ValueError(f"--split {args.split}: {_why_missing(splits)}")
+    if Path(args.output).suffix == ".parquet" and splits.label_column in (FILE_NAME, EMBEDDING):
+        raise ValueError(
+            f"--label_column {splits.label_column}: --output {args.output} has another column of this name; rename the "
+            f"dataset's, give another --label_column, or write an .npy file, which holds no labels."
+        )
     backbone = load_backbone(args.model, argument="model", pooling=args.pooling, space=args.space).freeze()
     head = load_head(args.model) if args.head else None
     if args.head and head is None:
@@ -103,8 +110,34 @@ def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
     return found.numpy()
 
 
-def write(path: Path, found: np.ndarray, splits: ImageSplits, split: str) -> None:
-    """Write a file that is complete or not there."""
+def _why_missing(splits: ImageSplits) -> str:
+    """Why there is no such split, and what to give instead."""
+    checked = splits.run_images.checked  # by the dataset's own names, train first
+    if splits.test is not None and "validation" in list(checked)[1:]:  # test, where there is no other split for it
+        return (
+            "the dataset's split validation is the one called test here, since it has no test split; give --split test."
+        )
+    names = ", ".join(name for name in SPLITS if getattr(splits, name) is not None)
+    return f"the dataset has no such split; it has {names}."
+
+
+def _file_name(path: str | None, folder: str) -> str | None:
+    """An image's path below the dataset's folder, since images of several classes may share a name; else its name."""
+    if path and path.startswith(f"{folder}{os.sep}"):
+        return os.path.relpath(path, folder)
+    return Path(path).name if path else None
+
+
+def write(path: Path, found: np.ndarray, splits: ImageSplits, split: str, dataset: str) -> None:
+    """Write a file that is complete or not there.
+
+    Args:
+        path: of the file.
+        found: the embeddings ``(n, d)``.
+        splits: the images.
+        split: the name of the split that was embedded.
+        dataset: where the images come from, as given on the command line.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.part")
     if path.suffix == ".npy":
@@ -113,10 +146,15 @@ def write(path: Path, found: np.ndarray, splits: ImageSplits, split: str) -> Non
     else:
         rows = getattr(splits, split)
         records = rows.cast_column(splits.image_column, datasets.Image(decode=False))[splits.image_column]
-        columns = {"file_name": [Path(record["path"]).name if record["path"] else None for record in records]}
-        if splits.label_column:
-            columns[splits.label_column] = rows[splits.label_column][:]
-        datasets.Dataset.from_dict({**columns, "embedding": found}).to_parquet(unfinished)
+        folder = os.path.abspath(os.path.expanduser(dataset))
+        columns = {FILE_NAME: [_file_name(record["path"], folder) for record in records]}
+        label = splits.label_column
+        if label:
+            columns[label] = rows[label][:]
+        table = datasets.Dataset.from_dict({**columns, EMBEDDING: found})
+        if label:
+            table = table.cast_column(label, rows.features[label])  # with the names of the classes
+        table.to_parquet(unfinished)
     os.replace(unfinished, path)
 
 
@@ -127,7 +165,7 @@ def main() -> None:
         check(args)
         splits = data.load()
         found = embeddings(splits, args)
-    write(Path(args.output), found, splits, args.split)
+    write(Path(args.output), found, splits, args.split, data.dataset)
     print(f"{args.output}: {found.shape[0]:,} embeddings of {found.shape[1]} dimensions.")
 
 

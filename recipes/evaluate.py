@@ -25,13 +25,18 @@ if __name__ == "__main__":
 from accelerate import PartialState
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse
+from coss_hf.data.loading import ImageSplits
+from coss_hf.data.run_images import RunImages
 from coss_hf.evaluation.diagnostics import on_images
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.paths import check_output_file
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -64,6 +69,8 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
             f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
             f"of train with --validation_size."
         )
+    if splits.test is None and data.holds_out_by_default:
+        _warn_of_changed_images(models.student, splits)
     teacher = models.load_teacher()
     student = models.load_student(teacher).freeze()
     head = load_head(models.student, models.student_revision)
@@ -86,6 +93,21 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         on_bad_image=splits.on_bad_image,
     )
     return compare(evaluator, student, head, seed=args.seed or 0), len(test_images)
+
+
+def _warn_of_changed_images(student: str, splits: ImageSplits) -> None:
+    """Warn where what is held out of train is another part than in the run that left ``student``."""
+    try:
+        recorded = RunImages.load(student)  # None of a student on the Hub, where it is not kept
+    except ValueError:  # damaged, which only a resume need refuse
+        recorded = None
+    if recorded is not None and not recorded.same_places(splits.run_images):
+        logger.warning(
+            "The images have changed since the run that left %s (other paths or another number): what is held out of "
+            "train now is another part, perhaps trained on. Evaluate with the images of that run, or on a test split: "
+            "--test_split.",
+            student,
+        )
 
 
 def as_in_its_run(models: ModelArguments, args: EvaluationArguments) -> tuple[ModelArguments, EvaluationArguments]:

@@ -18,6 +18,7 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "neighbors")
 
+import contextlib
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ if __name__ == "__main__":
 import datasets
 import numpy as np
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.data.loading import ImageSplits
@@ -106,27 +108,62 @@ def write(
     """Write the dataset of all splits and ``neighbors.json`` to a folder that is complete or not there.
 
     Raises:
-        RunStopped: the disk is full.
+        RunStopped: the disk is full, another command is writing the folder, or something has been put there meanwhile.
     """
     output = Path(args.output)
     unfinished = staging(output)
-    try:
-        result = splits_with_neighbors(splits, neighbors, cache_folder(data.neighbors_cache))
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
-        result.save_to_disk(unfinished)
-        (unfinished / "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
-    except Exception as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        full = full_disk(error)
-        if full:
-            raise RunStopped(
-                f"--output {output} could not be written: {full}; free some space and give the same command again: "
-                f"what "
-                f"was computed is kept in the cache."
-            ) from error
-        raise
-    publish(unfinished, output)
+    with _sole_writer(output):
+        try:
+            _check_unused(output)
+            result = splits_with_neighbors(splits, neighbors, cache_folder(data.neighbors_cache))
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+            result.save_to_disk(unfinished)
+            (unfinished / "neighbors.json").write_text(json.dumps(meta, indent=2) + "\n")
+            _check_unused(output)
+        except Exception as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            full = full_disk(error)
+            if full:
+                raise RunStopped(
+                    f"--output {output} could not be written: {full}; free some space and give the same command "
+                    f"again: what was computed is kept in the cache."
+                ) from error
+            raise
+        publish(unfinished, output)
     return result
+
+
+@contextlib.contextmanager
+def _sole_writer(output: Path):
+    """Keep other commands from writing the same folder, since both would use the same unfinished one."""
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunStopped(
+            f"--output {output}: another command is writing it. Give another folder, or wait until it has ended: what "
+            f"was computed is kept in the cache."
+        ) from None
+    except OSError as error:
+        raise RunStopped(
+            f"--output {output} could not be written: {error}. Give another folder: what was computed is kept in the "
+            f"cache."
+        ) from error
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before it is released, so that it is not another command's
+        lock.release()
+
+
+def _check_unused(output: Path) -> None:
+    """Raise ``RunStopped`` where something came to be at ``output`` during the search; it would be replaced."""
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise RunStopped(
+            f"--output {output} was not there when this command began, and is now; it is left as it is. Give another "
+            f"--output: what was computed is kept in the cache."
+        )
 
 
 ARGUMENTS = (ModelArguments, DataArguments, NeighborsArguments)

@@ -55,7 +55,9 @@ def _read(files: FolderFiles, file: str) -> pa.Table:
             return pyarrow.json.read_json(file)
         header = pd.read_csv(file, nrows=0).columns
         texts = {name: str for name in header if name.endswith("file_name")}  # a name may look like a number
-        return pa.Table.from_pandas(pd.read_csv(file, dtype=texts), preserve_index=False).replace_schema_metadata()
+        # "None", "NA" or "null" may be the name of a class.
+        rows = pd.read_csv(file, dtype=texts, keep_default_na=False, na_values=["", "nan", "NaN"])
+        return pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata()
     except (OSError, ValueError, pa.ArrowException) as error:
         raise ValueError(f"--dataset {files.root}: {file} cannot be read ({error}).") from error
 

@@ -92,6 +92,21 @@ class RunImages:
             )
         )
 
+    def same_places(self, other: "RunImages") -> bool:
+        """Whether both name the same paths in their folder and as many images by split; contents are not compared.
+
+        Only then is a random part of a split the same images.
+        """
+        places = [
+            {
+                split: [path.removeprefix(one.root or "") for path in paths_of_images(rows)]
+                for split, rows in one.listed.items()
+            }
+            for one in (self, other)
+        ]
+        sizes = [{split: len(found.states) for split, found in one.checked.items()} for one in (self, other)]
+        return places[0] == places[1] and sizes[0] == sizes[1]
+
     def save(self, output_dir: str | Path, replace: bool = True) -> None:
         """Write into the folder of a run; what is there already stays without `replace`."""
         folder = Path(output_dir, FOLDER)

@@ -170,6 +170,9 @@ class _Parts:
                 num_proc=self._num_proc,
                 load_from_cache_file=True,
                 cache_file_name=str(self.folder / f"{split}-{start}-{end}.arrow"),
+                # That of `datasets` would be of the paths alone: what is cached for a copy of other images at the same
+                # paths, such as their hashes, would be taken for this one's.
+                new_fingerprint=Hasher.hash((self.folder.name, split, start, end)),
                 desc=f"Copying images ({split}, {start:,} to {end:,} of {len(rows):,})",
                 writer_batch_size=100,
             )
@@ -190,8 +193,9 @@ def _copy(rows: Dataset, mapped: Dataset, column: str, split: str, on_bad_image:
         records = rows[bad[:20].tolist()][column]
         names = [(record or {}).get("path") or f"row {row} of {split}" for row, record in zip(bad, records)]
         raise ValueError(
-            f"--dataset: {len(bad)} images of split {split} cannot be decoded ({first_names(names)}); remove them, or "
-            f"leave them out with --on_bad_image skip."
+            f"--dataset: {len(bad)} images of split {split} cannot be decoded ({first_names(names)}). Leave them "
+            f"out with --on_bad_image skip, which takes what has been copied, or remove or repair them: then all "
+            f"images are copied again."
         )
     before = int(np.sum(np.asarray(mapped[BEFORE][:])[states != BAD]))
     if len(bad):

@@ -107,11 +107,14 @@ def effective_rank(embeddings: Tensor) -> float:
     """Exponential of the entropy of the normalised singular values of the centred embeddings ``(n, d)``.
 
     Returns:
-        Between 1 (all on a line) and ``min(n - 1, d)`` (all directions alike); 0 for embeddings that are all equal.
+        Between 1 (all on a line) and ``min(n - 1, d)`` (all directions alike); 0 for embeddings that are all equal,
+        and for none.
 
     References:
         Roy & Vetterli, The effective rank, EUSIPCO 2007; as RankMe (Garrido et al., arXiv:2210.02885), centred.
     """
+    if not embeddings.numel():
+        return 0.0
     values = torch.linalg.svdvals(_centred(embeddings))
     # What centring leaves of equal rows is rounding noise.
     if values[0] <= 1e-6 * embeddings.double().norm():
@@ -122,7 +125,9 @@ def effective_rank(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def dead_share(embeddings: Tensor) -> float:
-    """Share of dimensions of ``(n, d)`` embeddings that are the same for every image."""
+    """Share of dimensions of ``(n, d)`` embeddings that are the same for every image; 0 for no images."""
+    if not embeddings.numel():
+        return 0.0
     x = embeddings.double()
     return (x.std(0, correction=0) <= 1e-6 * x.abs().amax().clamp_min(1e-30)).double().mean().item()
 

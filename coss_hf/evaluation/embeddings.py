@@ -18,6 +18,8 @@ from coss_hf.evaluation.linear_evaluation import linear_evaluation
 KS = (10, 20)
 OVERLAP_K = 10
 RECALLS = (1, 10)
+MIN_CKA = 2  # images
+MIN_PROBE = 2  # training images: one to fit, one to choose the learning rate on
 
 
 def evaluate_embeddings(
@@ -51,11 +53,11 @@ def evaluate_embeddings(
     Returns:
         ``overlap10`` and ``cosine``, and where the train features and both labels are given ``knn10``, ``knn20`` and
         ``probe``. Fractions in [0, 1], the cosine in [-1, 1]. None for what is not defined: the cosine of different
-        dimensions, neighbours where there are not enough images. With ``diagnostics`` also ``dimension_cosine``,
-        ``cka``, ``effective_rank``, ``dead_dimensions`` and ``duplicates``, of the student without its head but for
-        the cosine. With ``teacher_gallery`` also ``recall1``, ``recall10`` and ``map``, of retrieval with the test
-        images as queries from the student's own train features, and the same of retrieval from the teacher's gallery,
-        by projected queries, with ``asymmetric_`` in their names.
+        dimensions, neighbours, the probe and ``cka`` where there are not enough images. With ``diagnostics`` also
+        ``dimension_cosine``, ``cka``, ``effective_rank``, ``dead_dimensions`` and ``duplicates``, of the student
+        without its head but for the cosine. With ``teacher_gallery`` also ``recall1``, ``recall10`` and ``map``, of
+        retrieval with the test images as queries from the student's own train features, and the same of retrieval from
+        the teacher's gallery, by projected queries, with ``asymmetric_`` in their names.
 
     Raises:
         ValueError: rows, dimensions or labels that do not match.
@@ -65,7 +67,8 @@ def evaluate_embeddings(
     if train_features is not None and train_labels is not None and test_labels is not None:
         results |= _classification(train_features, train_labels, student, test_labels)
         if linear:
-            results["linear"] = linear_evaluation(train_features, train_labels, student, test_labels)
+            both = len(train_features) > 0 and len(student) > 0
+            results["linear"] = linear_evaluation(train_features, train_labels, student, test_labels) if both else None
         if teacher_gallery is not None:
             own = _retrieval(student, test_labels, train_features, train_labels)
             asymmetric = _retrieval(aligned, test_labels, teacher_gallery, train_labels)
@@ -73,11 +76,11 @@ def evaluate_embeddings(
             results |= {f"asymmetric_{name}": value for name, value in asymmetric.items()}
     enough = len(student) > OVERLAP_K
     results[f"overlap{OVERLAP_K}"] = neighbor_overlap(student, teacher, OVERLAP_K) if enough else None
-    comparable = aligned.shape[1] == teacher.shape[1]
+    comparable = aligned.shape[1] == teacher.shape[1] and len(student) > 0
     results["cosine"] = mean_cosine(aligned, teacher) if comparable else None
     if diagnostics:
         results["dimension_cosine"] = dimension_cosine(aligned, teacher) if comparable else None
-        results["cka"] = linear_cka(student, teacher)
+        results["cka"] = linear_cka(student, teacher) if len(student) >= MIN_CKA else None
         results["effective_rank"] = effective_rank(student)
         results["dead_dimensions"] = dead_share(student)
         results["duplicates"] = duplicate_share(student)
@@ -102,16 +105,19 @@ def _classification(
         "train_features": train_features,
         "train_labels": train_labels,
     }
-    ks = tuple(k for k in KS if k <= len(train_features))
+    ks = tuple(k for k in KS if k <= len(train_features) and len(test_features) > 0)
     scores = _compute("KNNAccuracy", k=ks, **inputs) if ks else {}
     results = {f"knn{k}": scores.get(f"knn{k}") for k in KS}
-    return results | _compute("LinearProbe", **inputs)
+    enough = len(train_features) >= MIN_PROBE and len(test_features) > 0
+    return results | (_compute("LinearProbe", **inputs) if enough else {"probe": None})
 
 
 def _retrieval(
     queries: Tensor, query_labels: Tensor, gallery: Tensor, gallery_labels: Tensor
 ) -> dict[str, float | None]:
     if queries.shape[1] != gallery.shape[1]:  # random weights without a head
+        return {}
+    if not (len(queries) and len(gallery)):
         return {}
     return _compute(
         "Retrieval",

@@ -13,7 +13,7 @@ from coss_hf.data.labels import class_numbers
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.data.reading import ImageReader
 from coss_hf.evaluation.agreement import duplicate_share, effective_rank
-from coss_hf.evaluation.embeddings import KS, evaluate_embeddings
+from coss_hf.evaluation.embeddings import KS, MIN_PROBE, evaluate_embeddings
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed_dataset
 from coss_hf.models.modules import ModuleNetwork
@@ -132,7 +132,7 @@ class Evaluator:
         ]
         if self.train_labels is not None:
             names += [f"knn{k}" for k in KS if k <= len(self.train_labels)]
-            names.append("probe")
+            names += ["probe"] if len(self.train_labels) >= MIN_PROBE else []
         return names
 
     @property

@@ -250,7 +250,8 @@ class DataArguments(SearchOptions):
     def follow(self, student: str, revision: str | None = None) -> "DataArguments":
         """Return a copy that holds out of train what the run that left ``student`` held out of this dataset.
 
-        So that it is not measured on what it was trained on; a ``validation_size`` that was given stands.
+        So that it is not measured on what it was trained on; a ``validation_size`` that was given stands. Another
+        ``dataset_revision`` than the run's is another dataset; without one it is the run's.
 
         Args:
             student: folder, or name on the Hub.
@@ -263,16 +264,18 @@ class DataArguments(SearchOptions):
         given = read_json(record).get("arguments", {}) if record else {}
         followed = copy.copy(self)
         other = any(given.get(key) != getattr(self, key) for key in ("dataset_name", "train_split"))
+        other |= self.dataset_revision not in (None, given.get("dataset_revision"))
         if other or not same_place(given.get("dataset"), self.dataset):
             return followed
-        for key in ("test_split", "image_column", "label_column", "max_train_samples"):
+        for key in ("dataset_revision", "test_split", "image_column", "label_column", "max_train_samples"):
             if getattr(self, key) is None and given.get(key) is not None:
                 setattr(followed, key, given[key])
                 logger.info("As in the run that left %s: --%s %s.", student, key, given[key])
         if given.get("streaming"):
             logger.warning("%s was trained on a stream, perhaps on some of the images measured on now.", student)
-        elif self.validation_size is None:
-            followed.holds_out_by_default = True
+            return followed
+        followed.holds_out_by_default = True
+        if self.validation_size is None:
             followed.validation_size = given.get("validation_size")
         elif self.validation_size != given.get("validation_size"):
             logger.warning(

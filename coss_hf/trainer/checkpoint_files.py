@@ -134,13 +134,16 @@ def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_r
 
 
 def remove_earlier_run(args: TrainingArguments, asked: str | bool | None) -> None:
-    """Remove what ``--overwrite_output_dir`` replaces and no step writes anew: checkpoints, and exported files.
+    """Remove what ``--overwrite_output_dir`` replaces and no step may write anew.
+
+    Checkpoints, the best student, exported files.
 
     The newest checkpoint would be resumed from, and an ONNX file would be taken for the new student's.
     """
     if args.overwrite_output_dir and not asked and args.process_index == 0:
-        for old in Path(args.output_dir).glob("checkpoint-*"):
-            shutil.rmtree(old)
+        for name in ("checkpoint-*", "best"):
+            for old in Path(args.output_dir).glob(name):
+                shutil.rmtree(old)
         remove_exports(args.output_dir)
 
 
@@ -330,7 +333,7 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
 
 
 def check_training_state(checkpoint: str, args) -> None:
-    """Check that a checkpoint holds more than the student.
+    """Check that a checkpoint holds more than the network.
 
     ``Trainer`` would continue without momentum, schedule and random numbers, without saying so.
 
@@ -340,6 +343,6 @@ def check_training_state(checkpoint: str, args) -> None:
     if any(Path(checkpoint).glob("rng_state*.pth")) or finished(read_state(checkpoint), args):
         return
     raise ValueError(
-        f"--resume_from_checkpoint: {checkpoint} holds the student without the state of its training "
-        f"(--save_only_model). Start afresh in another --output_dir, from --student {checkpoint} if you like."
+        f"--resume_from_checkpoint: {checkpoint} holds the network without the state of its training "
+        f"(--save_only_model). Start afresh in another --output_dir, from the network in {checkpoint} if you like."
     )

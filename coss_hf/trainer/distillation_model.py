@@ -37,8 +37,13 @@ class DistillationModel(nn.Module):
         self.network = student.model
         self.head = head
         self.criterion = criterion
+        used = [value for name, value in self.network.named_parameters() if name not in student.unused]
+        # What the user or the network's own code has frozen stays so; all of them are only where a teacher was copied.
+        if not any(parameter.requires_grad for parameter in used):
+            self.network.requires_grad_(True)
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name not in student.unused)
+            if name in student.unused:
+                parameter.requires_grad_(False)
         pooler_output(student)  # before the network is sharded
         # DistributedDataParallel would overwrite each process's memories at every step with the first one's.
         self._ddp_params_and_buffers_to_ignore = [f"criterion.{name}" for name, _ in criterion.named_buffers()]

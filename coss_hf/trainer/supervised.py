@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,16 @@ from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
-from coss_hf.trainer.checkpoint_files import RECORD, check_identity, enter_output_dir, find_checkpoint, shapes
+from coss_hf.trainer.checkpoint_files import (
+    RECORD,
+    check_identity,
+    check_training_state,
+    enter_output_dir,
+    find_checkpoint,
+    holds_run,
+    remove_earlier_run,
+    shapes,
+)
 from coss_hf.trainer.checkpointing import CheckpointWriter
 from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused, resolve_saving
@@ -216,6 +226,7 @@ class SupervisedRun:
         trainer = self.trainer
         args = trainer.args
         enter_output_dir(args, args.resume_from_checkpoint)
+        remove_earlier_run(args, args.resume_from_checkpoint)
         if self.splits.run_images is not None and trainer.is_world_process_zero():
             self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
         trainer.train(resume_from_checkpoint=self.checkpoint)
@@ -258,6 +269,11 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
         raise ValueError("--model is missing; see --help.")
     if Path(args.output_dir, "model.safetensors").exists() and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir={args.output_dir} holds a network: replace it with --overwrite_output_dir.")
+    if checkpoint is None and holds_run(args.output_dir) and not args.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir={args.output_dir} holds checkpoints: continue the run with --resume_from_checkpoint, or "
+            f"replace it with --overwrite_output_dir."
+        )
     with args.main_process_first(desc="images"):
         splits = data.load(recorded=RunImages.of_checkpoint(checkpoint), by_content=False)
     set_seed(args.seed)
@@ -283,6 +299,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     identity = supervised_identity(model, views, args)
     if checkpoint is not None and Path(checkpoint, RECORD).exists():  # earlier versions kept none
         check_identity(checkpoint, identity)
+        check_training_state(checkpoint, args)
     rehearse_supervised(model, backbone, args)
     trainer = build_supervised_trainer(model, backbone, labels, args, views, identity)
     return SupervisedRun(trainer, backbone, splits, checkpoint)
@@ -331,7 +348,10 @@ def build_supervised_trainer(
     if args.lr_milestones:
         if optimizer is None or max(args.lr_milestones) >= args.num_train_epochs:
             raise ValueError(f"--lr_milestones {args.lr_milestones}: needs --optim sgd, and epochs of this run.")
-        drops = [round(epoch * (len(views) // step)) for epoch in args.lr_milestones]
+        batches = len(views) / (args.train_batch_size * args.world_size)
+        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+        steps = math.ceil(batches / args.gradient_accumulation_steps)  # of an epoch
+        drops = [round(epoch * steps) for epoch in args.lr_milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:

@@ -166,6 +166,10 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
     ):
+        if neighbors is not None and not (args and args.neighbors_k):
+            raise ValueError("--neighbors: --neighbors_k=0 draws none of them; give neighbors_k in args.")
+        if isinstance(train_dataset, ViewDataset) and not (neighbors is None and transform is None):
+            raise ValueError("--neighbors, --transform: a ViewDataset makes the views; give them to it.")
         self._given = {
             "args": args,
             "train_dataset": train_dataset,
@@ -535,7 +539,7 @@ class DistillationTrainer(Trainer):
 
     def _claims_output_dir(self) -> bool:
         """Whether it is for ``train`` to look who uses the folder: a recipe did it before it read images."""
-        known = isinstance(self._given["train_dataset"], (ImageSplits, ViewDataset))
+        known = isinstance(self._given["train_dataset"], ImageSplits)
         return not (self._owns_output_dir or known or self.args.dry_run)
 
     def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -811,21 +815,25 @@ class DistillationTrainer(Trainer):
 
     @torch.no_grad()
     def _eval_loss(self, projected: Tensor) -> float:
-        """Mean loss over held-out batches of the training size, un-augmented."""
+        """Mean loss over held-out batches of the training size, un-augmented, of which each process takes its part."""
         criterion = self.full_model.criterion
         rows = self.evaluator.test_readable.nonzero().flatten()
-        size = min(self.args.images_per_batch, len(rows))
+        rank, world = self.args.process_index, self.args.world_size
+        size = min(self.args.images_per_batch, len(rows)) // world * world
+        if not size:
+            return math.nan
         tensors = projected[rows], self.evaluator.teacher_test_features[rows], rows
         batches = [x.to(self.args.device).split(size) for x in tensors]
         training = criterion.training
         criterion.eval()
         losses = [
-            criterion(Features(student), Features(teacher), index)["loss"]
+            criterion(Features(student[rank::world]), Features(teacher[rank::world]), index[rank::world])["loss"]
             for student, teacher, index in zip(*batches, strict=True)
             if len(index) == size
         ]
         criterion.train(training)
-        return torch.stack(losses).mean().item()
+        # Of a loss of single images, each process knows its own part; of others all know the whole.
+        return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
     @parameter_names()
     def compare(self) -> dict[str, dict]:
@@ -922,6 +930,14 @@ class DistillationTrainer(Trainer):
             else:
                 rows, column = self.train_dataset.reader.rows, self.train_dataset.reader.column
             check_reload(folder, self.student, self.full_model.head, rows, column)
+
+    def _finalize_training(self, *args, **kwargs):
+        """Without its removal of all checkpoints but the best one: a run resumes from the last."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _save_checkpoint(self, model, trial) -> None:
         """Like ``Trainer``'s, which writes in place: a run killed there would leave half a checkpoint."""

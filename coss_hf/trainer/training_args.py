@@ -249,7 +249,8 @@ class DistillationArguments(TrainingArguments):
     eval_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Number of optimizer steps between two evaluations. Default: the number that sees 50,000 images."
+            "help": "Number of optimizer steps between two evaluations. Default: the number that sees 50,000 images; "
+            "--save_steps where --load_best_model_at_end is given."
         },
     )
     eval_sample_size: int = field(
@@ -330,6 +331,8 @@ class DistillationArguments(TrainingArguments):
         strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
         self.evaluates_by_default = strategy == "steps" and not self.eval_steps
+        if self.evaluates_by_default and self.load_best_model_at_end:
+            self.eval_steps = self.save_steps  # only a student that was saved can be loaded
         if self.accelerator_config is None and torch.cuda.is_available() and not self.use_cpu:
             self.accelerator_config = {"non_blocking": True}  # else each step waits for the one before
         self._resolve_metric()
@@ -342,8 +345,7 @@ class DistillationArguments(TrainingArguments):
                 f"--train_sampling_strategy={self.train_sampling_strategy}: views have no lengths; leave it out."
             )
         self._resolve_schedule()
-        if self.evaluates_by_default:
-            self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
+        self._evaluate_by_default()
         if self.resume_from_checkpoint in ("false", "False", "none", "None"):
             self.resume_from_checkpoint = None
         self._check_methods()
@@ -530,9 +532,12 @@ class DistillationArguments(TrainingArguments):
         """Return a copy that counts as many neighbours as a dataset of views draws."""
         args = copy.copy(self)
         args.neighbors_k = neighbors_k
-        if args.evaluates_by_default:
-            args.eval_steps = max(1, round(EVAL_IMAGES / args.images_per_step))
+        args._evaluate_by_default()
         return args
+
+    def _evaluate_by_default(self) -> None:
+        if self.evaluates_by_default and not self.load_best_model_at_end:
+            self.eval_steps = max(1, round(EVAL_IMAGES / self.images_per_step))
 
     def check_evaluations(self, length: RunLength) -> None:
         """Refuse what waits for evaluations that this run does not have.

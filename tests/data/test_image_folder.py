@@ -306,6 +306,17 @@ def test_tables_of_splits_and_one_for_all(tmp_path, form):
         table(folder / "test" / "x" / f"metadata.{form}", [("003", 3)])
 
 
+def test_classes_called_like_missing_values(tmp_path):
+    """All metrics of labels vanished, since some images seemed to have none."""
+    folder = write(tmp_path / "d", *(f"{i}.jpg" for i in range(8)))
+    labels = ["None", "NA", "null", "n/a", "dog", "NaN", "nan", ""]
+    rows = "".join(f"{i}.jpg,{label},{i if i % 2 else ''}\n" for i, label in enumerate(labels))
+    (folder / "metadata.csv").write_text("file_name,label,n\n" + rows)
+    train = load(folder).train
+    assert train["label"][:] == ["None", "NA", "null", "n/a", "dog", None, None, None]
+    assert train["n"][:] == [None, 1, None, 3, None, 5, None, 7]
+
+
 def test_several_images_in_a_row(tmp_path):
     folder = write(tmp_path / "d", "a.jpg", "b.jpg", "mask.png")
     (folder / "metadata.csv").write_text("file_name,mask_file_name\na.jpg,mask.png\nb.jpg,mask.png\n")

@@ -80,7 +80,8 @@ def test_undecodable_images_are_named_or_left_out(photos, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, capsys, dataset=photos, output=tmp_path / "copy")
     assert stop.value.code == 2 and not (tmp_path / "copy").exists()
-    assert "broken.jpg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "broken.jpg" in error and "--on_bad_image skip, which takes what has been copied" in error
     said = run(monkeypatch, capsys, dataset=photos, output=tmp_path / "copy", on_bad_image="skip")
     assert "4 images" in said and "1 left out" in said
 
@@ -147,6 +148,17 @@ def test_a_file_that_was_replaced_is_copied_again(photos, tmp_path, cache, copie
     (photos / "cat" / "large.jpg").write_bytes(encoded(smooth(0, 640, 480))["bytes"])
     found = write_smaller_copy(str(photos), tmp_path / "copy", 60)
     assert (found.images, found.left_out) == (4, 0)
+
+
+@pytest.mark.parametrize("num_proc", [None, 2])
+def test_copies_of_other_images_at_the_same_paths_are_told_apart(photos, tmp_path, cache, num_proc):
+    """Both had one fingerprint, under which hashes of the images are kept."""
+    fingerprints = []
+    for number, width in enumerate((640, 320)):
+        (photos / "cat" / "large.jpg").write_bytes(encoded(smooth(0, width, 480))["bytes"])
+        write_smaller_copy(str(photos), tmp_path / f"copy{number}", 60, num_proc=num_proc)
+        fingerprints.append(load_source(str(tmp_path / f"copy{number}"), None, None).splits["train"]._fingerprint)
+    assert fingerprints[0] != fingerprints[1]
 
 
 def test_an_image_that_could_not_be_read_is_tried_again(photos, tmp_path, cache, monkeypatch):

@@ -50,6 +50,39 @@ def test_metrics_that_need_more_images_are_none(data):
     assert result["knn10"] is not None and result["cosine"] == pytest.approx(1)
 
 
+def test_diagnostics_of_one_image_and_of_none(data):
+    """A single image held out ended the run in the middle of an evaluation."""
+    student, teacher = data[2][:1], data[4][:1, :5]
+    result = evaluate_embeddings(student, teacher, diagnostics=True)
+    assert result["cka"] is None and result["effective_rank"] == 0 and result["duplicates"] == 0
+    assert result["cosine"] == pytest.approx(mean_cosine(student, teacher))
+    assert evaluate_embeddings(student[:0], teacher[:0], diagnostics=True) == {
+        "overlap10": None,
+        "cosine": None,
+        "dimension_cosine": None,
+        "cka": None,
+        "effective_rank": 0.0,
+        "dead_dimensions": 0.0,
+        "duplicates": 0.0,
+    }
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_the_probe_needs_two_training_images(data, images):
+    train, train_labels, student, labels, _ = data
+    options = {"teacher_gallery": train[:images], "linear": True}
+    result = evaluate_embeddings(
+        student,
+        student,
+        train_features=train[:images],
+        train_labels=train_labels[:images],
+        test_labels=labels,
+        **options,
+    )
+    assert (result["probe"] is None) == (images < 2) and result["knn10"] is None
+    assert (result["linear"] is None) == ("map" not in result) == (images == 0)
+
+
 def test_table_has_one_line_per_network():
     text = table(
         {

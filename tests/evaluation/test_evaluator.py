@@ -1,5 +1,6 @@
 """What an evaluation measures where images were deleted since it was set up."""
 
+import datasets
 import pytest
 import torch
 
@@ -47,3 +48,28 @@ def test_an_image_that_is_lost_is_not_measured_under_its_label(tmp_path, network
     )
     assert found == expected
     assert "1 of 12 images can no longer be decoded and are left out" in caplog.text and names[3].name in caplog.text
+
+
+@pytest.mark.parametrize(("test", "train"), [(1, 3), (3, 1)])
+def test_metrics_of_very_few_images(networks, test, train):
+    """What is announced is what is measured, and a single image ends no run."""
+    images, labels = h.colour_images(16, seed=0)
+    rows = datasets.Dataset.from_dict({"image": images, "label": [str(label) for label in labels]})
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    classes = rows["label"][:]
+    same = [i for i, label in enumerate(classes) if label == classes[0]]
+    assert len(same) >= 4
+    network = load_backbone(networks.resnet).freeze()
+    evaluator = Evaluator(
+        load_backbone(networks.teacher).freeze(),
+        rows.select(same[:test]),
+        "image",
+        label_column="label",
+        train_images=rows.select(same[test : test + train]),
+        diagnostics=True,
+    )
+    found = {name for name, value in evaluator(network)[0].items() if value is not None}
+    assert ("cka" in found) == (test > 1) and ("probe" in found) == (train > 1)
+    of_teacher = {"teacher_effective_rank", "teacher_duplicates"}
+    of_dimensions = {"cosine", "dimension_cosine"}  # the two networks' may differ
+    assert found - of_teacher - of_dimensions == set(evaluator.metric_names()) - of_dimensions

@@ -213,6 +213,7 @@ def make_trainer(
     teacher = load_backbone(teacher, argument="teacher")
     student = load_backbone(student, argument="student")
     evaluator = evaluator(splits, teacher) if evaluator else None
+    neighbors = neighbors if args.neighbors_k else None  # which are refused where none of them are drawn
     return build_trainer(
         student, teacher, splits, args, data=data, neighbors=neighbors, evaluator=evaluator, criterion=criterion
     )

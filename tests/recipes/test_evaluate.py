@@ -1,4 +1,5 @@
 import json
+import shutil
 import sys
 from dataclasses import replace
 
@@ -147,6 +148,36 @@ def test_what_the_students_run_held_out_is_held_out_again(tmp_path, image_folder
     (tmp_path / "network" / "run.json").write_text(json.dumps({"arguments": given | {"dataset": "another"}}))
     with pytest.raises(SystemExit):
         call(monkeypatch, **options)
+
+
+@pytest.mark.parametrize("change", [None, "more", "renamed", "test split"])
+def test_changed_images_are_reported(tmp_path, image_folder, monkeypatch, caplog, change):
+    """The part held out was another one, perhaps trained on, without a word."""
+    dataset = image_folder if change == "test split" else image_folder / "train"
+    network = h.save_resnet(tmp_path / "network")
+    given = {"dataset": str(dataset), "dataset_name": None, "train_split": None, "validation_size": 9}
+    (tmp_path / "network" / "run.json").write_text(json.dumps({"arguments": given}))
+    DataArguments(dataset=str(dataset), validation_size=9).load().run_images.save(network)
+    first = sorted(dataset.rglob("*.png"))[0]
+    if change in ("more", "test split"):
+        shutil.copy(first, first.with_name("new.png"))
+    elif change == "renamed":
+        first.rename(first.with_name("zzz.png"))
+    options = {"teacher": network, "student": network, "dataset": dataset, "output": tmp_path / "f.json"}
+    monkeypatch.setattr(evaluate, "compare", lambda *given, **options: {})  # what is measured does not matter
+    call(monkeypatch, **options)
+    assert ("Evaluate with the images of that run" in caplog.text) == (change in ("more", "renamed"))
+
+
+def test_the_revision_of_the_dataset_is_that_of_the_run(tmp_path):
+    record = {"dataset": "user/images", "dataset_revision": "v1", "validation_size": 9}
+    (tmp_path / "run.json").write_text(json.dumps({"arguments": record}))
+    followed = DataArguments(dataset="user/images").follow(str(tmp_path))
+    assert (followed.dataset_revision, followed.validation_size) == ("v1", 9)
+    same = DataArguments(dataset="user/images", dataset_revision="v1").follow(str(tmp_path))
+    assert same.validation_size == 9
+    other = DataArguments(dataset="user/images", dataset_revision="v2").follow(str(tmp_path))
+    assert (other.dataset_revision, other.validation_size, other.holds_out_by_default) == ("v2", None, False)
 
 
 def test_a_head_of_another_kind(tmp_path):

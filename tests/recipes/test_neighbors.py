@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import PIL.Image
 import pytest
+from filelock import FileLock
 
 from coss_hf.data.loading import load_images
 from coss_hf.neighbors.columns import check_neighbors
@@ -100,3 +101,43 @@ def test_a_full_disk_leaves_no_half_of_a_dataset(recipe, teacher, image_folder, 
     run_recipe(recipe, monkeypatch, tmp_path, **arguments)
     assert (tmp_path / "new" / "out" / "neighbors.json").is_file()
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("content", [True, False])
+def test_what_came_to_be_at_the_output_is_not_replaced(
+    recipe, teacher, image_folder, tmp_path, monkeypatch, capsys, content
+):
+    output = tmp_path / "new" / "out"
+    save = datasets.DatasetDict.save_to_disk
+
+    def meanwhile(self, folder):
+        output.mkdir(parents=True)
+        if content:
+            (output / "work.txt").write_text("of somebody else")
+        save(self, folder)
+
+    monkeypatch.setattr(datasets.DatasetDict, "save_to_disk", meanwhile)
+    arguments = {"teacher": teacher, "dataset": image_folder, "neighbors_pool": 3, "output": output}
+    if content:
+        with pytest.raises(SystemExit) as stop:
+            run_recipe(recipe, monkeypatch, tmp_path, **arguments)
+        assert stop.value.code == 1
+        assert re.search("--output .*out was not there .*another --output.*kept in the cache", capsys.readouterr().err)
+        assert [path.name for path in output.iterdir()] == ["work.txt"]
+    else:
+        run_recipe(recipe, monkeypatch, tmp_path, **arguments)
+        assert (output / "neighbors.json").is_file()
+    assert [path.name for path in output.parent.iterdir()] == ["out"]
+
+
+def test_two_commands_do_not_write_one_folder(recipe, teacher, image_folder, tmp_path, monkeypatch, capsys):
+    unfinished = tmp_path / "unfinished-out"
+    unfinished.mkdir()
+    (unfinished / "data.arrow").write_text("of the other command")
+    arguments = {"teacher": teacher, "dataset": image_folder, "neighbors_pool": 3, "output": tmp_path / "out"}
+    with FileLock(tmp_path / ".out.lock"), pytest.raises(SystemExit) as stop:
+        run_recipe(recipe, monkeypatch, tmp_path, **arguments)
+    assert stop.value.code == 1 and "another command is writing it" in capsys.readouterr().err
+    assert (unfinished / "data.arrow").is_file() and not (tmp_path / "out").exists()
+    run_recipe(recipe, monkeypatch, tmp_path, **arguments)
+    assert (tmp_path / "out" / "neighbors.json").is_file() and not (tmp_path / ".out.lock").exists()

@@ -67,6 +67,9 @@ def test_checkpoints_are_complete_or_not_there(train, tmp_path, capsys, monkeypa
     assert sorted(path.name for path in folder.glob("*checkpoint-*")) == ["checkpoint-2", "unfinished-checkpoint-4"]
     monkeypatch.setattr(SupervisedTrainer, "_save_rng_state", write)
     with pytest.raises(SystemExit):
+        train(**options)
+    assert "holds checkpoints: continue the run with --resume_from_checkpoint" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         train("--resume_from_checkpoint", "--seed=7", **options)
     assert "was written with another --seed (then 42, now 7)" in capsys.readouterr().err
     train("--resume_from_checkpoint", **options)
@@ -74,6 +77,13 @@ def test_checkpoints_are_complete_or_not_there(train, tmp_path, capsys, monkeypa
     resumed = load_file(folder / "model.safetensors")
     train("--overwrite_output_dir", **options)
     h.assert_same(resumed, load_file(folder / "model.safetensors"))
+    # Another, shorter run: a later checkpoint of the replaced one would be resumed from.
+    train("--overwrite_output_dir", "--save_only_model", **(options | {"num_train_epochs": 1}))
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(SystemExit):
+        train("--resume_from_checkpoint", **options)
+    assert "holds the network without the state of its training" in capsys.readouterr().err
 
 
 def test_learns_and_reloads(train, capsys):
@@ -122,6 +132,14 @@ def test_the_papers_optimiser_and_steps(tmp_path, image_parquet):
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     assert rates == pytest.approx([0.05] * 3 + [0.005] * 6 + [0.0005] * 3)
+
+
+@pytest.mark.parametrize("drop_last, steps", [(True, 2), (False, 2)])
+def test_milestones_count_epochs_of_accumulated_steps(tmp_path, image_parquet, drop_last, steps):
+    """48 images are 3 batches, and 2 steps of at most 2 batches; 48 // 32 is 1."""
+    options = {"gradient_accumulation_steps": 2, "dataloader_drop_last": drop_last}
+    trainer = make(tmp_path, image_parquet, num_train_epochs=4, lr_milestones=[1, 3], **options)
+    assert sorted(trainer.lr_scheduler.milestones) == [steps, 3 * steps]
 
 
 def test_accumulated_gradient_is_the_mean(tmp_path, image_parquet):

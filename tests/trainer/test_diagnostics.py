@@ -117,12 +117,16 @@ def test_missing_progress_is_reported_after_three_evaluations_or_at_the_end():
     assert "no_progress" in alarms([evaluation(), evaluation(0.03)], 100, finished=True)
 
 
-def test_an_alarm_is_raised_only_once_even_after_resuming(caplog):
+@pytest.mark.parametrize("resumed", [True, False])
+def test_an_alarm_is_raised_only_once_even_after_resuming(caplog, resumed):
+    callback = DiagnosticsCallback(2000, True)
     state = SimpleNamespace(global_step=1, max_steps=9, is_world_process_zero=True, log_history=[evaluation()])
     with caplog.at_level(logging.WARNING):
         for entry in (evaluation(0.1, 1.2), evaluation(0.2, 1.1), evaluation(0.3, 20.0), evaluation(0.3, 1.1)):
             state.log_history.append(entry)
-            DiagnosticsCallback(2000, True).on_evaluate(None, state, None)  # a new one, as a new process has
+            if resumed:
+                callback = DiagnosticsCallback(2000, True)  # as a new process has
+            callback.on_evaluate(None, state, None)
     assert [record.message[:29] for record in caplog.records] == ["ALARM: The student has collap"]
 
 

@@ -73,7 +73,7 @@ def test_resume_rejects_checkpoint_without_optimizer_state(tmp_path, image_parqu
     options = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True}
     arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
     h.make_trainer(*arguments, **options, max_steps=2).train()
-    with pytest.raises(ValueError, match="checkpoint-2 holds the student without .*save_only_model.* from student"):
+    with pytest.raises(ValueError, match="checkpoint-2 holds the network without .*save_only_model.* the network in"):
         h.make_trainer(*arguments, **options, max_steps=4).train(resume_from_checkpoint=True)
     ended = h.make_trainer(*arguments, **options, max_steps=2)
     ended.train(resume_from_checkpoint=True)

@@ -1,6 +1,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,6 +9,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModel, TrainerCallback
 
 import tests.helpers.runs as h
+from coss_hf import DistillationTrainer
+from coss_hf.data.loading import load_images
+from coss_hf.data.views import ViewDataset
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.training_args import DistillationArguments
 
@@ -206,6 +210,67 @@ def test_state_file_is_json_that_resumes(tmp_path, image_parquet, networks):
     folder = tmp_path / "out" / "checkpoint-6"
     assert json.loads((folder / "trainer_state.json").read_text())["global_step"] == 6
     assert (folder / "head.safetensors").is_file() and not (folder / "criterion.safetensors").exists()
+
+
+def test_the_last_checkpoint_stays_with_a_limit_of_one(tmp_path, image_parquet, networks):
+    """``Trainer`` keeps the best one alone, also where a signal has just had the last one written."""
+
+    class Best(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                state.best_global_step = 2
+                state.best_model_checkpoint = str(tmp_path / "out" / "checkpoint-2")
+
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
+    trainer.add_callback(Best())
+    trainer.train()
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+    assert trainer.args.save_total_limit == 1
+
+
+def test_the_best_student_is_one_that_was_saved(tmp_path):
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "save_steps": 30}
+    args = DistillationArguments(load_best_model_at_end=True, **given)
+    assert args.eval_steps == args.drawing(3).eval_steps == 30
+    assert DistillationArguments(**given).eval_steps == round(50_000 / 128)
+
+
+def test_what_the_user_has_frozen_is_not_trained(tmp_path, image_parquet, networks):
+    student = AutoModel.from_pretrained(networks.vit)
+    student.embeddings.requires_grad_(False)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    options = {"use_cpu": True, "max_steps": 2, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    args = DistillationArguments(str(tmp_path / "out"), disable_tqdm=True, settings="paper", **options)
+    splits = load_images(str(image_parquet), validation_size=0)
+    DistillationTrainer(networks.teacher, student, args, splits).train()
+    changed = {name.partition(".")[0] for name, value in student.state_dict().items() if not value.equal(before[name])}
+    assert changed and "embeddings" not in changed
+
+
+def test_a_dataset_of_views_does_not_share_a_folder_with_an_earlier_run(tmp_path, image_parquet, networks):
+    options = {"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 8, "save_strategy": "no"}
+    args = DistillationArguments(str(tmp_path / "out"), disable_tqdm=True, settings="paper", **options)
+    rows = load_images(str(image_parquet), validation_size=0).train
+
+    def trainer():
+        return DistillationTrainer(networks.teacher, networks.small, args, ViewDataset(rows, "image", "cifar", 16))
+
+    first = trainer()
+    first.train()
+    first.save_model()
+    with pytest.raises(ValueError, match="already holds a run"):
+        trainer().train()
+
+
+def test_neighbours_that_nobody_would_draw_are_refused(tmp_path, image_parquet, networks):
+    args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
+    rows = np.zeros((48, 4), np.int64)
+    with pytest.raises(ValueError, match="neighbors_k=0 draws none of them"):
+        DistillationTrainer(networks.teacher, networks.small, args, str(image_parquet), neighbors=rows)
+    views = ViewDataset(load_images(str(image_parquet), validation_size=0).train, "image", "cifar", 16)
+    with pytest.raises(ValueError, match="a ViewDataset makes the views; give them to it"):
+        DistillationTrainer(networks.teacher, networks.small, args, views, transform="cifar")
 
 
 def test_reports_to_wandb_and_tensorboard(tmp_path, image_parquet, networks, monkeypatch):

@@ -17,6 +17,10 @@ OPTIONS = {"max_steps": 5, "learning_rate": 0.0005}
 ACCUMULATED = ("--per_device_train_batch_size=4", "--gradient_accumulation_steps=2", "--exact_accumulation")
 
 
+# A loss of all pairs of a batch, which each image must be in once.
+PKT = ("--method=pkt", "--neighbors_k=0", "--validation_size=0.34")
+
+
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for one in sockets:
@@ -45,6 +49,8 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["distill.py", *words("one", "--use_cpu", processes=1)])
         main()
+        patch.setattr(sys, "argv", ["distill.py", *words("one-pkt", "--use_cpu", *PKT, processes=1)])
+        main()
     jobs = [
         {"words": words("two", "--use_cpu")},
         {"words": words("four", "--use_cpu", *ACCUMULATED)},
@@ -52,6 +58,7 @@ def folder(tmp_path_factory):
             "words": words("again", "--use_cpu", "--resume_from_checkpoint"),
             "copied": [f"{folder}/two/checkpoint-4", f"{folder}/again/checkpoint-4"],
         },
+        {"words": words("two-pkt", "--use_cpu", *PKT)},
     ]
     if not torch.cuda.is_available():  # a machine with GPUs trains on them
         jobs.append({"words": words("alone")})
@@ -90,6 +97,14 @@ def test_accumulated_steps_of_two_processes_are_those_of_one(folder):
     assert_close(folder, "four")
 
 
+def test_the_loss_of_held_out_images_does_not_depend_on_the_number_of_processes(folder):
+    found = []
+    for name in ("one-pkt", "two-pkt"):
+        state = json.loads((folder / name / "checkpoint-4" / "trainer_state.json").read_text())
+        found.append(next(line["eval_loss"] for line in state["log_history"] if "eval_loss" in line))
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] > 0
+
+
 def test_two_processes_resume_exactly(folder):
     assert "step 4" in said(folder, 2)[0]["out"]
     h.assert_same(*students(folder, "two", "again"))
@@ -97,6 +112,6 @@ def test_two_processes_resume_exactly(folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with GPUs trains on them")
 def test_processes_that_would_train_alone_are_refused(folder):
-    first, second = said(folder, 3)
+    first, second = said(folder, 4)
     assert first["code"] == second["code"] == 2 and "add --use_cpu" in first["err"]
     assert not (folder / "alone" / "model.safetensors").exists()

@@ -19,6 +19,10 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(self, images: int, last_step: bool):
         self.images = images
         self.last_step = last_step
+        self._raised: set[str] | None = None  # not looked up yet
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._raised = None
 
     def on_step_end(self, args, state, control, **kwargs):
         control.should_evaluate |= self.last_step and state.global_step >= state.max_steps
@@ -26,10 +30,11 @@ class DiagnosticsCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         finished = state.global_step >= state.max_steps
         # Of the history, which checkpoints hold: a resumed run does not raise an alarm again.
-        earlier = [i for i, entry in enumerate(state.log_history) if has_diagnostics(entry)]
-        # Of all evaluations before, not of the last alone: an alarm that comes and goes is printed once, too.
-        before = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
+        if self._raised is None:
+            earlier = [i for i, entry in enumerate(state.log_history) if has_diagnostics(entry)]
+            self._raised = {name for i in earlier for name in alarms(state.log_history[:i], self.images)}
         found = alarms(state.log_history, self.images, finished=finished, gentle=is_gentle(args))
         for name, text in found.items():
-            if name not in before and state.is_world_process_zero:
+            if name not in self._raised and state.is_world_process_zero:
                 logger.warning("ALARM: %s", text)
+        self._raised |= found.keys()  # an alarm that comes and goes is printed once, too
