@@ -832,7 +832,7 @@ class DistillationTrainer(Trainer):
             if len(index) == size
         ]
         criterion.train(training)
-        # Of a loss of single images, each process knows its own part; of others all know the whole.
+        # Of a loss of single images, each process knows its own part; of others, each knows that of the full batch.
         return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
 
     @parameter_names()
