@@ -352,7 +352,8 @@ def view_epochs() -> str:
     for views, dtype in sorted(arms, key=lambda arm: (arm[0] or math.inf, arm[1] or "")):
         found = select(rows, view_epochs=views, cache_dtype=dtype)
         cosines = [row["cosine"] for row in found]
-        cosine = f"{statistics.fmean(cosines):.4f} ± {statistics.stdev(cosines):.4f}"
+        cosine = f"{statistics.fmean(cosines):.3f}"
+        cosine += f" ± {statistics.stdev(cosines):.3f}" if len(cosines) > 1 else ""
         cells = [score(found, key, statistics.stdev) for key in metrics]
         lines.append([str(views or "new each time"), dtype or "none", str(len(found)), *cells, cosine])
     return as_markdown(lines)
