@@ -5,7 +5,7 @@
 
 Two pairs at random weights: resnet56 -> resnet20 (32 pixels, batch 128) and DINOv2-S/14 with registers -> resnet18 (112
 pixels, batch 32). `tensors`: views in memory, which cost nothing to make. `images`: the given images, augmented in
-loader processes. Modes:
+loader processes; small ones are decoded once before, as in each training of several epochs. Modes:
 
     live     the teacher embeds each view
     cold     the same, and each embedding is written to a cache
@@ -119,6 +119,8 @@ def run_trainer(pair: str, images: ImageSplits | None, cache: Path | None, steps
         data = InMemory(batch * (steps + FIRST), size, view_epochs=1) if images is None else images
         trainer = DistillationTrainer(teacher, student, args, data, callbacks=[clock := Clock()])
         trainer.remove_callback(ConsoleCallback)
+        if images is not None:
+            trainer.train_dataset.keep_images()
         trainer.train()
     seconds = clock.times[-1] - clock.times[FIRST - 1]
     teacher_share, data_wait = (statistics.fmean(values) for values in zip(*clock.shares, strict=True))
@@ -211,7 +213,9 @@ def main() -> None:
         for run in missing_runs(options.output, kinds, options.rounds):
             pair, kind, mode, _ = run.values()
             if kind == "images" and pair not in splits:
-                splits[pair] = load_images(folders[pair])
+                found = load_images(folders[pair])
+                needed = PAIRS[pair][2] * (options.steps + FIRST)
+                splits[pair] = found._replace(train=found.train.select(range(min(needed, len(found.train)))))
             images = splits[pair] if kind == "images" else None
             if mode == "student":
                 found = run_student(pair, options.steps)
