@@ -65,8 +65,9 @@ GROUPS = {
 
 # Commands that `coss-hf` starts in several processes on request, and the options that ask for it, with their values.
 LAUNCHED = ("distill", "neighbors", "train-teacher")
-STUDIES = ("compare", "report", "reproduce")
 LAUNCH_OPTIONS = {"num_processes": "N", "accelerate_config": "FILE"}
+# Those that train several students, in processes of their own.
+STUDIES = ("compare", "report", "reproduce")
 
 # Options that a command shares with others, but does not read, or refuses.
 _OF_ONE_RUN = (

@@ -22,7 +22,7 @@ MAX_ASPECT = 16  # longer side over shorter side of an image that is resized by 
 SCALES = (8, 4, 2)  # that a JPEG can be decoded at: one pixel for as many in each direction
 SCALABLE = ("JPEG", "MPO")
 
-# How files of the usual formats begin. Pillow would try its other readers first: half of the time of a small JPEG.
+# How files of the usual formats begin. Pillow would try other readers first.
 SIGNATURES = {b"\xff\xd8\xff": "JPEG", b"\x89PNG\r\n\x1a\n": "PNG"}
 
 # What turns an image upright, by its EXIF orientation.

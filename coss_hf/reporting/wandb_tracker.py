@@ -157,11 +157,12 @@ class WandbTracker(WandbCallback):
         run.summary.update(end.results)
         if self._log_model.is_enabled:
             student = wandb.Artifact(f"model-{run.id}", type="model", metadata={"images_seen": end.images_seen})
-            for path in Path(self.trainer.args.output_dir).iterdir():
+            folder = Path(self.trainer.args.output_dir)
+            for path in folder.iterdir():
                 if any(fnmatch(path.name, pattern) for pattern in (*PUBLISHED, "*.py")):
                     student.add_file(str(path))
-            for name in published_folders(Path(self.trainer.args.output_dir)):
-                student.add_dir(str(Path(self.trainer.args.output_dir, name)), name=name)
+            for name in published_folders(folder):
+                student.add_dir(str(folder / name), name=name)
             run.log_artifact(student, aliases=["final_model"])
         run.finish()
         self._initialized = False  # what comes later belongs to this run, too

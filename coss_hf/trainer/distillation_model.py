@@ -38,7 +38,7 @@ class DistillationModel(nn.Module):
         self.head = head
         self.criterion = criterion
         used = [value for name, value in self.network.named_parameters() if name not in student.unused]
-        # What the user or the network's own code has frozen stays so; all of them are only where a teacher was copied.
+        # What the user or the network's own code has frozen stays so. All is frozen only in a copy of a teacher.
         if not any(parameter.requires_grad for parameter in used):
             self.network.requires_grad_(True)
         for name, parameter in self.network.named_parameters():

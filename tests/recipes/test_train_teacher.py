@@ -117,7 +117,7 @@ def test_a_checkpoint_gets_a_new_classifier(train, tmp_path, image_parquet):
 
 def make(tmp_path, image_parquet, **options):
     options = {"output_dir": str(tmp_path / "out"), "use_cpu": True, "model": "resnet20", "image_size": 16, **options}
-    args = TeacherArguments(per_device_train_batch_size=16, **options)
+    args = TeacherArguments(**{"per_device_train_batch_size": 16} | options)
     return build_supervised_run(DataArguments(dataset=str(image_parquet)), args).trainer
 
 
@@ -134,10 +134,11 @@ def test_the_papers_optimiser_and_steps(tmp_path, image_parquet):
     assert rates == pytest.approx([0.05] * 3 + [0.005] * 6 + [0.0005] * 3)
 
 
-@pytest.mark.parametrize("drop_last, steps", [(True, 2), (False, 2)])
-def test_milestones_count_epochs_of_accumulated_steps(tmp_path, image_parquet, drop_last, steps):
-    """48 images are 3 batches, and 2 steps of at most 2 batches; 48 // 32 is 1."""
+@pytest.mark.parametrize("batch, drop_last, steps", [(16, True, 2), (20, True, 1), (20, False, 2)])
+def test_milestones_count_epochs_of_accumulated_steps(tmp_path, image_parquet, batch, drop_last, steps):
+    """48 images are 3 batches of 16, and 2 steps of at most 2 batches; 48 // 32 is 1."""
     options = {"gradient_accumulation_steps": 2, "dataloader_drop_last": drop_last}
+    options["per_device_train_batch_size"] = batch
     trainer = make(tmp_path, image_parquet, num_train_epochs=4, lr_milestones=[1, 3], **options)
     assert sorted(trainer.lr_scheduler.milestones) == [steps, 3 * steps]
 
