@@ -1,5 +1,6 @@
 """Command lines and YAML files to dataclasses, and errors to exit codes."""
 
+import copy
 import difflib
 import json
 import sys
@@ -17,6 +18,11 @@ from coss_hf.utils.messages import command_line
 class _Parser(HfArgumentParser):
     def error(self, message: str):
         raise ValueError(f"{message.replace('argument ', '')}; see --help.")
+
+    @staticmethod
+    def _parse_dataclass_field(parser, field):
+        # The original writes into the class that an option of `int | None` is an int.
+        HfArgumentParser._parse_dataclass_field(parser, copy.copy(field))
 
 
 @command_line()

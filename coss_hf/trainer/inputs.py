@@ -84,7 +84,8 @@ def resolve_inputs(
     given = {"teacher": described(teacher), "student": described(student), "dataset": described(train_dataset)}
     # Weights that a checkpoint lacks are drawn, and a teacher's may be copied into a student.
     set_seed(args.seed)
-    teacher = as_backbone(teacher, "teacher").freeze()
+    # Of its own: another trainer of the same teacher may read another number of its maps.
+    teacher = copy.copy(as_backbone(teacher, "teacher").freeze())
     set_seed(args.seed)
     student = as_backbone(student, "student", teacher)
     check_networks(teacher, student)

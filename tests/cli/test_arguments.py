@@ -40,6 +40,14 @@ def test_yaml_is_typed_and_the_command_line_wins(tmp_path):
     assert args.eval_strategy == "no" and data.validation_size == 0.1 and data.label_column is None
 
 
+def test_the_classes_stay_as_they_are(tmp_path):
+    """A help page that was written after it called optional arguments required ones."""
+    types = [{field.name: str(field.type) for field in dataclasses.fields(kind)} for kind in EVERYTHING[:2]]
+    read(tmp_path, "teacher: a")
+    assert [{field.name: str(field.type) for field in dataclasses.fields(kind)} for kind in EVERYTHING[:2]] == types
+    assert "None" in str(DataArguments.__dataclass_fields__["label_column"].type)
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [

@@ -9,6 +9,7 @@ from tests.helpers.runs import ROOT
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
     cells = json.loads(NOTEBOOK.read_text())["cells"]

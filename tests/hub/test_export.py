@@ -39,7 +39,13 @@ def load(name: str, folder, **options):
 
 # clip_vision has a value called `embedding` inside.
 @pytest.mark.parametrize(
-    ("name", "head"), [("cifar_resnet", True), ("dinov2", True), ("clip_vision", False), ("timm_resnet", False)]
+    ("name", "head"),
+    [
+        ("cifar_resnet", True),
+        pytest.param("dinov2", True, marks=pytest.mark.slow),
+        pytest.param("clip_vision", False, marks=pytest.mark.slow),
+        pytest.param("timm_resnet", False, marks=pytest.mark.slow),
+    ],
 )
 def test_any_number_of_images_through_graph_and_head(tmp_path, name, head):
     backbone = load(name, tmp_path / "network")
@@ -58,7 +64,9 @@ def test_any_number_of_images_through_graph_and_head(tmp_path, name, head):
     assert all(np.array_equal(row, rows[0]) for row in rows)
 
 
-@pytest.mark.parametrize("name, kind", [("cifar_resnet", "static"), ("timm_vit", "dynamic")])
+@pytest.mark.parametrize(
+    "name, kind", [("cifar_resnet", "static"), pytest.param("timm_vit", "dynamic", marks=pytest.mark.slow)]
+)
 def test_int8_model_agrees_with_pytorch(tmp_path, name, kind):
     backbone = load(name, tmp_path / "network")
     pixels = backbone.preprocess(networks.images(12))
@@ -199,6 +207,7 @@ def exported(tmp_path_factory):
     return folder, student.encode(networks.images(4)).numpy()
 
 
+@pytest.mark.slow
 def test_files_on_the_hub_give_the_students_embedding_without_this_package(exported, tmp_path):
     folder, expected = exported
     command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "found.npz")]

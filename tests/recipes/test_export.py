@@ -25,6 +25,7 @@ def call(monkeypatch, *words, **options):
     recipe.main()
 
 
+@pytest.mark.slow
 def test_record_and_snippet_of_the_documentation(tmp_path, image_parquet, monkeypatch, capsys):
     model, out = h.save_vit(tmp_path / "my-student", seed=2), tmp_path / "my-student" / "onnx"
     head = projection_head("linear", 16, 8)

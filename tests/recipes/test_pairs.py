@@ -69,14 +69,8 @@ def save(folder, kind: str, seed: int) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize(
-    ("teacher", "student"),
-    [
-        ("vit", "timm"),
-        pytest.param("dinov2", "mobilenet", marks=pytest.mark.slow),
-        pytest.param("convnext", "vit", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("teacher", "student"), [("vit", "timm"), ("dinov2", "mobilenet"), ("convnext", "vit")])
 def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
     from tests.recipes.test_distill import distill
 

@@ -16,6 +16,7 @@ def module(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_passes_of_both_ways(module, tmp_path, image_parquet, monkeypatch, capsys):
     """12 training images, 2 epochs of the same views: a live teacher embeds 24 of them, a shared one 12 at first."""
     monkeypatch.setattr("coss_hf.study.trials.measure", lambda *given: {})

@@ -46,6 +46,7 @@ def test_runs_are_resumed_and_summed_up(module, tmp_path, monkeypatch, capsys):
     assert any(line.startswith("never     live  2 seeds  knn20 51.50 ± 0.71") for line in lines)
 
 
+@pytest.mark.slow
 def test_one_cache_serves_all_numbers_of_view_epochs(module, tmp_path, image_parquet, networks, monkeypatch):
     monkeypatch.setattr("coss_hf.study.trials.measure", lambda *given: dict.fromkeys(module.METRICS, 0.5))
     small = ["--train_images=12", "--held_out=4", "--batch_size=4", "--epochs=3", "--float16_view_epochs=2"]

@@ -95,7 +95,9 @@ def test_panel_curves_show_what_there_is(tmp_path):
     assert whole.shape[0] == 2 * some.shape[0] and green(whole) > green(some) > 100
 
 
-@pytest.mark.parametrize("labels", [None, [0, 1] * 20, list(range(40))])
+@pytest.mark.parametrize(
+    "labels", [list(range(40)), *[pytest.param(labels, marks=pytest.mark.slow) for labels in (None, [0, 1] * 20)]]
+)
 def test_projection_picture(tmp_path, labels):
     points = np.random.default_rng(0).normal(size=(40, 2))
     projection_picture(tmp_path / "a.png", points, points[::-1], labels)

@@ -27,6 +27,7 @@ def pixels(path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_trackio_is_told_what_wandb_is_told(world, trackio_folder):  # noqa: F811
     from trackio import Api
     from trackio.sqlite_storage import SQLiteStorage

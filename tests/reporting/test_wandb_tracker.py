@@ -99,6 +99,7 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
+@pytest.mark.slow
 def test_resumed_finished_run_still_logs_its_report(world, wandb_folder, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_MODE", "offline")
     world.run(save_strategy="epoch")  # the process died in its last evaluation, say

@@ -22,6 +22,7 @@ def data(image_parquet):
     return DataArguments(dataset=str(image_parquet), validation_size=12)
 
 
+@pytest.mark.slow
 def test_incomplete_teacher_checkpoint_is_skipped_and_other_options_are_rejected(tmp_path, data):
     folder = tmp_path / "resnet20"
     half = folder / "checkpoint-1"

@@ -90,7 +90,10 @@ def test_a_finished_run_gives_its_best_model_again(tmp_path, image_parquet, netw
     h.assert_same(h.state(first), h.state(again))
 
 
-@pytest.mark.parametrize("often", [{"eval_strategy": "steps", "eval_steps": 4}, {"eval_strategy": "epoch"}])
+@pytest.mark.parametrize(
+    "often",
+    [{"eval_strategy": "steps", "eval_steps": 4}, pytest.param({"eval_strategy": "epoch"}, marks=pytest.mark.slow)],
+)
 def test_training_is_compared_with_an_evaluation_before_its_first_step(tmp_path, image_parquet, networks, often):
     """However often one is asked for: alarms and verdict took the first that there was for the start, and missed a
     collapse within it. A resumed run keeps that of its start."""

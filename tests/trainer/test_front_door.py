@@ -86,6 +86,17 @@ def test_ten_lines_give_the_student_of_the_recipe(tmp_path, image_parquet, netwo
     assert json.loads((tmp_path / "python" / "run.json").read_text())["verdict"]
 
 
+def test_trainers_of_one_teacher_read_each_their_own_maps(tmp_path, images, networks):
+    """The one built last decided for both."""
+    teacher = load_backbone(networks.teacher)
+    first, second = (
+        DistillationTrainer(teacher, networks.small, arguments(tmp_path, name, method=name, max_steps=1), images)
+        for name in ("at", "coss")
+    )
+    assert first.teacher.maps > 0 == second.teacher.maps
+    first.train()
+
+
 @pytest.mark.parametrize("kind", ["name", "model", "backbone"])
 def test_networks_in_any_form(tmp_path, images, networks, kind):
     forms = {

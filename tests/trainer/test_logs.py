@@ -170,6 +170,7 @@ def test_wrapper_is_what_trainer_must_see(tmp_path, image_parquet, networks):
     assert not hasattr(model, "config")
 
 
+@pytest.mark.slow
 def test_compiled_student_is_saved_with_clean_keys(tmp_path, image_parquet, networks):
     trainer = h.make_trainer(
         tmp_path, image_parquet, networks.teacher, networks.resnet, torch_compile_backend="eager", max_steps=2

@@ -58,7 +58,13 @@ def embeddings(trainer: DistillationTrainer, images) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "student"), [("torchvision", "own"), ("own", "timm"), ("timm", "torchvision"), ("own", "own")]
+    ("teacher", "student"),
+    [
+        ("timm", "torchvision"),
+        ("torchvision", "own"),
+        pytest.param("own", "timm", marks=pytest.mark.slow),
+        pytest.param("own", "own", marks=pytest.mark.slow),
+    ],
 )
 def test_trained_saved_and_loaded(tmp_path, images, teacher, student):
     given = {"train_dataset": images, "eval_dataset": images.select(range(16))}

@@ -66,7 +66,7 @@ class Drawing(TrainerCallback):
     on_substep_end = on_step_end = on_step_begin
 
 
-@pytest.mark.parametrize("kind", SET_UPS)
+@pytest.mark.parametrize("kind", ["crd", *[pytest.param(kind, marks=pytest.mark.slow) for kind in list(SET_UPS)[1:]]])
 def test_neighbours_evaluations_and_resumption_leave_the_student_as_it_is(world, tmp_path, kind):
     saved = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     cold = make(world, kind, tmp_path, **saved)

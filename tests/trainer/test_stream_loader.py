@@ -85,8 +85,10 @@ def check_resumed(shards, **options) -> None:
     assert set(Counter(keys(whole)[:48]).values()) == {1}
 
 
-@pytest.mark.parametrize("shuffle", [0, 16])
-@pytest.mark.parametrize("batch_size", [5, 8])
+@pytest.mark.parametrize(
+    ("batch_size", "shuffle"),
+    [(5, 16), (8, 0), *[pytest.param(*each, marks=pytest.mark.slow) for each in ((5, 0), (8, 16))]],
+)
 def test_resumes_after_any_batch(shards, shuffle, batch_size):
     check_resumed(shards, shuffle=shuffle, batch_size=batch_size)
 

@@ -36,6 +36,7 @@ def resnet56(shared, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_first_thousand_test_images(resnet56, shared):
     assert accuracy(resnet56, shared / "data" / "cifar10" / "test.parquet", 1000) == pytest.approx(0.832, abs=0.02)
 
