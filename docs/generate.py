@@ -16,7 +16,7 @@ from pathlib import Path
 from coss_hf.losses.registry import LOSSES, SHAPES
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
-from coss_hf.reporting.plots import quality_plot
+from coss_hf.reporting.plots import published_plot, quality_plot
 from coss_hf.study.paper_cells import cells, cells_table, ranking_sentence
 from coss_hf.study.tables import as_markdown, half_interval, ranked
 from coss_hf.utils.packages import check_extra
@@ -203,15 +203,83 @@ def tables234() -> str:
 
 def cifar100() -> str:
     """Every cell of the paper's tables on its own data, run or not, with the agreement of the rankings."""
-    path = RESULTS / "cifar100.jsonl"
-    found = cells(json_lines(path.name) if path.exists() else [])
+    found = cells(cifar100_rows())
     parts = []
     for table, pair in dict.fromkeys((cell.table, cell.pair) for cell in found):
         own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
         name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
         parts.append(f"## {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
-        parts.append(ranking_sentence(own))
-    return "\n\n".join(part for part in parts if part)
+        if sentence := ranking_sentence(own):
+            parts += [sentence, f"![Figures here against the paper's](images/{cifar100_picture_name(table, pair)})"]
+    return "\n\n".join(parts)
+
+
+def cifar100_rows() -> list[dict]:
+    """Results of the paper's tables on its own data; empty before any are there."""
+    path = RESULTS / "cifar100.jsonl"
+    return json_lines(path.name) if path.exists() else []
+
+
+def cifar100_picture_name(table: int, pair: str) -> str:
+    """File of the plot of one pair of a table."""
+    return f"cifar100-table{table}-{pair.replace('/', '-')}.png"
+
+
+def cifar100_pictures(folder: Path) -> None:
+    """Our figures against the paper's, of each pair of which enough rows were run."""
+    check_extra("matplotlib", needed_by="docs/images/cifar100-*.png")
+    found = cells(cifar100_rows())
+    for table, pair in dict.fromkeys((cell.table, cell.pair) for cell in found):
+        own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
+        if ranking_sentence(own):
+            rows = {
+                f"{cell.row} ({cell.runs[0]['num_images']:,})": (cell.published, [row["linear"] for row in cell.runs])
+                for cell in own
+                if cell.gap("linear") is not None
+            }
+            title = f"Table {table}, {pair}, CIFAR-100 (images seen)"
+            published_plot(folder / cifar100_picture_name(table, pair), rows, "linear evaluation", title)
+
+
+def cifar100_teacher() -> str:
+    """How the teacher that is kept next to the results was trained, and what it reaches."""
+    if not (RESULTS / "cifar100-resnet56").is_dir():
+        return "It has not been trained yet."
+    record = json_record("cifar100-resnet56/run.json")
+    hours = f", in {record['hours']:g} hours" if "hours" in record else ""
+    return (
+        f"Its top-1 on the 10,000 test images is {100 * record['accuracy']:.1f} %, after {record['images_seen']:,} "
+        f"images (seed {record['seed']}{hours}). Published figures of such teachers at 240 epochs are about 72 %. Its "
+        f"command: `{record['command']}`"
+    )
+
+
+def cifar100_kept() -> str:
+    """What CoSS keeps of its teacher, and of a network of the student's size that was trained with labels."""
+    rows = [row for row in cifar100_rows() if row["pair"] == "resnet20/resnet56" and row["split"] == "test"]
+    names = {"teacher": "teacher (resnet56)", "coss": "CoSS", "random": "resnet20, random weights"}
+    groups: dict[tuple[str, int], dict[int, dict]] = {}
+    for row in rows:
+        method = "coss" if row["method"] == "lambda 0.5" else row["method"]
+        if method in names and row.get("linear") is not None:
+            groups.setdefault((method, row["images_seen"]), {})[row["seed"]] = row
+    if not any(method == "coss" for method, _ in groups):
+        return "Not run."
+    found = {name: [*by_seed.values()] for name, by_seed in groups.items()}
+    if (RESULTS / "cifar100-resnet20").is_dir():
+        seen = json_record("cifar100-resnet20/run.json")["images_seen"]
+        found["supervised", seen] = [json_record("cifar100-resnet20/results.json")["student"]]
+    names["supervised"] = "resnet20, trained with labels"
+    bases = [name for name in found if name[0] in ("teacher", "supervised")]
+    metrics = {"linear": "linear evaluation", "knn20": "k-NN 20"}
+    shares = [f"{names[base]}: share of {metrics[key]}" for base, _ in bases for key in metrics]
+    lines = [["", "images seen", "seeds", *metrics.values(), *shares]]
+    for (method, seen), own in sorted(found.items(), key=lambda item: -statistics.fmean(r["linear"] for r in item[1])):
+        means = {key: statistics.fmean(row[key] for row in own) for key in metrics}
+        kept = [means[key] / statistics.fmean(row[key] for row in found[base]) for base in bases for key in metrics]
+        scores = [score(own, key) for key in metrics]
+        lines.append([names[method], f"{seen:,}" if seen else "", str(len(own)), *scores, *(f"{k:.0%}" for k in kept)])
+    return as_markdown(lines)
 
 
 def gpu() -> str:
@@ -491,6 +559,8 @@ TABLES = (
     table1,
     tables234,
     cifar100,
+    cifar100_kept,
+    cifar100_teacher,
     gpu,
     report,
     export,
@@ -662,6 +732,7 @@ def pages() -> dict[Path, str]:
 if __name__ == "__main__":
     front_picture(DOCS / "images" / "front_page.png")
     photograph_picture(DOCS / "images" / "photographs.png")
+    cifar100_pictures(DOCS / "images")
     for page, content in pages().items():
         page.write_text(content)
         print(page.relative_to(ROOT))

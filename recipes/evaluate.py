@@ -49,6 +49,10 @@ class EvaluationArguments:
     )
     batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
+    linear: bool = field(
+        default=False,
+        metadata={"help": "With labels also measure the paper's linear evaluation, which takes minutes."},
+    )
 
 
 def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArguments) -> tuple[dict[str, dict], int]:
@@ -89,6 +93,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
         train_images=splits.train,
         batch_size=args.batch_size,
         num_workers=args.num_workers,
+        linear=args.linear,
         retrieval=True,
         on_bad_image=splits.on_bad_image,
     )

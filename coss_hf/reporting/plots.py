@@ -296,6 +296,30 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
 
 
 @_where_it_can_be_drawn
+def published_plot(path: str | Path, rows: dict[str, tuple[float, list[float]]], metric: str, title: str) -> None:
+    """Write a PNG of own figures against published ones: a dot a seed, a stroke at their mean, the name next to it.
+
+    Args:
+        path: of the PNG.
+        rows: by name, the published figure in % and that of each seed, fractions in [0, 1].
+        metric: of the own figures, for the axis.
+        title: what was compared, on what.
+    """
+    figure = _figure(7, 4.5)
+    axes = figure.add_subplot()
+    for name, (published, values) in rows.items():
+        own = [100 * value for value in values]
+        mean = sum(own) / len(own)
+        axes.plot([published] * len(own), own, "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
+        axes.plot([published - 0.4, published + 0.4], [mean] * 2, color=TEXT, linewidth=1.5)
+        axes.annotate(name, (published, mean), (6, 0), textcoords="offset points", fontsize=8, color=TEXT, va="center")
+    _dress(axes, title, x="published top-1 (%)", y=f"{metric}, here (%)", grid="both")
+    axes.margins(x=0.12)
+    figure.tight_layout()
+    figure.savefig(path, format="png")
+
+
+@_where_it_can_be_drawn
 def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]], metric: str, title: str) -> None:
     """Write a PNG of quality against latency: a dot a seed, a stroke at their mean.
 

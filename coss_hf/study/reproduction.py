@@ -42,7 +42,11 @@ class ReproduceArguments:
     )
     seeds: int = field(default=3, metadata={"help": "Number of seeds of a reported row: 1, 2, ...; seed 0 chooses."})
     finalists: int | None = field(
-        default=None, metadata={"help": "Number of the best rows to report, apart from CoSS; default: all."}
+        default=None,
+        metadata={"help": "Number of the best rows on held-out images to report, apart from CoSS; default: all."},
+    )
+    seeds_of_others: int = field(
+        default=0, metadata={"help": "With --finalists, the number of seeds with which the other rows are reported."}
     )
     budget: float = field(
         default=1.0, metadata={"help": "Length of a reported run as a share of the paper's 240 epochs."}
@@ -157,13 +161,17 @@ class Reproduction:
     def run(self) -> str:
         """Choose scales, report the chosen rows, write ``tableN.md`` and a plot for each pair, and return the table."""
         args = self.args
-        rows = min(len(args.table_methods), (args.finalists or len(args.table_methods)) + 1)
-        later = self.report_images * args.seeds * rows * len(args.table_pairs)
+        rows = len(args.table_methods)
+        finals = rows if args.finalists is None else min(rows, args.finalists + 1)
+        runs = args.seeds * finals + args.seeds_of_others * (rows - finals)
+        later = self.report_images * runs * len(args.table_pairs)
         tried = self.sweep.run(self.choices, self.config, later=later)
         chosen = {pair: self._best_scales(tried, pair) for pair in args.table_pairs}
         reports = []
         for pair in args.table_pairs:
-            reports += paper.report_trials(pair, chosen[pair], args.finalists, args.seeds, self.report_images)
+            reports += paper.report_trials(
+                pair, chosen[pair], args.finalists, args.seeds, self.report_images, args.seeds_of_others
+            )
         reported = self.sweep.run(reports, self.config)
         return self._write(tried, chosen, {pair: of_pair(reported, pair) for pair in args.table_pairs})
 
@@ -261,12 +269,22 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
         value = getattr(args, flag)
         if value is not None and value <= 0:
             raise ValueError(f"--{flag}={value} must be above 0.")
+    _check_seeds(args)
     if not args.scales or min(args.scales) <= 0:
         raise ValueError(f"--scales={args.scales} must be above 0.")
     if args.teacher and len(args.table_pairs) > 1:
         raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.table_pairs)}: give one pair.")
     if not data.validation_size:
         raise ValueError("--validation_size: the scales are chosen on images held out of train; give 1,000 or more.")
+
+
+def _check_seeds(args: ReproduceArguments) -> None:
+    if not 0 <= args.seeds_of_others <= args.seeds:
+        raise ValueError(f"--seeds_of_others={args.seeds_of_others} must be from 0 to --seeds={args.seeds}.")
+    if args.seeds_of_others and args.finalists is None:
+        raise ValueError(
+            f"--seeds_of_others={args.seeds_of_others} is for the rows that are no finalists: give --finalists."
+        )
 
 
 def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders: dict[str, str]) -> StudyConfig:

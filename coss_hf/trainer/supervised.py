@@ -119,6 +119,13 @@ class TeacherArguments(TrainingArguments):
     save_steps: float | None = field(
         default=None, metadata={"help": "Number of optimizer steps between two checkpoints. Default: 500."}
     )
+    save_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Data type in which the trained network is saved. Its accuracy is that of the saved weights.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Drop the last incomplete batch of each epoch."})
     remove_unused_columns: bool = field(
         default=False,
@@ -221,7 +228,8 @@ class SupervisedRun:
             launched_as: the command for the record; default: that of this process.
 
         Returns:
-            On the first process what ``run.json`` holds, with ``accuracy`` where there are images to measure it on.
+            On the first process what ``run.json`` holds: command, seed, versions, ``images_seen``, ``accuracy`` where
+            there are images to measure it on, and ``hours`` unless the training was resumed.
         """
         trainer = self.trainer
         args = trainer.args
@@ -229,12 +237,17 @@ class SupervisedRun:
         remove_earlier_run(args, args.resume_from_checkpoint)
         if self.splits.run_images is not None and trainer.is_world_process_zero():
             self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.model.to(getattr(torch, args.save_dtype))
         trainer.save_model()
+        trainer.model.float()  # the rounded weights, which are measured
         leave()
         if not trainer.is_world_process_zero():
             return None
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
+        record["images_seen"] = trainer.state.global_step * images_per_step(args)
+        if self.checkpoint is None:
+            record["hours"] = round(result.metrics["train_runtime"] / 3600, 2)
         queries = self.splits.test or self.splits.validation
         found = None
         if queries is not None:
@@ -305,9 +318,14 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     return SupervisedRun(trainer, backbone, splits, checkpoint)
 
 
+def images_per_step(args: TeacherArguments) -> int:
+    """Return the number of images of an optimizer step, on all devices together."""
+    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+
+
 def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: TeacherArguments) -> dict[str, str]:
     """What must be the same for a run to be resumed; each entry under the argument that decides it."""
-    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    step = images_per_step(args)
     no_options = ("--neighbors", "--view_")
     of_views = {name: value for name, value in views.identity().items() if not name.startswith(no_options)}
     return {
@@ -338,7 +356,7 @@ def build_supervised_trainer(
     Raises:
         ValueError: fewer images than one step, or milestones that the run does not reach.
     """
-    step = args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+    step = images_per_step(args)
     if len(views) < step:
         raise ValueError(f"--per_device_train_batch_size: a step takes {step} images, of {len(views)}; lower it.")
     optimizer = scheduler = None

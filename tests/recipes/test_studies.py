@@ -56,6 +56,8 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
         ({"budget": 1e-7, "choice_budget": 1}, "--budget=1e-07 of 240 epochs of 40 images is less than one step"),
         ({"budget": 0}, "--budget=0.0 must be above 0"),
         ({"scales": [1, 0]}, "--scales=[1.0, 0.0] must be above 0"),
+        ({"seeds_of_others": 4}, "--seeds_of_others=4 must be from 0 to --seeds=3"),
+        ({"seeds_of_others": 1}, "--seeds_of_others=1 is for the rows that are no finalists: give --finalists"),
         ({"teacher": "x"}, "--teacher=x is one, --pairs are 3"),
         ({"validation_size": 0}, "--validation_size: the scales are chosen on images held out"),
         ({"metric": "eval_knn"}, "--metric: invalid choice: 'eval_knn'"),

@@ -104,6 +104,19 @@ def test_learns_and_reloads(train, capsys):
         assert AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).pooler_output.shape == (24, 64, 1, 1)
 
 
+def test_accuracy_is_that_of_the_saved_weights(train):
+    folder = train("--save_dtype=float16", num_train_epochs=6)
+    assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16, torch.int64}
+    record = json.loads((folder / "run.json").read_text())
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    images, labels = h.colour_images(24, seed=1)  # what test.parquet holds
+    pixels = AutoImageProcessor.from_pretrained(folder)(images, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        right = model(pixel_values=pixels).logits.argmax(1) == torch.tensor(labels)
+    assert right.double().mean().item() == record["accuracy"] and record["hours"] >= 0
+    assert record["images_seen"] == 6 * 48
+
+
 def test_a_checkpoint_gets_a_new_classifier(train, tmp_path, image_parquet):
     vit = h.save_vit(tmp_path / "vit")
     rows = datasets.load_dataset(str(image_parquet), cache_dir=str(tmp_path / "cache"))

@@ -19,7 +19,7 @@ def test_every_cell_is_there_run_or_not():
     rows = [row(3, "resnet20/resnet56", "lambda 0.5", seed, 0.60 + seed / 100) for seed in (1, 2, 3)]
     rows.append(row(3, "resnet20/resnet56", "lambda 0.5", 0, 0.9, split="validation"))
     found = cells(rows)
-    assert len(found) == 3 * 11 + 2 * 3 + 2 * 4 + 3 * 2 + 4
+    assert len(found) == 3 * 11 + 2 * 3 + 2 * 4 + 4 * 4 + 4
     (cell,) = (cell for cell in found if cell.runs)
     assert (cell.table, cell.row, cell.published) == (3, "lambda 0.5", 71.11)
     assert cell.gap("linear") == pytest.approx(62 - 71.11)
