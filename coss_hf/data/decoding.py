@@ -134,7 +134,8 @@ def _decode_upright(data: bytes, reduction: Callable | None) -> Decoded:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return image.getexif().get(0x0112) or 0
+        found = image.getexif().get(0x0112)
+        return found if found in UPRIGHT else 0  # texts, bytes and numbers above 8 turn nothing
     except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
         logger.debug("The EXIF tags of an image cannot be read: %s", error)
         return 0

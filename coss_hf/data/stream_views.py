@@ -14,11 +14,11 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from coss_hf.data.decoding import content_hash, decode
+from coss_hf.data.decoding import Decoded, content_hash, decode_reduced
 from coss_hf.data.streams import Stream, is_shuffled, stream_bytes
-from coss_hf.data.views import resolve_augmentation
+from coss_hf.data.views import make_view, resolve_augmentation
 from coss_hf.utils.errors import UnreadableImage
-from coss_hf.utils.randomness import keeping_generators, seed_generators
+from coss_hf.utils.randomness import keeping_generators
 
 NAMES = 50_000  # images whose names are remembered, for messages
 MAX_KEY = 2**63 - 1  # keys are int64, and not below 0
@@ -44,10 +44,14 @@ class Chunk(NamedTuple):
     state: dict | None
 
 
+class _Undecodable(Exception):
+    """Told apart from what a transform raises."""
+
+
 class StreamViews(torch.utils.data.IterableDataset):
     """Chunks of views of a stream, one pass at a time.
 
-    A view is a pure function of (seed, epoch, content of the image). The order is one of (seed, epoch, process,
+    A view is a pure function of (view seed, epoch, content of the image). The order is one of (seed, epoch, process,
     worker): images are read in blocks of `shuffle_buffer_size`, and each block is shuffled. A worker's place is the
     stream's `state_dict` at the start of a block, the number of the block, and how many of its images are done. So a
     resumed pass reads at most one block again, and no image is repeated or left out.
@@ -58,7 +62,9 @@ class StreamViews(torch.utils.data.IterableDataset):
         augmentation_name: see `ViewDataset`.
         size: the side of a view in pixels.
         chunk_size: number of images of a chunk.
-        seed: the seed of all draws.
+        seed: the seed of the order.
+        view_seed: the seed of the views; None for `seed`.
+        reduced_decoding: see `ViewDataset`.
         on_bad_image: "error", or "skip" to leave out images that cannot be decoded.
         shuffle_buffer_size: number of images that are shuffled at a time; 0 for the order of the stream. A stream that
             shuffles by itself keeps its order.
@@ -83,6 +89,8 @@ class StreamViews(torch.utils.data.IterableDataset):
         *,
         chunk_size: int,
         seed: int = 0,
+        view_seed: int | None = None,
+        reduced_decoding: bool = True,
         on_bad_image: str = "error",
         shuffle_buffer_size: int = 0,
         process: int = 0,
@@ -90,8 +98,11 @@ class StreamViews(torch.utils.data.IterableDataset):
         workers: int = 0,
     ):
         self.augment, self.augmentation_name = resolve_augmentation(augmentation_name, size)
+        self._built_in = isinstance(augmentation_name, str)
         self.size = size
         self.seed = seed
+        self.view_seed = seed if view_seed is None else view_seed
+        self.reduced_decoding = reduced_decoding
         self.image_column = image_column
         self.on_bad_image = on_bad_image
         self.chunk_size = chunk_size
@@ -128,7 +139,7 @@ class StreamViews(torch.utils.data.IterableDataset):
     def _pass_of_shards(self, epoch: int) -> int:
         """The pass for `datasets`: from an own seed, the stream's own, or always 0 where the order is to be kept."""
         if self.shuffle:
-            return 1 + self._key(epoch, 0) // 2
+            return 1 + self._key(self.seed, epoch, 0) // 2
         return epoch if self.shuffles_itself else 0
 
     def identity(self) -> dict[str, str]:
@@ -140,6 +151,8 @@ class StreamViews(torch.utils.data.IterableDataset):
             "--dataset": f"stream {self._stream_identity}",
             "--augmentation": self.augmentation_name,
             "--view_size": str(self.size),
+            "--view_seed": str(self.view_seed),
+            "--reduced_decoding": str(self.reduced_decoding),
             "--validation_size": f"{len(self._held_out)} images held out",
             "--shuffle_buffer_size": f"{order}, {self.chunk_size} at a time",
             # The place in a stream is that of each process and each of its workers.
@@ -233,17 +246,24 @@ class StreamViews(torch.utils.data.IterableDataset):
                     key = content_hash(data)
                     if key in self._held_out:
                         continue
-                    image = decode({"bytes": data, "path": name})
-                except (OSError, ValueError) as error:
-                    left_out.append(self._left_out(name, error))
+                    key &= MAX_KEY
+                    views.append(self._view(data, name, self._key(self.view_seed, epoch, key)))
+                except (OSError, _Undecodable) as error:
+                    left_out.append(self._left_out(name, error.__cause__ or error))
                     continue
-                key &= MAX_KEY
-                seed_generators(self._key(epoch, key))
-                views.append(self.augment(image))
                 keys.append(key)
                 names.append(name)
         stacked = torch.stack(views) if views else torch.empty(0, 3, self.size, self.size, dtype=torch.uint8)
         return Chunk(stacked, torch.tensor(keys, dtype=torch.int64), names, left_out, worker, state)
+
+    def _view(self, data: bytes, name: str, key: int) -> Tensor:
+        def decoded(reduction: Callable | None) -> Decoded:
+            try:
+                return decode_reduced({"bytes": data, "path": name}, reduction)
+            except ValueError as error:
+                raise _Undecodable from error
+
+        return make_view(self.augment, decoded, key, built_in=self._built_in, reduced_decoding=self.reduced_decoding)
 
     def _left_out(self, name: str, error: Exception) -> str:
         if self.on_bad_image != "skip":
@@ -254,7 +274,8 @@ class StreamViews(torch.utils.data.IterableDataset):
             ) from error
         return name
 
-    def _key(self, epoch: int, key: int) -> int:
+    @staticmethod
+    def _key(seed: int, epoch: int, key: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
-        packed = struct.pack("<3q", self.seed, epoch, key)
+        packed = struct.pack("<3q", seed, epoch, key)
         return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")

@@ -113,7 +113,7 @@ class ViewDataset(torch.utils.data.Dataset):
         for start in range(0, len(self), 1_000):
             rows = list(range(start, min(start + 1_000, len(self))))
             for row, file in zip(rows, self.reader.files(rows), strict=True):
-                self._kept[row] = to_tensor(self._first(fit, file, lambda: None))
+                self._kept[row] = to_tensor(_first(fit, file, lambda: None, self.reduced_decoding))
         return True
 
     def _check_neighbors(self):
@@ -248,28 +248,7 @@ class ViewDataset(torch.utils.data.Dataset):
 
     def _view(self, image: Callable | Tensor, epoch: int, anchor: int, slot: int) -> Tensor:
         key = self._key(epoch, anchor, slot)
-
-        def seed() -> None:
-            # Not torch.manual_seed, which would reseed the accelerators' generators as well.
-            torch.default_generator.manual_seed(key)
-
-        if not self._built_in:
-            image = image(None).image
-            seed_generators(key)  # which of them somebody else's code draws from is not known
-            return self.augment(image)
-        seed()
-        if isinstance(image, Tensor):
-            later = self.augment.transforms[2:]
-        else:
-            first, *later = self.augment.transforms
-            image = self._first(first, image, seed)
-        for transform in later:
-            image = transform(image)
-        return image
-
-    def _first(self, transform: Fit | RandomCrop, file: Callable, seed: Callable[[], None]):
-        """The first step of a built-in augmentation, of an image that is not decoded yet."""
-        return transform.of_file(file if self.reduced_decoding else lambda reduction: file(None), seed)
+        return make_view(self.augment, image, key, built_in=self._built_in, reduced_decoding=self.reduced_decoding)
 
     def _key(self, epoch: int, anchor: int, slot: int) -> int:
         """A hash, so that neighbouring keys start unrelated streams. 32 bits are all that torch's generator takes."""
@@ -277,6 +256,43 @@ class ViewDataset(torch.utils.data.Dataset):
             epoch %= self.view_epochs
         packed = struct.pack("<4q", self.seed, epoch, anchor, slot)
         return int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
+
+
+def make_view(
+    augment: Callable, image: Callable | Tensor, key: int, *, built_in: bool, reduced_decoding: bool
+) -> Tensor:
+    """Return a view of an image, uint8 (3, size, size), of which all draws are decided by ``key``.
+
+    Args:
+        augment: the augmentation.
+        image: a function that decodes the image, see `decode_reduced` for its argument; or its pixels, cut to size.
+        key: seed of the draws.
+        built_in: whether the augmentation is one of this package.
+        reduced_decoding: decode a JPEG at the smallest scale that has all pixels which the view needs.
+    """
+
+    def seed() -> None:
+        # Not torch.manual_seed, which would reseed the accelerators' generators as well.
+        torch.default_generator.manual_seed(key)
+
+    if not built_in:
+        image = image(None).image
+        seed_generators(key)  # which of them somebody else's code draws from is not known
+        return augment(image)
+    seed()
+    if isinstance(image, Tensor):
+        later = augment.transforms[2:]
+    else:
+        first, *later = augment.transforms
+        image = _first(first, image, seed, reduced_decoding)
+    for transform in later:
+        image = transform(image)
+    return image
+
+
+def _first(transform: Fit | RandomCrop, file: Callable, seed: Callable[[], None], reduced_decoding: bool):
+    """The first step of a built-in augmentation, of an image that is not decoded yet."""
+    return transform.of_file(file if reduced_decoding else lambda reduction: file(None), seed)
 
 
 def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, str]:

@@ -333,6 +333,8 @@ def make_views(
             size,
             chunk_size=args.per_device_train_batch_size,
             seed=args.seed,
+            view_seed=args.view_seed,
+            reduced_decoding=args.reduced_decoding,
             on_bad_image=splits.on_bad_image,
             shuffle_buffer_size=shuffle_buffer_size,
             process=args.process_index,

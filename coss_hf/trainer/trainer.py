@@ -387,6 +387,8 @@ class DistillationTrainer(Trainer):
 
     def _most_workers(self) -> int | None:
         """As many loader workers as can help; None where the machine was not looked at."""
+        if isinstance(self.train_dataset, StreamViews):
+            return self.args.dataloader_num_workers  # with more of them the order of its images would be another
         return None if self.settings.situation is None else most_workers(self.args, self.settings.situation)
 
     def _prepare_networks(self, model: DistillationModel, args: DistillationArguments) -> None:

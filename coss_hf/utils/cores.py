@@ -50,8 +50,11 @@ class OtherLoad:
             at_least: seconds that must have passed.
 
         Returns:
-            The number; None where less time has passed, or where the system does not tell.
+            The number; None where less time has passed, or where the system does not tell: within a container's quota
+            it counts the cores of all containers.
         """
+        if _quota() is not None:
+            return None
         elapsed = time.monotonic() - self._start
         after = self._busy_seconds()
         if elapsed < at_least or after is None or self._before is None:

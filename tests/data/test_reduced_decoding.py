@@ -32,6 +32,17 @@ def encoded(image: Image.Image, kind: str = "JPEG", orientation: int = 0) -> dic
     return {"bytes": buffer.getvalue(), "path": None}
 
 
+@pytest.mark.parametrize("value", ["6", b"\x06", 9, (6, 6)])
+def test_an_orientation_of_another_type_turns_nothing(monkeypatch, value):
+    """Of a text a run ended at the first reduced view, though the image had passed the check."""
+    record = encoded(smooth(0, 400, 300))
+    expected = decode_reduced(record, lambda size: 4)
+    monkeypatch.setattr(Image.Image, "getexif", lambda self: {0x0112: value})
+    found = decode_reduced(record, lambda size: 4)
+    assert (found.size, found.scale) == (expected.size, expected.scale) == ((400, 300), 4)
+    assert np.array_equal(found.image, expected.image) and decode(record).size == (400, 300)
+
+
 def rows(records: list[dict]) -> datasets.Dataset:
     features = datasets.Features({"image": datasets.Image(decode=False), "image_hash": datasets.Value("uint64")})
     return datasets.Dataset.from_dict({"image": records, "image_hash": range(len(records))}, features=features)

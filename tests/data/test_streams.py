@@ -10,10 +10,13 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tests.helpers.runs as h
-from coss_hf.data.stream_views import StreamViews
+from coss_hf.data.decoding import content_hash
+from coss_hf.data.stream_views import MAX_KEY, StreamViews
 from coss_hf.data.streams import load_stream
+from coss_hf.data.transforms import augmentation
 from tests.helpers.hub_server import TOKEN, Hub
 
 
@@ -229,6 +232,51 @@ class StreamLoaderOfKeys:
         self.views.set_epoch(self.number)
         self.number += 1
         return keys(self.loader)
+
+
+def test_large_photographs_are_decoded_at_a_reduced_scale(tmp_path):
+    """At full size each took several times as long, and the option was ignored."""
+    coarse = np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(coarse).resize((400, 300), Image.Resampling.BICUBIC).save(buffer, "jpeg", quality=95)
+    features = datasets.Features({"image": datasets.Image()})
+    rows = datasets.Dataset.from_dict({"image": [{"bytes": buffer.getvalue(), "path": None}]}, features=features)
+    rows.to_parquet(tmp_path / "photographs.parquet")
+    parts = load_stream(tmp_path)
+
+    def view(**options) -> torch.Tensor:
+        stream = StreamViews(parts.stream, parts.image_column, "imagenet", 16, chunk_size=1, seed=5, **options)
+        return next(iter(stream)).views[0].float()
+
+    reduced, full = view(), view(reduced_decoding=False)
+    assert 0 < (reduced - full).abs().mean() < 4
+    assert not torch.equal(view(view_seed=6), reduced) and torch.equal(view(view_seed=5), reduced)
+    fixed = rows[0]["image"].convert("RGB")
+    torch.default_generator.manual_seed(StreamViews._key(5, 0, content_hash(buffer.getvalue()) & MAX_KEY))
+    assert torch.equal(augmentation("imagenet", 16)(fixed).float(), full), "as of earlier versions"
+
+
+def test_the_seed_of_views_leaves_the_order_as_it_is(shards):
+    parts = load_stream(shards)
+    one, two = (views(parts, shuffle_buffer_size=16, seed=1, view_seed=seed) for seed in (None, 2))
+    assert keys(one) == keys(two)
+    changed = {name for name, value in one.identity().items() if two.identity()[name] != value}
+    assert changed == {"--view_seed"}
+
+
+def test_a_transform_that_fails_is_no_bad_image(shards):
+    calls = []
+
+    def fails(image):
+        calls.append(image)
+        if len(calls) > 10:
+            raise ValueError("of the transform")
+        return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
+
+    parts = load_stream(shards)
+    given = StreamViews(parts.stream, parts.image_column, fails, 16, chunk_size=8, on_bad_image="skip")
+    with pytest.raises(ValueError, match="of the transform"):
+        list(given)
 
 
 def parquet_of(shards) -> list[str]:

@@ -38,6 +38,12 @@ def test_idle_cores(cores, processes, threads, workers, expected):
     assert found.startswith(expected) and bool(found) == bool(expected)
 
 
+@pytest.mark.parametrize("most", [0, 2, 3])
+def test_idle_cores_advise_no_more_workers_than_there_is_room_for(most):
+    found = idle_cores(16, 1, 4, 2, most=most)
+    assert ("--dataloader_num_workers 3" in found) == (most == 3) and "OMP_NUM_THREADS=14" in found
+
+
 @pytest.mark.parametrize(
     ("cores", "threads", "others", "fewer"),
     [(2, 2, None, 0), (2, 2, 0.3, 0), (2, 1, 1.5, 0), (8, 4, 2.0, 0), (2, 2, 1.0, 1), (8, 8, 3.5, 4)],

@@ -71,5 +71,11 @@ def test_processes_of_the_same_training_are_no_other_programs(monkeypatch):
     assert pids == {"1": [1, 3], "2": [1, 2, 3]}
 
 
+def test_other_containers_are_no_other_programs(monkeypatch):
+    """With a quota of 2 of a busy machine's 64 cores it was said that other programs keep 20 of 2 cores busy."""
+    monkeypatch.setattr(cores, "_quota", lambda: 2.0)
+    assert cores.OtherLoad().cores(at_least=0) is None
+
+
 def test_other_load_is_not_known_at_once():
     assert cores.OtherLoad().cores() is None

@@ -22,7 +22,7 @@ class WaitingCallback(TrainerCallback):
     were just started.
 
     Args:
-        most_workers: returns the largest number of loader workers that would be filled in; None where none is.
+        most_workers: returns the largest number of loader workers to advise; None where it is not known.
     """
 
     def __init__(self, most_workers: Callable[[], int | None] = lambda: None):
@@ -43,7 +43,7 @@ class WaitingCallback(TrainerCallback):
         threads = torch.get_num_threads()
         for sentence in (
             too_many_threads(cores, processes_on_machine(), threads),
-            idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers),
+            idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers, most=self._most_workers()),
         ):
             if sentence:
                 logger.warning(sentence)
@@ -102,7 +102,7 @@ def too_many_threads(cores: int, processes: int, threads: int) -> str:
     )
 
 
-def idle_cores(cores: int, processes: int, threads: int, workers: int) -> str:
+def idle_cores(cores: int, processes: int, threads: int, workers: int, *, most: int | None = None) -> str:
     """A sentence on cores that a training on CPUs leaves without work; empty where there are none.
 
     Args:
@@ -110,13 +110,16 @@ def idle_cores(cores: int, processes: int, threads: int, workers: int) -> str:
         processes: number of processes that train on this machine.
         threads: number of threads that each computes with.
         workers: number of loader workers of each.
+        most: largest number of workers that helps or that shared memory has room for; None where it is not known.
     """
     free = cores // processes - threads - workers
     if free < 1:
         return ""
+    more = workers + free if most is None else min(workers + free, most)
+    loading = f"load images with --dataloader_num_workers {more}, or " if more > workers else ""
     return (
-        f"{free * processes} of {cores} cores have no work: load images with --dataloader_num_workers "
-        f"{workers + free}, or set OMP_NUM_THREADS={threads + free} to compute with more threads."
+        f"{free * processes} of {cores} cores have no work: {loading}set OMP_NUM_THREADS={threads + free} to compute "
+        f"with more threads."
     )
 
 
