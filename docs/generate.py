@@ -482,17 +482,17 @@ def photographs() -> str:
 def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
     """Rows of test images, with their names and costs: the teacher, then student by student, the best first."""
     rows = select(json_lines("photographs.jsonl"), split="test")
-    teacher = select(rows, method="teacher")[:1]
+    teacher = select(rows, method="teacher")
     if not teacher:
         return
-    yield "teacher (EfficientNet-Lite1)", teacher, teacher[0]
+    yield "teacher (EfficientNet-Lite1)", teacher[:1], middle_cost(teacher)
     for student in (name for name in PHOTOGRAPH_STUDENTS if select(rows, student=name)):
         own = [row for row in rows if row["student"] == student and row["method"] != "teacher"]
         groups: dict[tuple[str, str, int], list[dict]] = {}
         for row in own:
             groups.setdefault((row["settings"], row["method"], row["images_seen"]), []).append(row)
         same = student.partition(",")[0]  # a warm start is the same network
-        cost = next(row for row in select(rows, student=same) if row["method"] == "random weights")
+        cost = middle_cost(select(rows, student=same, method="random weights"))
         order = sorted(groups, key=lambda key: -statistics.fmean(row["knn20"] for row in groups[key]))
         for key in order:
             settings, method, _ = key
@@ -500,22 +500,43 @@ def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
             yield name, groups[key], cost
 
 
+def middle_cost(rows: list[dict]) -> dict:
+    """What a network costs, with the median of its milliseconds over the times that it was measured."""
+    ms = statistics.median(row["batch_1"]["ms"] for row in rows)
+    return rows[0] | {"batch_1": rows[0]["batch_1"] | {"ms": ms}}
+
+
 def photographs_paired() -> str:
-    """How far CoSS by the chosen settings is above each other row of its student, seed by seed, on test images."""
+    """How far CoSS by the chosen settings is above each other row of its student, seed by seed, on test images.
+
+    Rows are compared at equal images seen; those that are not trained, with each length. The weights that a warm start
+    begins with are the same for all seeds.
+    """
     rows = select(json_lines("photographs.jsonl"), split="test")
-    lines = [["student", "CoSS by the chosen settings, minus", "seeds", "k-NN 20", "linear evaluation"]]
+    lines = [["student", "images seen", "CoSS by the chosen settings, minus", "seeds", "k-NN 20", "linear evaluation"]]
     for student in (name for name in PHOTOGRAPH_STUDENTS if select(rows, student=name, method="coss")):
-        own = select(rows, student=student)
-        arms = dict.fromkeys((row["settings"], row["method"]) for row in own if row["method"] != "teacher")
-        coss = chosen_settings(student)
-        for settings, method in (arm for arm in arms if arm != (coss, "coss")):
-            found = []
-            for row in select(own, settings=settings, method=method):
-                found += [(best, row) for best in select(own, settings=coss, method="coss", seed=row["seed"])]
-            cells = [paired(found, key) for key in ("knn20", "linear")]
-            name = f"{method} ({settings})" if settings not in ("", coss) else method
-            lines.append([PHOTOGRAPH_STUDENTS[student], name, str(len(found)), *cells])
+        settings = chosen_settings(student)
+        of_coss = select(rows, student=student, method="coss", settings=settings)
+        for seen in sorted({row["images_seen"] for row in of_coss}):
+            best = {row["seed"]: row for row in select(of_coss, images_seen=seen)}
+            for name, others in compared_with(select(rows, student=student), settings, seen).items():
+                fixed = others.get(1) if len(others) == 1 and name == "initial weights" else None
+                found = [(best[seed], others.get(seed, fixed)) for seed in best if others.get(seed, fixed)]
+                cells = [paired(found, key) for key in ("knn20", "linear")]
+                lines.append([PHOTOGRAPH_STUDENTS[student], f"{seen:,}", name, str(len(found)), *cells])
     return as_markdown(lines)
+
+
+def compared_with(rows: list[dict], settings: str, images_seen: int) -> dict[str, dict[int, dict]]:
+    """Rows that CoSS by ``settings`` is compared with, by name and seed."""
+    groups: dict[str, dict[int, dict]] = {}
+    for row in rows:
+        coss = (row["settings"], row["method"]) == (settings, "coss")
+        if row["method"] != "teacher" and not coss and row["images_seen"] in (0, images_seen):
+            other = row["settings"] not in ("", settings)
+            name = f"{row['method']} ({row['settings']})" if other else row["method"]
+            groups.setdefault(name, {})[row["seed"]] = row
+    return groups
 
 
 def chosen_settings(student: str) -> str:

@@ -146,7 +146,9 @@ class ImageReader:
         if self._contents is not None:
             self._contents.numpy().view(np.uint64)[index] = found
         if self._expected is not None and found != int(self._expected[index]):
-            if not self._changed.any():
+            # 0 is the hash of those that could not be decoded: they are replaced, and named so.
+            said = any(int(self._expected[row]) for row in self._changed.nonzero().flatten().tolist())
+            if int(self._expected[index]) and not said:
                 logger.warning(
                     "%s was changed after its content was identified: the teacher's embedding of its views is neither "
                     "read from --teacher_cache nor kept there.",

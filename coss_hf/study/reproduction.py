@@ -238,7 +238,7 @@ def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduc
         for pair in args.table_pairs:
             own_teachers[pair] = Path(args.output_dir, "teachers", paper.PAIRS[pair][1])
     with tempfile.TemporaryDirectory() as folder:
-        untrained = study_config(args, data, _untrained_teachers(args, Path(folder)))
+        untrained = study_config(args, data, _teachers_to_check_with(args, Path(folder), own_teachers))
         splits, _ = load(untrained, args.table_pairs[0])
         check_report(args.metric, splits)
         choice_images, report_images = _lengths(args, len(splits.train))
@@ -307,11 +307,17 @@ def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders:
     return StudyConfig(data, models, training, milestones)
 
 
-def _untrained_teachers(args: ReproduceArguments, folder: Path) -> dict[str, str]:
-    """Return folders of teachers that methods can be checked with: the given one, or untrained ones."""
+def _teachers_to_check_with(args: ReproduceArguments, folder: Path, own: dict[str, Path]) -> dict[str, str]:
+    """Return folders of teachers that methods can be checked with: the given one, finished ones, or untrained ones."""
     if args.teacher:
         return dict.fromkeys(args.table_pairs, args.teacher)
-    return {pair: teachers.save_untrained(paper.PAIRS[pair][1], folder / pair) for pair in args.table_pairs}
+    found = {}
+    for pair in args.table_pairs:
+        if (own[pair] / "run.json").exists():  # the room for its embeddings is that for what is missing of them
+            found[pair] = str(own[pair])
+        else:
+            found[pair] = teachers.save_untrained(paper.PAIRS[pair][1], folder / pair)
+    return found
 
 
 def _lengths(args: ReproduceArguments, train_images: int) -> list[int]:

@@ -156,12 +156,17 @@ class CachedTeacher(TrainerCallback):
             contents = views.know_contents()
             self._open(views, of_views | {"--dataset": contents}, views.k)
             self._of_views = of_views
-            cache = self.cache
             self._check_disk()
         if show:
-            logger.info("Teacher cache %s", cache.describe())
-            if not cache.present() and cache.differences():
-                logger.info("Teacher cache: %s.", cache.differences())
+            for line in self.description():
+                logger.info("%s", line)
+
+    def description(self) -> list[str]:
+        """Where the cache is, its size and what is there; where nothing is, how the most similar other one differs."""
+        lines = [f"Teacher cache {self.cache.describe()}"]
+        if not self.cache.present() and self.cache.differences():
+            lines.append(f"Teacher cache: {self.cache.differences()}.")
+        return lines
 
     def start(self) -> None:
         """Make the files; all processes together.

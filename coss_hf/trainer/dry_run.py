@@ -110,17 +110,42 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
     args = trainer.args
     batch = args.per_device_train_batch_size * (1 + args.neighbors_k)
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
+    if args.gradient_checkpointing:  # as `Trainer` does when it trains
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
     if args.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(args.device)
-        seconds = _time_step(trainer, size, batch) / batch
-        memory = torch.cuda.max_memory_allocated(args.device)
+        seconds, memory = _on_gpu(trainer, size, batch)
     else:
         seconds, memory = _extrapolate(trainer, size, batch)
+        memory += _optimizer_bytes(trainer)
     trainer.model.zero_grad(set_to_none=True)
     for buffer, value in buffers:
         buffer.copy_(value)
     trainer.monitor.reset()
-    return seconds, memory + _optimizer_bytes(trainer)
+    return seconds, memory
+
+
+def _on_gpu(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
+    """Seconds per image and bytes at the peak, of a training step or of a batch that is embedded."""
+    device = trainer.args.device
+    torch.cuda.reset_peak_memory_stats(device)
+    seconds = _time_step(trainer, size, batch) / batch
+    memory = torch.cuda.max_memory_allocated(device) + _optimizer_bytes(trainer)
+    if count := _embedded_at_once(trainer):
+        trainer.model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats(device)
+        _embed(trainer, count)
+        memory = max(memory, torch.cuda.max_memory_allocated(device))
+    return seconds, memory
+
+
+def _embedded_at_once(trainer: DistillationTrainer) -> int:
+    """Number of images in a forward pass of the evaluation and of the search for neighbours; 0 without both."""
+    count = trainer.args.per_device_eval_batch_size
+    if trainer.args.neighbors_k:
+        return min(count, len(trainer.train_dataset))
+    if trainer.evaluator is None or trainer.args.eval_strategy == "no":
+        return 0
+    return min(count, len(trainer.evaluator.test_images))
 
 
 def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
@@ -130,8 +155,7 @@ def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[f
     peaks = [peak_resident_bytes(lambda count=count: _time_step(trainer, size, count)) for count in probes]
     seconds = _time_step(trainer, size, probes[-1]) / probes[-1]
     peak = _line(probes, peaks, batch)
-    if trainer.evaluator is not None and trainer.args.eval_strategy != "no":
-        count = min(trainer.args.per_device_eval_batch_size, len(trainer.evaluator.test_images))
+    if count := _embedded_at_once(trainer):
         probes = sorted({min(count, PROBE_IMAGES), min(count, 2 * PROBE_IMAGES)})
         peaks = [peak_resident_bytes(lambda count=count: _embed(trainer, count)) for count in probes]
         peak = max(peak, _line(probes, peaks, count))
@@ -155,7 +179,8 @@ def _time_step(trainer: DistillationTrainer, size: int, count: int) -> float:
     elapsed = []
     for _ in range(2):
         start = time.perf_counter()
-        with trainer.compute_loss_context_manager():
+        # In training the forward pass is put under autocast where the network is prepared.
+        with trainer.accelerator.autocast(), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(trainer.model, inputs)
         loss.backward()
         loss.item()  # waits for the device

@@ -39,6 +39,8 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     teacher = models.load_teacher()
     set_seed(args.seed)
     student = models.load_student(teacher)
+    if data.streaming:
+        args.check_stream()
     rehearse(student, teacher, args)
     recorded = RunImages.of_checkpoint(checkpoint)
     with Processes().first(args.local_process_index == 0):

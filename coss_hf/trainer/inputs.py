@@ -18,6 +18,7 @@ from coss_hf.data.streams import Stream
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
+from coss_hf.models.architecture import is_trained
 from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.from_module import backbone_from_module
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
@@ -95,6 +96,7 @@ def resolve_inputs(
     if not isinstance(train_dataset, (ViewDataset, ImageSplits)):  # a recipe does it before it reads images
         from coss_hf.trainer.rehearsal import rehearse  # builds trainers
 
+        _check_streamed(args, train_dataset, data)
         rehearse(student, teacher, args, None if isinstance(criterion, str) else criterion)
     views = train_dataset
     splits = None
@@ -125,6 +127,12 @@ def resolve_inputs(
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
     criterion = None if isinstance(criterion, str) else criterion
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
+
+
+def _check_streamed(args: DistillationArguments, train_dataset, data: DataArguments) -> None:
+    """Refuse what no stream can do, before images and networks are tried."""
+    if data.streaming or isinstance(train_dataset, (IterableDataset, IterableDatasetDict)):
+        args.check_stream()
 
 
 def view_size(args: DistillationArguments, student: Backbone, teacher: Backbone) -> int:
@@ -198,6 +206,8 @@ def described_input(role: str, backbone: Backbone) -> dict[str, object]:
     }
     if isinstance(backbone.model, ProjectedTower):
         found[f"{role}_space"] = "projected"
+    if role == "student":  # a network in memory that was built from a name has that name at random weights, too
+        found["student_init"] = "pretrained" if is_trained(backbone.model) else "random"
     return found
 
 

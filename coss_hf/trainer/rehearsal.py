@@ -49,7 +49,7 @@ def rehearse(
 
     Args:
         student: to be trained; left as it is.
-        teacher: frozen; moved to the run's device.
+        teacher: frozen; moved to the run's device, but back again where the run has a cache of its embeddings.
         args: of the training.
         criterion: a loss instead of ``args.method``; the step on noise is made without it.
 
@@ -85,7 +85,10 @@ def rehearse(
         ) from error
     size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
     views = noise_views(short, args.augmentation, size)
+    before = next(teacher.model.parameters()).device
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))
+    if args.teacher_cache:  # it may never embed again
+        teacher.model.to(before)
 
 
 def short_arguments(args: TrainingArguments) -> TrainingArguments:

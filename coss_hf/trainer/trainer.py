@@ -258,6 +258,8 @@ class DistillationTrainer(Trainer):
             return
         if not cached.knows(self.train_dataset):
             cached.use(self.train_dataset, show=self.args.process_index == 0)
+        if self._prints_text() and not on_command_line():  # which has logged it, and Python shows no such messages
+            print("\n".join(cached.description()), flush=True)
         cached.start()
         self.train_dataset.teacher_cache = cached.cache
 
@@ -511,11 +513,15 @@ class DistillationTrainer(Trainer):
 
     def _show_settings(self) -> None:
         """Unless the user has seen them, or wants lines for a program: ``run.json`` keeps them, too."""
-        prints = any(isinstance(one, ConsoleCallback) for one in self.callback_handler.callbacks)
-        if self.is_world_process_zero() and prints and not self.settings.shown and self.args.log_format == "text":
+        if self._prints_text() and not self.settings.shown:
             if self.settings.filled:
                 print(self.settings.table(), flush=True)
             self.settings.shown = True
+
+    def _prints_text(self) -> bool:
+        """Whether this process prints, and for people to read."""
+        prints = any(isinstance(one, ConsoleCallback) for one in self.callback_handler.callbacks)
+        return prints and self.is_world_process_zero() and self.args.log_format == "text"
 
     def _start_afresh(self, asked: str | bool | None) -> None:
         if self.args.overwrite_output_dir and self.args.process_index == 0:

@@ -485,14 +485,19 @@ class DistillationArguments(TrainingArguments):
         Raises:
             ValueError: what needs a number for each image, or the length of a pass over them.
         """
-        self._check_stream()
+        self.check_stream()
         args = copy.copy(self)
         args.ignore_data_skip = True  # the stream continues by itself
         if args.save_strategy == SaveStrategy.EPOCH:
             args.save_strategy = SaveStrategy.STEPS
         return args
 
-    def _check_stream(self) -> None:
+    def check_stream(self) -> None:
+        """Check that a stream of images can be trained on.
+
+        Raises:
+            ValueError: an argument that needs a number for each image, or the length of an epoch.
+        """
         if self.neighbors_k:
             raise ValueError(
                 f"--neighbors_k={self.neighbors_k}: neighbours are searched among all images, and a stream has no "

@@ -20,6 +20,7 @@ is one network on one split. The same command resumes where it stopped.
 
 import argparse
 import shlex
+import shutil
 import statistics
 import sys
 import time
@@ -171,13 +172,20 @@ class Experiment:
         if self.earlier.exists():
             return
         arm = Arm(WARM, "adamw 2e-3", self.options.num_images)
-        self._trained(arm.trial(0), self.config(arm, self.options.other_images), self.earlier)
+        trainer = self._trained(arm.trial(0), self.config(arm, self.options.other_images), self.earlier)
+        self.add(arm, 0, "other images", {}, images_seen=trainer.images_seen)
 
     def _trained(self, trial: Trial, config: StudyConfig, folder: Path) -> DistillationTrainer:
         runs = self.folder / "runs" / folder.name
         trainer = build_trial_trainer(trial, config, runs)
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
-        trainer.save_model(str(folder))
+        # Only a student that is complete has its name: the next call takes it as it is.
+        part = self.folder / "unfinished" / folder.name
+        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        trainer.save_model(str(part))
+        folder.parent.mkdir(exist_ok=True)
+        part.rename(folder)
         return trainer
 
     def test(self, arm: Arm, seed: int) -> None:

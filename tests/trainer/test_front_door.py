@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 from transformers import AutoModel
@@ -84,6 +85,20 @@ def test_ten_lines_give_the_student_of_the_recipe(tmp_path, image_parquet, netwo
     names = {path.name for path in (tmp_path / "python").iterdir()}
     assert names == {path.name for path in (tmp_path / "recipe").iterdir()} - {"trainer_state.json"}
     assert json.loads((tmp_path / "python" / "run.json").read_text())["verdict"]
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained"])
+def test_the_card_does_not_say_that_random_weights_were_trained(tmp_path, images, networks, init):
+    """A network built from a name on the Hub has that name at random weights, too."""
+    student = load_backbone(networks.small)
+    if init == "pretrained":
+        trained(DistillationTrainer(networks.teacher, student, arguments(tmp_path, "before"), images))
+    student.name = "somebody/student"
+    trainer = DistillationTrainer(networks.teacher, student, arguments(tmp_path), images)
+    trainer.create_model_card()
+    assert trainer.arguments["student_init"] == init
+    data = metadata_load(tmp_path / "out" / "README.md")
+    assert data.get("base_model") == ("somebody/student" if init == "pretrained" else None)
 
 
 def test_trainers_of_one_teacher_read_each_their_own_maps(tmp_path, images, networks):

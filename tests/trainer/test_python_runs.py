@@ -60,6 +60,24 @@ def test_a_dry_run_trains_nothing(make, tmp_path, capsys):
     assert "estimate" in out and "1 of the nearest 4" in out and not (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_a_dry_run_measures_the_step_that_will_be_made(tmp_path, images, saved, capsys):  # noqa: F811
+    """It measured a float32 student under bf16, and kept the activations that checkpointing would not."""
+    precisions = set()
+
+    def note(module, inputs, output):
+        if module.training:
+            precisions.add(output.dtype)
+
+    options = {"bf16": True, "gradient_checkpointing": True, "dry_run": True}
+    trainer = DistillationTrainer(str(saved / "teacher"), str(saved / "vit"), arguments(tmp_path, **options), images)
+    layers = [module for module in trainer.student.model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        layer.register_forward_hook(note)
+    trainer.train()
+    assert "estimate" in capsys.readouterr().out
+    assert precisions == {torch.bfloat16} and trainer.student.model.is_gradient_checkpointing
+
+
 class OfMaps(nn.Module):
     """A loss of the user's own: of maps and of rows of the training images, which evaluation does not give."""
 

@@ -222,6 +222,7 @@ def test_skipped_images_are_recorded(tmp_path, networks, caplog):
     [
         ({"neighbors_k": 2}, "^neighbors_k=2: neighbours are searched among all images"),
         ({"view_epochs": 2}, "^view_epochs=2: views that come back are numbered by image"),
+        ({"teacher_cache": "auto"}, "^teacher_cache='?auto'?: views that come back are numbered by image"),
         ({"view_epochs": 2, "teacher_cache": "auto"}, "^view_epochs=2: views that come back are numbered by image"),
         ({"method": "crd"}, "^method=crd keeps a memory with a row for each training image"),
         ({"method": "coss + factor"}, "^method=factor learns from images in random order"),
