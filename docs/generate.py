@@ -395,7 +395,8 @@ def teacher_cache() -> str:
     """Images a second live, with an empty and with a complete cache, and of the student alone; medians of rounds."""
     names = {"resnet": "resnet56 → resnet20, 32 px, batch 128", "vit": "DINOv2-S/14 → resnet18, 112 px, batch 32"}
     kinds = {"tensors": "views in memory", "images": "images, one loader process"}
-    lines = [["", "live", "empty cache", "complete cache", "student alone", "complete / live", "complete / student"]]
+    ways = ["live", "empty cache", "complete cache", "student alone"]
+    lines = [["", "teacher, share of a live step", *ways, "complete / live", "complete / student"]]
     rows = json_lines("teacher_cache.jsonl")
     for pair, networks in names.items():
         for kind, views in kinds.items():
@@ -403,7 +404,9 @@ def teacher_cache() -> str:
             rates: dict[str, dict[int, float]] = {}
             for row in found:
                 rates.setdefault(row["run"]["mode"], {})[row["run"]["round"]] = row["images_per_second"]
-            cells = [f"{statistics.median(rates[mode].values()):.1f}" for mode in ("live", "cold", "warm", "student")]
+            shares = [row["teacher_share"] for row in found if row["run"]["mode"] == "live"]
+            cells = [f"{statistics.median(shares):.0%}"]
+            cells += [f"{statistics.median(rates[mode].values()):.1f}" for mode in ("live", "cold", "warm", "student")]
             for mode in ("live", "student"):
                 ratios = [rates["warm"][number] / rates[mode][number] for number in sorted(rates["warm"])]
                 cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")

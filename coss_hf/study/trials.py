@@ -316,7 +316,7 @@ def _failed(trainer: DistillationTrainer, error: Exception) -> dict:
     """The result of a student whose loss or embeddings are not finite."""
     return {
         "images_seen": trainer.images_seen,
-        "extra_teacher_images": 0,
+        "extra_teacher_images": _extra_teacher_images(trainer),
         "failed": str(error).split(";")[0],
     }
 

@@ -4,14 +4,21 @@ import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image
 
+import tests.helpers.networks as networks
 import tests.helpers.runs as h
 from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem, _with_card
+from coss_hf.hub.snippets import LOADERS, Subject
+from coss_hf.hub.student import Student
+from coss_hf.models.loading import load_backbone
 from recipes import push as recipe
 from tests.helpers.hub_server import READ_TOKEN, TOKEN, Hub
 from tests.helpers.processes import run as run_program
@@ -45,6 +52,16 @@ student.push_to_hub("me/copy", commit_message="A copy")
 copied = coss_hf.Student.from_pretrained("me/copy").embed([space["image"]])
 torch.testing.assert_close(copied, space["embedding"], rtol=0, atol=0)
 print("EMBEDDED", tuple(before.shape))
+"""
+
+TIMM = """
+import sys
+sys.modules["coss_hf"] = None
+space = {}
+exec(sys.stdin.read(), space)
+import torch
+space["image"].save(sys.argv[1] + "/image.png")
+torch.save(space["embedding"], sys.argv[1] + "/embedding.pt")
 """
 
 AGAIN = """
@@ -157,6 +174,27 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     assert message == "Student, 32 images seen" and first == sha != second
     assert "head.safetensors" in old and "head.safetensors" not in files
     assert "2_Dense/model.safetensors" in old and not any(name.startswith("2_Dense") for name in files)
+
+
+def test_a_student_of_timm_loads_by_its_name_on_the_hub(hub, environment, tmp_path):
+    """By the card's own code, in a fresh process without this package."""
+    networks.save("timm_resnet", tmp_path / "network")
+    student = Student(load_backbone(str(tmp_path / "network")).freeze())
+    student.save_pretrained(tmp_path / "student")
+    files = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir() if path.is_file()}
+    hub.private["models/me/of-timm"] = False
+    hub.add("models/me/of-timm", "", files)
+    subject = Subject("me/of-timm", student.backbone, None, tmp_path / "student", on_hub=True)
+    (loader,) = (loader for loader in LOADERS if loader.title == "timm")
+    code = loader.code(subject)
+    assert "hf-hub:" in code
+    done = subprocess.run(
+        [sys.executable, "-c", TIMM, str(tmp_path)], input=code, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    expected = student.encode([Image.open(tmp_path / "image.png")])
+    found = torch.load(tmp_path / "embedding.pt")
+    assert torch.cosine_similarity(found.double(), expected.double()).min() >= 0.9999
 
 
 def test_neighbours_make_the_round_trip(hub, run, tmp_path, world):
