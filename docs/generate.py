@@ -233,7 +233,10 @@ def cifar100_pictures(folder: Path) -> None:
         own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
         if ranking_sentence(own):
             rows = {
-                f"{cell.row} ({cell.runs[0]['num_images']:,})": (cell.published, [row["linear"] for row in cell.runs])
+                f"{cell.row} ({cell.runs[0]['num_images']:,})": (
+                    cell.published,
+                    [value / 100 for value in cell.values("linear")],
+                )
                 for cell in own
                 if cell.gap("linear") is not None
             }

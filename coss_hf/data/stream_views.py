@@ -243,13 +243,17 @@ class StreamViews(torch.utils.data.IterableDataset):
                 name = (record or {}).get("path") or f"row {row} of worker {worker} of process {self.process}"
                 try:
                     data = stream_bytes(record)
-                    key = content_hash(data)
-                    if key in self._held_out:
-                        continue
-                    key &= MAX_KEY
+                except (OSError, ValueError) as error:
+                    left_out.append(self._left_out(name, error))
+                    continue
+                key = content_hash(data)
+                if key in self._held_out:
+                    continue
+                key &= MAX_KEY
+                try:
                     views.append(self._view(data, name, self._key(self.view_seed, epoch, key)))
-                except (OSError, _Undecodable) as error:
-                    left_out.append(self._left_out(name, error.__cause__ or error))
+                except _Undecodable as error:
+                    left_out.append(self._left_out(name, error.__cause__))
                     continue
                 keys.append(key)
                 names.append(name)
@@ -260,7 +264,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         def decoded(reduction: Callable | None) -> Decoded:
             try:
                 return decode_reduced({"bytes": data, "path": name}, reduction)
-            except ValueError as error:
+            except (OSError, ValueError) as error:
                 raise _Undecodable from error
 
         return make_view(self.augment, decoded, key, built_in=self._built_in, reduced_decoding=self.reduced_decoding)

@@ -69,6 +69,17 @@ def published(table: int, pair: str) -> dict[str, float]:
     return dict(zip(ROWS[table], PUBLISHED[table].get(pair, ())))
 
 
+def own_pairs(table: int) -> list[str]:
+    """Return the pairs of which the paper's table has figures; all of a table that is not the paper's."""
+    return [pair for pair in PUBLISHED[table] if published(table, pair)] or list(PUBLISHED[table])
+
+
+def own_rows(table: int) -> list[str]:
+    """Return the rows of which the paper's table has figures; all of a table that is not the paper's."""
+    named = {name for pair in PUBLISHED[table] for name in published(table, pair)}
+    return [name for name in ROWS[table] if name in named] or list(ROWS[table])
+
+
 def expression(table: int, name: str) -> str:
     """Return the method expression of a row: one of the table's rows, or an expression itself.
 

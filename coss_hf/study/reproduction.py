@@ -32,10 +32,10 @@ class ReproduceArguments:
         },
     )
     pairs: list[str] | None = field(
-        default=None, metadata={"help": "Pairs of networks, as student/teacher. Default: those of the table."}
+        default=None, metadata={"help": "Pairs of networks, as student/teacher. Default: those of the paper's table."}
     )
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Rows of the table (default: all), or any --method of distill."}
+        default=None, metadata={"help": "Rows of the table (default: the paper's), or any --method of distill."}
     )
     scales: list[float] = field(
         default_factory=lambda: list(paper.SCALES), metadata={"help": "Factors of each method's beta to choose from."}
@@ -108,12 +108,12 @@ class ReproduceArguments:
     @property
     def table_pairs(self) -> list[str]:
         """The pairs that were given, or those of the table."""
-        return self.pairs or list(paper.PUBLISHED[self.table])
+        return self.pairs or paper.own_pairs(self.table)
 
     @property
     def table_methods(self) -> list[str]:
         """The methods that were given, or the rows of the table."""
-        return self.methods or list(paper.ROWS[self.table])
+        return self.methods or paper.own_rows(self.table)
 
     @property
     def epochs_of_teachers(self) -> int:

@@ -145,6 +145,7 @@ class _Standing:
         close: rows within the noise.
         better: untrained networks that are better by more than the noise.
         unknown: rows without an interval.
+        failed: those of them without any result.
     """
 
     first: str
@@ -152,6 +153,7 @@ class _Standing:
     close: list[str] = field(default_factory=list)
     better: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
 
     def add(self, name: str, found: tuple[float, float] | None) -> None:
         """Add a row by its difference to the best, and half of the interval."""
@@ -159,6 +161,7 @@ class _Standing:
         if found is None:
             self.differences[name] = "failed"
             self.unknown.append(label)
+            self.failed.append(label)
             return
         mean, half = found
         self.differences[name] = f"{100 * mean:.1f}"
@@ -184,10 +187,11 @@ class _Standing:
                 f"of these seeds."
             )
         if self.unknown:
+            why = " The file of results says why runs failed." if self.failed else ""
             return (
                 f"{self.first} has the highest mean. It is not known whether it is better than "
                 f"{_listed(self.unknown)}: two runs of each at least must end with a result to tell differences from "
-                f"noise. The file of results says why the others failed."
+                f"noise.{why}"
             )
         return f"{self.first} is better than every other row by more than the noise of these seeds."
 

@@ -9,7 +9,7 @@ from coss_hf.study.tables import difference, half_interval, ranked
 
 TOO_FEW = (
     "too few runs came to an end, and two of each at least are needed, with the same seeds, to tell a difference from "
-    "noise. The file of results says why the others failed"
+    "noise. The file of results says why runs failed"
 )
 
 

@@ -125,27 +125,24 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
 
 
 def _on_gpu(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
-    """Seconds per image and bytes at the peak, of a training step or of a batch that is embedded."""
+    """Seconds per image and bytes at the peak, of a training step or of a batch of the evaluation."""
     device = trainer.args.device
     torch.cuda.reset_peak_memory_stats(device)
     seconds = _time_step(trainer, size, batch) / batch
     memory = torch.cuda.max_memory_allocated(device) + _optimizer_bytes(trainer)
-    if count := _embedded_at_once(trainer):
+    if count := _evaluated_at_once(trainer):
         trainer.model.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats(device)
         _embed(trainer, count)
-        memory = max(memory, torch.cuda.max_memory_allocated(device))
+        memory = max(memory, torch.cuda.max_memory_allocated(device) + _optimizer_bytes(trainer))
     return seconds, memory
 
 
-def _embedded_at_once(trainer: DistillationTrainer) -> int:
-    """Number of images in a forward pass of the evaluation and of the search for neighbours; 0 without both."""
-    count = trainer.args.per_device_eval_batch_size
-    if trainer.args.neighbors_k:
-        return min(count, len(trainer.train_dataset))
+def _evaluated_at_once(trainer: DistillationTrainer) -> int:
+    """Number of images in a forward pass of the evaluations during the training; 0 without any."""
     if trainer.evaluator is None or trainer.args.eval_strategy == "no":
         return 0
-    return min(count, len(trainer.evaluator.test_images))
+    return min(trainer.args.per_device_eval_batch_size, len(trainer.evaluator.test_images))
 
 
 def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
@@ -155,7 +152,7 @@ def _extrapolate(trainer: DistillationTrainer, size: int, batch: int) -> tuple[f
     peaks = [peak_resident_bytes(lambda count=count: _time_step(trainer, size, count)) for count in probes]
     seconds = _time_step(trainer, size, probes[-1]) / probes[-1]
     peak = _line(probes, peaks, batch)
-    if count := _embedded_at_once(trainer):
+    if count := _evaluated_at_once(trainer):
         probes = sorted({min(count, PROBE_IMAGES), min(count, 2 * PROBE_IMAGES)})
         peaks = [peak_resident_bytes(lambda count=count: _embed(trainer, count)) for count in probes]
         peak = max(peak, _line(probes, peaks, count))

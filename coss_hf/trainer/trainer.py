@@ -310,7 +310,7 @@ class DistillationTrainer(Trainer):
             train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[told, *diagnostics, WaitingCallback(self._most_workers), *(callbacks or [])],
+            callbacks=[told, *diagnostics, WaitingCallback(self._most_workers, self.is_streaming), *(callbacks or [])],
             optimizers=optimizers,
         )
         print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
@@ -389,8 +389,6 @@ class DistillationTrainer(Trainer):
 
     def _most_workers(self) -> int | None:
         """As many loader workers as can help; None where the machine was not looked at."""
-        if isinstance(self.train_dataset, StreamViews):
-            return self.args.dataloader_num_workers  # with more of them the order of its images would be another
         return None if self.settings.situation is None else most_workers(self.args, self.settings.situation)
 
     def _prepare_networks(self, model: DistillationModel, args: DistillationArguments) -> None:

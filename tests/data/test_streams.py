@@ -17,6 +17,7 @@ from coss_hf.data.decoding import content_hash
 from coss_hf.data.stream_views import MAX_KEY, StreamViews
 from coss_hf.data.streams import load_stream
 from coss_hf.data.transforms import augmentation
+from coss_hf.utils.errors import UnreadableImage
 from tests.helpers.hub_server import TOKEN, Hub
 
 
@@ -264,18 +265,32 @@ def test_the_seed_of_views_leaves_the_order_as_it_is(shards):
     assert changed == {"--view_seed"}
 
 
-def test_a_transform_that_fails_is_no_bad_image(shards):
+def test_an_image_that_is_null_is_left_out(tmp_path):
+    features = datasets.Features({"image": datasets.Image()})
+    images = [h.colour_images(1, 0)[0][0], None]
+    datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "a.parquet")
+    parts = load_stream(tmp_path)
+    chunks = list(views(parts, on_bad_image="skip"))
+    assert len(keys(chunks)) == 1 and [name for chunk in chunks for name in chunk.left_out] == [
+        "row 1 of worker 0 of process 0"
+    ]
+    with pytest.raises(UnreadableImage, match="on_bad_image error: row 1 of worker 0 .* --on_bad_image skip"):
+        list(views(parts))
+
+
+@pytest.mark.parametrize("kind", [ValueError, FileNotFoundError])
+def test_a_transform_that_fails_is_no_bad_image(shards, kind):
     calls = []
 
     def fails(image):
         calls.append(image)
         if len(calls) > 10:
-            raise ValueError("of the transform")
+            raise kind("of the transform")
         return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1)
 
     parts = load_stream(shards)
     given = StreamViews(parts.stream, parts.image_column, fails, 16, chunk_size=8, on_bad_image="skip")
-    with pytest.raises(ValueError, match="of the transform"):
+    with pytest.raises(kind, match="of the transform"):
         list(given)
 
 

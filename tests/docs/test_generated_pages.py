@@ -1,6 +1,7 @@
 """What the pages take from results and docstrings is what these say now."""
 
 import importlib.util
+import json
 
 import pytest
 
@@ -55,3 +56,45 @@ def test_photographs_are_compared_at_equal_images_seen(generate, monkeypatch):
         ["200", "random weights", "3", "+60.0 ± 0.0"],
         ["200", "initial weights", "3", "+50.0 ± 0.0"],
     ]
+
+
+def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
+    def row(method, seed, linear, seen=100, table=3):
+        found = {
+            "table": table,
+            "pair": "resnet20/resnet56",
+            "method": method,
+            "seed": seed,
+            "split": "test",
+            "scale": 1,
+        }
+        found |= {"images_seen": seen, "num_images": seen}
+        return found | ({"failed": "nan"} if linear is None else {"linear": linear, "knn20": linear / 2})
+
+    rows = [row("teacher", 1, 0.6, seen=0), row("random", 1, 0.06, seen=0)]
+    rows += [row("lambda 0.5", seed, 0.3) for seed in (1, 2)]
+    others = {"at": 0.1, "sp": 0.2, "vid": 0.3, "rkd": 0.15, "pkt": 0.25, "coss": 0.3}
+    rows += [row(name, 1, value, table=1) for name, value in others.items()]
+    rows.append(row("at", 2, None, table=1))
+    monkeypatch.setattr(generate, "cifar100_rows", lambda: rows)
+    monkeypatch.setattr(generate, "RESULTS", tmp_path)
+    assert generate.cifar100_teacher() == "It has not been trained yet."
+    assert "| CoSS | 100 | 2 | 30.0 ± 0.0 | 15.0 ± 0.0 | 50% | 50% |" in generate.cifar100_kept()
+    files = {"resnet20/run": {"images_seen": 100}, "resnet20/results": {"student": {"linear": 0.4, "knn20": 0.2}}}
+    files["resnet56/run"] = {"images_seen": 900, "accuracy": 0.6123, "seed": 0, "command": "train"}
+    for name, record in files.items():
+        path = tmp_path / f"cifar100-{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(record))
+    assert "is 61.2 %, after 900 images (seed 0)." in generate.cifar100_teacher()
+    table = generate.cifar100_kept().splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == [
+        "teacher (resnet56)",
+        "resnet20, trained with labels",
+        "CoSS",
+        "resnet20, random weights",
+    ]
+    assert "| CoSS | 100 | 2 | 30.0 ± 0.0 | 15.0 ± 0.0 | 50% | 50% | 75% | 75% |" in table
+    assert "![Figures here against the paper's](images/cifar100-table1-resnet20-resnet56.png)" in generate.cifar100()
+    generate.cifar100_pictures(tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["cifar100-table1-resnet20-resnet56.png"]

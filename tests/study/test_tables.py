@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from coss_hf.reporting.plots import method_plot, published_plot
-from coss_hf.study.paper_tables import ROWS, choice_trials, published, report_trials, scaled
+from coss_hf.study.paper_tables import ROWS, choice_trials, own_pairs, own_rows, published, report_trials, scaled
 from coss_hf.study.reproduction import ReproduceArguments, Reproduction, nothing_chosen
 from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, markdown, ranked
 
@@ -116,6 +116,8 @@ def test_published_figures_have_their_rows():
         for pair in ("resnet20/resnet56", "resnet8x4/resnet32x4"):
             found = list(published(table, pair))
             assert found == list(ROWS[table])[: len(found)] and (table > 3 or len(found) in (0, len(ROWS[table])))
+    assert own_rows(4) == ["bn", "coss"] and own_rows(5) == list(ROWS[5]) and own_rows(1) == list(ROWS[1])
+    assert "resnet20/resnet56" not in own_pairs(4) and own_pairs(5) == ["resnet20/resnet56"]
     assert published(1, "resnet20/resnet56")["coss"] == 71.11 and published(4, "resnet20/resnet56") == {}
 
 

@@ -284,6 +284,7 @@ def test_the_record_says_what_both_networks_are_given(tmp_path, images, networks
         "student_pooling": "pooler",
         "student_size": 16,
         "student_dtype": "float32",
+        "student_init": "random",
     }
 
 

@@ -52,6 +52,7 @@ def test_other_load_counts_neither_this_process_nor_forbidden_cores(monkeypatch)
     process = SimpleNamespace(pid=1, cpu_times=lambda: (next(own), 0, 0, 0), children=lambda recursive: children)
     monkeypatch.setattr(cores.psutil, "Process", lambda: process)
     monkeypatch.setattr(cores.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(cores, "_quota", lambda: None)
     assert cores.OtherLoad().cores() == pytest.approx((4 + 1 - 1) / 4)
 
 

@@ -23,10 +23,12 @@ class WaitingCallback(TrainerCallback):
 
     Args:
         most_workers: returns the largest number of loader workers to advise; None where it is not known.
+        streams: whether the images are a stream, whose order depends on the workers: idle cores are no reason for more.
     """
 
-    def __init__(self, most_workers: Callable[[], int | None] = lambda: None):
+    def __init__(self, most_workers: Callable[[], int | None] = lambda: None, streams: bool = False):
         self._most_workers = most_workers
+        self._streams = streams
         self._last: float | None = None
         self._load = OtherLoad()
         self._entries = 0
@@ -41,9 +43,11 @@ class WaitingCallback(TrainerCallback):
             return
         cores = usable_cores()
         threads = torch.get_num_threads()
+        workers = args.dataloader_num_workers
+        most = workers if self._streams else self._most_workers()
         for sentence in (
             too_many_threads(cores, processes_on_machine(), threads),
-            idle_cores(cores, processes_on_machine(), threads, args.dataloader_num_workers, most=self._most_workers()),
+            idle_cores(cores, processes_on_machine(), threads, workers, most=most),
         ):
             if sentence:
                 logger.warning(sentence)
