@@ -34,7 +34,7 @@ from coss_hf.reporting.run_report import remove_pictures, write_record
 from coss_hf.reporting.trackers import check_trackers, report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, check_cached
-from coss_hf.trainer.callbacks.console import ConsoleCallback, print_lines
+from coss_hf.trainer.callbacks.console import print_lines
 from coss_hf.trainer.callbacks.diagnostics import DiagnosticsCallback
 from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
@@ -491,7 +491,7 @@ class DistillationTrainer(Trainer):
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self.preemption.leave(self.state.global_step, self.args.process_index)
         self.collect()
-        if self.is_world_process_zero() and self.args.log_format == "text" and not on_command_line():
+        if self._prints_text() and not on_command_line():
             can_report = self.splits is not None
             best = self.state.best_global_step if self.args.load_best_model_at_end else None
             text = next_lines(
@@ -517,8 +517,9 @@ class DistillationTrainer(Trainer):
             self.settings.shown = True
 
     def _prints_text(self) -> bool:
-        """Whether this process prints, and for people to read."""
-        prints = any(isinstance(one, ConsoleCallback) for one in self.callback_handler.callbacks)
+        """Whether this process prints, and for people to read: a study has taken the callback that prints away."""
+        shows = {"ConsoleCallback", "NotebookProgressCallback"}  # by name, since importing the latter needs IPython
+        prints = any(type(one).__name__ in shows for one in self.callback_handler.callbacks)
         return prints and self.is_world_process_zero() and self.args.log_format == "text"
 
     def _start_afresh(self, asked: str | bool | None) -> None:

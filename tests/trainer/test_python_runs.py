@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from coss_hf import DistillationTrainer
 from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
+from coss_hf.trainer.callbacks.console import ConsoleCallback
 from coss_hf.trainer.inputs import described, hub_dataset
 from tests.trainer.test_front_door import arguments, data, images, trained, weights  # noqa: F401 (a fixture)
 
@@ -76,6 +78,23 @@ def test_a_dry_run_measures_the_step_that_will_be_made(tmp_path, images, saved, 
     trainer.train()
     assert "estimate" in capsys.readouterr().out
     assert precisions == {torch.bfloat16} and trainer.student.model.is_gradient_checkpointing
+
+
+class NotebookProgressCallback(TrainerCallback):
+    """By its name, which is all that is read of it: the table of a notebook."""
+
+
+@pytest.mark.parametrize("shown_by", [None, NotebookProgressCallback])
+def test_a_study_prints_nothing_and_a_notebook_what_to_do_next(make, tmp_path, capsys, shown_by):
+    """Each trial of a study told what to do with a student that the study removes."""
+    trainer = make(view_epochs=1, teacher_cache=str(tmp_path / "cache"))
+    trainer.remove_callback(ConsoleCallback)
+    if shown_by is not None:
+        trainer.add_callback(shown_by)
+    trainer.train()
+    out = capsys.readouterr().out
+    for text in ("Next: trainer.save_model()", "Teacher cache"):
+        assert (text in out) == (shown_by is not None), out
 
 
 class OfMaps(nn.Module):
