@@ -209,6 +209,9 @@ def cifar100() -> str:
         own = [cell for cell in found if (cell.table, cell.pair) == (table, pair)]
         name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
         parts.append(f"## {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
+        runs = RESULTS / cifar100_picture_name(table, pair)  # as `coss-hf reproduce` draws it
+        if runs.exists():
+            parts.append(f"![A dot a run](../recipes/benchmarks/results/{runs.name})")
         if sentence := ranking_sentence(own):
             parts += [sentence, f"![Figures here against the paper's](images/{cifar100_picture_name(table, pair)})"]
     return "\n\n".join(parts)

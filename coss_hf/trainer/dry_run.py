@@ -110,8 +110,8 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
     args = trainer.args
     batch = args.per_device_train_batch_size * (1 + args.neighbors_k)
     buffers = [(buffer, buffer.clone()) for buffer in trainer.model.buffers()]
-    if args.gradient_checkpointing:  # as `Trainer` does when it trains
-        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs)
+    if args.gradient_checkpointing:
+        _recompute_activations(trainer)
     if args.device.type == "cuda":
         seconds, memory = _on_gpu(trainer, size, batch)
     else:
@@ -122,6 +122,16 @@ def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:
         buffer.copy_(value)
     trainer.monitor.reset()
     return seconds, memory
+
+
+def _recompute_activations(trainer: DistillationTrainer) -> None:
+    """As `Trainer` does when it trains, in whose newer releases it has another name and more options."""
+    options = dict(trainer.args.gradient_checkpointing_kwargs or {})
+    if hasattr(trainer.model.network, "activation_checkpointing_enable"):
+        more = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        trainer.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options or None, **more)
+    else:
+        trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
 
 
 def _on_gpu(trainer: DistillationTrainer, size: int, batch: int) -> tuple[float, float]:
