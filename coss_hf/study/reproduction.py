@@ -192,7 +192,8 @@ class Reproduction:
             if not chosen[pair]:
                 parts.append(f"## {pair}\n\n{nothing_chosen(of_pair(tried, pair), args.metric)}")
                 continue
-            title = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen ({budget})"
+            name = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen"
+            title = f"{name} ({budget})"
             held_out = len(self.splits.validation)
             published = paper.published(args.table, pair)
             parts.append(pair_section(title, rows, chosen[pair], args.metric, held_out, published))
@@ -202,7 +203,7 @@ class Reproduction:
             if pair in self.own_teachers:
                 parts.append(teachers.describe(self.own_teachers[pair]))
             plot = folder / f"table{args.table}-{pair.replace('/', '-')}.png"
-            method_plot(plot, ranked(rows, args.metric), args.metric, title)
+            method_plot(plot, ranked(rows, args.metric), args.metric, name)  # the longer title does not fit
         text = "\n\n".join(parts) + "\n"
         (folder / f"table{args.table}.md").write_text(text)
         return text
