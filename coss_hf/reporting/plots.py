@@ -301,14 +301,13 @@ def published_plot(path: str | Path, rows: dict[str, tuple[float, list[float]]],
 
     Args:
         path: of the PNG.
-        rows: by name, the published figure in % and that of each seed, fractions in [0, 1].
+        rows: by name, the published figure and that of each seed, in %.
         metric: of the own figures, for the axis.
         title: what was compared, on what.
     """
     figure = _figure(7, 4.5)
     axes = figure.add_subplot()
-    for name, (published, values) in rows.items():
-        own = [100 * value for value in values]
+    for name, (published, own) in rows.items():
         mean = sum(own) / len(own)
         axes.plot([published] * len(own), own, "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
         axes.plot([published - 0.4, published + 0.4], [mean] * 2, color=TEXT, linewidth=1.5)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import tests.helpers.runs as h
+from coss_hf.trainer import supervised
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import SupervisedTrainer, TeacherArguments, build_supervised_run
 from tests.recipes.test_distill import load_recipe
@@ -104,8 +105,18 @@ def test_learns_and_reloads(train, capsys):
         assert AutoModel.from_pretrained(folder).eval()(pixel_values=pixels).pooler_output.shape == (24, 64, 1, 1)
 
 
-def test_accuracy_is_that_of_the_saved_weights(train):
+def test_accuracy_is_that_of_the_saved_weights(train, monkeypatch):
+    measured = {}
+    accuracy = supervised.accuracy
+
+    def spy(model, *args):
+        measured.update(model.state_dict())
+        return accuracy(model, *args)
+
+    monkeypatch.setattr(supervised, "accuracy", spy)
     folder = train("--save_dtype=float16", num_train_epochs=6)
+    for name, value in load_file(folder / "model.safetensors").items():
+        assert torch.equal(value.to(measured[name].dtype), measured[name]), name
     assert {value.dtype for value in load_file(folder / "model.safetensors").values()} == {torch.float16, torch.int64}
     record = json.loads((folder / "run.json").read_text())
     model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()

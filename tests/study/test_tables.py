@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from coss_hf.reporting.plots import method_plot, published_plot
+from coss_hf.study import reproduction
 from coss_hf.study.paper_tables import ROWS, choice_trials, own_pairs, own_rows, published, report_trials, scaled
 from coss_hf.study.reproduction import ReproduceArguments, Reproduction, nothing_chosen
 from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, markdown, ranked
@@ -128,8 +129,18 @@ def test_the_plot_is_written(tmp_path):
 
 
 def test_own_figures_are_drawn_against_published_ones(tmp_path):
-    published_plot(tmp_path / "plot.png", {"a": (49.0, [0.3, 0.31]), "coss": (71.11, [0.5])}, "linear", "a title")
+    published_plot(tmp_path / "plot.png", {"a": (49.0, [30.0, 31.0]), "coss": (71.11, [50.0])}, "linear", "a title")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_methods_are_checked_with_teachers_that_are_there(tmp_path, monkeypatch):
+    """A resumed study was refused for want of disk: an untrained teacher has none of the embeddings that are there."""
+    own = {name: tmp_path / name.replace("/", "-") for name in ("vgg8/vgg13", "resnet20/resnet56")}
+    own["vgg8/vgg13"].mkdir()
+    (own["vgg8/vgg13"] / "run.json").write_text("{}")
+    monkeypatch.setattr(reproduction.teachers, "save_untrained", lambda name, folder: f"untrained {name}")
+    found = reproduction._teachers_to_check_with(ReproduceArguments(pairs=[*own]), tmp_path, own)
+    assert found == {"vgg8/vgg13": str(own["vgg8/vgg13"]), "resnet20/resnet56": "untrained resnet56"}
 
 
 def test_a_pair_without_any_choice_has_a_section_that_says_so(tmp_path):

@@ -38,6 +38,16 @@ def test_idle_cores(cores, processes, threads, workers, expected):
     assert found.startswith(expected) and bool(found) == bool(expected)
 
 
+@pytest.mark.parametrize("streams", [False, True])
+def test_idle_cores_are_no_reason_for_another_order_of_a_stream(monkeypatch, caplog, streams):
+    monkeypatch.setattr(waiting, "usable_cores", lambda: 8)
+    monkeypatch.setattr(waiting.torch, "get_num_threads", lambda: 4)
+    args = SimpleNamespace(device=torch.device("cpu"), dataloader_num_workers=0)
+    with caplog.at_level(logging.WARNING):
+        WaitingCallback(streams=streams).on_train_begin(args, SimpleNamespace(is_world_process_zero=True), None)
+    assert "OMP_NUM_THREADS=8" in caplog.text and ("dataloader_num_workers=4" in caplog.text) != streams
+
+
 @pytest.mark.parametrize("most", [0, 2, 3])
 def test_idle_cores_advise_no_more_workers_than_there_is_room_for(most):
     found = idle_cores(16, 1, 4, 2, most=most)
