@@ -8,6 +8,8 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 # Read before any library sets it.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
 
@@ -23,12 +25,25 @@ def command() -> str:
         return os.environ["COSS_HF_COMMAND"]
     if "ipykernel" in sys.modules:
         return "a notebook"  # what started its kernel tells nothing, but where this machine keeps its files
+    return shlex.join([*launcher(), *hide_secrets(sys.argv)])
+
+
+def launcher() -> list[str]:
+    """What started this process: python, accelerate or torchrun, with the number of processes and the precision."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    if not LAUNCHED:
+        if world == 1:
+            return ["python"]
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        nodes = ["--nnodes", str(world // local)] if world > local else ["--standalone"]
+        return ["torchrun", *nodes, "--nproc_per_node", str(local)]
+    words = ["accelerate", "launch"]
+    if world > 1:
+        # Without a configuration that says so, accelerate starts one process on a CPU, however many are asked for.
+        words += [] if torch.accelerator.is_available() else ["--config_file", "accelerate_configs/cpu.yaml"]
+        words += ["--num_processes", str(world)]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    launcher = ["accelerate", "launch"] if LAUNCHED or world > 1 else ["python"]
-    launcher += ["--num_processes", str(world)] if world > 1 else []
-    launcher += ["--mixed_precision", precision] if LAUNCHED and precision != "no" else []
-    return shlex.join([*launcher, *hide_secrets(sys.argv)])
+    return words + (["--mixed_precision", precision] if precision != "no" else [])
 
 
 def hide_secrets(words: list[str]) -> list[str]:

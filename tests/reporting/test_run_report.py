@@ -76,18 +76,27 @@ def test_summary_of_a_run():
 
 
 @pytest.mark.parametrize(
-    ("environment", "launcher"),
+    ("environment", "accelerator", "launcher"),
     [
-        ({}, "python"),
-        ({"ACCELERATE_MIXED_PRECISION": "no"}, "accelerate launch"),
+        ({}, False, "python"),
+        ({"ACCELERATE_MIXED_PRECISION": "no"}, False, "accelerate launch"),
         (
             {"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"},
+            True,
             "accelerate launch --num_processes 2 --mixed_precision bf16",
         ),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no", "WORLD_SIZE": "2"},
+            False,
+            "accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2",
+        ),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False, "torchrun --standalone --nproc_per_node 2"),
+        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, True, "torchrun --nnodes 2 --nproc_per_node 8"),
     ],
 )
-def test_the_command_says_how_it_was_launched(monkeypatch, environment, launcher):
-    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE"):
+def test_the_command_says_how_it_was_launched(monkeypatch, environment, accelerator, launcher):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    for name in ("ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
