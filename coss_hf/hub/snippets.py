@@ -66,17 +66,19 @@ class Loader:
             ``NOT_MENTIONED`` where the card does not speak of it.
         code: the code, for the card.
         remark: a sentence or more above the code.
+        language: of the code.
     """
 
     title: str
     why_not: Callable[[Subject], str | None]
     code: Callable[[Subject], str]
     remark: Callable[[Subject], str]
+    language: str = "python"
 
 
 def renamed(card: str, name: str, on_hub: bool | None = None) -> str:
     """The card with code that loads ``name``, a folder or a name on the Hub; ``on_hub`` is as in ``Subject``."""
-    card = re.sub(r'(?m)^name = ".*"$', lambda _: f'name = "{name}"', card)
+    card = re.sub(r'(?m)^((?:const )?name = )".*"(?=;?$)', lambda found: f'{found[1]}"{name}"', card)
     return re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name, on_hub)}"', card)
 
 
@@ -87,7 +89,8 @@ def usage(subject: Subject) -> str:
     for loader in LOADERS:
         reason = loader.why_not(subject)
         if reason == "":
-            parts.append(f"### {loader.title}\n\n{loader.remark(subject)}\n\n```python\n{loader.code(subject)}\n```")
+            code = f"```{loader.language}\n{loader.code(subject)}\n```"
+            parts.append(f"### {loader.title}\n\n{loader.remark(subject)}\n\n{code}")
         elif reason is not NOT_MENTIONED:
             reasons.append(f"* {loader.title}: {reason}.")
     if reasons:
@@ -521,28 +524,56 @@ method = program.load_method("forward")"""
     return _exported_code(subject, imports, load, "(embedding,) = method.execute([pixels])  # one image at a time")
 
 
-def _exported_remark(kind: str, package: str) -> Callable[[Subject], str]:
-    def remark(subject: Subject) -> str:
-        exported_head = exported_with_head(subject.folder, kind)
-        space = _described_space(subject) if exported_head else "the student's own embedding"
-        text = f"Needs `{package}`; {space}."
-        return f"{text} {_other_readers(subject)}" if kind == "onnx" else text
+def _optimum_code(subject: Subject) -> str:
+    trust = _trust(subject)
+    return f'''from optimum.onnxruntime import ORTModelForFeatureExtraction
+from PIL import Image
+from transformers import AutoImageProcessor
 
-    return remark
+name = "{subject.name}"
+model = ORTModelForFeatureExtraction.from_pretrained(name, subfolder="onnx", file_name="model.onnx"{trust})
+processor = AutoImageProcessor.from_pretrained(name)
+
+{_image(subject)}
+embedding = model(**processor(image, return_tensors="pt")).last_hidden_state  # (1, d), and no tokens'''
 
 
-def _other_readers(subject: Subject) -> str:
-    """Of the ONNX file. Transformers.js needs a ``preprocessor_config.json``, which students of timm do not have."""
-    text = (
-        f'Optimum (`ORTModelForFeatureExtraction`, `subfolder="onnx"`{_trust(subject)}) reads it as '
-        f"`last_hidden_state`, with a release of Transformers that it supports."
-    )
-    if is_timm_processor(subject.student.processor):
-        return text
+def _optimum_remark(subject: Subject) -> str:
     return (
-        f"{text} The graph also has the names that Transformers.js reads "
-        f'(`pipeline("image-feature-extraction", ..., {{ dtype: "fp32" }})`).'
+        f"Needs `optimum-onnx` and a release of Transformers that it supports; {_exported_space(subject, 'onnx')}. "
+        f"Optimum knows no output of the name `embedding` and returns it as `last_hidden_state`."
     )
+
+
+def _transformers_js_code(subject: Subject) -> str:
+    return f'''import {{ pipeline }} from "@huggingface/transformers";
+
+const name = "{subject.name}";
+const extractor = await pipeline("image-feature-extraction", name, {{ dtype: "fp32" }});
+const embedding = await extractor("photo.jpg"); // (1, d)'''
+
+
+def _transformers_js_remark(subject: Subject) -> str:
+    return (
+        f"Needs `@huggingface/transformers`; {_exported_space(subject, 'onnx')}. It takes a name on the Hub; for a "
+        f"folder, set `env.localModelPath` to the folder that contains it. Its resizing differs a little from that of "
+        f"Transformers."
+    )
+
+
+def _why_no_transformers_js(subject: Subject) -> str | None:
+    reason = _exported("onnx")(subject)
+    if reason == "" and is_timm_processor(subject.student.processor):
+        return "it prepares images as `preprocessor_config.json` says, which students of timm do not have"
+    return reason
+
+
+def _exported_space(subject: Subject, kind: str) -> str:
+    return _described_space(subject) if exported_with_head(subject.folder, kind) else "the student's own embedding"
+
+
+def _exported_remark(kind: str, package: str) -> Callable[[Subject], str]:
+    return lambda subject: f"Needs `{package}`; {_exported_space(subject, kind)}."
 
 
 def renewed(card: str, subject: Subject) -> str:
@@ -563,6 +594,8 @@ LOADERS = [
     Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
     Loader("Search by text", _no_text, _text_code, _text_remark),
     Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", "onnxruntime")),
+    Loader("Optimum", _exported("onnx"), _optimum_code, _optimum_remark),
+    Loader("Transformers.js", _why_no_transformers_js, _transformers_js_code, _transformers_js_remark, "javascript"),
     Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", "openvino")),
     Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", "executorch")),
 ]

@@ -1,4 +1,4 @@
-"""Transformers.js reads an exported student from its folder, without a network, and gives the embedding.
+"""The card's code for Transformers.js gives an exported student's embedding, from its folder and without a network.
 
 Needs Node and the package: ``npm install @huggingface/transformers`` in a folder that TRANSFORMERS_JS names.
 """
@@ -7,58 +7,51 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from coss_hf.hub.export import write_graph
-from coss_hf.models.image_processor import noise_image
-from tests.hub.test_loaders import CASES, MORE, Case, student
+from tests.helpers.exported import card, code_of_card, export, picture_of
+from tests.hub.test_loaders import CASES, MORE, student
 
 NAMES = ("cifar", "vit", "vit, mean", "resnet", "swin", "beit", "siglip", "dinov2")
-PROGRAM = """
-const { createRequire } = require("module");
-const folder = require("path").resolve(process.env.TRANSFORMERS_JS) + "/";
-const { pipeline, env } = createRequire(folder)("@huggingface/transformers");
-env.allowRemoteModels = false;
-env.localModelPath = process.argv[1] + "/";
-(async () => {
-  const found = {};
-  for (const name of process.argv.slice(2)) {
-    const extractor = await pipeline("image-feature-extraction", name, { dtype: "fp32", device: "cpu" });
-    const embedding = await extractor(`${process.argv[1]}/${name}/picture.png`);
-    found[name] = { dims: embedding.dims, data: Array.from(embedding.data) };
-  }
-  console.log("FOUND" + JSON.stringify(found));
-})();
-"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
     not (shutil.which("node") and os.environ.get("TRANSFORMERS_JS")), reason="needs Node and TRANSFORMERS_JS"
 )
-def test_transformers_js_gives_the_embedding(tmp_path):
-    """Pictures of the student's own size: a resized one differs a little, since it resizes in another way."""
-    cases: dict[str, Case] = CASES | MORE
-    expected = {}
-    for name in NAMES:
-        made = student(cases[name], tmp_path / name)
-        folder = tmp_path / "saved" / name.replace(", ", "-")
-        made.save_pretrained(folder)
-        (folder / "onnx").mkdir()
-        write_graph(made, folder / "onnx" / "model.onnx")
-        picture = noise_image(10, 8).resize(made.backbone.size[::-1], Image.Resampling.BICUBIC)
-        picture.save(folder / "picture.png")
-        expected[folder.name] = made.encode([picture])
-    done = subprocess.run(
-        ["node", "-e", PROGRAM, str(tmp_path / "saved"), *expected], capture_output=True, text=True, check=False
-    )
-    assert "FOUND" in done.stdout, done.stderr[-3000:]
-    found = json.loads(done.stdout.split("FOUND")[1])
-    for name, embedding in expected.items():
-        assert found[name]["dims"] == list(embedding.shape), name
-        given = embedding.new_tensor([found[name]["data"]])
-        cosine = (embedding * given).sum() / embedding.norm() / given.norm()
-        print(name, cosine.item())
-        assert cosine >= 0.9999, name
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cards_code_gives_the_embedding(tmp_path, name):
+    made = student((CASES | MORE)[name], tmp_path)
+    folder = tmp_path / "student"
+    export(made, folder)
+    picture = picture_of(made)
+    picture.save(tmp_path / "photo.jpg", format="PNG")
+    expected = made.encode([picture])
+    given = expected.new_tensor([run(code_of_card("Transformers.js", made, folder), tmp_path)])
+    cosine = (expected * given).sum() / expected.norm() / given.norm()
+    print(name, cosine.item())
+    assert given.shape == expected.shape and cosine >= 0.9999
+
+
+def test_a_student_of_timm_is_not_shown_to_it(tmp_path):
+    for name in ("vit", "timm resnet"):
+        made = student(CASES[name], tmp_path / name)
+        export(made, tmp_path / name / "student", lambda _, path: path.write_text("graph"))
+        shown = card(made, tmp_path / name / "student")
+        assert ("### Transformers.js" in shown) == (name == "vit")
+        refused = "* Transformers.js: it prepares images as `preprocessor_config.json` says, which students of timm do"
+        assert (refused in shown) == (name == "timm resnet") and "### Optimum" in shown
+
+
+def run(code: str, folder: Path) -> list[float]:
+    """Return the embedding that the card's code leaves, with the folder named and the network shut off."""
+    imports, rest = code.replace("{ pipeline }", "{ env, pipeline }", 1).split("\n", 1)
+    local = f"env.allowRemoteModels = false;\nenv.localModelPath = {json.dumps(f'{folder}/')};"
+    program = folder / "program.mjs"
+    program.write_text("\n".join([imports, local, rest, "console.log(JSON.stringify(Array.from(embedding.data)));"]))
+    (folder / "node_modules").symlink_to(Path(os.environ["TRANSFORMERS_JS"]).resolve() / "node_modules")
+    done = subprocess.run(["node", program], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
