@@ -10,15 +10,16 @@ import json
 import math
 import re
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from coss_hf.losses.registry import LOSSES, SHAPES
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
-from coss_hf.reporting.plots import published_plot, quality_plot
-from coss_hf.study.paper_cells import Cell, cells, cells_table, ranking_sentence
-from coss_hf.study.tables import as_markdown, half_interval, ranked
+from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
+from coss_hf.study.paper_cells import Cell, cells, cells_table, compared, ranking_sentence
+from coss_hf.study.tables import as_markdown, extra_passes, half_interval, ranked
 from coss_hf.utils.packages import check_extra
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -207,12 +208,27 @@ def cifar100() -> str:
     for (table, pair), own in cifar100_cells().items():
         name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
         parts.append(f"## {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
-        runs = RESULTS / cifar100_picture_name(table, pair)  # as `coss-hf reproduce` draws it
-        if runs.exists():
-            parts.append(f"![A dot a run](../recipes/benchmarks/results/{runs.name})")
+        parts += extra_passes([row for cell in own for row in cell.runs])
+        if cifar100_runs(own):
+            alt = "Each seed of each row as a dot, the mean as a stroke, with the teacher and random weights"
+            parts.append(f"![{alt}](images/{cifar100_picture_name(table, pair, '-runs')})")
         if sentence := ranking_sentence(own):
             parts += [sentence, f"![Figures here against the paper's](images/{cifar100_picture_name(table, pair)})"]
     return "\n\n".join(parts)
+
+
+def cifar100_runs(own: list[Cell]) -> list[dict]:
+    """Runs of three rows or more of a pair at their usual length, with its teacher and random weights."""
+    length = Counter(cell.runs[0]["num_images"] for cell in own if cell.runs).most_common(1)
+    runs = [row | {"method": cell.row} for cell in own for row in cell.runs if row["num_images"] == length[0][0]]
+    if len({row["method"] for row in runs}) < 3:
+        return []
+    untrained = {
+        (row["method"], row["seed"]): row
+        for row in cifar100_rows()
+        if row["pair"] == own[0].pair and row["split"] == "test" and row["method"] in ("teacher", "random")
+    }
+    return [*runs, *untrained.values()]
 
 
 def cifar100_rows() -> list[dict]:
@@ -229,22 +245,23 @@ def cifar100_cells() -> dict[tuple[int, str], list[Cell]]:
     return groups
 
 
-def cifar100_picture_name(table: int, pair: str) -> str:
-    """File of the plot of one pair of a table."""
-    return f"cifar100-table{table}-{pair.replace('/', '-')}.png"
+def cifar100_picture_name(table: int, pair: str, kind: str = "") -> str:
+    """File of a plot of one pair of a table."""
+    return f"cifar100-table{table}-{pair.replace('/', '-')}{kind}.png"
 
 
 def cifar100_pictures(folder: Path) -> None:
-    """Our figures against the paper's, of each pair of which enough rows were run."""
+    """Runs of each pair, and our figures against the paper's, where enough rows were run."""
     check_extra("matplotlib", needed_by="docs/images/cifar100-*.png")
     for (table, pair), own in cifar100_cells().items():
-        if ranking_sentence(own):
-            rows = {
-                f"{cell.row} ({cell.runs[0]['num_images']:,})": (cell.published, cell.values("linear"))
-                for cell in own
-                if cell.gap("linear") is not None
-            }
-            title = f"Table {table}, {pair}, CIFAR-100 (images seen)"
+        if runs := cifar100_runs(own):
+            seen = max(row["images_seen"] for row in runs)
+            name = f"{pair}, CIFAR-100, {seen:,} images seen"
+            method_plot(folder / cifar100_picture_name(table, pair, "-runs"), ranked(runs, "linear"), "linear", name)
+        if both := compared(own):
+            rows = {cell.row: (cell.published, cell.values("linear")) for cell in both}
+            seen = max(row["images_seen"] for cell in both for row in cell.runs)
+            title = f"Table {table}, {pair}, {seen:,} images seen"
             published_plot(folder / cifar100_picture_name(table, pair), rows, "linear evaluation", title)
 
 
@@ -262,7 +279,7 @@ def cifar100_teacher() -> str:
 
 
 def cifar100_kept() -> str:
-    """What CoSS keeps of its teacher, and of a network of the student's size that was trained with labels."""
+    """CoSS next to its teacher, and next to a network of the student's size that was trained with labels."""
     rows = [row for row in cifar100_rows() if row["pair"] == "resnet20/resnet56" and row["split"] == "test"]
     names = {"teacher": "teacher (resnet56)", "coss": "CoSS", "random": "resnet20, random weights"}
     groups: dict[tuple[str, int], dict[int, dict]] = {}
@@ -277,16 +294,25 @@ def cifar100_kept() -> str:
         seen = json_record("cifar100-resnet20/run.json")["images_seen"]
         found["supervised", seen] = [json_record("cifar100-resnet20/results.json")["student"]]
     names["supervised"] = "resnet20, trained with labels"
-    bases = [name for name in found if name[0] in ("teacher", "supervised")]
     metrics = {"linear": "linear evaluation", "knn20": "k-NN 20"}
-    shares = [f"{names[base]}: share of {metrics[key]}" for base, _ in bases for key in metrics]
+    bases = [base for base in ("teacher", "supervised") if any(name == base for name, _ in found)]
+    shares = [f"{names[base]}: share of {metrics[key]}" for base in bases for key in metrics]
     lines = [["", "images seen", "seeds", *metrics.values(), *shares]]
     for (method, seen), own in sorted(found.items(), key=lambda item: -statistics.fmean(r["linear"] for r in item[1])):
-        means = {key: statistics.fmean(row[key] for row in own) for key in metrics}
-        kept = [means[key] / statistics.fmean(row[key] for row in found[base]) for base in bases for key in metrics]
+        kept = []
+        for base in bases:
+            # A network of other length is no measure: the teacher has one row, whatever it has seen.
+            measure = found.get((base, 0 if base == "teacher" else seen))
+            kept += [share(own, measure, key) if measure else "" for key in metrics]
         scores = [score(own, key) for key in metrics]
-        lines.append([names[method], f"{seen:,}" if seen else "", str(len(own)), *scores, *(f"{k:.0%}" for k in kept)])
+        lines.append([names[method], f"{seen:,}" if seen else "", str(len(own)), *scores, *kept])
     return as_markdown(lines)
+
+
+def share(rows: list[dict], others: list[dict], metric: str) -> str:
+    """Mean of a metric as a share of that of others."""
+    ours, theirs = (statistics.fmean(row[metric] for row in found) for found in (rows, others))
+    return f"{ours / theirs:.0%}"
 
 
 def cifar100_paired() -> str:

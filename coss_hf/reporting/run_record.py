@@ -8,8 +8,6 @@ from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-
 # Read before any library sets it.
 LAUNCHED = "ACCELERATE_MIXED_PRECISION" in os.environ
 
@@ -39,6 +37,8 @@ def launcher() -> list[str]:
         return ["torchrun", *nodes, "--nproc_per_node", str(local)]
     words = ["accelerate", "launch"]
     if world > 1:
+        import torch  # not for a command's help, which imports this module
+
         # Without a configuration that says so, accelerate starts one process on a CPU, however many are asked for.
         words += [] if torch.accelerator.is_available() else ["--config_file", "accelerate_configs/cpu.yaml"]
         words += ["--num_processes", str(world)]

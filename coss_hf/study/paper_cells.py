@@ -1,11 +1,13 @@
 """Figures of a study next to the paper's, cell by cell, and whether both rank the rows alike."""
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from coss_hf.evaluation.tables import COLUMNS
 from coss_hf.study import paper_tables as paper
 from coss_hf.study.tables import METRICS, as_markdown, half_interval
 
@@ -13,7 +15,7 @@ from coss_hf.study.tables import METRICS, as_markdown, half_interval
 LEAST_ROWS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """A figure of the paper, and ours.
 
@@ -23,6 +25,7 @@ class Cell:
         row: name of the row.
         published: the paper's top-1 in %; None where it has none.
         runs: our results of it on test images at one length, one a seed; empty where it was not run.
+        is_without_scale: whether its runs on held-out images failed, so that none was made on test images.
     """
 
     table: int
@@ -30,6 +33,7 @@ class Cell:
     row: str
     published: float | None
     runs: tuple[dict, ...] = ()
+    is_without_scale: bool = False
 
     def values(self, metric: str) -> list[float]:
         """Return ours in %, one a seed."""
@@ -39,9 +43,14 @@ class Cell:
         """Return our mean in % with the half of its 95 % t-interval; "not run" or "diverged" where there is none."""
         values = self.values(metric)
         if not values:
-            return "diverged" if self.runs else "not run"
+            return "diverged" if self.runs or self.is_without_scale else "not run"
         text = f"{statistics.fmean(values):.1f}"
         return text if len(values) == 1 else f"{text} ± {half_interval(values):.1f}"
+
+    def seeds(self, metric: str) -> str:
+        """Return the number of our runs, and how many of them have no value."""
+        failed = len(self.runs) - len(self.values(metric))
+        return f"{len(self.runs)} ({failed} failed)" if failed else str(len(self.runs) or "")
 
     def gap(self, metric: str) -> float | None:
         """Return ours minus the paper's, in points; None where one of them is missing."""
@@ -52,8 +61,10 @@ class Cell:
 def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> list[Cell]:
     """Return every cell of the paper's tables, and of ``--table 5``, with what was run of it: one for each length.
 
+    A run belongs to each cell of its pair and its method, whichever table it was run for.
+
     Args:
-        rows: results of ``coss-hf reproduce``; those that name no table are of each.
+        rows: results of ``coss-hf reproduce``.
         tables: numbers of the tables.
 
     Raises:
@@ -62,15 +73,21 @@ def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> li
     found = []
     for table in tables:
         for pair in paper.PUBLISHED[table]:
-            published = paper.published(table, pair)
             for name in paper.ROWS[table]:
-                wanted = {"table": table, "pair": pair, "method": name, "split": "test"}
-                runs = [row for row in rows if all(row.get(key, value) == value for key, value in wanted.items())]
-                lengths = sorted({row["num_images"] for row in runs}) or [None]
-                for length in lengths:
-                    own = _one_a_seed([row for row in runs if row["num_images"] == length])
-                    found.append(Cell(table, pair, name, published.get(name), own))
+                published = paper.figure(table, pair, name)
+                runs = [row for row in rows if _is_of_cell(row, table, pair, name)]
+                tested = [row for row in runs if row["split"] == "test"]
+                failed = any("failed" in row for row in runs)
+                for length in sorted({row["num_images"] for row in tested}) or [None]:
+                    own = _one_a_seed([row for row in tested if row["num_images"] == length])
+                    found.append(Cell(table, pair, name, published, own, failed and not own))
     return found
+
+
+def _is_of_cell(row: dict, table: int, pair: str, name: str) -> bool:
+    if row["pair"] != pair or row.get("neighbors_k", 0) != paper.NEIGHBORS.get(name, 0):
+        return False
+    return row["expression"] == paper.scaled(paper.ROWS[table][name], row["scale"])
 
 
 def _one_a_seed(runs: list[dict]) -> tuple[dict, ...]:
@@ -92,22 +109,50 @@ def cells_table(found: Sequence[Cell], metric: str = "linear") -> str:
         found: the cells.
         metric: metric of ours that is compared with the paper's top-1.
     """
-    lines = [["row", "paper", f"{metric}, here", "gap", "k-NN 20, here", "seeds", "images seen", "scale"]]
+    ranks = _ranks(found, metric)
+    head = ["row", "paper", f"{COLUMNS[metric][0]}, here", "gap", "k-NN 20, here", "seeds", "images seen", "scale"]
+    lines = [head + (["rank in the paper", "rank here"] if ranks else [])]
     for cell in found:
         gap = cell.gap(metric)
-        lines.append(
-            [
-                f"`{cell.row}`",
-                "" if cell.published is None else f"{cell.published:.2f}",
-                cell.text(metric),
-                "" if gap is None else f"{gap:+.1f}",
-                cell.text("knn20") if cell.runs else "",
-                str(len(cell.values(metric))) if cell.runs else "",
-                f"{max(row['images_seen'] for row in cell.runs):,}" if cell.runs else "",
-                ", ".join(sorted({f"{row['scale']:g}" for row in cell.runs})),
-            ]
-        )
+        line = [
+            f"`{cell.row}`",
+            "" if cell.published is None else f"{cell.published:.2f}",
+            cell.text(metric),
+            "" if gap is None else f"{gap:+.1f}",
+            cell.text("knn20") if cell.runs else "",
+            cell.seeds(metric),
+            f"{max(row['images_seen'] for row in cell.runs):,}" if cell.runs else "",
+            ", ".join(sorted({f"{row['scale']:g}" for row in cell.runs})),
+        ]
+        lines.append(line + (list(ranks.get(cell, ("", ""))) if ranks else []))
     return as_markdown(lines)
+
+
+def compared(found: Sequence[Cell], metric: str = "linear") -> list[Cell]:
+    """Return the cells that both have, ours and the paper's, at the length that most rows have, the longest of equals.
+
+    Empty where they are too few to be ranked.
+
+    Args:
+        found: the cells of one pair.
+        metric: metric that ranks ours.
+    """
+    both = [cell for cell in found if cell.gap(metric) is not None]
+    lengths = Counter(cell.runs[0]["num_images"] for cell in both)
+    usual = max(lengths, key=lambda length: (lengths[length], length), default=None)
+    both = [cell for cell in both if cell.runs[0]["num_images"] == usual]
+    return both if len(both) >= LEAST_ROWS else []
+
+
+def _ranks(found: Sequence[Cell], metric: str) -> dict[Cell, tuple[str, str]]:
+    """Places of the compared rows in the paper and here, 1 for the best; equal figures share the better place."""
+    both = compared(found, metric)
+    theirs = [cell.published for cell in both]
+    ours = [statistics.fmean(cell.values(metric)) for cell in both]
+    return {
+        cell: tuple(str(1 + sum(other > values[i] for other in values)) for values in (theirs, ours))
+        for i, cell in enumerate(both)
+    }
 
 
 def rank_correlation(ours: Sequence[float], theirs: Sequence[float], draws: int = 10_000) -> tuple[float, float, float]:
@@ -156,16 +201,19 @@ def ranking_sentence(found: Sequence[Cell], metric: str = "linear") -> str:
         found: the cells of one pair.
         metric: metric that ranks ours.
     """
-    both = [cell for cell in found if cell.gap(metric) is not None]
-    lengths = [cell.runs[0]["num_images"] for cell in both]
-    both = [cell for cell in both if cell.runs[0]["num_images"] == max(lengths, key=lengths.count)]
+    both = compared(found, metric)
+    ours = [statistics.fmean(cell.values(metric)) for cell in both]
     try:
-        ours = [statistics.fmean(cell.values(metric)) for cell in both]
         rho, low, high = rank_correlation(ours, [cell.published for cell in both])
     except ValueError:
         return ""
     rows = {cell.row for cell in found if cell.published is not None}
-    return (
-        f"Spearman's rank correlation of {metric} here with the paper's top-1, over {len(both)} of {len(rows)} rows: "
-        f"{rho:.2f} (95 % interval over draws of the rows: {low:.2f} to {high:.2f})."
+    seen = max(row["images_seen"] for cell in both for row in cell.runs)
+    text = (
+        f"Spearman's rank correlation of {COLUMNS[metric][0]} here with the paper's top-1, over {len(both)} of "
+        f"{len(rows)} rows at {seen:,} images seen: {rho:.2f} (95 % interval over draws of the rows: {low:.2f} to "
+        f"{high:.2f}; the spread between seeds is not in it)."
     )
+    if low <= 0 <= high:
+        text += " The interval contains 0: these rows do not show that both rank alike."
+    return text

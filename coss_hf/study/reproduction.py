@@ -1,7 +1,7 @@
 """A table of the paper on other images: teachers first, then choices on held-out images, then the report on test."""
 
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from coss_hf.data.loading import ImageSplits
@@ -52,7 +52,11 @@ class ReproduceArguments:
         default=1.0, metadata={"help": "Length of a reported run as a share of the paper's 240 epochs."}
     )
     choice_budget: float | None = field(
-        default=None, metadata={"help": "Length of a choosing run as a share of 240 epochs; default: --budget."}
+        default=None,
+        metadata={
+            "help": "Length of a choosing run as a share of 240 epochs; default: --budget. With one scale and no "
+            "--finalists there is nothing to choose, and no such run."
+        },
     )
     metric: str = field(
         default="linear",
@@ -82,6 +86,12 @@ class ReproduceArguments:
     jobs: int = field(default=1, metadata={"help": "Number of trials that run in parallel."})
     output_dir: str = field(
         default="reproduced", metadata={"help": "Folder of results, table and plot, and of checkpoints meanwhile."}
+    )
+    keep_students: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep the student of each reported run that this command trains, in students/ of --output_dir."
+        },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})
     bf16: bool = field(default=False, metadata={"help": "Train under bfloat16 autocast; evaluation stays in float32."})
@@ -114,6 +124,12 @@ class ReproduceArguments:
     def table_methods(self) -> list[str]:
         """The methods that were given, or the rows of the table."""
         return self.methods or paper.own_rows(self.table)
+
+    @property
+    def chooses(self) -> bool:
+        """Whether runs on held-out images decide anything: the scale of a row, or which rows are finalists."""
+        others = [name for name in self.table_methods if name != "coss"]
+        return len(set(self.scales)) > 1 or (self.finalists is not None and self.finalists < len(others))
 
     @property
     def epochs_of_teachers(self) -> int:
@@ -165,8 +181,12 @@ class Reproduction:
         finals = rows if args.finalists is None else min(rows, args.finalists + 1)
         runs = args.seeds * finals + args.seeds_of_others * (rows - finals)
         later = self.report_images * runs * len(args.table_pairs)
-        tried = self.sweep.run(self.choices, self.config, later=later)
-        chosen = {pair: self._best_scales(tried, pair) for pair in args.table_pairs}
+        if args.chooses:
+            tried = self.sweep.run(self.choices, self.config, later=later)
+            chosen = {pair: self._best_scales(tried, pair) for pair in args.table_pairs}
+        else:
+            tried = [asdict(trial) for trial in self.choices]
+            chosen = {pair: of_pair(tried, pair) for pair in args.table_pairs}
         reports = []
         for pair in args.table_pairs:
             reports += paper.report_trials(
@@ -189,14 +209,17 @@ class Reproduction:
             budget = f"a budget of {args.budget:g} of the paper's 240 epochs"
         parts = [f"# Table {args.table}, {budget}", f"{self.data.dataset}; `{command()}`"]
         for pair, rows in reported.items():
+            of_this = of_pair(tried, pair)
             if not chosen[pair]:
-                parts.append(f"## {pair}\n\n{nothing_chosen(of_pair(tried, pair), args.metric)}")
+                parts.append(f"## {pair}\n\nNothing is reported. {nothing_chosen(of_this, args.metric)}")
                 continue
             name = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen"
-            title = f"{name} ({budget})"
-            held_out = len(self.splits.validation)
+            held_out = len(self.splits.validation) if args.chooses else None
             published = paper.published(args.table, pair)
-            parts.append(pair_section(title, rows, chosen[pair], args.metric, held_out, published))
+            parts.append(pair_section(f"{name} ({budget})", rows, chosen[pair], args.metric, held_out, published))
+            kept = {row["method"] for row in chosen[pair]}
+            if dropped := [row for row in of_this if row["method"] not in kept]:
+                parts.append(nothing_chosen(dropped, args.metric))
             found = [cell for cell in cells(rows, [args.table]) if cell.pair == pair]
             if sentence := ranking_sentence(found, args.metric):
                 parts.append(sentence)
@@ -215,10 +238,17 @@ def of_pair(rows: list[dict], pair: str) -> list[dict]:
 
 
 def nothing_chosen(tried: list[dict], metric: str) -> str:
-    """Return why no scale of a pair was chosen."""
-    reasons = sorted({f"`{row['method']}`: {row['failed']}" for row in tried if "failed" in row})
-    why = "; ".join(reasons) if reasons else f"none of the runs on held-out images has a value of {metric}"
-    return f"No scale was chosen, so that nothing is reported: {why}."
+    """Return of which methods no scale was chosen, and why.
+
+    Args:
+        tried: their results on held-out images.
+        metric: metric that chooses.
+    """
+    reasons: dict[str, set[str]] = {}
+    for row in tried:
+        reasons.setdefault(row["method"], set()).add(row.get("failed", f"no value of {metric}"))
+    listed = "; ".join(f"`{name}` ({', '.join(sorted(found))})" for name, found in reasons.items())
+    return f"No scale was chosen, since no run on held-out images ended with a value: {listed or 'nothing was run'}."
 
 
 def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduction:
@@ -275,7 +305,7 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
         raise ValueError(f"--scales={args.scales} must be above 0.")
     if args.teacher and len(args.table_pairs) > 1:
         raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.table_pairs)}: give one pair.")
-    if not data.validation_size:
+    if args.chooses and not data.validation_size:
         raise ValueError("--validation_size: the scales are chosen on images held out of train; give 1,000 or more.")
 
 
@@ -305,7 +335,8 @@ def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders:
     if any(name in paper.NEIGHBORS for name in args.table_methods):
         training["neighbors_pool"] = paper.NEIGHBORS_POOL
     milestones = tuple(drop / paper.EPOCHS for drop in paper.MILESTONES)
-    return StudyConfig(data, models, training, milestones)
+    students = Path(args.output_dir, "students") if args.keep_students else None
+    return StudyConfig(data, models, training, milestones, students=students)
 
 
 def _teachers_to_check_with(args: ReproduceArguments, folder: Path, own: dict[str, Path]) -> dict[str, str]:

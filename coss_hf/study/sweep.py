@@ -9,6 +9,7 @@ import queue
 import signal
 import tempfile
 import threading
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
@@ -37,7 +38,7 @@ class Sweep:
         folder: folder of the study; one sweep at a time can use it.
         name: name of the file of results, without its ending.
         jobs: number of trials that run in parallel; they share the cores of the machine, and its GPUs in turn.
-        header: entries put before each result: the command.
+        header: entries put before each result: the command. A trial that an earlier command has run keeps that one.
 
     Raises:
         ValueError: another sweep is using the folder, or a launcher has started several processes.
@@ -129,7 +130,8 @@ class Sweep:
         running: dict[Future, str] = {}
         with _silent_progress_in_children(), pool, _stop_after_an_error(running, stopped):
             for key, trial in todo.items():
-                running[pool.submit(_run_in_worker, trial, config, self.trials / key, self._path(key))] = key
+                keep = partial(_keep, self._path(key), self.header.get("command"))
+                running[pool.submit(_run_in_worker, trial, config, self.trials / key, keep)] = key
             while running:
                 ended, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
                 for key, images in _drain(seen):
@@ -235,7 +237,12 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, path: Path) -> dict:
+def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, keep: Callable[[dict], None]) -> dict:
     if _stopped.is_set():  # a pool hands out one trial ahead, which cannot be cancelled any more
         raise RuntimeError("the sweep has stopped")
-    return run_trial(trial, config, folder, lambda images: _seen.put((folder.name, images)), partial(write_json, path))
+    return run_trial(trial, config, folder, lambda images: _seen.put((folder.name, images)), keep)
+
+
+def _keep(path: Path, command: str | None, result: dict) -> None:
+    """Write the file of a finished trial."""
+    write_json(path, result | ({"command": command} if command else {}))

@@ -108,27 +108,31 @@ def markdown(rows: list[dict], metric: str, extra: dict[str, Callable[[str], str
 
 
 def pair_section(
-    title: str, rows: list[dict], chosen: list[dict], metric: str, held_out: int, published: dict[str, float]
+    title: str, rows: list[dict], chosen: list[dict], metric: str, held_out: int | None, published: dict[str, float]
 ) -> str:
     """Return a section in Markdown on a pair: what was reported, what was chosen, and the paper's own figures.
 
     Args:
         title: networks, images seen and budget.
         rows: results on test images.
-        chosen: results on held-out images.
+        chosen: results on held-out images; the trials alone where nothing was chosen.
         metric: metric that chose and ranks.
-        held_out: number of images that chose.
+        held_out: number of images that chose; None where nothing was chosen.
         published: the paper's top-1 in %, by row.
     """
-    tried = max(row["images_seen"] for row in chosen)
-    parts = [
-        f"## {title}",
-        f"On test images; scales chosen on {held_out:,} held-out images by {metric}.",
-        comparison(rows, metric),
-        f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
-        markdown(chosen, metric),
-        *extra_passes(chosen),
-    ]
+    parts = [f"## {title}"]
+    if held_out is None:
+        scales = ", ".join(sorted({f"{row['scale']:g}" for row in chosen}))
+        parts += [f"On test images, scale {scales} of each method: nothing was chosen.", comparison(rows, metric)]
+    else:
+        tried = max(row["images_seen"] for row in chosen)
+        parts += [
+            f"On test images; scales chosen on {held_out:,} held-out images by {metric}.",
+            comparison(rows, metric),
+            f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
+            markdown(chosen, metric),
+            *extra_passes(chosen),
+        ]
     if published:
         parts.append("### Published: CIFAR-100 (lossless), 240 epochs, the best scale on test, linear top-1")
         parts.append(as_markdown([list(published), [f"{value:.2f}" for value in published.values()]]))

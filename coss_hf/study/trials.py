@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -75,6 +76,12 @@ class Trial:
         """Name of the trial in messages."""
         return f"{self.pair} {self.method} scale {self.scale:g} seed {self.seed} {self.split}"
 
+    @property
+    def folder_name(self) -> str:
+        """Name of the folder of its student."""
+        name = f"{self.pair}-{self.method}-scale{self.scale:g}-seed{self.seed}-{self.num_images}"
+        return re.sub(r"[^\w.=-]+", "_", name)
+
 
 @dataclass(frozen=True)
 class StudyConfig:
@@ -88,6 +95,7 @@ class StudyConfig:
             schedule.
         bank_size: number of training images that a choice is measured against; a report takes all.
         identity: hash of images and teacher by the name of the pair; see ``identified``.
+        students: folder in which the students of reported trials are kept; None for nowhere.
     """
 
     data: DataArguments
@@ -96,6 +104,7 @@ class StudyConfig:
     milestones: tuple[float, ...] = ()
     bank_size: int = 10_000
     identity: dict[str, str] = field(default_factory=dict)
+    students: Path | None = None
 
     def identified(self) -> "StudyConfig":
         """Return a copy with hashes of images, labels and weights, so that what stands at a path may change."""
@@ -293,6 +302,8 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
     except NonFiniteLoss as error:
         return result | _failed(trainer, error)
+    if config.students and trial.split == "test":
+        trainer.save_model(str(config.students / trial.folder_name))
     evaluator = _evaluator(_inputs(config, trial.pair), trial.split, config.bank_size)
     _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
     try:

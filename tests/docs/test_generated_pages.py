@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from coss_hf.study.paper_tables import ROWS, scaled
 from tests.helpers.runs import ROOT
 
 
@@ -60,10 +61,12 @@ def test_photographs_are_compared_at_equal_images_seen(generate, monkeypatch):
 
 def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
     def row(method, seed, linear, seen=100, table=3):
+        rows = ROWS[table]
         found = {
             "table": table,
             "pair": "resnet20/resnet56",
             "method": method,
+            "expression": scaled(rows[method], 1) if method in rows else "",
             "seed": seed,
             "split": "test",
             "scale": 1,
@@ -95,6 +98,12 @@ def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
         "resnet20, random weights",
     ]
     assert "| CoSS | 100 | 2 | 30.0 ± 0.0 | 15.0 ± 0.0 | 50% | 50% | 75% | 75% |" in table
-    assert "![Figures here against the paper's](images/cifar100-table1-resnet20-resnet56.png)" in generate.cifar100()
+    files["resnet20/run"]["images_seen"] = 400
+    (tmp_path / "cifar100-resnet20" / "run.json").write_text(json.dumps(files["resnet20/run"]))
+    table = generate.cifar100_kept().splitlines()
+    assert "| CoSS | 100 | 2 | 30.0 ± 0.0 | 15.0 ± 0.0 | 50% | 50% |  |  |" in table, "of other length: no measure"
+    page = generate.cifar100()
+    named = [f"cifar100-table1-resnet20-resnet56{kind}.png" for kind in ("", "-runs")]
+    assert all(f"](images/{name})" in page for name in named) and "2 (1 failed)" in page
     generate.cifar100_pictures(tmp_path)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["cifar100-table1-resnet20-resnet56.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == sorted(named)

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 
-from coss_hf.study.paper_cells import cells, cells_table, rank_correlation, ranking_sentence
+from coss_hf.study.paper_cells import cells, cells_table, compared, rank_correlation, ranking_sentence
+from coss_hf.study.paper_tables import ROWS, figure, scaled
 
 
 def row(table, pair, method, seed, linear, split="test"):
-    return {"table": table, "pair": pair, "method": method, "seed": seed, "split": split, "scale": 1} | {
+    expression = scaled(ROWS[table][method], 1)
+    found = {"table": table, "pair": pair, "method": method, "seed": seed, "split": split, "scale": 1}
+    return found | {
+        "expression": expression,
         "linear": linear,
         "knn20": linear - 0.1,
         "images_seen": 1_000_000,
@@ -20,13 +24,21 @@ def test_every_cell_is_there_run_or_not():
     rows.append(row(3, "resnet20/resnet56", "lambda 0.5", 0, 0.9, split="validation"))
     found = cells(rows)
     assert len(found) == 3 * 11 + 2 * 3 + 2 * 4 + 4 * 4 + 4
-    (cell,) = (cell for cell in found if cell.runs)
-    assert (cell.table, cell.row, cell.published) == (3, "lambda 0.5", 71.11)
+    run = [cell for cell in found if cell.runs]
+    # One method in four tables: it was "not run" in those that it was not run for.
+    expected = [(1, "coss"), (2, "coss"), (3, "lambda 0.5"), (4, "coss")]
+    assert [(cell.table, cell.row) for cell in run] == expected and {cell.published for cell in run} == {71.11}
+    cell = run[2]
     assert cell.gap("linear") == pytest.approx(62 - 71.11)
     text = cells_table([cell for cell in found if cell.table == 3 and cell.pair == "resnet20/resnet56"])
     assert "| `lambda 0.5` | 71.11 | 62.0 ± 2.5 | -9.1 | 52.0 ± 2.5 | 3 | 1,000,000 | 1 |" in text
     assert "| `lambda 0` | 70.58 | not run |  |  |  |  |  |" in text
     assert not ranking_sentence(found), "one row ranks nothing"
+
+
+def test_a_cell_without_a_figure_has_that_of_its_method_in_another_table():
+    assert (figure(4, "vgg8/vgg13", "dist"), figure(4, "resnet20/resnet56", "L_co")) == (73.40, 70.58)
+    assert figure(4, "resnet20/resnet56", "bn") is None and figure(5, "resnet20/resnet56", "seed") is None
 
 
 def test_lengths_and_failures_are_told_apart():
@@ -40,7 +52,9 @@ def test_lengths_and_failures_are_told_apart():
         "a repeated run counts once"
     )
     assert "| `coss` | 74.58 | 74.0 | -0.6 | 64.0 | 1 | 12,000,000 | 1 |" in text
-    assert "| `vid` | 73.65 | diverged |  | diverged | 0 | 1,000,000 | 1 |" in text
+    assert "| `vid` | 73.65 | diverged |  | diverged | 1 (1 failed) | 1,000,000 | 1 |" in text
+    no_scale = cells([failed | {"split": "validation"}], [1])
+    assert {cell.row for cell in no_scale if cell.text("linear") == "diverged"} == {"vid"}
     with pytest.raises(ValueError, match="two runs of vgg8/vgg13 coss seed 1 with 1,000,000 images differ in linear"):
         cells([*rows, rows[0] | {"linear": 0.7}])
 
@@ -62,4 +76,13 @@ def test_a_ranking_is_compared_over_the_rows_that_were_run():
     names = ("at", "sp", "vid", "rkd", "pkt", "coss")
     rows = [row(1, "vgg8/vgg13", name, 1, 0.4 + place / 10) for place, name in enumerate(names)]
     found = [cell for cell in cells(rows, [1]) if cell.pair == "vgg8/vgg13"]
-    assert "with the paper's top-1, over 6 of 11 rows: 0.54 (95 % interval" in ranking_sentence(found)
+    sentence = ranking_sentence(found)
+    assert "top-1, over 6 of 11 rows at 1,000,000 images seen: 0.54 (95 % interval" in sentence
+    assert sentence.endswith("The interval contains 0: these rows do not show that both rank alike.")
+    text = cells_table(found)
+    assert "| rank in the paper | rank here |" in text and "| 1 | 1,000,000 | 1 | 1 | 1 |" in text
+    assert "| `at` | 56.22 | 40.0 | -16.2 | 30.0 | 1 | 1,000,000 | 1 | 5 | 6 |" in text
+    assert "| `crd` | 69.73 | not run |  |  |  |  |  |  |  |" in text
+    longer = [one | {"num_images": 2_000_000, "images_seen": 2_000_000} for one in rows]
+    both = [cell for cell in cells([*rows, *longer], [1]) if cell.pair == "vgg8/vgg13"]
+    assert {cell.runs[0]["num_images"] for cell in compared(both)} == {2_000_000}, "the longest of equals"

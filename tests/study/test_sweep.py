@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from coss_hf.evaluation.evaluator import Evaluator
+from coss_hf.hub.student import Student
 from coss_hf.study import baselines, timing
 from coss_hf.study import sweep as sweep_module
 from coss_hf.study import trials as trials_module
@@ -84,6 +85,19 @@ def test_a_result_is_kept_before_its_checkpoints_are_removed(tmp_path, config):
         TRIAL, config, tmp_path / "trial", keep=lambda result: there.append((result, (tmp_path / "trial").exists()))
     )
     assert there[0][0]["linear"] >= 0 and there[0][1] and not (tmp_path / "trial").exists()
+
+
+def test_the_student_of_a_reported_run_is_kept_where_it_is_asked_for(tmp_path, config):
+    keeping = replace(config, students=tmp_path / "students")
+    assert keeping.key(TRIAL) == config.key(TRIAL)
+    trial = replace(TRIAL, pair="small/large", method="lambda 0.5")
+    keeping = replace(keeping, models={trial.pair: config.models["pair"]})
+    found = run_trial(trial, keeping, tmp_path / "trial")
+    run_trial(replace(trial, split="validation", seed=0), keeping, tmp_path / "trial")
+    (folder,) = (tmp_path / "students").iterdir()
+    assert folder.name == "small_large-lambda_0.5-scale1-seed1-48"
+    student = Student.from_pretrained(folder)
+    assert trials_module.measure(trial, keeping, student.backbone, student.head)["linear"] == found["linear"]
 
 
 def test_a_student_without_finite_embeddings_is_a_failed_trial(tmp_path, config, monkeypatch):

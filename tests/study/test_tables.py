@@ -1,6 +1,6 @@
 import math
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -149,6 +149,42 @@ def test_a_pair_without_any_choice_has_a_section_that_says_so(tmp_path):
     args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"])
     this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"))
     text = Reproduction._write(this, failed, {"a/b": []}, {"a/b": [untrained]})
-    assert "## a/b\n\nNo scale was chosen" in text and "`rkd`: The loss is inf at step 9" in text
-    assert (tmp_path / "table1.md").read_text() == text
-    assert "none of the runs on held-out images has a value of knn20" in nothing_chosen([], "knn20")
+    assert "## a/b\n\nNothing is reported. No scale was chosen" in text
+    assert "`rkd` (The loss is inf at step 9)" in text and (tmp_path / "table1.md").read_text() == text
+    assert "`rkd` (no value of knn20)" in nothing_chosen([{"method": "rkd"}], "knn20")
+
+
+def test_a_method_without_any_choice_is_named(tmp_path):
+    """It was missing from the table without a word."""
+    row = {"pair": "a/b", "scale": 1, "seed": 1, "images_seen": 64, "linear": 0.5, "expression": "at"}
+    tried = [row | {"method": "at"}, {"pair": "a/b", "method": "vid", "failed": "The loss is inf at step 9"}]
+    args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"])
+    splits = SimpleNamespace(validation=range(100))
+    this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={})
+    text = Reproduction._write(this, tried, {"a/b": tried[:1]}, {"a/b": [row | {"method": "at"}]})
+    assert "on 100 held-out images by linear" in text and "`vid` (The loss is inf at step 9)" in text
+
+
+def test_where_one_scale_is_given_nothing_is_chosen(tmp_path):
+    """Runs on held-out images took a third of the time of a short table, and decided nothing."""
+    assert ReproduceArguments(scales=[1, 4]).chooses and ReproduceArguments(scales=[1], finalists=2).chooses
+    args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"], methods=["at", "coss"], scales=[1], seeds=1)
+    assert not args.chooses and not replace(args, finalists=1).chooses
+    choices = choice_trials(1, "a/b", args.methods, args.scales, 64)
+    sweep = FakeSweep()
+    this = Reproduction(args, SimpleNamespace(dataset="images"), None, None, sweep, choices, 640, {})
+    text = this.run()
+    assert {trial.split for trial in sweep.trials} == {"test"} and {trial.seed for trial in sweep.trials} == {1}
+    assert [trial.method for trial in sweep.trials] == ["at", "coss", "random", "teacher"]
+    assert "scale 1 of each method: nothing was chosen" in text and "held-out" not in text
+
+
+class FakeSweep:
+    """Gives each trial a result, and keeps the trials."""
+
+    def __init__(self):
+        self.trials = []
+
+    def run(self, trials, config, later=0):
+        self.trials += trials
+        return [asdict(trial) | {"images_seen": trial.num_images, "linear": 0.5} for trial in trials]
