@@ -332,6 +332,15 @@ def cifar100_paired() -> str:
     return as_markdown(lines) if len(lines) > 1 else "Not run."
 
 
+def loss_classes() -> str:
+    """The base class of losses and every loss of the package, for the API page."""
+    base = ["coss_hf.losses.base.DistillationLoss", "coss_hf.losses.base.Citation"]
+    losses = [f"{LOSSES[name].__module__}.{LOSSES[name].__qualname__}" for name in own_losses()]
+    lines = [line for name in (*base, *losses) for line in (f".. autoclass:: {name}", "   :members:")]
+    lines += [f".. autofunction:: coss_hf.losses.registry.{name}" for name in ("build_loss", "papers")]
+    return "\n".join(["```{eval-rst}", *lines, "```"])
+
+
 def gpu() -> str:
     """Longer runs of one seed on a GPU."""
     metrics = {"probe": "linear probe", "knn20": "k-NN 20", "map": "mAP", "overlap10": "overlap 10"}
@@ -627,6 +636,7 @@ TABLES = (
     photographs_settings,
     teacher_cache,
     view_epochs,
+    loss_classes,
     front_page,
     quickstart_digits,
     cifar10_short,

@@ -30,6 +30,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.models.towers import SPACES
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.utils.paths import check_output_file
+from coss_hf.utils.vectors import l2_normalize
 
 SPLITS = ("train", "validation", "test")
 FILE_NAME, EMBEDDING = "file_name", "embedding"  # columns of the parquet file
@@ -106,7 +107,7 @@ def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
     if head is not None:
         found = head(found)
     if args.normalize:
-        found = torch.nn.functional.normalize(found)
+        found = l2_normalize(found)
     return found.numpy()
 
 

@@ -136,7 +136,7 @@ def _orientation(image: Image.Image) -> int:
     try:
         found = image.getexif().get(0x0112)
         return found if found in UPRIGHT else 0  # texts, bytes and numbers above 8 turn nothing
-    except Exception as error:  # noqa: BLE001 - whatever is wrong with a tag, the pixels are an image
+    except Exception as error:  # whatever is wrong with a tag, the pixels are an image
         logger.debug("The EXIF tags of an image cannot be read: %s", error)
         return 0
 

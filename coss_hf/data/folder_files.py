@@ -184,5 +184,5 @@ def _is_image(entry: os.DirEntry) -> bool:
     try:
         with Image.open(entry.path, formats=RECOGNIZED if suffix else [*RECOGNIZED, "TIFF"]):
             return True
-    except Exception:  # noqa: BLE001 - Pillow's readers raise almost anything on files that are no images
+    except Exception:  # Pillow's readers raise almost anything on files that are no images
         return False

@@ -1,10 +1,10 @@
 """Weighted k-nearest-neighbour classification of embeddings, and the exact search below it."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from coss_hf.utils.topk import blocked_topk
+from coss_hf.utils.vectors import l2_normalize
 
 MAX_CLASSES = 1_000_000  # of a table with a column for each
 GALLERY_CHUNK = 65_536  # gallery rows compared at once: bounds memory for galleries of millions
@@ -12,7 +12,7 @@ GALLERY_CHUNK = 65_536  # gallery rows compared at once: bounds memory for galle
 
 def unit(x: Tensor) -> Tensor:
     """Rows scaled to unit length, in float32 or wider; an all-zero row stays zero."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=1, eps=1e-12)
+    return l2_normalize(x if x.dtype == torch.float64 else x.float())
 
 
 def check_pair(a: Tensor, b: Tensor, names: str) -> None:

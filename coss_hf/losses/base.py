@@ -68,7 +68,7 @@ class DistillationLoss(nn.Module):
     A loss never holds a network. Its constructor may ask for the following arguments by name, and
     gets them from the run: ``student_dim`` and ``teacher_dim`` (channels of the maps that it reads,
     or dimensions of the embeddings), ``student_size`` and ``teacher_size`` (height of the maps),
-    ``num_images`` (size of the training set), ``batch_size`` (images of a forward pass over all
+    ``num_images`` (size of the training set, None for a stream), ``batch_size`` (images of a forward pass over all
     processes) and ``classifier`` (see below). All other arguments are options of the method and
     need a default; ``beta`` is by convention the scale of the complete loss.
 
@@ -88,6 +88,10 @@ class DistillationLoss(nn.Module):
         keeps_state: Whether the value depends on earlier batches, through a memory or a queue. If
             True, the loss is not computed on held-out images. Running statistics of batch norm do
             not count.
+        couples_images: Whether the images of a batch are compared with each other, so that the loss
+            is computed from those of all processes; otherwise it is a mean over images.
+        needs_image_rows: Whether the loss keeps something for each training image under its row. A
+            stream has no rows, so that such a loss is refused there.
         separable: Whether the loss of a batch can be computed from sums over its micro-batches,
             which exact gradient accumulation needs. If True, the class has a method
             ``totals(student, teacher)`` that returns these sums as one tensor, and ``forward``
@@ -135,6 +139,8 @@ class DistillationLoss(nn.Module):
     embedding_as_map: bool = True
     same_dim: bool = False
     keeps_state: bool = False
+    couples_images: bool = False
+    needs_image_rows: bool = False
     separable: bool = False
     classifier: Literal["unused", "optional", "required"] = "unused"
     pretraining_steps: int = 0

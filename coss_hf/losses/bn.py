@@ -58,6 +58,7 @@ class BNLoss(DistillationLoss):
 
     name = "bn"
     reads = "embedding"
+    couples_images = True
     same_dim = True
     citation = CoSSLoss.citation
 

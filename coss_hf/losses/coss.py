@@ -105,6 +105,7 @@ class CoSSLoss(DistillationLoss):
 
     name = "coss"
     reads = "embedding"
+    couples_images = True
     same_dim = True
     separable = True
     citation = Citation(

@@ -2,13 +2,13 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from coss_hf.features import Features
 from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.common import check_positive, check_weights, full_precision, whole_numbers, widen
 from coss_hf.losses.memory_bank import products, uniform_rows, update_rows, weighted_sums
 from coss_hf.utils.distributed import all_reduce_sum, rank, world_size
+from coss_hf.utils.vectors import l2_normalize
 
 EPS = 1e-7
 MOST_NEGATIVES = 16_384
@@ -69,6 +69,7 @@ class CRDLoss(DistillationLoss):
     name = "crd"
     reads = "embedding"
     keeps_state = True
+    needs_image_rows = True
     citation = Citation(
         authors="Tian, Y. and Krishnan, D. and Isola, P.",
         title="Contrastive Representation Distillation",
@@ -166,4 +167,4 @@ class _Projection(nn.Module):
         self.linear = nn.Linear(dim, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return normalize(self.linear(x.to(self.linear.weight.dtype)), eps=1e-12)
+        return l2_normalize(self.linear(x.to(self.linear.weight.dtype)))

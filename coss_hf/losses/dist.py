@@ -95,6 +95,7 @@ class DISTLoss(DistillationLoss):
 
     name = "dist"
     reads = "embedding"
+    couples_images = True
     same_dim = True
     citation = Citation(
         authors="Huang, T. and others",

@@ -10,9 +10,10 @@ memory stays equal on each of them.
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, normalize
+from torch.nn.functional import embedding
 
 from coss_hf.utils.distributed import all_gather
+from coss_hf.utils.vectors import l2_normalize
 
 ROWS = 8  # images whose candidates are read at a time
 
@@ -25,7 +26,7 @@ def uniform_rows(rows: int, dim: int) -> Tensor:
 
 def random_queue(dim: int, size: int) -> Tensor:
     """Draw a queue ``(dim, size)`` of unit columns."""
-    return normalize(torch.randn(dim, size), dim=0)
+    return l2_normalize(torch.randn(dim, size).T).T.contiguous()
 
 
 @torch.no_grad()
@@ -71,7 +72,7 @@ def weighted_sums(weights: Tensor, memory: Tensor, candidates: Tensor) -> Tensor
 
 @torch.no_grad()
 def update_rows(memories: list[tuple[Tensor, Tensor]], index: Tensor, momentum: float) -> None:
-    """Move the rows of a batch towards new vectors: ``M[i] <- normalize(momentum * M[i] + (1 - momentum) * v)``.
+    """Move the rows of a batch towards new vectors: ``M[i] <- l2_normalize(momentum * M[i] + (1 - momentum) * v)``.
 
     The vectors of all processes are taken. Where an image occurs several times, its last vector
     counts.
@@ -86,7 +87,7 @@ def update_rows(memories: list[tuple[Tensor, Tensor]], index: Tensor, momentum: 
     last = _last_positions(index, len(memories[0][0]))
     for memory, vectors in memories:
         vectors = all_gather(vectors)[last].to(memory.dtype)
-        memory[index] = normalize(momentum * memory[index] + (1 - momentum) * vectors)
+        memory[index] = l2_normalize(momentum * memory[index] + (1 - momentum) * vectors)
 
 
 @torch.no_grad()

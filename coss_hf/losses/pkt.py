@@ -66,6 +66,7 @@ class PKTLoss(DistillationLoss):
 
     name = "pkt"
     reads = "embedding"
+    couples_images = True
     citation = Citation(
         authors="Passalis, N. and Tefas, A.",
         title="Learning Deep Representations with Probabilistic Knowledge Transfer",

@@ -89,6 +89,7 @@ class RKDLoss(DistillationLoss):
 
     name = "rkd"
     reads = "embedding"
+    couples_images = True
     citation = Citation(
         authors="Park, W. and others",
         title="Relational Knowledge Distillation",

@@ -1,5 +1,7 @@
 """SEED: self-supervised distillation against a queue."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -37,11 +39,11 @@ class SEEDLoss(DistillationLoss):
 
     Args:
         teacher_dim: Dimension ``d`` of the embeddings.
-        num_images: Number of images in the training set.
+        num_images: Number of images in the training set; None for a stream.
         batch_size: Number of images of a forward pass over all processes.
         beta: Scale of the loss.
         queue_size: Length ``K`` of the queue; by default 65,536, or as many full batches as a
-            smaller training set has.
+            smaller training set has; a stream counts as a large one.
         student_temperature: Temperature of the student; 0.2 in the paper.
         teacher_temperature: Temperature of the teacher; 0.01 in the paper.
 
@@ -85,7 +87,7 @@ class SEEDLoss(DistillationLoss):
         self,
         *,
         teacher_dim: int,
-        num_images: int,
+        num_images: int | None,
         batch_size: int,
         beta: float = 1.0,
         queue_size: int | None = None,
@@ -95,14 +97,14 @@ class SEEDLoss(DistillationLoss):
         super().__init__()
         check_weights(beta=beta)
         check_positive(student_temperature=student_temperature, teacher_temperature=teacher_temperature)
-        largest = num_images // batch_size * batch_size
+        largest = math.inf if num_images is None else num_images // batch_size * batch_size
         if queue_size is None:
             queue_size = min(LARGEST_QUEUE // batch_size * batch_size, largest)
         (queue_size,) = whole_numbers(queue_size=queue_size)
         if not 1 <= queue_size <= largest or queue_size % batch_size:
+            most = "" if num_images is None else f" and at most {largest}, what {num_images} training images fill"
             raise ValueError(
-                f"--method seed: queue_size={queue_size} must be a multiple of the batch of {batch_size} images and at "
-                f"most {largest}, what {num_images} training images fill."
+                f"--method seed: queue_size={queue_size} must be a multiple of the batch of {batch_size} images{most}."
             )
         self.beta = beta
         self.student_temperature = student_temperature

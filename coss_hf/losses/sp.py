@@ -51,6 +51,7 @@ class SPLoss(DistillationLoss):
 
     name = "sp"
     reads = "last_map"
+    couples_images = True
     citation = Citation(
         authors="Tung, F. and Mori, G.",
         title="Similarity-Preserving Knowledge Distillation",

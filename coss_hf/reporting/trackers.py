@@ -28,8 +28,8 @@ def check_trackers(names: list[str]) -> None:
 
 def use_own_trackers(trainer) -> None:
     """Replace the trackers that ``--report_to`` has given to a ``DistillationTrainer``."""
-    for stock, own in TRACKERS.items():
-        if trainer.pop_callback(stock) is not None:
+    for default, own in TRACKERS.items():
+        if trainer.pop_callback(default) is not None:
             trainer.add_callback(own(trainer))
 
 

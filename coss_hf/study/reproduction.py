@@ -19,6 +19,13 @@ from coss_hf.trainer.arguments import DataArguments, ModelArguments
 POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
 
 
+class MetricNames(tuple):
+    """Names of metrics that also contain their former spelling, ``eval_linear``, without listing it in help."""
+
+    def __contains__(self, name) -> bool:
+        return super().__contains__(str(name).removeprefix("eval_"))
+
+
 @dataclass
 class ReproduceArguments:
     """What to run, and how much of it."""
@@ -61,8 +68,8 @@ class ReproduceArguments:
     metric: str = field(
         default="linear",
         metadata={
-            "help": "Metric that chooses the scales and ranks the rows. The former spelling, eval_linear, still works.",
-            "choices": [*METRICS, *(f"eval_{name}" for name in METRICS)],
+            "help": "Metric that chooses the scales and ranks the rows.",
+            "choices": MetricNames(METRICS),
         },
     )
     batch_size: int = field(default=128, metadata={"help": "Number of images per step, of students and teachers."})

@@ -54,7 +54,7 @@ class DistillationModel(nn.Module):
         student: Backbone,
         teacher: Backbone,
         args: DistillationArguments,
-        num_images: int,
+        num_images: int | None,
         criterion: nn.Module | None = None,
     ) -> "DistillationModel":
         """Build head and loss of a run, seeded, and ask both networks for as many feature maps as the methods need.
@@ -63,7 +63,7 @@ class DistillationModel(nn.Module):
             student: to be trained.
             teacher: frozen.
             args: of the run: methods, head, seed.
-            num_images: number of training images.
+            num_images: number of training images; None for a stream.
             criterion: a loss to take instead of ``args.method``.
 
         Raises:
@@ -232,7 +232,7 @@ def _build_head(
 
 
 def _build_criterion(
-    student: Backbone, teacher: Backbone, head: nn.Module | None, args: DistillationArguments, num_images: int
+    student: Backbone, teacher: Backbone, head: nn.Module | None, args: DistillationArguments, num_images: int | None
 ) -> nn.Module:
     """The loss of ``args.method``, shaped by an example of both networks' features."""
     student_example = student.example()

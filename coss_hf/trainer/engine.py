@@ -84,9 +84,6 @@ def check_processes(args: TrainingArguments) -> None:
         )
 
 
-# ---- FSDP ----
-
-
 # ---- memory format, batch norm ----
 
 

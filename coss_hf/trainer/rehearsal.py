@@ -104,6 +104,7 @@ def short_arguments(args: TrainingArguments) -> TrainingArguments:
     args.eval_strategy = IntervalStrategy.NO
     args.eval_on_start = False
     args.load_best_model_at_end = False
+    args.resume_from_checkpoint = None  # one step of noise begins anew
     return args
 
 

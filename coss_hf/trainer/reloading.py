@@ -110,7 +110,7 @@ def _readable(train: Dataset, column: str) -> list[Image.Image]:
     for row in range(min(len(train), 4 * IMAGES)):
         try:
             images.append(decode(train[row][column]))
-        except Exception:  # noqa: BLE001 - each format and disk fails in its own way, and others will do
+        except Exception:  # each format and disk fails in its own way, and others will do
             continue
         if len(images) == IMAGES:
             break

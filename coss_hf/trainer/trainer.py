@@ -272,7 +272,7 @@ class DistillationTrainer(Trainer):
         count = None if self.is_streaming else len(views)
         self.length = inputs.args.run_length(count)
         self.teacher = inputs.teacher
-        model = DistillationModel.from_args(student, self.teacher, inputs.args, count or 0, inputs.criterion)
+        model = DistillationModel.from_args(student, self.teacher, inputs.args, count, inputs.criterion)
         if inputs.criterion is not None:
             try_criterion(model, self.teacher)
         args = inputs.args.resolved(

@@ -513,7 +513,7 @@ class DistillationArguments(TrainingArguments):
         for method in self.methods:
             loss = LOSSES[method.name]
             options = inspect.signature(loss).parameters
-            if "num_images" in options:
+            if loss.needs_image_rows:
                 raise ValueError(
                     f"--method={method.name} keeps a memory with a row for each training image, and a stream has no "
                     f"numbers of images; choose another method, or load the images without streaming."

@@ -62,7 +62,7 @@ def _cached_datasets() -> list[str]:
 def _search_hub(dataset: str) -> list[str]:
     try:
         return [found.id for found in HfApi().list_datasets(search=dataset.split("/")[-1], limit=20)]
-    except Exception as error:  # noqa: BLE001 - a suggestion is not worth another error
+    except Exception as error:  # a suggestion is not worth another error
         logger.debug("No suggestions from the Hub: %s", error)
         return []
 

@@ -20,13 +20,15 @@ _ON_COMMAND_LINE = contextvars.ContextVar("on_command_line", default=False)
 _IN_CALL = contextvars.ContextVar("in_call", default=False)
 # Commands to type keep their flags: up to the end of the clause, or in backticks.
 _COMMAND = r"`[^`]*`|(?:\bcoss-hf|\bpython|\baccelerate launch|\bhf|\bdocker|\bpip)\s[^;,)`]*"
+# After --method stands the name of a loss, whichever there are by now.
+_LOSS = r"(?<=--method )(?!(?:and|or|of|in|with|is|to|for)\b)[a-z]\w*"
 # A name with a hyphen is an option of another program.
-_FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{values})(?!\w))?"
+_FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{loss}|{values})(?!\w))?"
 _VALUES = (
     "auto|none|no|steps|epoch|skip|error|random|pretrained|teacher_layers|mlp|linear|float32|bfloat16|float16|dynamic|"
-    "static|cls|mean|pooler|gap|tower|projected|coss|exact|ivf|hnsw|cifar|imagenet|moco|true|false"
+    "static|cls|mean|pooler|gap|tower|projected|exact|ivf|hnsw|cifar|imagenet|moco|true|false"
 )
-_COMMAND_OR_FLAG = re.compile(f"{_COMMAND}|{_FLAG.format(values=_VALUES)}")
+_COMMAND_OR_FLAG = re.compile(f"{_COMMAND}|{_FLAG.format(loss=_LOSS, values=_VALUES)}")
 # What messages call the command that runs, and the lines of Python that run.
 _PHRASES = {
     "give the same command with --resume_from_checkpoint": "call train(resume_from_checkpoint=True) in the same lines",

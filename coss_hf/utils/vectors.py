@@ -1,4 +1,7 @@
-"""Arithmetic of vectors that losses, evaluation and neighbour search share. Needs torch alone."""
+"""Vectors of length 1, for losses, evaluation, export and recipes. Needs torch alone.
+
+The neighbour search has its own, in float64, for embeddings whose squares float32 cannot hold.
+"""
 
 import torch
 from torch import Tensor

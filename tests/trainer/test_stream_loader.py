@@ -298,3 +298,14 @@ def test_a_dry_run_says_that_it_is_a_stream(tmp_path, networks, monkeypatch):
     text = describe(run.trainer, run.splits)
     assert "train a stream of 4 shards, validation 8; column 'png', labels 'cls'" in text
     assert "500 steps, 4,000 images seen" in text
+
+
+def test_a_queue_needs_no_rows(tmp_path, networks):
+    """SEED was refused as a loss with a memory of each image."""
+    images, _ = h.colour_images(16, 0)
+    stream = datasets.Dataset.from_dict({"image": images}).to_iterable_dataset()
+    trainer = make_trainer(tmp_path, networks, stream, method="seed(queue_size=16)", max_steps=2)
+    trainer.train()
+    assert trainer.full_model.criterion.queue.shape[1] == 16 and trainer.state.global_step == 2
+    with pytest.raises(ValueError, match=r"queue_size=3 must be a multiple of the batch of \d+ images\."):
+        make_trainer(tmp_path / "other", networks, stream, method="seed(queue_size=3)", max_steps=2)

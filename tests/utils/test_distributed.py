@@ -14,7 +14,7 @@ from coss_hf.utils.distributed import all_reduce_sum
 from tests.helpers.data_parallel import alone, together
 
 # What couples images, computed from those of all processes: exact for uneven shards, too.
-GLOBAL = ("bn", "coss", "dist", "pkt", "rkd", "sp")
+GLOBAL = tuple(name for name, loss in LOSSES.items() if loss.couples_images)
 # What is remembered is that of all processes; the loss is a mean over a process's images.
 MEMORIES = tuple(name for name, loss in LOSSES.items() if loss.keeps_state)
 IMAGES, DIM = 8, 4

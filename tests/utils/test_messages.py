@@ -18,6 +18,8 @@ from tests.helpers.runs import ROOT
         ("--neighbors_k=3: too many; use --neighbors_k 0.", "neighbors_k=3: too many; use neighbors_k=0."),
         ("--head=none: use --head mlp or --head linear.", 'head=none: use head="mlp" or head="linear".'),
         ("--view_size in pixels", "view_size in pixels"),
+        ("--method crd: its negatives", 'method="crd": its negatives'),
+        ("--method mse and a --method of yours", 'method="mse" and a method of yours'),
         ("use --neighbors_search exact or ivf.", 'use neighbors_search="exact" or ivf.'),
         ("--beta 0.5, or --on_bad_image skip, which", 'beta=0.5, or on_bad_image="skip", which'),
         ("run docker with --shm-size=1g.", "run docker with --shm-size=1g."),
