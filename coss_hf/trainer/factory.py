@@ -1,23 +1,23 @@
 """Where a run is put together: from arguments to a trainer that is ready for its first step."""
 
+from functools import partial
+
 import numpy as np
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback
 
 from coss_hf.data.loading import ImageSplits
-from coss_hf.data.run_images import RunImages
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpoint_files import claim_output_dir
-from coss_hf.trainer.inputs import how_checked
+from coss_hf.trainer.inputs import load_networks, read_images
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import command_line
-from coss_hf.utils.process_group import Processes
 
 
 @command_line()
@@ -35,16 +35,11 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     checkpoint = claim_output_dir(args, args.resume_from_checkpoint, dry_run=args.dry_run)
     if not data.dataset:
         raise ValueError("--dataset is missing; see --help.")
-    set_seed(args.seed)  # weights that the teacher's checkpoint lacks are drawn, and may be copied into a student
-    teacher = models.load_teacher()
-    set_seed(args.seed)
-    student = models.load_student(teacher)
+    teacher, student = load_networks(args, models.load_teacher, models.load_student)
     if data.streaming:
         args.check_stream()
     rehearse(student, teacher, args)
-    recorded = RunImages.of_checkpoint(checkpoint)
-    with Processes().first(args.local_process_index == 0):
-        splits = data.load(hold_out_by_default=True, recorded=recorded, streams=True, **how_checked(args, recorded))
+    splits = read_images(args, checkpoint, partial(data.load, hold_out_by_default=True, streams=True))
     if args.eval_strategy != "no" and not args.evaluates_by_default and splits.validation is None:
         raise ValueError(
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "

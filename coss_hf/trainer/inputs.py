@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,12 +84,12 @@ def resolve_inputs(
             raise ValueError(f"--{name} is missing.")
     args = with_names(args or DistillationArguments(), criterion, transform)
     given = {"teacher": described(teacher), "student": described(student), "dataset": described(train_dataset)}
-    # Weights that a checkpoint lacks are drawn, and a teacher's may be copied into a student.
-    set_seed(args.seed)
-    # Of its own: another trainer of the same teacher may read another number of its maps.
-    teacher = copy.copy(as_backbone(teacher, "teacher").freeze())
-    set_seed(args.seed)
-    student = as_backbone(student, "student", teacher)
+    teacher, student = load_networks(
+        args,
+        # Of its own: another trainer of the same teacher may read another number of its maps.
+        lambda: copy.copy(as_backbone(teacher, "teacher").freeze()),
+        lambda loaded: as_backbone(student, "student", loaded),
+    )
     check_networks(teacher, student)
     for role, backbone in (("teacher", teacher), ("student", student)):
         given |= described_input(role, backbone)
@@ -109,9 +110,7 @@ def resolve_inputs(
     else:
         splits = train_dataset
         if not isinstance(train_dataset, ImageSplits):
-            recorded = RunImages.of_checkpoint(checkpoint)
-            with Processes().first(args.local_process_index == 0):  # one reads, the others find it in the cache
-                splits = as_splits(train_dataset, eval_dataset, data, recorded, **how_checked(args, recorded))
+            splits = read_images(args, checkpoint, partial(as_splits, train_dataset, eval_dataset, data))
         if splits.stream is not None:
             args = args.for_stream()
         images = None if splits.stream is not None else len(splits.train)
@@ -127,6 +126,31 @@ def resolve_inputs(
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
     criterion = None if isinstance(criterion, str) else criterion
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
+
+
+def load_networks(
+    args: DistillationArguments, load_teacher: Callable[[], Backbone], load_student: Callable[[Backbone], Backbone]
+) -> tuple[Backbone, Backbone]:
+    """Load teacher and student, each seeded: weights that a checkpoint lacks are drawn, and a student may copy them."""
+    set_seed(args.seed)
+    teacher = load_teacher()
+    set_seed(args.seed)
+    return teacher, load_student(teacher)
+
+
+def read_images(
+    args: DistillationArguments, checkpoint: str | Path | None, read: Callable[..., ImageSplits]
+) -> ImageSplits:
+    """Read the images of a run: one process of each machine does, and the others find them in its cache.
+
+    Args:
+        args: of the training.
+        checkpoint: that the run resumes from.
+        read: called with the images ``recorded`` in the checkpoint and how images are checked.
+    """
+    recorded = RunImages.of_checkpoint(checkpoint)
+    with Processes().first(args.local_process_index == 0):
+        return read(recorded=recorded, **how_checked(args, recorded))
 
 
 def _check_streamed(args: DistillationArguments, train_dataset, data: DataArguments) -> None:
