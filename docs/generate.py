@@ -10,7 +10,6 @@ import json
 import math
 import re
 import statistics
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from coss_hf.losses.registry import LOSSES, SHAPES
 from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
-from coss_hf.study.paper_cells import Cell, cells, cells_table, compared, ranking_sentence
+from coss_hf.study.paper_cells import Cell, at_usual_length, cells, cells_table, compared, ranking_sentence
 from coss_hf.study.tables import as_markdown, extra_passes, half_interval, ranked
 from coss_hf.utils.packages import check_extra
 
@@ -219,8 +218,7 @@ def cifar100() -> str:
 
 def cifar100_runs(own: list[Cell]) -> list[dict]:
     """Runs of three rows or more of a pair at their usual length, with its teacher and random weights."""
-    length = Counter(cell.runs[0]["num_images"] for cell in own if cell.runs).most_common(1)
-    runs = [row | {"method": cell.row} for cell in own for row in cell.runs if row["num_images"] == length[0][0]]
+    runs = [row | {"method": cell.row} for cell in at_usual_length(own) for row in cell.runs]
     if len({row["method"] for row in runs}) < 3:
         return []
     untrained = {
@@ -629,14 +627,16 @@ def paired(found: list[tuple[dict, dict]], key: str) -> str:
 
 
 def photograph_picture(path: Path) -> None:
-    """Accuracy against latency on photographs: the teacher, and each student at its best and at random weights."""
+    """Accuracy against latency on photographs: the teacher, each student at random weights and its best by length."""
     check_extra("matplotlib", needed_by="docs/images/photographs.png")
     points: dict[str, tuple[float, list[float]]] = {}
     kept = set()
     for name, found, cost in photograph_rows():
-        kind = (found[0]["student"], found[0]["method"] if found[0]["method"] in ("teacher", "random weights") else "")
+        seen = found[0]["images_seen"]
+        kind = found[0]["student"], seen, found[0]["method"] if not seen else ""
         if kind not in kept:
-            points[name.partition(" (")[0]] = (cost["batch_1"]["ms"], [row["knn20"] for row in found])
+            label = name.partition(" (")[0] + (f", {seen:,} images" if seen else "")
+            points[label] = (cost["batch_1"]["ms"], [row["knn20"] for row in found])
         kept.add(kind)
     path.parent.mkdir(exist_ok=True)
     quality_plot(path, points, "k-NN 20", "Photographs of ten classes: EfficientNet-Lite1 as teacher, no labels")

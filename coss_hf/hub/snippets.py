@@ -524,14 +524,24 @@ method = program.load_method("forward")"""
     return _exported_code(subject, imports, load, "(embedding,) = method.execute([pixels])  # one image at a time")
 
 
+def _why_no_optimum(subject: Subject) -> str | None:
+    reason = _exported("onnx")(subject)
+    if reason != "":
+        return reason
+    if _trust(subject):
+        return "it supports an earlier Transformers, for which the code in this student's folder was not written"
+    if is_timm_processor(subject.student.processor):
+        return "it supports an earlier Transformers, which was not tried with students of timm"
+    return ""
+
+
 def _optimum_code(subject: Subject) -> str:
-    trust = _trust(subject)
     return f'''from optimum.onnxruntime import ORTModelForFeatureExtraction
 from PIL import Image
 from transformers import AutoImageProcessor
 
 name = "{subject.name}"
-model = ORTModelForFeatureExtraction.from_pretrained(name, subfolder="onnx", file_name="model.onnx"{trust})
+model = ORTModelForFeatureExtraction.from_pretrained(name, subfolder="onnx", file_name="model.onnx")
 processor = AutoImageProcessor.from_pretrained(name)
 
 {_image(subject)}
@@ -556,8 +566,8 @@ const embedding = await extractor("photo.jpg"); // (1, d)'''
 def _transformers_js_remark(subject: Subject) -> str:
     return (
         f"Needs `@huggingface/transformers`; {_exported_space(subject, 'onnx')}. It takes a name on the Hub; for a "
-        f"folder, set `env.localModelPath` to the folder that contains it. Its resizing differs a little from that of "
-        f"Transformers."
+        f"folder, set `env.localModelPath` to the folder that contains it and `name` to the last part of its path. Its "
+        f"resizing differs a little from that of Transformers."
     )
 
 
@@ -594,7 +604,7 @@ LOADERS = [
     Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
     Loader("Search by text", _no_text, _text_code, _text_remark),
     Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", "onnxruntime")),
-    Loader("Optimum", _exported("onnx"), _optimum_code, _optimum_remark),
+    Loader("Optimum", _why_no_optimum, _optimum_code, _optimum_remark),
     Loader("Transformers.js", _why_no_transformers_js, _transformers_js_code, _transformers_js_remark, "javascript"),
     Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", "openvino")),
     Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", "executorch")),

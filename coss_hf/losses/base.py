@@ -88,8 +88,8 @@ class DistillationLoss(nn.Module):
         keeps_state: Whether the value depends on earlier batches, through a memory or a queue. If
             True, the loss is not computed on held-out images. Running statistics of batch norm do
             not count.
-        couples_images: Whether the images of a batch are compared with each other, so that the loss
-            is computed from those of all processes; otherwise it is a mean over images.
+        couples_images: Whether the images of a batch are compared with each other. Such a class must
+            compute its loss from the images of all processes; others are a mean over images.
         needs_image_rows: Whether the loss keeps something for each training image under its row. A
             stream has no rows, so that such a loss is refused there.
         separable: Whether the loss of a batch can be computed from sums over its micro-batches,

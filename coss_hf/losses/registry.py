@@ -123,6 +123,8 @@ def _build(method: Method, given: dict) -> nn.Module:
         message = str(error)
         if not message.startswith("--method"):
             message = f"--method={method}: {message}"
+        if isinstance(error, TypeError) and "num_images" in takes and given.get("num_images", 0) is None:
+            message += "; num_images is None, since nobody knows the number of images in a stream"
         raise ValueError(message) from error
 
 

@@ -18,7 +18,7 @@ def versions() -> dict[str, str]:
 
 
 def command() -> str:
-    """The command line, its secrets hidden; how many processes and which precision, where accelerate launched it."""
+    """The command line, its secrets hidden, with what started the processes."""
     if os.environ.get("COSS_HF_COMMAND"):
         return os.environ["COSS_HF_COMMAND"]
     if "ipykernel" in sys.modules:
@@ -33,14 +33,17 @@ def launcher() -> list[str]:
         if world == 1:
             return ["python"]
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        nodes = ["--nnodes", str(world // local)] if world > local else ["--standalone"]
+        nodes = ["--standalone"]
+        if world > local:
+            nodes = ["--nnodes", str(world // local), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:PORT"]
         return ["torchrun", *nodes, "--nproc_per_node", str(local)]
     words = ["accelerate", "launch"]
     if world > 1:
         import torch  # not for a command's help, which imports this module
 
         # Without a configuration that says so, accelerate starts one process on a CPU, however many are asked for.
-        words += [] if torch.accelerator.is_available() else ["--config_file", "accelerate_configs/cpu.yaml"]
+        on_cpu = "--use_cpu" in sys.argv or not torch.accelerator.is_available()
+        words += ["--config_file", "accelerate_configs/cpu.yaml"] if on_cpu else []
         words += ["--num_processes", str(world)]
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     return words + (["--mixed_precision", precision] if precision != "no" else [])

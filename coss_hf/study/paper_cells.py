@@ -77,7 +77,7 @@ def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> li
                 published = paper.figure(table, pair, name)
                 runs = [row for row in rows if _is_of_cell(row, table, pair, name)]
                 tested = [row for row in runs if row["split"] == "test"]
-                failed = any("failed" in row for row in runs)
+                failed = bool(runs) and all("failed" in row for row in runs)
                 for length in sorted({row["num_images"] for row in tested}) or [None]:
                     own = _one_a_seed([row for row in tested if row["num_images"] == length])
                     found.append(Cell(table, pair, name, published, own, failed and not own))
@@ -137,11 +137,15 @@ def compared(found: Sequence[Cell], metric: str = "linear") -> list[Cell]:
         found: the cells of one pair.
         metric: metric that ranks ours.
     """
-    both = [cell for cell in found if cell.gap(metric) is not None]
-    lengths = Counter(cell.runs[0]["num_images"] for cell in both)
-    usual = max(lengths, key=lambda length: (lengths[length], length), default=None)
-    both = [cell for cell in both if cell.runs[0]["num_images"] == usual]
+    both = at_usual_length([cell for cell in found if cell.gap(metric) is not None])
     return both if len(both) >= LEAST_ROWS else []
+
+
+def at_usual_length(found: Sequence[Cell]) -> list[Cell]:
+    """Return the cells with runs at the length that most of them have, the longest of equals."""
+    lengths = Counter(cell.runs[0]["num_images"] for cell in found if cell.runs)
+    usual = max(lengths, key=lambda length: (lengths[length], length), default=None)
+    return [cell for cell in found if cell.runs and cell.runs[0]["num_images"] == usual]
 
 
 def _ranks(found: Sequence[Cell], metric: str) -> dict[Cell, tuple[str, str]]:

@@ -136,7 +136,8 @@ class ReproduceArguments:
     def chooses(self) -> bool:
         """Whether runs on held-out images decide anything: the scale of a row, or which rows are finalists."""
         others = [name for name in self.table_methods if name != "coss"]
-        return len(set(self.scales)) > 1 or (self.finalists is not None and self.finalists < len(others))
+        finalists = len(others) if self.finalists is None else self.finalists
+        return len(self.scales) > 1 or (0 < finalists < len(others) and self.seeds_of_others < self.seeds)
 
     @property
     def epochs_of_teachers(self) -> int:
@@ -255,7 +256,7 @@ def nothing_chosen(tried: list[dict], metric: str) -> str:
     for row in tried:
         reasons.setdefault(row["method"], set()).add(row.get("failed", f"no value of {metric}"))
     listed = "; ".join(f"`{name}` ({', '.join(sorted(found))})" for name, found in reasons.items())
-    return f"No scale was chosen, since no run on held-out images ended with a value: {listed or 'nothing was run'}."
+    return f"Without a chosen scale, since no run on held-out images ended with a value: {listed or 'all'}."
 
 
 def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduction:
@@ -310,6 +311,8 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
     _check_seeds(args)
     if not args.scales or min(args.scales) <= 0:
         raise ValueError(f"--scales={args.scales} must be above 0.")
+    if len(set(args.scales)) < len(args.scales):
+        raise ValueError(f"--scales={args.scales} has a value twice; give each once.")
     if args.teacher and len(args.table_pairs) > 1:
         raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.table_pairs)}: give one pair.")
     if args.chooses and not data.validation_size:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coss_hf.hub.snippets import renamed
 from tests.helpers.exported import card, code_of_card, export, picture_of
 from tests.hub.test_loaders import CASES, MORE, student
 
@@ -35,14 +36,18 @@ def test_the_cards_code_gives_the_embedding(tmp_path, name):
     assert given.shape == expected.shape and cosine >= 0.9999
 
 
-def test_a_student_of_timm_is_not_shown_to_it(tmp_path):
-    for name in ("vit", "timm resnet"):
+def test_the_card_names_the_readers_that_were_tried(tmp_path):
+    for name in ("vit", "cifar", "timm resnet"):
         made = student(CASES[name], tmp_path / name)
         export(made, tmp_path / name / "student", lambda _, path: path.write_text("graph"))
         shown = card(made, tmp_path / name / "student")
-        assert ("### Transformers.js" in shown) == (name == "vit")
+        assert ("### Optimum" in shown) == (name == "vit")
+        assert ("### Transformers.js" in shown) == (name != "timm resnet")
+        if name == "vit":
+            there = renamed(shown, "me/it")
+            assert 'const name = "me/it";' in there and 'const name = "student"' not in there
         refused = "* Transformers.js: it prepares images as `preprocessor_config.json` says, which students of timm do"
-        assert (refused in shown) == (name == "timm resnet") and "### Optimum" in shown
+        assert (refused in shown) == (name == "timm resnet")
 
 
 def run(code: str, folder: Path) -> list[float]:

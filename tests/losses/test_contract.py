@@ -271,3 +271,9 @@ def test_takes_tensors_as_well_as_features(name):
 def test_other_inputs_are_rejected_by_name(value):
     with pytest.raises(ValueError, match="teacher: got .*give embeddings"):
         LOSSES["coss"]()(torch.zeros(2, 3), value)
+
+
+def test_a_loss_that_counts_images_says_why_it_cannot_on_a_stream():
+    given = GIVEN | {"num_images": None, "classifier": None}
+    with pytest.raises(ValueError, match=r"^--method=crd: .*nobody knows the number of images in a stream$"):
+        build_loss([Method("crd", {})], student(), teacher(), **given)

@@ -91,7 +91,11 @@ def test_summary_of_a_run():
             "accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2",
         ),
         ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, False, "torchrun --standalone --nproc_per_node 2"),
-        ({"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"}, True, "torchrun --nnodes 2 --nproc_per_node 8"),
+        (
+            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+            True,
+            "torchrun --nnodes 2 --rdzv_backend c10d --rdzv_endpoint HOST:PORT --nproc_per_node 8",
+        ),
     ],
 )
 def test_the_command_says_how_it_was_launched(monkeypatch, environment, accelerator, launcher):

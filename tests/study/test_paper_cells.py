@@ -55,6 +55,8 @@ def test_lengths_and_failures_are_told_apart():
     assert "| `vid` | 73.65 | diverged |  | diverged | 1 (1 failed) | 1,000,000 | 1 |" in text
     no_scale = cells([failed | {"split": "validation"}], [1])
     assert {cell.row for cell in no_scale if cell.text("linear") == "diverged"} == {"vid"}
+    tried = [failed | {"split": "validation"}, row(1, "vgg8/vgg13", "vid", 0, 0.5, split="validation")]
+    assert {cell.text("linear") for cell in cells(tried, [1])} == {"not run"}, "another scale went well"
     with pytest.raises(ValueError, match="two runs of vgg8/vgg13 coss seed 1 with 1,000,000 images differ in linear"):
         cells([*rows, rows[0] | {"linear": 0.7}])
 

@@ -62,7 +62,9 @@ def test_finished_trials_are_kept_and_never_repeated(tmp_path, config):
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "trials").glob("*.json")}
     assert len(files) == 3 and not [path for path in (tmp_path / "study" / "trials").iterdir() if path.is_dir()]
     # Another study of the same runs under other names, in another order.
-    again = Sweep(tmp_path / "study", "second", 1, {}).run([replace(TRIAL, method="other"), failing], config)
+    sweep = Sweep(tmp_path / "study", "second", 1, {"command": "d"})
+    again = sweep.run([replace(TRIAL, method="other"), failing], config)
+    assert {json.loads(line)["command"] for line in sweep.file.read_text().splitlines()} == {"c"}, "what ran them"
     assert again == [rows[0] | {"method": "other"}, rows[1]]
     assert files == {path: path.stat().st_mtime_ns for path in (tmp_path / "study" / "trials").glob("*.json")}
 

@@ -149,7 +149,7 @@ def test_a_pair_without_any_choice_has_a_section_that_says_so(tmp_path):
     args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"])
     this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"))
     text = Reproduction._write(this, failed, {"a/b": []}, {"a/b": [untrained]})
-    assert "## a/b\n\nNothing is reported. No scale was chosen" in text
+    assert "## a/b\n\nNothing is reported. Without a chosen scale" in text
     assert "`rkd` (The loss is inf at step 9)" in text and (tmp_path / "table1.md").read_text() == text
     assert "`rkd` (no value of knn20)" in nothing_chosen([{"method": "rkd"}], "knn20")
 
@@ -170,6 +170,12 @@ def test_where_one_scale_is_given_nothing_is_chosen(tmp_path):
     assert ReproduceArguments(scales=[1, 4]).chooses and ReproduceArguments(scales=[1], finalists=2).chooses
     args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"], methods=["at", "coss"], scales=[1], seeds=1)
     assert not args.chooses and not replace(args, finalists=1).chooses
+    images = SimpleNamespace(dataset="images", validation_size=0)
+    reproduction.check(replace(args, pairs=None), images)
+    with pytest.raises(ValueError, match="--validation_size"):
+        reproduction.check(replace(args, pairs=None, scales=[1, 4]), images)
+    with pytest.raises(ValueError, match=r"--scales=\[1, 1\] has a value twice"):
+        reproduction.check(replace(args, pairs=None, scales=[1, 1]), images)
     choices = choice_trials(1, "a/b", args.methods, args.scales, 64)
     sweep = FakeSweep()
     this = Reproduction(args, SimpleNamespace(dataset="images"), None, None, sweep, choices, 640, {})
