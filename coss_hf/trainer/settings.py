@@ -377,7 +377,8 @@ def _workers(args, situation: Situation) -> Filled:
         return Filled(least, "the order of a stream depends on the workers, and must not depend on the machine")
     # Asked so that the caller can still choose another one.
     method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
-    if method != "fork" and not args.dataloader_multiprocessing_context:
+    # Versions of Transformers at the floor do not have this option.
+    if method != "fork" and not getattr(args, "dataloader_multiprocessing_context", None):
         return Filled(least, "workers of this system are not forked, and may not be able to load these images")
     count = max(most_workers(args, situation), least)
     cores = f"{situation.cores} core{'s' if situation.cores > 1 else ''}"
