@@ -501,20 +501,6 @@ def decoding() -> str:
     return as_markdown(lines)
 
 
-def config_runs() -> str:
-    """Each YAML file for photographs, run once; empty before any is there."""
-    path = RESULTS / "configs.jsonl"
-    lines = [["file", "student", "images seen", "k-NN 20: before", "after", "teacher", "what the run said"]]
-    for row in json_lines(path.name) if path.exists() else []:
-        results = row["results"]
-        before = results.get("initial", results["random"])
-        scores = [f"{100 * found['knn20']:.1f}" for found in (before, results["student"], results["teacher"])]
-        student = row["student"].split(" (")[0]
-        verdict = row["verdict"][0].split(":")[0]
-        lines.append([f"`{row['config']}`", student, f"{row['images_seen']:,}", *scores, verdict])
-    return as_markdown(lines) if len(lines) > 1 else "Not run."
-
-
 def photographs_settings(num_images: int = 6400) -> str:
     """Settings in short runs on photographs, measured on held-out images."""
     rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=num_images)
@@ -648,7 +634,6 @@ TABLES = (
     photographs_longer,
     photographs_paired,
     photographs_settings,
-    config_runs,
     teacher_cache,
     view_epochs,
     loss_classes,

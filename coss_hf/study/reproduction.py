@@ -256,7 +256,7 @@ def nothing_chosen(tried: list[dict], metric: str) -> str:
     for row in tried:
         reasons.setdefault(row["method"], set()).add(row.get("failed", f"no value of {metric}"))
     listed = "; ".join(f"`{name}` ({', '.join(sorted(found))})" for name, found in reasons.items())
-    return f"Without a chosen scale, since no run on held-out images ended with a value: {listed or 'all'}."
+    return f"Without a chosen scale, since no run on held-out images ended with a value: {listed}."
 
 
 def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduction:

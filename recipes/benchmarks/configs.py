@@ -59,6 +59,7 @@ def run(name: str, options: argparse.Namespace) -> dict:
         SystemExit: the run failed, and has said why.
     """
     folder = options.output.with_name(f"{options.output.name}.files") / name
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped: it begins anew
     words = command(name, options)
     start = time.perf_counter()
     code = subprocess.run(
@@ -67,9 +68,8 @@ def run(name: str, options: argparse.Namespace) -> dict:
     if code:
         raise SystemExit(code)
     record = json.loads((folder / "run.json").read_text())
-    row = {"config": name, "seconds": round(time.perf_counter() - start), "machine": device_name(torch.device("cpu"))}
-    if torch.cuda.is_available():
-        row["machine"] = device_name(torch.device("cuda"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    row = {"config": name, "seconds": round(time.perf_counter() - start), "machine": device_name(device)}
     kept = (
         "images_seen",
         "teacher",
