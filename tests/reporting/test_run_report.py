@@ -109,6 +109,16 @@ def test_the_command_says_how_it_was_launched(monkeypatch, environment, accelera
     assert command() == f"{launcher} recipes/distill.py --hub_token '***' --seed=1"
 
 
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_names_its_configuration(monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+    monkeypatch.setattr("coss_hf.reporting.run_record.LAUNCHED", True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setattr("sys.argv", ["recipes/distill.py", "--use_cpu"])
+    started = "accelerate launch --config_file accelerate_configs/cpu.yaml --num_processes 2"
+    assert command() == f"{started} recipes/distill.py --use_cpu"
+
+
 def test_a_verdict_says_on_how_many_images_it_rests():
     first, few = report.summary(results(0.8), [], [], evaluated=60)
     assert first.startswith("The student has learnt") and few.startswith("This is measured on 60 images alone")
