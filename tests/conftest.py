@@ -2,6 +2,7 @@ import atexit
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -93,6 +94,45 @@ def networks(saved, tmp_path):
 
     names = ("teacher", "resnet", "small", "vit")
     return SimpleNamespace(**{name: str(shutil.copytree(saved / name, tmp_path / name)) for name in names})
+
+
+@pytest.fixture
+def distill_command(tmp_path, image_parquet, monkeypatch):
+    """A teacher, a student, images, and a way to call the recipe of ``distill`` on them."""
+    from types import SimpleNamespace
+
+    import tests.helpers.runs as h
+    from coss_hf.cli.pages import load_recipe
+
+    w = SimpleNamespace(
+        recipe=load_recipe("distill"),
+        teacher=h.save_resnet(tmp_path / "teacher", seed=1),
+        student=h.save_resnet(tmp_path / "student", seed=2, hidden_sizes=(4, 4, 8)),
+        images=str(image_parquet),
+        out=tmp_path / "out",
+    )
+
+    def run(*argv, **replaced):
+        options = {
+            "teacher": w.teacher,
+            "student": w.student,
+            "dataset": w.images,
+            "output_dir": str(w.out),
+            "settings": "paper",
+            "per_device_train_batch_size": 8,
+            "augmentation": "cifar",
+            "num_images": 48,
+            "neighbors_cache": str(tmp_path / "neighbours"),
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **replaced,
+        }
+        words = [f"--{key}={value}" for key, value in options.items() if value is not None]
+        monkeypatch.setattr(sys, "argv", ["distill.py", *words, *argv])
+        w.recipe.main()
+
+    w.run = run
+    return w
 
 
 @pytest.fixture

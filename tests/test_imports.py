@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from importlib.util import resolve_name
 
 import pytest
 
@@ -20,9 +21,22 @@ def imports(path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            module = (
+                resolve_name("." * node.level + (node.module or ""), package_of(path)) if node.level else node.module
+            )
+            found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
+
+
+def package_of(path) -> str:
+    """The package that a file's relative imports start from."""
+    return ".".join(path.parent.relative_to(ROOT).parts)
+
+
+def test_relative_imports_count():
+    found = imports(ROOT / "coss_hf/models/cifar/modeling_cifar_resnet.py")
+    assert "coss_hf.models.cifar.configuration_cifar_resnet.CifarResNetConfig" in found
 
 
 def files(package: str):
@@ -45,6 +59,11 @@ def test_losses_import_torch_features_and_distributed_alone():
     for path in files("losses"):
         ours = {name.removeprefix("coss_hf.") for name in imports(path) if name.startswith("coss_hf.")}
         assert all(any(f"{name}.".startswith(f"{allowed}.") for allowed in LOSS_IMPORTS) for name in ours), path
+
+
+def test_losses_need_no_other_package_than_torch():
+    found = {name.split(".")[0] for path in files("losses") for name in imports(path)}
+    assert found - set(sys.stdlib_module_names) == {"coss_hf", "torch"}
 
 
 def test_one_file_imports_faiss():

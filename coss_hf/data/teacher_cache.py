@@ -165,7 +165,7 @@ class TeacherCache:
             os.chmod(temporary, 0o644)
             os.replace(temporary, self.path / META)
 
-    def check_room(self, epochs: int) -> None:
+    def check_free_space(self, epochs: int) -> None:
         """Check that the rows of some epochs which are missing fit on the disk.
 
         Raises:

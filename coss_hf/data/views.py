@@ -42,6 +42,7 @@ class ViewDataset(torch.utils.data.Dataset):
         neighbors: row numbers (n, K) of each image's neighbours; -1 is padding, never drawn.
         k: number of neighbours drawn without replacement from an anchor's K (with replacement, where padding leaves
             fewer than k; where it leaves none, other views of the anchor are taken instead).
+        on_bad_image: `error` or `skip`, where an image can no longer be decoded; see `ImageReader`.
         view_epochs: number P of epochs after which the same views come back, neighbours included: the epoch counts
             modulo P. 0: never.
         reduced_decoding: decode JPEGs at the smallest scale that has all pixels which a view needs.

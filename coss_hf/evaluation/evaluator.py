@@ -163,11 +163,18 @@ class Evaluator:
     def __call__(
         self, student: Backbone, project: Callable[[Tensor], Tensor] | None = None
     ) -> tuple[dict[str, float | None], Tensor]:
-        """Metrics of ``student`` (see ``evaluate_embeddings``) and its embeddings of the test images.
+        """Measure ``student``.
 
         Args:
             student: The network to measure, the teacher itself included.
-            project: Its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one; the embeddings returned are through it.
+            project: Its head, ``(m, d_s)`` to ``(m, d_t)``, where it has one.
+
+        Returns:
+            Metrics by name (see ``evaluate_embeddings``), None where one is not defined; and the embeddings of the
+            test images ``(m, d)``, through ``project`` where it is given.
+
+        Raises:
+            NonFiniteEmbedding: a network gives NaN or infinity for an image.
         """
         train_features = None
         if student is self.teacher:

@@ -106,6 +106,9 @@ class DistillationLoss(nn.Module):
             ``pretraining_module`` and ``pretraining_loss``.
         citation: The paper of the method, for the model card.
         optimum: The smallest value that the loss can have, where it is known and not 0.
+        cosine_parts: The names of the two returned parts that are minus the mean cosine similarity
+            to the teacher, per image and per feature dimension, where the loss returns such parts.
+            A run then logs these instead of computing them once more.
         uses_maps: Whether the loss reads maps; follows from ``reads``.
 
     Raises:
@@ -146,6 +149,7 @@ class DistillationLoss(nn.Module):
     pretraining_steps: int = 0
     citation: Citation | None = None
     optimum: float | None = None
+    cosine_parts: tuple[str, str] | None = None
     uses_maps: bool = False
 
     def __init_subclass__(cls, **kwargs):
@@ -176,8 +180,8 @@ class DistillationLoss(nn.Module):
 
     @classmethod
     def is_function_of_embeddings(cls) -> bool:
-        """Whether embeddings of held-out images are enough to compute the loss on them."""
-        return cls.reads == "embedding" and not cls.keeps_state
+        """Whether embeddings of held-out images, which have no rows of their own, are enough to compute the loss."""
+        return cls.reads == "embedding" and not (cls.keeps_state or cls.needs_image_rows)
 
     def __call__(self, student, teacher, *args, **kwargs) -> dict[str, Tensor]:
         """Compute the loss of a batch from features or plain tensors: ``forward`` after ``features.as_features``."""
@@ -197,7 +201,8 @@ class DistillationLoss(nn.Module):
 
         Returns:
             Scalars by name: ``"loss"``, with its gradient, and parts of it that are logged under
-            their names.
+            their names. ``"finite"``, ``"cosine_sample"`` and ``"cosine_dimension"`` are names that
+            a run gives to values of its own.
         """
         raise NotImplementedError(f"{type(self).__qualname__} must define forward().")
 

@@ -4,13 +4,13 @@ import contextlib
 import re
 from typing import NamedTuple
 
-import yaml
 from torch import Tensor, nn
 
 from coss_hf.features import Features
 
 _METHOD = re.compile(r"([^+()]+)(?:\(([^()]*)\))?")
 _PLUS_OUTSIDE_OF_PARENTHESES = re.compile(r"\+(?![^(]*\))")
+_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "": None}
 
 
 class Method(NamedTuple):
@@ -60,13 +60,15 @@ def _method(part: str) -> Method | None:
     return Method(match[1].strip(), {key: _value(value) for key, value in options.items()})
 
 
-def _value(text: str):
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        # YAML takes 1e-3 for a word.
+def _value(text: str) -> bool | int | float | str | None:
+    """What an option's text says: a word for true, false or nothing, a number, or text, in quotes or not."""
+    text = text.strip()
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for number in (int, float):
         with contextlib.suppress(ValueError):
-            return float(value)
-    return value
+            return number(text)
+    return text[1:-1] if text[0] == text[-1] and text[0] in "'\"" else text
 
 
 class SumLoss(nn.Module):

@@ -108,6 +108,7 @@ class CoSSLoss(DistillationLoss):
     couples_images = True
     same_dim = True
     separable = True
+    cosine_parts = ("l_co", "l_ss")
     citation = Citation(
         authors="Singh, A. and Wang, H.",
         title="Simple Unsupervised Knowledge Distillation With Space Similarity",

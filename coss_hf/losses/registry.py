@@ -78,9 +78,7 @@ def build_loss(methods: list[Method], student: Features, teacher: Features, **gi
                     f"but the teacher's embedding is something else; choose another teacher or pooling."
                 )
             own["classifier"] = None
-        loss = _build(method, own)
-        loss.register_forward_pre_hook(_select_features, with_kwargs=True)
-        losses[method.name] = loss
+        losses[method.name] = read_as_declared(_build(method, own))
     if len(losses) == 1:
         return losses[methods[0].name]
     return SumLoss(losses)
@@ -98,6 +96,16 @@ def papers(methods: list[str]) -> list[tuple[str, str | None, str]]:
         if citation is not None:
             keys[citation] = f"{method}{citation.year}"
     return [(citation.title, citation.url, citation.bibtex(key)) for citation, key in reversed(keys.items())]
+
+
+def read_as_declared(loss: nn.Module) -> nn.Module:
+    """Let a loss be given what its class declares to read, and nothing else, from now on; return it.
+
+    A module that is no ``DistillationLoss`` declares nothing, and stays as it is.
+    """
+    if isinstance(loss, DistillationLoss) and _select_features not in loss._forward_pre_hooks.values():
+        loss.register_forward_pre_hook(_select_features, with_kwargs=True)
+    return loss
 
 
 def _select_features(loss: DistillationLoss, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

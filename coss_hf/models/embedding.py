@@ -18,6 +18,7 @@ from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
 from coss_hf.models.towers import check_space, without_shared_space
 from coss_hf.utils.errors import NonFiniteEmbedding
+from coss_hf.utils.vectors import rows_not_finite
 
 NAMES_SHOWN = 5  # of images, in a message
 
@@ -182,10 +183,9 @@ def check_finite(embeddings: Tensor, images, first: int = 0, whose: str = "Embed
     Raises:
         NonFiniteEmbedding: some hold NaN or infinity; the message names their images.
     """
-    finite = embeddings.isfinite().all(dim=1)
-    if finite.all():
+    bad = rows_not_finite(embeddings, first)
+    if not bad:
         return embeddings
-    bad = [first + row for row in (~finite).nonzero().flatten().tolist()]
     shown = bad[:NAMES_SHOWN]
     named = images.names(shown) if hasattr(images, "names") else [f"row {row}" for row in shown]
     more = ", ..." if len(bad) > NAMES_SHOWN else ""

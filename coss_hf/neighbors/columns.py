@@ -136,6 +136,7 @@ def summary(meta: dict) -> str:
 
 
 def some(rows: Sequence[int]) -> str:
+    """The first five row numbers, for a message."""
     return ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
 
 
@@ -154,6 +155,11 @@ def _column(dataset: datasets.Dataset, name: str) -> np.ndarray:
 
 
 def image_hashes(dataset: datasets.Dataset) -> np.ndarray:
+    """The content hashes ``(n,)`` of a dataset's images, uint64.
+
+    Raises:
+        ValueError: the dataset has no such column.
+    """
     if IMAGE_HASH not in dataset.column_names:
         raise ValueError(f"dataset: no column {IMAGE_HASH}; load the images with coss_hf.load_images, which adds it.")
     return _column(dataset, IMAGE_HASH).view(np.uint64)

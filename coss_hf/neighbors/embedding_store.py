@@ -1,4 +1,4 @@
-"""Embeddings on disk, in shards that several processes write and all map into memory; and neighbours once found."""
+"""Embeddings on disk, in shards that several processes write and all map into memory."""
 
 import contextlib
 import mmap
@@ -13,8 +13,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.embedding import check_finite as refuse_not_finite
-from coss_hf.models.embedding import embed_batches
+from coss_hf.models.embedding import check_finite, embed_batches
 from coss_hf.neighbors.columns import some
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
@@ -79,18 +78,6 @@ def unit_rows(embeddings: torch.Tensor) -> torch.Tensor:
     rows = embeddings.to("cpu", torch.float64)
     norms = rows.norm(dim=1, keepdim=True)
     return (rows / torch.where(norms > 0, norms, 1.0)).float()
-
-
-def check_finite(embeddings: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """(b, d) -> the same. Raises ValueError with the numbers, from `first`, of rows that hold NaN or infinity."""
-    finite = torch.cat([chunk.isfinite().all(dim=1) for chunk in embeddings.split(1024)])
-    bad = [first + row for row in (~finite).nonzero().flatten().tolist()]
-    if bad:
-        raise ValueError(
-            f"embeddings: {len(bad)} of {len(embeddings)} rows hold NaN or infinity (rows {some(bad)}); "
-            "embed with --teacher_dtype float32, and look at these images if that does not help."
-        )
-    return embeddings
 
 
 def embed_shards(
@@ -207,7 +194,7 @@ def _embed(backbone: Backbone, images, shards: list[Shard], batch_size: int, num
             filled = 0
             while filled < len(array):
                 embedding = next(embedded)
-                refuse_not_finite(embedding, images, shard.first + filled, "Embedding for neighbours")
+                check_finite(embedding, images, shard.first + filled, "Embedding for neighbours")
                 array[filled : filled + len(embedding)] = unit_rows(embedding).numpy()
                 filled += len(embedding)
                 progress.update(len(embedding))

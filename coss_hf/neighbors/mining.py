@@ -22,14 +22,15 @@ from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.data.reading import ImageReader
 from coss_hf.models.backbone import Backbone
 from coss_hf.neighbors.cache import read_neighbors, write_neighbors
-from coss_hf.neighbors.columns import check_pool, image_hashes, summary, with_columns
-from coss_hf.neighbors.embedding_store import Vectors, check_finite, embed_shards, unit_rows, unwritable
+from coss_hf.neighbors.columns import check_pool, image_hashes, some, summary, with_columns
+from coss_hf.neighbors.embedding_store import Vectors, embed_shards, unit_rows, unwritable
 from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all
 from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.neighbors.recall import raise_probes
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.process_group import Processes
+from coss_hf.utils.vectors import rows_not_finite
 
 logger = get_logger(__name__)
 
@@ -58,7 +59,12 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: flo
     if embeddings.ndim != 2:
         raise ValueError(f"embeddings: the shape is {tuple(embeddings.shape)}; give one row an image, (n, d).")
     check_pool(k, len(embeddings))
-    units = torch.cat([unit_rows(chunk) for chunk in check_finite(embeddings).split(CHUNK)])
+    if bad := rows_not_finite(embeddings):
+        raise ValueError(
+            f"embeddings: {len(bad)} of {len(embeddings)} rows hold NaN or infinity (rows {some(bad)}); embed with "
+            f"--teacher_dtype float32, and look at these images if that does not help."
+        )
+    units = torch.cat([unit_rows(chunk) for chunk in embeddings.split(CHUNK)])
     return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, max_similarity)
 
 
@@ -338,7 +344,7 @@ def add_neighbors(
     batch_size: int = 256,
     num_workers: int = 0,
 ) -> datasets.Dataset:
-    """Adds every image's k nearest others, as the backbone embeds them un-augmented, to a dataset of `load_images`.
+    """Add every image's k nearest others, as the backbone embeds them un-augmented, to a dataset of `load_images`.
 
     Embeddings go to disk, shard by shard (`embeddings-...` next to the cached neighbours): a run that was stopped
     resumes from there. They are removed once the neighbours are kept, unless the options say otherwise.
@@ -346,18 +352,22 @@ def add_neighbors(
     Args:
         dataset: n rows with columns `image_column` and `image_hash`. Neighbours that it already carries are replaced.
         backbone: the teacher, a `coss_hf.models.backbone.Backbone`.
+        image_column: the name of the column of the images.
         k: neighbours an image, 1 <= k < n.
         options: search, recall, near-duplicates, dtype; by default exact up to 100,000 images.
         cache_dir: where neighbours are kept from run to run, found again by images (in order), backbone, k and options;
             `coss_hf` in the cache of datasets by default. Concurrent callers are safe.
-        batch_size, num_workers: of the embedding pass.
+        batch_size: images per forward pass.
+        num_workers: number of processes that decode images.
 
     Returns:
         An ordinary dataset with the columns `neighbors` (List(int32), the nearest first, -1 padding what
         `neighbors_max_similarity` leaves out) and `neighbors_hash` (uint64).
 
     Raises:
-        ValueError: as `nearest_neighbors`.
+        ValueError: `k` out of range, a dataset without `image_hash`, or options that leave no image any neighbour.
+        UnreadableImage: an image can no longer be decoded.
+        NonFiniteEmbedding: the backbone gives NaN or infinity for an image.
     """
     neighbors, _ = nearest_neighbors(
         dataset,

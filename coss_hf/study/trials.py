@@ -195,7 +195,7 @@ def build_trial_trainer(trial: Trial, config: StudyConfig, folder: Path) -> Dist
     set_seed(trial.seed)
     student = config.models[trial.pair].load_student(teacher)
     _leave_out_cache(args, student, teacher)
-    trainer = build_trainer(student, teacher, splits, args, data=config.data)
+    trainer = build_trainer(splits, args, teacher=teacher, student=student, data=config.data)
     trainer.remove_callback(ConsoleCallback)
     return trainer
 

@@ -143,7 +143,7 @@ class CachedTeacher(TrainerCallback):
     def _check_disk(self) -> None:
         """Free space is needed only where rows are written."""
         if self.cache.check_writable(self._epochs):
-            self.cache.check_room(self._epochs)
+            self.cache.check_free_space(self._epochs)
 
     def use(self, views: ViewDataset, show: bool) -> None:
         """Take the cache of these views as they are now, check it and say what is there; all processes together.

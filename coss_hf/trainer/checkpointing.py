@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.models.heads import HEAD_FILE
@@ -161,6 +161,22 @@ def save_student(
     args = copy.copy(args)
     args.hub_token = None  # no secret on disk
     torch.save(args, os.path.join(folder, "training_args.bin"))
+
+
+def save_training_state(trainer: Trainer, folder: str) -> None:
+    """Write what a training needs to resume as if it had not stopped, unless ``--save_only_model`` leaves it out.
+
+    All processes call together: each has random numbers of its own.
+
+    Args:
+        trainer: the training.
+        folder: of the checkpoint.
+    """
+    if trainer.args.save_only_model:
+        return
+    trainer._save_optimizer_and_scheduler(folder)
+    trainer._save_scaler(folder)
+    trainer._save_rng_state(folder)
 
 
 def load_student(

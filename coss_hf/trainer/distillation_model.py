@@ -8,7 +8,7 @@ from transformers import set_seed
 
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
-from coss_hf.losses.registry import LOSSES, build_loss
+from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
@@ -73,11 +73,11 @@ class DistillationModel(nn.Module):
         set_seed(args.seed)
         needs = losses_of(args, criterion)
         _share_maps(student, teacher, args, needs, built_in=criterion is None)
-        head = _build_head(student, teacher, args, needs, built_in=criterion is None)
+        head = _build_head(student, teacher, args, needs)
         if criterion is None:
             criterion = _build_criterion(student, teacher, head, args, num_images)
-        # A loss of the user's own that does not say is taken to compare embeddings of one space.
-        aligned = any(getattr(need, "same_dim", True) for need in needs)
+        read_as_declared(criterion)
+        aligned = any(needs_same_dim(need) for need in needs)
         # Replaces that of an earlier run which the student may come from.
         student.model.config.teacher_space = _teacher_space(teacher, head) if aligned else None
         return cls(student, criterion, head)
@@ -125,8 +125,8 @@ class DistillationModel(nn.Module):
         exact = {} if other_totals is None else {"other_totals": other_totals}
         output = as_output(self.criterion(student, teacher, index, **exact))
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
-        if "l_co" in output and "l_ss" in output:
-            cosines = -output["l_co"].detach(), -output["l_ss"].detach()
+        if parts := getattr(self.criterion, "cosine_parts", None):
+            cosines = tuple(-output[name].detach() for name in parts)
         elif student.embedding.shape == teacher.embedding.shape:
             with torch.no_grad():
                 cosines = mean_cosines(student.embedding, teacher.embedding)
@@ -183,6 +183,11 @@ def uses_maps(need) -> bool:
     return getattr(need, "uses_maps", False)
 
 
+def needs_same_dim(need) -> bool:
+    """Whether a loss, or its class, compares embeddings of one space; one that does not say is taken to."""
+    return getattr(need, "same_dim", True)
+
+
 def losses_of(args: DistillationArguments, criterion: nn.Module | None = None) -> list:
     """The losses of a training: the one that was given as a module, else the classes of the methods."""
     return [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
@@ -219,11 +224,9 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
             )
 
 
-def _build_head(
-    student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, built_in: bool
-) -> nn.Module | None:
-    """The head that ``args`` ask for; none where no built-in method compares embeddings of one dimension."""
-    if args.head == "auto" and built_in and not any(need.same_dim for need in needs):
+def _build_head(student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list) -> nn.Module | None:
+    """The head that ``args`` ask for; none where no loss compares embeddings of one dimension."""
+    if args.head == "auto" and not any(needs_same_dim(need) for need in needs):
         return None
     head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
     if head is not None and all(uses_maps(need) for need in needs):

@@ -11,8 +11,8 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import to_dict
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.trainer.checkpoint_files import claim_output_dir
-from coss_hf.trainer.inputs import load_networks, read_images
+from coss_hf.trainer.checkpoint_files import claim_output_dir, find_checkpoint
+from coss_hf.trainer.inputs import Prepared, load_networks, read_images
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -45,38 +45,40 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"
         )
-    trainer = build_trainer(student, teacher, splits, args, data=data)
+    trainer = build_trainer(splits, args, teacher=teacher, student=student, data=data, prepared=Prepared(checkpoint))
     trainer.arguments = to_dict(models, data, trainer.args)
-    if checkpoint is not None and not args.dry_run:
-        trainer.find_checkpoint(checkpoint)  # refuses that of another run
+    if not args.dry_run:
+        trainer.check_checkpoint(checkpoint)
     return DistillationRun(trainer, splits, checkpoint)
 
 
 @command_line()
 def build_trainer(
-    student: Backbone,
-    teacher: Backbone,
     splits: ImageSplits,
     args: DistillationArguments,
     *,
+    teacher: Backbone,
+    student: Backbone,
     data: DataArguments | None = None,
     neighbors: np.ndarray | None = None,
     evaluator: Evaluator | None = None,
     criterion: nn.Module | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    prepared: Prepared | None = None,
 ) -> DistillationTrainer:
     """Build a trainer from networks, images and arguments; neighbours are found last, since that takes longest.
 
     Args:
-        student: to be trained.
-        teacher: frozen.
         splits: the images.
         args: of the training.
+        teacher: frozen.
+        student: to be trained.
         data: how neighbours are searched and where they are kept; default: ``DataArguments()``.
         neighbors: ``(n, K)`` rows of each training image's neighbours, instead of a search.
         evaluator: see ``DistillationTrainer``.
         criterion: see ``DistillationTrainer``.
         callbacks: see ``DistillationTrainer``.
+        prepared: the checkpoint to resume from, where it was looked for already.
 
     Raises:
         ValueError: any input that the run cannot use.
@@ -91,4 +93,5 @@ def build_trainer(
         data=data,
         neighbors=neighbors,
         callbacks=callbacks,
+        prepared=prepared or Prepared(find_checkpoint(args.output_dir, args.resume_from_checkpoint)),
     )

@@ -35,6 +35,19 @@ from coss_hf.utils.process_group import Processes
 DRY_RUN_SAMPLE = 200  # images that a dry run decodes of each split
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What ``factory`` has done before it makes a trainer of images that were read for it.
+
+    The output folder is claimed where the run has one to itself, and the arguments were tried on noise.
+
+    Attributes:
+        checkpoint: that the run resumes from; None for a fresh start.
+    """
+
+    checkpoint: str | None = None
+
+
 @dataclass
 class RunInputs:
     """What a trainer works with.
@@ -73,6 +86,7 @@ def resolve_inputs(
     criterion: str | nn.Module | None,
     transform: str | Callable | None,
     data: DataArguments,
+    prepared: Prepared | None = None,
 ) -> RunInputs:
     """Load and check what ``DistillationTrainer`` is given; see there for what each argument may be.
 
@@ -83,6 +97,7 @@ def resolve_inputs(
         if value is None:
             raise ValueError(f"--{name} is missing.")
     args = with_names(args or DistillationArguments(), criterion, transform)
+    criterion = None if isinstance(criterion, str) else criterion
     given = {"teacher": described(teacher), "student": described(student), "dataset": described(train_dataset)}
     teacher, student = load_networks(
         args,
@@ -94,37 +109,38 @@ def resolve_inputs(
     for role, backbone in (("teacher", teacher), ("student", student)):
         given |= described_input(role, backbone)
     _place(teacher, args)
-    if not isinstance(train_dataset, (ViewDataset, ImageSplits)):  # a recipe does it before it reads images
+    if prepared is None and not isinstance(train_dataset, ViewDataset):
         from coss_hf.trainer.rehearsal import rehearse  # builds trainers
 
-        _check_streamed(args, train_dataset, data)
-        rehearse(student, teacher, args, None if isinstance(criterion, str) else criterion)
-    views = train_dataset
-    splits = None
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+        _check_streamed(args, train_dataset, data, criterion)
+        rehearse(student, teacher, args, criterion)
+    checkpoint = (
+        find_checkpoint(args.output_dir, args.resume_from_checkpoint) if prepared is None else prepared.checkpoint
+    )
+    recorded = recorded_settings(checkpoint)
     if isinstance(train_dataset, ViewDataset):
+        if eval_dataset is not None:
+            raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
+        splits = None
+        views = train_dataset
         args = args.drawing(views.k)  # what they were made with
-        embeds = evaluator is not None
-        situation = find_situation(args, student, teacher, size=views.size, images=len(views), embeds=embeds)
-        args, settings = fill(args, situation, recorded_settings(checkpoint))
+        situation = find_situation(
+            args, student, teacher, size=views.size, images=len(views), embeds=evaluator is not None
+        )
+        args, settings = fill(args, situation, recorded)
     else:
-        splits = train_dataset
-        if not isinstance(train_dataset, ImageSplits):
-            splits = read_images(args, checkpoint, partial(as_splits, train_dataset, eval_dataset, data))
+        splits = read_images(args, checkpoint, partial(as_splits, train_dataset, eval_dataset, data))
         if splits.stream is not None:
-            args = args.for_stream()
+            args = args.for_stream(criterion)
         images = None if splits.stream is not None else len(splits.train)
         size = view_size(args, student, teacher)
         embeds = evaluator is not None or splits.validation is not None
         situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds)
-        args, settings = fill(args, situation, recorded_settings(checkpoint))
+        args, settings = fill(args, situation, recorded)
         views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
             evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
-    if splits is None and eval_dataset is not None:
-        raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
-    criterion = None if isinstance(criterion, str) else criterion
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
 
 
@@ -153,10 +169,12 @@ def read_images(
         return read(recorded=recorded, **how_checked(args, recorded))
 
 
-def _check_streamed(args: DistillationArguments, train_dataset, data: DataArguments) -> None:
+def _check_streamed(
+    args: DistillationArguments, train_dataset, data: DataArguments, criterion: nn.Module | None
+) -> None:
     """Refuse what no stream can do, before images and networks are tried."""
     if data.streaming or isinstance(train_dataset, (IterableDataset, IterableDatasetDict)):
-        args.check_stream()
+        args.check_stream(criterion)
 
 
 def view_size(args: DistillationArguments, student: Backbone, teacher: Backbone) -> int:
@@ -182,7 +200,9 @@ def with_names(
     if isinstance(criterion, str):
         args.method = criterion
         args._check_methods()
-    elif not (criterion is None or isinstance(criterion, nn.Module)):
+    elif isinstance(criterion, nn.Module):
+        args.check_criterion(criterion)
+    elif criterion is not None:
         raise ValueError(f"--criterion is a {type(criterion).__name__}; give a method's name or an nn.Module.")
     if isinstance(transform, str):
         if transform not in AUGMENTATIONS:
@@ -308,7 +328,7 @@ def as_splits(
         ValueError: no such dataset, or one without images.
     """
     if isinstance(train_dataset, ImageSplits):
-        return train_dataset
+        return train_dataset if eval_dataset is None else with_held_out(train_dataset, eval_dataset, data, **checked)
     check_images("train_dataset", train_dataset)
     if eval_dataset is None:
         return data.load(train_dataset, hold_out_by_default=True, recorded=recorded, streams=True, **checked)

@@ -34,7 +34,7 @@ from coss_hf.trainer.checkpoint_files import (
     remove_earlier_run,
     shapes,
 )
-from coss_hf.trainer.checkpointing import CheckpointWriter
+from coss_hf.trainer.checkpointing import CheckpointWriter, save_training_state
 from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused, resolve_saving
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
@@ -190,10 +190,7 @@ class SupervisedTrainer(Trainer):
         run_dir = self._get_output_dir(trial=trial)
         with self._checkpoints.atomic(Path(run_dir, f"checkpoint-{self.state.global_step}"), manifest=True) as folder:
             self.save_model(str(folder), _internal_call=True)
-            if not self.args.save_only_model:
-                self._save_optimizer_and_scheduler(str(folder))
-                self._save_scaler(str(folder))
-                self._save_rng_state(str(folder))
+            save_training_state(self, str(folder))
             if self.args.should_save:
                 Path(folder, RECORD).write_text(json.dumps(self._identity, indent=2))
                 self.state.save_to_json(str(folder / "trainer_state.json"))

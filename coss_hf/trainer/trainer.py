@@ -55,13 +55,13 @@ from coss_hf.trainer.checkpoint_files import (
     set_damaged_aside,
     shapes,
 )
-from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student
+from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student, save_training_state
 from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
 from coss_hf.trainer.given_arguments import instead_of_arguments
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
-from coss_hf.trainer.inputs import RunInputs, evaluator_of, find_neighbors, resolve_inputs
+from coss_hf.trainer.inputs import Prepared, RunInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
 from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
@@ -124,6 +124,7 @@ class DistillationTrainer(Trainer):
         neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
         callbacks: as in ``transformers.Trainer``.
         optimizers: as in ``transformers.Trainer``.
+        prepared: of ``factory.build_trainer``, which has checked the input before. Leave it out.
 
     Attributes:
         splits: the images; None where a ``ViewDataset`` was given.
@@ -165,6 +166,7 @@ class DistillationTrainer(Trainer):
         neighbors: np.ndarray | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers=(None, None),
+        prepared: Prepared | None = None,
     ):
         if neighbors is not None and not (args and args.neighbors_k):
             raise ValueError("--neighbors: --neighbors_k=0 draws none of them; give neighbors_k in args.")
@@ -182,6 +184,8 @@ class DistillationTrainer(Trainer):
             "callbacks": callbacks,
             "optimizers": optimizers,
         }
+        self._prepared = prepared
+        self._prepared_checkpoint = prepared.checkpoint if prepared is not None else None
         self._set_up(teacher, student, args)
 
     def _set_up(self, teacher, student, args: DistillationArguments | None) -> None:
@@ -197,6 +201,7 @@ class DistillationTrainer(Trainer):
             criterion=given["criterion"],
             transform=given["transform"],
             data=given["data"],
+            prepared=self._prepared,
         )
         self.splits = inputs.splits
         self.settings = inputs.settings
@@ -298,10 +303,6 @@ class DistillationTrainer(Trainer):
         self._owns_output_dir = False
         self._position: dict | None = None  # in a stream, after the last step
         self._stream_loader: StreamLoader | None = None
-        diagnostics = []
-        if evaluator is not None:
-            diagnostics.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
-        told = StreamCallback(views) if self.is_streaming else EpochCallback(views)
         use_precision(args)
         super().__init__(
             model,
@@ -310,10 +311,10 @@ class DistillationTrainer(Trainer):
             train_dataset=views,
             eval_dataset=None if evaluator is None else evaluator.test_images,
             processing_class=student.processor,
-            callbacks=[told, *diagnostics, WaitingCallback(self._most_workers, self.is_streaming), *(callbacks or [])],
+            callbacks=[*self._own_callbacks(args, views, evaluator), *(callbacks or [])],
             optimizers=optimizers,
         )
-        print_lines(self, args.log_format, getattr(model.criterion, "optimum", None))
+        print_lines(self, args.log_format, model.criterion)
         self.checkpoints = CheckpointWriter(args, self.accelerator.wait_for_everyone)
         use_own_trackers(self)
         self.preemption = Preemption()
@@ -323,11 +324,22 @@ class DistillationTrainer(Trainer):
         if args.torch_compile:
             self._compile_teacher()
         if self.is_fsdp_enabled:
-            # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-            name_blocks(model, model.network)
-            self._unsharded = unsharded_copy(model).to(args.device)
-            unshare(model.network)
+            self._prepare_fsdp(model, args)
+
+    def _own_callbacks(
+        self, args: DistillationArguments, views: ViewDataset | StreamViews, evaluator: Evaluator | None
+    ) -> list[TrainerCallback]:
+        found: list[TrainerCallback] = [StreamCallback(views) if self.is_streaming else EpochCallback(views)]
+        if evaluator is not None:
+            found.append(DiagnosticsCallback(len(evaluator.test_images), last_step=args.evaluates_by_default))
+        return [*found, WaitingCallback(self._most_workers, self.is_streaming)]
+
+    def _prepare_fsdp(self, model: DistillationModel, args: DistillationArguments) -> None:
+        # Autocast does mixed precision, as without FSDP: its own would round the loss as well.
+        self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        name_blocks(model, model.network)
+        self._unsharded = unsharded_copy(model).to(args.device)
+        unshare(model.network)
 
     @property
     def methods(self) -> list[str]:
@@ -465,12 +477,12 @@ class DistillationTrainer(Trainer):
             end_of_messages()
 
     def _train(self, resume_from_checkpoint: str | bool | None, kwargs: dict) -> TrainOutput:
-        self._claim_output_dir(resume_from_checkpoint)
-        self._take_recorded_images(resume_from_checkpoint)
+        checkpoint = self._claim_output_dir(resume_from_checkpoint)
+        self._take_recorded_images(checkpoint)
         self._find_neighbors()
         self._bring_cached_rows()
-        self._take_recorded_settings(resume_from_checkpoint)
-        checkpoint = self.find_checkpoint(resume_from_checkpoint)
+        self._take_recorded_settings(checkpoint)
+        self.check_checkpoint(checkpoint)
         self._show_settings()
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
@@ -500,9 +512,8 @@ class DistillationTrainer(Trainer):
             print(text, flush=True)
         return result
 
-    def _take_recorded_settings(self, resume_from_checkpoint: str | bool | None) -> None:
+    def _take_recorded_settings(self, checkpoint: str | None) -> None:
         """Those of the run to be resumed; before its checkpoint is compared, since a stream's workers have places."""
-        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         taken = take_over(self.args, self.settings, recorded_settings(checkpoint))
         self.arguments |= {name: getattr(value, "value", value) for name, value in taken.items()}
         if self.is_streaming and self.train_dataset.workers != self.args.dataloader_num_workers:
@@ -546,18 +557,21 @@ class DistillationTrainer(Trainer):
 
     def _claims_output_dir(self) -> bool:
         """Whether it is for ``train`` to look who uses the folder: a recipe did it before it read images."""
-        known = isinstance(self._given["train_dataset"], ImageSplits)
-        return not (self._owns_output_dir or known or self.args.dry_run)
+        return not (self._owns_output_dir or self._prepared is not None or self.args.dry_run)
 
-    def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Once: a trainer may train again in its own folder."""
+    def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """Return the checkpoint to resume from. The folder is claimed once: a trainer may train again in its own."""
+        found, self._prepared_checkpoint = self._prepared_checkpoint, None
+        if found is not None and resume_from_checkpoint in (found, self.args.resume_from_checkpoint):
+            return found  # nobody has trained since
         if not self._claims_output_dir():
-            return
-        claim_output_dir(self.args, resume_from_checkpoint)
+            return find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        checkpoint = claim_output_dir(self.args, resume_from_checkpoint)
         remove_earlier_run(self.args, resume_from_checkpoint)
         self._owns_output_dir = True
+        return checkpoint
 
-    def _take_recorded_images(self, resume_from_checkpoint: str | bool | None) -> None:
+    def _take_recorded_images(self, checkpoint: str | None) -> None:
         """Begin again with the images that the run to be resumed began with, where others are there now.
 
         With ``args.resume_from_checkpoint`` they are there from the start; of ``train``'s own parameter it is known
@@ -566,7 +580,6 @@ class DistillationTrainer(Trainer):
         given = self._given
         if self.splits is None or isinstance(given["train_dataset"], ImageSplits):
             return
-        checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         recorded = RunImages.of_checkpoint(checkpoint)
         if recorded is None or self.splits.run_images is None or recorded.same_as(self.splits.run_images):
             return
@@ -964,10 +977,7 @@ class DistillationTrainer(Trainer):
         best = self.state.best_global_step
         if best and (best == self.state.global_step or final.with_name(f"checkpoint-{best}").exists()):
             self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{best}"))
-        if not self.args.save_only_model:
-            self._save_optimizer_and_scheduler(folder)
-            self._save_scaler(folder)
-            self._save_rng_state(folder)
+        save_training_state(self, folder)
         self._save_images(folder)
         if not self.args.should_save:
             return
@@ -1039,10 +1049,21 @@ class DistillationTrainer(Trainer):
             ValueError: not a complete checkpoint, one of another run, or one without the state of its training.
         """
         checkpoint = find_checkpoint(self.args.output_dir, resume_from_checkpoint)
+        self.check_checkpoint(checkpoint)
+        return checkpoint
+
+    def check_checkpoint(self, checkpoint: str | None) -> None:
+        """Refuse to resume from a complete checkpoint that this run cannot continue.
+
+        Args:
+            checkpoint: its folder; None for a fresh start, which is never refused.
+
+        Raises:
+            ValueError: one of another run, or one without the state of its training.
+        """
         if checkpoint is not None:
             check_identity(checkpoint, self.identity())
             check_training_state(checkpoint, self.args)
-        return checkpoint
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         model = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)

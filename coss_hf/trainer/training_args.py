@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -416,8 +417,20 @@ class DistillationArguments(TrainingArguments):
             if name not in LOSSES:
                 raise ValueError(f"--method={name!r} is unknown: choose one of {', '.join(LOSSES)}, or a sum of them.")
         if self.exact_accumulation and (len(names) > 1 or not LOSSES[names[0]].separable):
-            separable = [name for name, loss in LOSSES.items() if loss.separable]
-            raise ValueError(f"--exact_accumulation works with --method {', '.join(separable)}, not {self.method}.")
+            raise ValueError(f"--exact_accumulation works with --method {separable_methods()}, not {self.method}.")
+
+    def check_criterion(self, criterion: nn.Module) -> None:
+        """Check that a loss that is given as a module can do what these arguments ask of it.
+
+        Raises:
+            ValueError: exact accumulation of a loss that does not declare itself separable.
+        """
+        if self.exact_accumulation and not getattr(criterion, "separable", False):
+            raise ValueError(
+                f"--exact_accumulation needs the sums that a loss is made of, and --criterion="
+                f"{type(criterion).__name__} does not declare any (separable = True, with a method totals): leave "
+                f"--exact_accumulation out, or use --method {separable_methods()}."
+            )
 
     def _check_fixed_options(self) -> None:
         for name in ("logging_nan_inf_filter", "remove_unused_columns"):
@@ -479,21 +492,27 @@ class DistillationArguments(TrainingArguments):
             args.ddp_find_unused_parameters = True
         return args
 
-    def for_stream(self) -> "DistillationArguments":
+    def for_stream(self, criterion: nn.Module | None = None) -> "DistillationArguments":
         """Return a copy for training images that are read as a stream.
+
+        Args:
+            criterion: a loss instead of ``method``.
 
         Raises:
             ValueError: what needs a number for each image, or the length of a pass over them.
         """
-        self.check_stream()
+        self.check_stream(criterion)
         args = copy.copy(self)
         args.ignore_data_skip = True  # the stream continues by itself
         if args.save_strategy == SaveStrategy.EPOCH:
             args.save_strategy = SaveStrategy.STEPS
         return args
 
-    def check_stream(self) -> None:
+    def check_stream(self, criterion: nn.Module | None = None) -> None:
         """Check that a stream of images can be trained on.
+
+        Args:
+            criterion: a loss instead of ``method``.
 
         Raises:
             ValueError: an argument that needs a number for each image, or the length of an epoch.
@@ -510,19 +529,11 @@ class DistillationArguments(TrainingArguments):
                     f"--{name}={getattr(self, name)}: views that come back are numbered by image, and a stream has no "
                     f"numbers of images; leave it out, or load the images without streaming."
                 )
-        for method in self.methods:
-            loss = LOSSES[method.name]
-            options = inspect.signature(loss).parameters
-            if loss.needs_image_rows:
-                raise ValueError(
-                    f"--method={method.name} keeps a memory with a row for each training image, and a stream has no "
-                    f"numbers of images; choose another method, or load the images without streaming."
-                )
-            if loss.pretraining_steps or "pretraining_steps" in options:
-                raise ValueError(
-                    f"--method={method.name} learns from images in random order before the training, which a stream "
-                    f"does not give; choose another method, or load the images without streaming."
-                )
+        if criterion is not None:
+            _check_loss_of_stream(f"--criterion={type(criterion).__name__}", criterion)
+        else:
+            for method in self.methods:
+                _check_loss_of_stream(f"--method={method.name}", LOSSES[method.name])
         if self.max_steps <= 0 and self.num_images is None:
             raise ValueError(
                 "--max_steps is missing: nobody knows the number of images in a stream; give --max_steps or "
@@ -635,3 +646,23 @@ class DistillationArguments(TrainingArguments):
             raise ValueError(f"--num_images={self.num_images} is less than one step of {self.images_per_step} images.")
         batches = images // (self.per_device_train_batch_size * self.world_size)
         return RunLength(batches, self.gradient_accumulation_steps, self.images_per_batch)
+
+
+def separable_methods() -> str:
+    """Names of the methods that exact accumulation works with, for messages."""
+    return ", ".join(name for name, loss in LOSSES.items() if loss.separable)
+
+
+def _check_loss_of_stream(named: str, loss) -> None:
+    """Refuse a loss, or the class of one, that needs images that can be numbered or drawn at random."""
+    if getattr(loss, "needs_image_rows", False):
+        raise ValueError(
+            f"{named} keeps a memory with a row for each training image, and a stream has no numbers of images; choose "
+            f"another method, or load the images without streaming."
+        )
+    may_be_asked = inspect.isclass(loss) and "pretraining_steps" in inspect.signature(loss).parameters
+    if getattr(loss, "pretraining_steps", 0) or may_be_asked:
+        raise ValueError(
+            f"{named} learns from images in random order before the training, which a stream does not give; choose "
+            f"another method, or load the images without streaming."
+        )

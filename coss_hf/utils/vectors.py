@@ -1,6 +1,6 @@
-"""Vectors of length 1, for losses, evaluation, export and recipes. Needs torch alone.
+"""Vectors: to length 1, for losses, evaluation, export and recipes; and the ones that are not finite.
 
-The neighbour search has its own, in float64, for embeddings whose squares float32 cannot hold.
+Needs torch alone. The neighbour search has its own, in float64, for embeddings whose squares float32 cannot hold.
 """
 
 import torch
@@ -31,3 +31,19 @@ def l2_normalize(x: Tensor) -> Tensor:
     # sqrt has an infinite slope at 0: keep it out of the graph.
     norms = torch.where(is_zero, 1.0, squares).sqrt().clamp_min(EPS)
     return torch.where(is_zero, 0.0, x / norms)
+
+
+def rows_not_finite(x: Tensor, first: int = 0) -> list[int]:
+    """Return the numbers of the rows that hold NaN or infinity.
+
+    Args:
+        x: Vectors ``(n, d)``, floating point.
+        first: Number of the first row.
+
+    Example:
+        >>> rows_not_finite(torch.tensor([[1.0, 2.0], [0.0, torch.inf]]), first=10)
+        [11]
+    """
+    # In chunks, since `isfinite` makes a tensor of the same size.
+    finite = torch.cat([chunk.isfinite().all(dim=1) for chunk in x.split(1024)])
+    return [first + row for row in (~finite).nonzero().flatten().tolist()]

@@ -64,7 +64,7 @@ def train(name: str, options: argparse.Namespace, splits: ImageSplits) -> list[d
         # Without labels.
         unlabelled = splits._replace(label_column=None)
         evaluator = build_evaluator(unlabelled, teacher, args, splits.validation, during_training=True)
-        trainer = build_trainer(student, teacher, splits, args, evaluator=evaluator)
+        trainer = build_trainer(splits, args, teacher=teacher, student=student, evaluator=evaluator)
         if name == "shuffled":
             shuffle_teacher(trainer)
         trainer.train()

@@ -70,7 +70,7 @@ def measure(parquet: str, workers: int, segments: int, folder: str) -> dict:
     images = decode(parquet)[: BATCH * 64, None]
     bare = Segments(copy.copy(teacher).freeze(), other, BATCH, images, skip=2 * workers + 1)
     other.model.to(args.device).train()
-    build_trainer(student, teacher, splits, args, callbacks=[bare]).train()
+    build_trainer(splits, args, teacher=teacher, student=student, callbacks=[bare]).train()
     shares = sorted(loop / trainer for trainer, loop in bare.pairs[1:])
     return {
         "workers": workers,

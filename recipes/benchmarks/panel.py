@@ -72,7 +72,7 @@ def measure(options: argparse.Namespace, splits: ImageSplits) -> dict:
             use_cpu=not torch.cuda.is_available(),
         )
         evaluator = build_evaluator(splits, teacher, args, splits.validation, during_training=True)
-        build_trainer(student, teacher, splits, args, evaluator=evaluator, callbacks=[clock]).train()
+        build_trainer(splits, args, teacher=teacher, student=student, evaluator=evaluator, callbacks=[clock]).train()
     evaluations = clock.evaluations[1:]
     evaluation = statistics.median(evaluations)
     step = statistics.median(clock.steps)

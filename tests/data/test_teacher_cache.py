@@ -210,11 +210,11 @@ def test_a_disk_that_is_too_small_is_refused_with_sizes(tmp_path):
     with pytest.raises(
         ValueError, match=r"--teacher_cache=.* take 1,.* TB \(1,000,000,000 images x 1 views x 4096 .*free"
     ):
-        cache.check_room(100)
+        cache.check_free_space(100)
     assert not (tmp_path / "new").exists()
     small = filled(tmp_path)
     small.free_bytes = lambda: 0
-    small.check_room(2)  # all is there
+    small.check_free_space(2)  # all is there
 
 
 def test_read_only_cache_is_rejected_where_it_holds_nothing(tmp_path, monkeypatch, caplog):

@@ -215,7 +215,14 @@ def make_trainer(
     evaluator = evaluator(splits, teacher) if evaluator else None
     neighbors = neighbors if args.neighbors_k else None  # which are refused where none of them are drawn
     return build_trainer(
-        student, teacher, splits, args, data=data, neighbors=neighbors, evaluator=evaluator, criterion=criterion
+        splits,
+        args,
+        teacher=teacher,
+        student=student,
+        data=data,
+        neighbors=neighbors,
+        evaluator=evaluator,
+        criterion=criterion,
     )
 
 

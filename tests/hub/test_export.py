@@ -207,6 +207,7 @@ def exported(tmp_path_factory):
     return folder, student.encode(networks.images(4)).numpy()
 
 
+@pytest.mark.slow
 def test_files_on_the_hub_give_the_students_embedding_without_this_package(exported, tmp_path):
     folder, expected = exported
     command = [sys.executable, "-c", ELSEWHERE, str(folder), str(tmp_path / "found.npz")]

@@ -176,6 +176,7 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     assert "2_Dense/model.safetensors" in old and not any(name.startswith("2_Dense") for name in files)
 
 
+@pytest.mark.slow
 def test_a_student_of_timm_loads_by_its_name_on_the_hub(hub, environment, tmp_path):
     """By the card's own code, in a fresh process without this package."""
     networks.save("timm_resnet", tmp_path / "network")

@@ -8,12 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.models.heads import load_head, projection_head
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.processes import run as run_program
-from tests.recipes.test_distill import ROOT, load_recipe
+from tests.helpers.runs import ROOT
 
 evaluate = load_recipe("evaluate")
 RETRIEVAL = tuple(f"{kind}{name}" for kind in ("", "asymmetric_") for name in ("recall1", "recall10", "map"))

@@ -10,11 +10,12 @@ from safetensors.torch import save_file
 
 import coss_hf
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.hub.export_folders import exported_folders, weights_digest
 from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import projection_head
 from coss_hf.models.loading import load_backbone
-from tests.recipes.test_distill import ROOT, load_recipe
+from tests.helpers.runs import ROOT
 
 recipe = load_recipe("export")
 

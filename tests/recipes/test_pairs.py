@@ -20,6 +20,7 @@ from transformers import (
 )
 
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.models.loading import load_backbone
 from tests.helpers.processes import run as run_program
 
@@ -72,8 +73,6 @@ def save(folder, kind: str, seed: int) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(("teacher", "student"), [("vit", "timm"), ("dinov2", "mobilenet"), ("convnext", "vit")])
 def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
-    from tests.recipes.test_distill import distill
-
     words = {
         "teacher": save(tmp_path / "teacher", teacher, 1),
         "student": save(tmp_path / "student", student, 2),
@@ -92,7 +91,7 @@ def test_pair(tmp_path, image_parquet, monkeypatch, teacher, student):
     if student == "timm":
         words["student_size"] = 64  # timm's own 224 pixels take long
     monkeypatch.setattr(sys, "argv", ["distill.py", *(f"--{key}={value}" for key, value in words.items())])
-    distill.main()
+    load_recipe("distill").main()
 
     images, _ = h.colour_images(3, seed=8, size=50)
     paths = [tmp_path / f"{i}.png" for i in range(3)]

@@ -7,7 +7,8 @@ import datasets
 import numpy as np
 import pytest
 
-from tests.recipes.test_distill import ROOT, load_recipe
+from coss_hf.cli.pages import load_recipe
+from tests.helpers.runs import ROOT
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 

@@ -12,12 +12,12 @@ import pytest
 
 import tests.helpers.runs as h
 from coss_hf.cli import parse
+from coss_hf.cli.pages import load_recipe
 from coss_hf.study.comparison import held_out_size
 from coss_hf.study.reproduction import ReproduceArguments
 from coss_hf.study.trials import UNTRAINED
 from coss_hf.trainer.arguments import DataArguments
 from tests.helpers.processes import Program
-from tests.recipes.test_distill import load_recipe
 
 reproduce, compare, report = load_recipe("reproduce"), load_recipe("compare"), load_recipe("report")
 

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.trainer import supervised
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import SupervisedTrainer, TeacherArguments, build_supervised_run
-from tests.recipes.test_distill import load_recipe
 
 train_teacher = load_recipe("train_teacher")
 

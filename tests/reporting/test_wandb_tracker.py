@@ -19,7 +19,6 @@ from coss_hf.reporting import wandb_tracker as tracking
 from coss_hf.reporting.tracked import grouped
 from coss_hf.reporting.trackers import report_end_of_run
 from tests.helpers.wandb_reader import artifacts, read, tables
-from tests.recipes.test_distill import world  # noqa: F401 (a fixture)
 
 SECRETS = ("hf_abcdefghijklmnop", "0123456789" * 4)
 
@@ -54,10 +53,10 @@ def test_names_in_groups():
     }
 
 
-def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F811
+def test_an_offline_run_read_back(distill_command, wandb_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", SECRETS[1])
-    world.run(
+    distill_command.run(
         report_to="wandb", logging_steps=2, eval_steps=3, validation_size=12, hub_token=SECRETS[0], run_name="mine"
     )
     wandb.teardown()  # finish alone does not wait for the disk
@@ -68,9 +67,9 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
     assert [line["images_seen"] for line in panels] == [0, 24, 48]
     for name in ("agreement/cka", "student/effective_rank", "teacher/effective_rank", "labels/knn10", "eval/loss"):
         assert all(name in line for line in panels), name
-    assert config["per_device_train_batch_size"] == 8 and config["arguments"]["dataset"] == world.images
+    assert config["per_device_train_batch_size"] == 8 and config["arguments"]["dataset"] == distill_command.images
     assert len(config["fingerprints"]["teacher"]) > 10 and len(config["fingerprints"]["dataset"]) > 10
-    record = json.loads((world.out / "run.json").read_text())
+    record = json.loads((distill_command.out / "run.json").read_text())
     assert summary["final/student/knn10"] == record["results"]["student"]["knn10"]
     assert (
         summary["final/random/parameters"] == record["results"]["random"]["parameters"] and "train_runtime" in summary
@@ -80,7 +79,7 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
     for name in ("loss", "panel", "neighbors", "projection"):
         path = media[f"pictures/{name}/path"]
         (kept,) = wandb_folder.rglob(Path(path).name)
-        assert kept.read_bytes() == (world.out / f"{name}.png").read_bytes()
+        assert kept.read_bytes() == (distill_command.out / f"{name}.png").read_bytes()
     (page,) = wandb_folder.rglob(Path(media["report/path"]).name)
     assert "<title>out: 48 images seen</title>" in page.read_text()
     assert media["neighbors/_type"] == media["projection/_type"] == "table-file"
@@ -94,28 +93,28 @@ def test_an_offline_run_read_back(world, wandb_folder, monkeypatch):  # noqa: F8
         assert shared == len({*digests[:6]} & {*digests[6:]}) and query["sha256"] not in digests
     points, _ = found["projection"]
     assert len(points["data"]) == 24 and points["columns"][-1] == "label"
-    for path in [*wandb_folder.rglob("*"), *world.out.rglob("*")]:
+    for path in [*wandb_folder.rglob("*"), *distill_command.out.rglob("*")]:
         if path.is_file():
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
 @pytest.mark.slow
-def test_resumed_finished_run_still_logs_its_report(world, wandb_folder, monkeypatch):  # noqa: F811
+def test_resumed_finished_run_still_logs_its_report(distill_command, wandb_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    world.run(save_strategy="epoch")  # the process died in its last evaluation, say
-    world.run("--resume_from_checkpoint", report_to="wandb")
+    distill_command.run(save_strategy="epoch")  # the process died in its last evaluation, say
+    distill_command.run("--resume_from_checkpoint", report_to="wandb")
     wandb.teardown()
     history, config, summary = read(wandb_folder)
     assert "final/student/overlap10" in summary and len(config["fingerprints"]["teacher"]) > 10
     assert history[-1]["images_seen"] == 48 and history[-1]["report/path"].endswith(".html")
 
 
-def test_a_resumed_run_continues_its_run(world, wandb_folder, monkeypatch):  # noqa: F811
+def test_a_resumed_run_continues_its_run(distill_command, wandb_folder, monkeypatch):
     """It was a second run on W&B, with the second half of the curves."""
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def ids(*argv, **options) -> list[str]:
-        world.run(*argv, report_to="wandb", save_strategy="epoch", **options)
+        distill_command.run(*argv, report_to="wandb", save_strategy="epoch", **options)
         wandb.teardown()
         return [folder.name.split("-")[-1] for folder in wandb_folder.rglob("offline-run-*") if folder.is_dir()]
 
@@ -125,10 +124,10 @@ def test_a_resumed_run_continues_its_run(world, wandb_folder, monkeypatch):  # n
     assert len(set(ids("--overwrite_output_dir"))) == 2
 
 
-def test_the_model_that_is_kept_is_the_student_without_secrets(world, wandb_folder, monkeypatch):  # noqa: F811
+def test_the_model_that_is_kept_is_the_student_without_secrets(distill_command, wandb_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_LOG_MODEL", "checkpoint")
-    world.run(report_to="wandb", hub_token=SECRETS[0], save_strategy="epoch")
+    distill_command.run(report_to="wandb", hub_token=SECRETS[0], save_strategy="epoch")
     wandb.teardown()
     kept = artifacts(wandb_folder, "model")
     assert len(kept) == 2  # what the network looks like, and the student
@@ -141,7 +140,9 @@ def test_the_model_that_is_kept_is_the_student_without_secrets(world, wandb_fold
         (folder / name).write_bytes(content)
     modules = json.loads((folder / "modules.json").read_text())
     assert len(modules) > 1 and all((folder / module["path"]).is_dir() for module in modules), "with its head"
-    h.assert_same(AutoModel.from_pretrained(folder).state_dict(), AutoModel.from_pretrained(world.out).state_dict())
+    h.assert_same(
+        AutoModel.from_pretrained(folder).state_dict(), AutoModel.from_pretrained(distill_command.out).state_dict()
+    )
 
 
 class Server(BaseHTTPRequestHandler):

@@ -620,7 +620,9 @@ def test_a_checkpoint_from_before_reduced_decoding_was_of_images_at_full_size(tm
     [
         ({"bf16": True}, 2e-2),  # a half warm batch is cut otherwise, and bfloat16 has 8 bits
         pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, 1e-5, marks=pytest.mark.slow),
-        ({"bf16": True, "torch_compile": True, "torch_compile_backend": "eager"}, 2e-2),
+        pytest.param(
+            {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager"}, 2e-2, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_cached_is_live_in_bfloat16_and_compiled(world, tmp_path, options, tolerance):

@@ -18,8 +18,7 @@ import tests.helpers.runs as h
 from recipes.distill import main
 
 STEPS = 30
-# All four in `-m slow`, at several moments each.
-SET_UPS = [(1, 2), pytest.param((2, 0), marks=pytest.mark.slow)]
+# Processes and loader workers: all four in `-m slow`, at several moments each.
 EVERY_SET_UP = [(1, 0), (1, 2), (2, 0), (2, 2)]
 
 
@@ -226,9 +225,8 @@ def test_what_a_killed_launcher_leaves_ends_before_the_next_run_begins(world, tm
     h.assert_same(student, uninterrupted(world, 2, 0))
 
 
-@pytest.mark.parametrize("set_up", SET_UPS)
-def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, set_up):
-    output = tmp_path / "run"
+def sigterm(world, output, *set_up) -> int:
+    """Start a run, end it by SIGTERM after a checkpoint, and return the step that it saved."""
     process = start(world, output, *set_up, launcher=set_up[0] > 1)
     wait_for_checkpoint(process, output)
     end(process, signal.SIGTERM)
@@ -241,9 +239,24 @@ def test_sigterm_saves_the_step_and_ends_with_143_then_sigkill(world, tmp_path, 
     step = newest(output)
     assert json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["global_step"] == step
     assert 4 <= step < STEPS and not (output / "model.safetensors").exists()
-    kill_and_resume(world, output, sum(set_up), *set_up)
+    return step
 
 
+def test_sigterm_saves_the_step_and_the_same_command_resumes(world, tmp_path, capfd):
+    step = sigterm(world, tmp_path / "run", 1, 2)
+    student = run_here(world, tmp_path / "run", 1, 2)
+    assert f"step {step}." in capfd.readouterr().out
+    h.assert_same(student, uninterrupted(world, 1, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_up", EVERY_SET_UP)
+def test_sigterm_then_sigkill(world, tmp_path, set_up):
+    sigterm(world, tmp_path / "run", *set_up)
+    kill_and_resume(world, tmp_path / "run", sum(set_up), *set_up)
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_all_processes(world, tmp_path):
     uninterrupted(world, 1, 2)  # fills the cache
     with h.no_file_larger_than((world["folder"] / "whole-(1, 2)" / "model.safetensors").stat().st_size // 2):

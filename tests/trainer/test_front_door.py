@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
 from transformers import AutoModel
 
+import coss_hf
 from coss_hf import DistillationArguments, DistillationTrainer, Student
 from coss_hf.cli import parse
 from coss_hf.losses import CoSSLoss
@@ -221,6 +222,23 @@ def test_arguments_may_ask_to_resume(tmp_path, images, networks):
     assert trained(again) == expected
     assert [entry["step"] for entry in again.state.log_history if "loss" in entry] == [2, 4]
     assert [path.name for path in sorted((tmp_path / "out").glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_images_of_load_images_are_as_safe_as_any(tmp_path, image_parquet, networks):
+    """What ``load_images`` returns was taken for a recipe's: a run was written over, and ``eval_dataset`` ignored."""
+    splits = coss_hf.load_images(str(image_parquet))
+    first = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, max_steps=1), splits)
+    before = trained(first)
+    again = DistillationTrainer(networks.teacher, networks.small, arguments(tmp_path, max_steps=1), splits)
+    with pytest.raises(ValueError, match="^output_dir=.* already holds a run"):
+        again.train()
+    assert weights(tmp_path / "out") == before
+    with pytest.raises(ValueError, match="^optim=lomo: the optimizer cannot be built"):
+        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, "new", optim="lomo"), splits)
+    held_out = splits.test.select(range(12))
+    given = arguments(tmp_path, "measured")
+    trainer = DistillationTrainer(networks.teacher, networks.resnet, given, splits, held_out)
+    assert len(trainer.evaluator.test_images) == 12
 
 
 def test_arguments_are_tried_before_images_are_read(tmp_path, networks):

@@ -12,6 +12,7 @@ from transformers import CLIPModel
 
 import coss_hf
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.cli.parser import parse
 from coss_hf.hub.snippets import LOADERS, NOT_MENTIONED, Subject
 from coss_hf.models.loading import load_backbone
@@ -22,7 +23,6 @@ from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.networks import save_with_tokenizer
-from tests.recipes.test_distill import load_recipe
 
 ARGUMENTS = (ModelArguments, DataArguments, DistillationArguments)
 SHORT = {

@@ -7,6 +7,7 @@ from torch import nn
 import tests.helpers.runs as h
 from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.trainer.pretraining import pretraining_images
+from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.loss_registry import losses_of_a_test
 
 
@@ -94,6 +95,51 @@ def test_errors_name_it_as_any_method(tmp_path, image_parquet, networks):
         h.make_trainer(*arguments, method="toy(gamma=1)")
     with pytest.raises(ValueError, match="--exact_accumulation works with --method coss, not toy"):
         h.make_trainer(*arguments, method="toy", exact_accumulation=True)
+
+
+def test_an_instance_reads_what_its_class_declares(toy, tmp_path, image_parquet, networks):
+    """Given as a module, a loss of the last map got all maps, and compared the first."""
+    for network in ("small", "resnet"):
+        loss = toy(student_dim={"small": 8, "resnet": 16}[network], teacher_dim=16)
+        options = {"max_steps": 1, "criterion": loss, "output_dir": str(tmp_path / network)}
+        trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, network), **options)
+        trainer.train()
+        assert loss.seen.abs().sum() > 0 and trainer.method == repr(loss)
+
+
+def test_an_instance_is_checked_as_a_method_is(toy, tmp_path, image_parquet, networks):
+    loss = toy(student_dim=16, teacher_dim=16)
+    arguments = tmp_path, image_parquet, networks.teacher, networks.resnet
+    with pytest.raises(ValueError, match="--exact_accumulation needs the sums .* --criterion=ToyLoss does not declare"):
+        h.make_trainer(*arguments, criterion=loss, exact_accumulation=True)
+    args = DistillationArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True)
+    loss.needs_image_rows = True
+    with pytest.raises(ValueError, match="--criterion=ToyLoss keeps a memory with a row for each training image"):
+        args.check_stream(loss)
+    loss.needs_image_rows, loss.pretraining_steps = False, 3
+    with pytest.raises(ValueError, match="--criterion=ToyLoss learns from images in random order"):
+        args.check_stream(loss)
+    args.check_stream(Plain())
+
+
+def test_parts_that_are_called_as_those_of_coss_are_no_cosines(tmp_path, image_parquet, networks):
+    """Any two parts of these names were logged as the cosines to the teacher."""
+    with losses_of_a_test():
+
+        class Named(DistillationLoss):
+            name = "named"
+            same_dim = True
+
+            def forward(self, student, teacher, index=None):
+                error = (student.embedding - teacher.embedding).square().mean()
+                return {"loss": error, "l_co": error * 0 + 7.0, "l_ss": error * 0 + 9.0}
+
+        options = {"method": "named", "max_steps": 1, "logging_steps": 1}
+        trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+        trainer.train()
+    (line,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert (line["l_co"], line["l_ss"]) == (7.0, 9.0)
+    assert -1 <= line["cosine_sample"] <= 1 and -1 <= line["cosine_dimension"] <= 1
 
 
 class Plain(nn.Module):

@@ -9,11 +9,11 @@ from transformers import AutoModel, TimmWrapperConfig
 
 import tests.helpers.runs as h
 from coss_hf import DistillationArguments, DistillationTrainer
+from coss_hf.cli.pages import load_recipe
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.plots import quality_plot
 from coss_hf.reporting.run_report import remove_pictures
 from coss_hf.utils.packages import EXTRAS, MissingPackage, check_extra, how_to_install, is_installed
-from tests.recipes.test_distill import load_recipe
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import json
 import time
 
+from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -41,11 +42,18 @@ class ConsoleCallback(TrainerCallback):
     Args:
         log_format: ``text``, or ``json`` for one JSON object a line.
         optimum: the smallest value that the loss can have; None where it is 0 or unknown.
+        cosine_parts: parts of the loss that are minus a mean cosine similarity, which is printed instead.
     """
 
-    def __init__(self, log_format: str = "text", optimum: float | None = None):
+    def __init__(
+        self,
+        log_format: str = "text",
+        optimum: float | None = None,
+        cosine_parts: tuple[str, str] | None = None,
+    ):
         self.log_format = log_format
         self.optimum = optimum
+        self.cosine_parts = cosine_parts
         self._start = (0, 0.0)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -77,8 +85,9 @@ class ConsoleCallback(TrainerCallback):
 
     def _loss(self, logs: dict) -> str:
         parts = {name: value for name, value in logs.items() if name not in _NO_PARTS}
-        if "l_co" in parts and "l_ss" in parts:  # CoSS: negative mean cosines
-            parts = {"co": -parts.pop("l_co"), "ss": -parts.pop("l_ss")} | parts
+        if self.cosine_parts and all(name in parts for name in self.cosine_parts):
+            cosines = {name.removeprefix("l_"): -parts.pop(name) for name in self.cosine_parts}
+            parts = cosines | parts
         elif "cosine_sample" in logs:
             parts["cosine to the teacher"] = logs["cosine_sample"]
         shown = ", ".join(f"{name} {value:.3f}" for name, value in parts.items())
@@ -93,15 +102,22 @@ class ConsoleCallback(TrainerCallback):
         return (time.perf_counter() - at) / done * (state.max_steps - state.global_step)
 
 
-def print_lines(trainer: Trainer, log_format: str = "text", optimum: float | None = None) -> None:
-    """Let a trainer print lines instead of dictionaries and a bar; in a notebook its table stays."""
+def print_lines(trainer: Trainer, log_format: str = "text", criterion: nn.Module | None = None) -> None:
+    """Let a trainer print lines instead of dictionaries and a bar; in a notebook its table stays.
+
+    Args:
+        trainer: any.
+        log_format: see ``ConsoleCallback``.
+        criterion: the loss of a distillation, which may declare its ``optimum`` and ``cosine_parts``.
+    """
     # By name, since importing it needs IPython.
     in_notebook = any(type(one).__name__ == "NotebookProgressCallback" for one in trainer.callback_handler.callbacks)
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.pop_callback(theirs)
     if in_notebook and log_format == "text":
         return
-    trainer.add_callback(ConsoleCallback(log_format, optimum))
+    declared = {name: getattr(criterion, name, None) for name in ("optimum", "cosine_parts")}
+    trainer.add_callback(ConsoleCallback(log_format, **declared))
 
 
 def evaluation_line(step: int, logs: dict) -> str:
