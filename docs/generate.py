@@ -30,6 +30,8 @@ PHOTOGRAPH_STUDENTS = {
     "vit-tiny": "ViT-tiny",
     "resnet18": "resnet18",
 }
+# Students of recipes/benchmarks/configs.py that are no resnet18.
+CONFIG_STUDENTS = {"vit_photographs": "ViT-tiny", "small_set_pretrained": "resnet20, trained on CIFAR-10"}
 PADDED = "student (resnet20), 10 epochs"
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
@@ -501,6 +503,20 @@ def decoding() -> str:
     return as_markdown(lines)
 
 
+def config_runs() -> str:
+    """Each YAML file for photographs, run once."""
+    lines = [["file", "student", "images seen", "k-NN 20: before", "after", "teacher", "verdict of the run"]]
+    for row in json_lines("configs.jsonl"):
+        results = row["results"]
+        before = results.get("initial", results["random"])
+        scores = [f"{100 * found['knn20']:.1f}" for found in (before, results["student"], results["teacher"])]
+        student = CONFIG_STUDENTS.get(row["config"], "resnet18")
+        lines.append(
+            [f"`{row['config']}`", student, f"{row['images_seen']:,}", *scores, row["verdict"][0].split(":")[0]]
+        )
+    return as_markdown(lines)
+
+
 def photographs_settings(num_images: int = 6400) -> str:
     """Settings in short runs on photographs, measured on held-out images."""
     rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=num_images)
@@ -634,6 +650,7 @@ TABLES = (
     photographs_longer,
     photographs_paired,
     photographs_settings,
+    config_runs,
     teacher_cache,
     view_epochs,
     loss_classes,

@@ -33,7 +33,8 @@ from coss_hf.utils.paths import check_output_file
 from coss_hf.utils.vectors import l2_normalize
 
 SPLITS = ("train", "validation", "test")
-FILE_NAME, EMBEDDING = "file_name", "embedding"  # columns of the parquet file
+FILE_NAME = "file_name"
+EMBEDDING = "embedding"  # columns of the parquet file
 
 
 @dataclass

@@ -70,7 +70,8 @@ def write_digits(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 def raw_pixels(splits: dict) -> dict[str, float]:
     """Return the scores of pixels as embeddings: a baseline without any network."""
-    train, test = splits["train"], splits["test"]
+    train = splits["train"]
+    test = splits["test"]
     return knn_accuracy(*train, *test) | {"probe": linear_probe(*train, *test)["accuracy"]}
 
 

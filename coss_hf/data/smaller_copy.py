@@ -90,7 +90,8 @@ def write_smaller_copy(
         splits, column = _splits(dataset, name, revision, image_column)
         parts = _Parts(splits, column, shorter_side, quality, num_proc)
     with parts.owned():
-        copies, counts = {}, []
+        copies = {}
+        counts = []
         for split, rows in splits.items():
             with cache_errors_as_value_error():
                 mapped = parts.mapped(split)

@@ -153,7 +153,8 @@ def load_stream(
         dataset = str(dataset)
         opened = open_stream(dataset, name, revision)
     else:
-        opened, dataset = dataset, "the stream"
+        opened = dataset
+        dataset = "the stream"
     train, other = _choose(dataset, opened, train_split, test_split)
     train = _with_features(train)
     image_column = find_image_column(dataset, train, image_column)

@@ -187,7 +187,8 @@ class Evaluator:
         with torch.no_grad():
             projected = project(test_features) if project else None
         of_teacher = self.teacher_test_features, self.teacher_train_features  # before it is known what is readable
-        test, train = _rows_of(self.test_readable), _rows_of(self.train_readable)
+        test = _rows_of(self.test_readable)
+        train = _rows_of(self.train_readable)
         metrics = evaluate_embeddings(
             test(test_features),
             test(of_teacher[0]),

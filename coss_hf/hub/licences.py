@@ -53,7 +53,8 @@ def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]
     try:
         if on_hub(name):
             info = HfApi().model_info(name, revision=revision, timeout=10)
-            card, gated = (info.card_data.to_dict() if info.card_data else {}), bool(info.gated)
+            card = info.card_data.to_dict() if info.card_data else {}
+            gated = bool(info.gated)
         else:
             path = Path(name, "README.md")
             card = (metadata_load(path) if path.is_file() else None) or {}

@@ -172,7 +172,8 @@ def _lists(dataset: datasets.Dataset) -> np.ndarray:
         values = np.concatenate([chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks])
         lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(column)).to_pylist()
     except (AttributeError, pyarrow.ArrowException):
-        values, lengths = np.empty(0, dtype=object), []
+        values = np.empty(0, dtype=object)
+        lengths = []
     if len(lengths) != 1 or values.dtype.kind != "i":
         raise ValueError(
             f"--neighbors_k: the column neighbors ({dataset.features[NEIGHBORS]}) does not hold the same number of "

@@ -12,10 +12,13 @@ from coss_hf.utils.packages import how_to_install, is_installed
 
 logger = get_logger(__name__)
 
-SHARED, OTHER = "#12805c", "#d0d4d9"
+SHARED = "#12805c"
+OTHER = "#d0d4d9"
 # One of each student in a plot, told apart by the colour-blind, too (Okabe and Ito).
 STUDENTS = ("#009e73", "#0072b2", "#d55e00", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#8c564b")
-TEXT, MUTED, WRONG = "#22272e", "#68707a", "#c0392b"
+TEXT = "#22272e"
+MUTED = "#68707a"
+WRONG = "#c0392b"
 
 
 def _where_it_can_be_drawn(draw: Callable) -> Callable:
@@ -93,7 +96,8 @@ def neighbor_picture(
     """
     from matplotlib.patches import Rectangle
 
-    student_neighbors, teacher_neighbors = np.asarray(student_neighbors), np.asarray(teacher_neighbors)
+    student_neighbors = np.asarray(student_neighbors)
+    teacher_neighbors = np.asarray(teacher_neighbors)
     expected = (len(query_rows), *student_neighbors.shape[1:])
     if student_neighbors.ndim != 2 or not student_neighbors.shape == teacher_neighbors.shape == expected:
         raise ValueError(
@@ -334,7 +338,9 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
     heights = [100 * sum(values) / len(values) for _, values in points.values()]
     seen = [100 * value for _, values in points.values() for value in values]
     # Names of rows that are close to each other are moved apart, upwards.
-    gap, last, places = 0.055 * (max(seen) - min(seen) or 1), {}, {}
+    gap = 0.055 * (max(seen) - min(seen) or 1)
+    last = {}
+    places = {}
     for (name, (ms, _)), height in sorted(zip(points.items(), heights, strict=True), key=lambda item: item[1]):
         places[name] = last[ms] = max(height, last.get(ms, -1e9) + gap)
     colors = iter(STUDENTS * len(points))

@@ -60,7 +60,8 @@ class TrackioTracker(TrackioCallback):
 
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which it finishes."""
-        trainer, trackio = self.trainer, self._trackio
+        trainer = self.trainer
+        trackio = self._trackio
         if not self._initialized:  # a finished run was resumed: its report is all that is left to keep
             self.setup(trainer.args, trainer.state, trainer.model)
         logs = {"images_seen": end.images_seen, **end.results}

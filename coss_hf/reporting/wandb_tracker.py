@@ -98,7 +98,9 @@ class WandbTracker(WandbCallback):
         run.config.update(settings_of(self.trainer), allow_val_change=True)
 
     def _start(self, args, resumed: bool) -> None:
-        wandb, start, left = self._wandb, time.monotonic(), INIT_SECONDS
+        wandb = self._wandb
+        start = time.monotonic()
+        left = INIT_SECONDS
         known = wandb.setup().settings
         # W&B keeps the command line, which may hold a token.
         fixed = {"x_disable_meta": any("token" in word for word in sys.argv)}
@@ -146,7 +148,8 @@ class WandbTracker(WandbCallback):
         """The end of a run, which it finishes."""
         if not self._initialized:  # a finished run was resumed: its report is all that is left to keep
             self.setup(self.trainer.args, self.trainer.state, self.trainer.model)
-        wandb, run = self._wandb, self._wandb.run
+        wandb = self._wandb
+        run = self._wandb.run
         logs = {"images_seen": end.images_seen}
         logs |= {name: wandb.Image(str(path)) for name, path in end.pictures.items()}
         logs |= {name: wandb.Html(str(path)) for name, path in end.pages.items()}

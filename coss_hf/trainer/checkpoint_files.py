@@ -19,7 +19,8 @@ from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
 LOCK = "_lock"
-STAGING, REPLACED = "unfinished-", "replaced-"
+STAGING = "unfinished-"
+REPLACED = "replaced-"
 DAMAGED = "damaged-"
 TEMPORARY = re.compile(r"\.tmp[A-Za-z0-9]{6}")  # of safetensors, which then gives the file its name
 PATIENCE = 60  # seconds for another run to end
@@ -73,7 +74,8 @@ def lock_output_dir(output_dir: str | Path) -> None:
 
 def recover(output_dir: str | Path) -> None:
     """Puts a run's folder in order after a crash: what was half written goes, what was half replaced comes back."""
-    folder, names = Path(output_dir), ("checkpoint-*", "best")
+    folder = Path(output_dir)
+    names = ("checkpoint-*", "best")
     for replaced in [path for name in names for path in folder.glob(REPLACED + name)]:
         checkpoint = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if checkpoint.exists():

@@ -163,7 +163,8 @@ def try_criterion(model: DistillationModel, teacher: Backbone) -> None:
     """
     criterion = copy.deepcopy(model.criterion)
     device = next(model.network.parameters()).device
-    student, teacher = model.student.example(), teacher.example()
+    student = model.student.example()
+    teacher = teacher.example()
     student = Features(model.project(student.embedding).to(device), student.maps, student.logits)
     teacher = Features(teacher.embedding.to(device), [one.to(device) for one in teacher.maps], teacher.logits)
     try:

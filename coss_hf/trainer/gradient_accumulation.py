@@ -54,7 +54,8 @@ def check_deterministic_forward(model: nn.Module, size: tuple[int, int]) -> None
         ValueError: dropout or drop path is active.
     """
     first = next(model.parameters())
-    training, before = model.training, _generators(first.device)
+    training = model.training
+    before = _generators(first.device)
     pixels = torch.zeros(2, 3, *size, dtype=first.dtype, device=first.device)
     with _same_buffers_after(model):
         model.train()(pixels)

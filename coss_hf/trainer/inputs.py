@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from torch import nn
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
@@ -48,6 +48,26 @@ class Prepared:
     checkpoint: str | None = None
 
 
+@dataclass(frozen=True)
+class TrainerInputs:
+    """What ``DistillationTrainer`` was made with apart from the networks, under the names of its parameters.
+
+    ``prepared`` says what was done before.
+    """
+
+    args: DistillationArguments | None
+    train_dataset: object
+    eval_dataset: object
+    evaluator: Evaluator | None
+    criterion: str | nn.Module | None
+    transform: str | Callable | None
+    data: DataArguments
+    neighbors: np.ndarray | None
+    callbacks: list[TrainerCallback] | None
+    optimizers: tuple
+    prepared: Prepared | None
+
+
 @dataclass
 class RunInputs:
     """What a trainer works with.
@@ -75,61 +95,59 @@ class RunInputs:
     settings: Settings
 
 
-def resolve_inputs(
-    teacher,
-    student,
-    args: DistillationArguments | None,
-    train_dataset,
-    eval_dataset,
-    *,
-    evaluator: Evaluator | None,
-    criterion: str | nn.Module | None,
-    transform: str | Callable | None,
-    data: DataArguments,
-    prepared: Prepared | None = None,
-) -> RunInputs:
+def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs: TrainerInputs) -> RunInputs:
     """Load and check what ``DistillationTrainer`` is given; see there for what each argument may be.
+
+    Args:
+        teacher: frozen.
+        student: to be trained.
+        args: of the training, instead of those in ``inputs`` where a run begins again.
+        inputs: the rest.
 
     Raises:
         ValueError: any input that the training cannot use.
     """
-    for name, value in (("teacher", teacher), ("student", student), ("train_dataset", train_dataset)):
+    for name, value in (("teacher", teacher), ("student", student), ("train_dataset", inputs.train_dataset)):
         if value is None:
             raise ValueError(f"--{name} is missing.")
-    args = with_names(args or DistillationArguments(), criterion, transform)
-    criterion = None if isinstance(criterion, str) else criterion
-    given = {"teacher": described(teacher), "student": described(student), "dataset": described(train_dataset)}
+    args = with_names(args or DistillationArguments(), inputs.criterion, inputs.transform)
+    criterion = None if isinstance(inputs.criterion, str) else inputs.criterion
+    given = {"teacher": described(teacher), "student": described(student), "dataset": described(inputs.train_dataset)}
     teacher, student = load_networks(
         args,
         # Of its own: another trainer of the same teacher may read another number of its maps.
         lambda: copy.copy(as_backbone(teacher, "teacher").freeze()),
         lambda loaded: as_backbone(student, "student", loaded),
     )
-    check_networks(teacher, student)
+    check_networks(student, teacher)
     for role, backbone in (("teacher", teacher), ("student", student)):
         given |= described_input(role, backbone)
     _place(teacher, args)
-    if prepared is None and not isinstance(train_dataset, ViewDataset):
+    if inputs.prepared is None and not isinstance(inputs.train_dataset, ViewDataset):
         from coss_hf.trainer.rehearsal import rehearse  # builds trainers
 
-        _check_streamed(args, train_dataset, data, criterion)
+        _check_streamed(args, inputs.train_dataset, inputs.data, criterion)
         rehearse(student, teacher, args, criterion)
-    checkpoint = (
-        find_checkpoint(args.output_dir, args.resume_from_checkpoint) if prepared is None else prepared.checkpoint
-    )
+    if inputs.prepared is not None:
+        checkpoint = inputs.prepared.checkpoint
+    else:
+        checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    evaluator = inputs.evaluator
     recorded = recorded_settings(checkpoint)
-    if isinstance(train_dataset, ViewDataset):
-        if eval_dataset is not None:
+    if isinstance(inputs.train_dataset, ViewDataset):
+        if inputs.eval_dataset is not None:
             raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
         splits = None
-        views = train_dataset
+        views = inputs.train_dataset
         args = args.drawing(views.k)  # what they were made with
         situation = find_situation(
             args, student, teacher, size=views.size, images=len(views), embeds=evaluator is not None
         )
         args, settings = fill(args, situation, recorded)
     else:
-        splits = read_images(args, checkpoint, partial(as_splits, train_dataset, eval_dataset, data))
+        splits = read_images(
+            args, checkpoint, partial(as_splits, inputs.train_dataset, inputs.eval_dataset, inputs.data)
+        )
         if splits.stream is not None:
             args = args.for_stream(criterion)
         images = None if splits.stream is not None else len(splits.train)
@@ -137,7 +155,7 @@ def resolve_inputs(
         embeds = evaluator is not None or splits.validation is not None
         situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds)
         args, settings = fill(args, situation, recorded)
-        views = make_views(splits, teacher, student, args, transform, data.shuffle_buffer_size)
+        views = make_views(splits, student, teacher, args, inputs.transform, inputs.data.shuffle_buffer_size)
         if evaluator is None:
             held_out = sample(splits.validation, args.eval_sample_size)
             evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
@@ -282,7 +300,7 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
     )
 
 
-def check_networks(teacher: Backbone, student: Backbone) -> None:
+def check_networks(student: Backbone, teacher: Backbone) -> None:
     """Refuse a student that shares weights with its teacher, which are frozen, and one that cannot be trained.
 
     Raises:
@@ -369,8 +387,8 @@ def with_held_out(splits: ImageSplits, eval_dataset, data: DataArguments, **chec
 
 def make_views(
     splits: ImageSplits,
-    teacher: Backbone,
     student: Backbone,
+    teacher: Backbone,
     args: DistillationArguments,
     transform: str | Callable | None = None,
     shuffle_buffer_size: int = 0,

@@ -34,7 +34,8 @@ def pretrain(trainer) -> None:
 
     Every process does the same on the same images; the first one's result counts.
     """
-    args, dataset = trainer.args, trainer.train_dataset
+    args = trainer.args
+    dataset = trainer.train_dataset
     parts = learners(trainer.model.criterion)
     if parts and trainer.is_streaming:
         raise ValueError("--criterion learns from images in random order before the training, which no stream gives.")

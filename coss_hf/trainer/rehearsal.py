@@ -26,6 +26,7 @@ from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.distillation_model import losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
+from coss_hf.trainer.inputs import view_size
 from coss_hf.trainer.reloading import check_processor
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
@@ -83,8 +84,7 @@ def rehearse(
             f"--student={student.name}: no copy of it can be made to try a step with ({first_line(error)}); give a "
             f"network that copy.deepcopy takes."
         ) from error
-    size = max(*teacher.size, *student.size) if args.view_size is None else args.view_size
-    views = noise_views(short, args.augmentation, size)
+    views = noise_views(short, args.augmentation, view_size(args, student, teacher))
     before = next(teacher.model.parameters()).device
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))
     if args.teacher_cache:  # it may never embed again

@@ -61,7 +61,7 @@ from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, us
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
 from coss_hf.trainer.given_arguments import instead_of_arguments
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
-from coss_hf.trainer.inputs import Prepared, RunInputs, evaluator_of, find_neighbors, resolve_inputs
+from coss_hf.trainer.inputs import Prepared, RunInputs, TrainerInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
 from coss_hf.trainer.pretraining import pretrain
 from coss_hf.trainer.publishing import HubPublisher
@@ -172,44 +172,33 @@ class DistillationTrainer(Trainer):
             raise ValueError("--neighbors: --neighbors_k=0 draws none of them; give neighbors_k in args.")
         if isinstance(train_dataset, ViewDataset) and not (neighbors is None and transform is None):
             raise ValueError("--neighbors, --transform: a ViewDataset makes the views; give them to it.")
-        self._given = {
-            "args": args,
-            "train_dataset": train_dataset,
-            "eval_dataset": eval_dataset,
-            "evaluator": evaluator,
-            "criterion": criterion,
-            "transform": transform,
-            "data": data or DataArguments(),
-            "neighbors": neighbors,
-            "callbacks": callbacks,
-            "optimizers": optimizers,
-        }
-        self._prepared = prepared
+        self._given = TrainerInputs(
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            evaluator=evaluator,
+            criterion=criterion,
+            transform=transform,
+            data=data or DataArguments(),
+            neighbors=neighbors,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            prepared=prepared,
+        )
         self._prepared_checkpoint = prepared.checkpoint if prepared is not None else None
         self._set_up(teacher, student, args)
 
     def _set_up(self, teacher, student, args: DistillationArguments | None) -> None:
         """Build everything up to the first step; again where a run is resumed with the images that it began with."""
         given = self._given
-        inputs = resolve_inputs(
-            teacher,
-            student,
-            args,
-            given["train_dataset"],
-            given["eval_dataset"],
-            evaluator=given["evaluator"],
-            criterion=given["criterion"],
-            transform=given["transform"],
-            data=given["data"],
-            prepared=self._prepared,
-        )
+        inputs = resolve_inputs(teacher, student, args, given)
         self.splits = inputs.splits
         self.settings = inputs.settings
-        self.settings.leave_to(*given["optimizers"])
+        self.settings.leave_to(*given.optimizers)
         self._has_neighbors = False
-        self._build(inputs, given["callbacks"], given["optimizers"])
-        self.arguments: dict = to_dict(given["data"], self.args) | inputs.given | {"method": self.method}
-        self.arguments |= instead_of_arguments(self.arguments, *given["optimizers"])
+        self._build(inputs, given.callbacks, given.optimizers)
+        self.arguments: dict = to_dict(given.data, self.args) | inputs.given | {"method": self.method}
+        self.arguments |= instead_of_arguments(self.arguments, *given.optimizers)
         if self.splits is not None:
             self._check_evaluations()
         self._cache_to_open = self._find_cache()
@@ -223,7 +212,7 @@ class DistillationTrainer(Trainer):
         if self._has_neighbors:
             return
         if self.splits is not None:
-            self._use_neighbors(self._given["neighbors"], self._given["data"])
+            self._use_neighbors(self._given.neighbors, self._given.data)
         if self._cache_to_open is not None and not self.args.dry_run:
             self._open_cache(self._cache_to_open)
         self._identity = None
@@ -344,7 +333,7 @@ class DistillationTrainer(Trainer):
     @property
     def methods(self) -> list[str]:
         """Names of the built-in methods that are trained by; of a loss of another kind there is none."""
-        given = self._given["criterion"]
+        given = self._given.criterion
         if not isinstance(given, nn.Module):
             return [method.name for method in self.args.methods]
         return [name for name, loss in LOSSES.items() if type(given) is loss]
@@ -352,19 +341,19 @@ class DistillationTrainer(Trainer):
     @property
     def method(self) -> str:
         """The loss as records and the card name it."""
-        given = self._given["criterion"]
+        given = self._given.criterion
         if not isinstance(given, nn.Module):
             return self.args.method
         return repr(given) if isinstance(given, DistillationLoss) else type(given).__name__
 
     def _named_method(self, args: DistillationArguments) -> str:
         """The loss in messages, with the argument that gave it."""
-        given = self._given["criterion"]
+        given = self._given.criterion
         return f"--criterion={type(given).__name__}" if isinstance(given, nn.Module) else f"--method={args.method}"
 
     def _loss_needs_embeddings_alone(self) -> bool:
         """Whether the loss of held-out images can be computed from their embeddings."""
-        given = self._given["criterion"]
+        given = self._given.criterion
         if isinstance(given, nn.Module):
             return isinstance(given, DistillationLoss) and given.is_function_of_embeddings()
         return all(LOSSES[name].is_function_of_embeddings() for name in self.methods)
@@ -557,11 +546,12 @@ class DistillationTrainer(Trainer):
 
     def _claims_output_dir(self) -> bool:
         """Whether it is for ``train`` to look who uses the folder: a recipe did it before it read images."""
-        return not (self._owns_output_dir or self._prepared is not None or self.args.dry_run)
+        return not (self._owns_output_dir or self._given.prepared is not None or self.args.dry_run)
 
     def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the checkpoint to resume from. The folder is claimed once: a trainer may train again in its own."""
-        found, self._prepared_checkpoint = self._prepared_checkpoint, None
+        found = self._prepared_checkpoint
+        self._prepared_checkpoint = None
         if found is not None and resume_from_checkpoint in (found, self.args.resume_from_checkpoint):
             return found  # nobody has trained since
         if not self._claims_output_dir():
@@ -578,13 +568,13 @@ class DistillationTrainer(Trainer):
         only here.
         """
         given = self._given
-        if self.splits is None or isinstance(given["train_dataset"], ImageSplits):
+        if self.splits is None or isinstance(given.train_dataset, ImageSplits):
             return
         recorded = RunImages.of_checkpoint(checkpoint)
         if recorded is None or self.splits.run_images is None or recorded.same_as(self.splits.run_images):
             return
         added = self.callback_handler.callbacks
-        args = copy.copy(given["args"] or DistillationArguments())
+        args = copy.copy(given.args or DistillationArguments())
         args.resume_from_checkpoint = checkpoint
         self._set_up(self.teacher, self.student, args)
         self._owns_output_dir = True
@@ -797,7 +787,7 @@ class DistillationTrainer(Trainer):
             return found
         before = self.evaluator, self.eval_dataset
         if eval_dataset is not None:
-            self.evaluator = evaluator_of(self, eval_dataset, self._given["data"])
+            self.evaluator = evaluator_of(self, eval_dataset, self._given.data)
             self.eval_dataset = self.evaluator.test_images
         try:
             return super().evaluate(None, ignore_keys, metric_key_prefix)
@@ -838,7 +828,8 @@ class DistillationTrainer(Trainer):
         """Mean loss over held-out batches of the training size, un-augmented, of which each process takes its part."""
         criterion = self.full_model.criterion
         rows = self.evaluator.test_readable.nonzero().flatten()
-        rank, world = self.args.process_index, self.args.world_size
+        rank = self.args.process_index
+        world = self.args.world_size
         size = min(self.args.images_per_batch, len(rows)) // world * world
         if not size:
             return math.nan
@@ -946,14 +937,17 @@ class DistillationTrainer(Trainer):
         """Load what was saved as anybody would, on the first process, and compare it with the student."""
         if self.is_world_process_zero():
             if self.is_streaming:
-                rows, column = self.splits.train, self.splits.image_column
+                rows = self.splits.train
+                column = self.splits.image_column
             else:
-                rows, column = self.train_dataset.reader.rows, self.train_dataset.reader.column
+                rows = self.train_dataset.reader.rows
+                column = self.train_dataset.reader.column
             check_reload(folder, self.student, self.full_model.head, rows, column)
 
     def _finalize_training(self, *args, **kwargs):
         """Without its removal of all checkpoints but the best one: a run resumes from the last."""
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        limit = self.args.save_total_limit
+        self.args.save_total_limit = None
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:
@@ -1039,7 +1033,8 @@ class DistillationTrainer(Trainer):
             } | self.train_dataset.identity()
         if self._has_neighbors:
             return self._identity
-        found, self._identity = self._identity, None
+        found = self._identity
+        self._identity = None
         return {name: value for name, value in found.items() if name != "--neighbors_k"}
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
