@@ -537,6 +537,26 @@ def photographs_longer() -> str:
 
 def photographs() -> str:
     """Teacher, students and random weights on photographs, test images, with what they cost."""
+    return photographs_table(list(photograph_rows()))
+
+
+def photographs_front() -> str:
+    """The same of each student's longest training by the settings that were chosen for it."""
+    rows = list(photograph_rows())
+    longest: dict[str, int] = {}
+    for _, found, _ in rows:
+        longest[found[0]["student"]] = max(longest.get(found[0]["student"], 0), found[0]["images_seen"])
+    kept = []
+    for name, found, cost in rows:
+        row = found[0]
+        if row["settings"] in ("", None) or row["settings"] == chosen_settings(row["student"]):
+            if row["images_seen"] in (0, longest[row["student"]]):
+                kept.append((name.partition(" (sgd")[0].partition(" (adamw")[0], found, cost))
+    return photographs_table(kept)
+
+
+def photographs_table(rows: list[tuple[str, list[dict], dict]]) -> str:
+    """Rows of ``photograph_rows`` as a table."""
     metrics = {
         "knn20": "k-NN 20",
         "linear": "linear evaluation",
@@ -545,7 +565,7 @@ def photographs() -> str:
     }
     head = ["photographs, test images", "images seen", *metrics.values(), "parameters", "file, MB", "one image, ms"]
     lines = [head]
-    for name, found, cost in photograph_rows():
+    for name, found, cost in rows:
         seen = f"{found[0]['images_seen']:,}" if found[0]["images_seen"] else ""
         scores = [score(found, key, statistics.stdev) for key in metrics]
         if found[0]["method"] == "teacher":
@@ -647,6 +667,7 @@ def photograph_picture(path: Path) -> None:
 TABLES = (
     decoding,
     photographs,
+    photographs_front,
     photographs_longer,
     photographs_paired,
     photographs_settings,

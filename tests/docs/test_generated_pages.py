@@ -59,6 +59,29 @@ def test_photographs_are_compared_at_equal_images_seen(generate, monkeypatch):
     ]
 
 
+def test_the_front_page_shows_the_longest_training_by_the_chosen_settings(generate, monkeypatch):
+    cost = {"parameters": 10, "bytes": 1e6, "batch_1": {"ms": 2.0}}
+
+    def row(method, settings, seen, value, split="test"):
+        found = {"student": "resnet18", "method": method, "settings": settings, "seed": 1, "split": split}
+        scores = dict.fromkeys(("knn20", "linear", "overlap10", "asymmetric_map"), value)
+        return found | {"images_seen": seen, "num_images": seen} | scores | cost
+
+    rows = [row("coss", "sgd", 100, 0.5, "validation"), row("coss", "paper", 100, 0.4, "validation")]
+    rows += [row("teacher", "", 0, 0.9), row("random weights", "", 0, 0.1)]
+    rows += [row("coss", settings, seen, 0.5) for settings in ("sgd", "paper") for seen in (100, 200)]
+    rows += [row("cosine alone", "sgd", seen, 0.3) for seen in (100, 200)]
+    monkeypatch.setattr(generate, "json_lines", lambda name: rows)
+    found = [[cell.strip() for cell in line.split("|")[1:4]] for line in generate.photographs_front().splitlines()[2:]]
+    assert found == [
+        ["teacher (EfficientNet-Lite1)", "", "90.0"],
+        ["resnet18: coss", "200", "50.0"],
+        ["resnet18: cosine alone", "200", "30.0"],
+        ["resnet18: random weights", "", "10.0"],
+    ]
+    assert len(generate.photographs().splitlines()) == 2 + 8
+
+
 def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
     def row(method, seed, linear, seen=100, table=3):
         rows = ROWS[table]
