@@ -67,6 +67,15 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def messages_as_written():
+    """With flags, as for somebody at a command line; ``tests/utils/test_messages.py`` has the words for Python."""
+    from coss_hf.utils.messages import command_line
+
+    with command_line():
+        yield
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory) -> Path:
     """What many tests start from, made once; each test gets a copy, which it may change."""

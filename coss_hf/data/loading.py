@@ -13,7 +13,7 @@ from coss_hf.data.run_images import RunImages
 from coss_hf.data.sources import Source, load_source
 from coss_hf.data.streams import Stream
 from coss_hf.utils.disk import cache_errors_as_value_error
-from coss_hf.utils.messages import get_logger
+from coss_hf.utils.messages import get_logger, parameter_names
 
 logger = get_logger(__name__)
 
@@ -49,6 +49,7 @@ class ImageSplits(NamedTuple):
 
 
 @cache_errors_as_value_error()
+@parameter_names()
 def load_images(
     dataset: str | Path | Dataset | DatasetDict,
     *,

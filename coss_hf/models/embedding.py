@@ -18,6 +18,7 @@ from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
 from coss_hf.models.towers import check_space, without_shared_space
 from coss_hf.utils.errors import NonFiniteEmbedding
+from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.vectors import rows_not_finite
 
 NAMES_SHOWN = 5  # of images, in a message
@@ -26,6 +27,7 @@ BAR_DELAY = 2  # seconds, below which no progress bar appears
 
 
 @torch.no_grad()
+@parameter_names()
 def embed(
     model: Backbone | PreTrainedModel | str | Path,
     images,

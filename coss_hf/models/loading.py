@@ -20,7 +20,7 @@ from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
 from coss_hf.models.towers import check_space, find_tower, vision_config_of, without_shared_space
-from coss_hf.utils.messages import first_line, flag, get_logger
+from coss_hf.utils.messages import first_line, flag, get_logger, parameter_names
 from coss_hf.utils.packages import MissingPackage, check_extra
 
 logger = get_logger(__name__)
@@ -33,6 +33,7 @@ SAME_TOWER = {"altclip_vision_model": "clip_vision_model", "metaclip_2_vision_mo
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
+@parameter_names()
 def load_backbone(
     name: str,
     *,

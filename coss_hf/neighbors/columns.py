@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
-from coss_hf.utils.messages import command_to
+from coss_hf.utils.messages import command_to, parameter_names
 
 NEIGHBORS = "neighbors"
 NEIGHBORS_HASH = "neighbors_hash"
@@ -73,6 +73,7 @@ def with_columns(dataset: datasets.Dataset, neighbors: np.ndarray, folder: Path)
     return datasets.concatenate_datasets([dataset, columns], split=dataset.split, axis=1)
 
 
+@parameter_names()
 def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.ndarray:
     """The neighbours that a dataset carries, once they are seen to belong to the images at hand.
 

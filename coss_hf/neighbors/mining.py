@@ -28,7 +28,7 @@ from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all
 from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
 from coss_hf.neighbors.options import SearchOptions
 from coss_hf.neighbors.recall import raise_probes
-from coss_hf.utils.messages import get_logger
+from coss_hf.utils.messages import get_logger, parameter_names
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.vectors import rows_not_finite
 
@@ -40,6 +40,7 @@ QUICKER_EXACT = 0.3
 PACKAGES = ("torch", "transformers", "datasets", "pillow")
 
 
+@parameter_names()
 def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: float = float("inf")) -> np.ndarray:
     """The k nearest other rows of every row by cosine, exactly: inner product of unit rows, in float32.
 
@@ -68,6 +69,7 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: flo
     return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, max_similarity)
 
 
+@parameter_names()
 def nearest_neighbors(
     dataset: datasets.Dataset,
     backbone: Backbone,
@@ -333,6 +335,7 @@ def _meta(neighbors: np.ndarray, options: SearchOptions) -> dict:
     return {"images": n, "neighbors": k, "fewer": fewer, "none": alone, "versions": versions}
 
 
+@parameter_names()
 def add_neighbors(
     dataset: datasets.Dataset,
     backbone: Backbone,

@@ -206,7 +206,7 @@ def test_padded_neighbors_through_the_dataset(tmp_path, caplog):
     assert (np.flatnonzero((neighbors < 0).any(axis=1)) == short).all() and (neighbors[short, :-1] >= 0).all()
     with_column = add_neighbors(dataset, TinyBackbone(), "picture", k=N + 2, options=options, cache_dir=tmp_path)
     assert (check_neighbors(with_column) == neighbors).all()
-    with pytest.raises(ValueError, match="--neighbors_max_similarity -0.9.*no image any neighbour; raise it"):
+    with pytest.raises(ValueError, match="^neighbors_max_similarity=-0.9.*no image any neighbour; raise it"):
         options = SearchOptions(neighbors_max_similarity=-0.9)
         nearest_neighbors(dataset, TinyBackbone(), "picture", k=3, options=options, cache_dir=tmp_path)
 

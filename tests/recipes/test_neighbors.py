@@ -64,7 +64,7 @@ def test_recipe_writes_a_dataset_that_later_runs_can_read(recipe, teacher, image
     assert saved["train"][0]["image"].size == (20, 20)
     splits = load_images(str(output))
     assert check_neighbors(splits.train, 3).shape == (10, 3) and len(splits.test) == 4
-    with pytest.raises(ValueError, match="--neighbors_k"):
+    with pytest.raises(ValueError, match="^neighbors_k"):
         check_neighbors(load_images(str(output), max_train_samples=8).train, 3)
 
 

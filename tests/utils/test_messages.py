@@ -3,10 +3,15 @@
 import logging
 import sys
 
+import datasets
 import pytest
+import torch
+from PIL import Image
 
+import coss_hf
 from coss_hf import DistillationArguments
 from coss_hf.cli import bad_input_exits
+from coss_hf.neighbors.mining import search
 from coss_hf.utils.errors import CheckpointError, UnreadableImage
 from coss_hf.utils.messages import command_line, command_to, for_reader, get_logger, parameter_names
 from tests.helpers.runs import ROOT
@@ -120,3 +125,21 @@ def test_every_module_logs_and_warns_by_such_a_logger():
     for path in sorted((ROOT / "coss_hf").rglob("*.py")):
         text = path.read_text()
         assert "logging.getLogger(__name__)" not in text and "warnings.warn(" not in text, path
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda rows: coss_hf.load_images(rows, validation_size=-1), "^validation_size=-1"),
+        (lambda rows: coss_hf.load_backbone("nowhere/nothing", argument="teacher"), "^teacher=nowhere/nothing"),
+        (lambda rows: coss_hf.add_neighbors(rows, None, "image", k=0), "^neighbors_pool=0"),
+        (lambda rows: search(torch.eye(3), 3), "^neighbors_pool=3"),
+        (lambda rows: coss_hf.embed("nowhere/nothing", rows["image"]), "nowhere/nothing"),
+    ],
+)
+def test_functions_of_the_package_name_parameters(call, message):
+    """Errors of ``load_images`` and others told Python users of flags."""
+    rows = datasets.Dataset.from_dict({"image": [Image.new("RGB", (4, 4))] * 6})
+    with pytest.raises(ValueError, match=message) as raised:
+        call(rows)
+    assert "--" not in str(raised.value)
