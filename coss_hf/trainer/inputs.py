@@ -145,9 +145,7 @@ def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs:
         )
         args, settings = fill(args, situation, recorded)
     else:
-        splits = read_images(
-            args, checkpoint, partial(as_splits, inputs.train_dataset, inputs.eval_dataset, inputs.data)
-        )
+        splits = _images(inputs, args, checkpoint)
         if splits.stream is not None:
             args = args.for_stream(criterion)
         images = None if splits.stream is not None else len(splits.train)
@@ -160,6 +158,14 @@ def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs:
             held_out = sample(splits.validation, args.eval_sample_size)
             evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
+
+
+def _images(inputs: TrainerInputs, args: DistillationArguments, checkpoint: str | None) -> ImageSplits:
+    """Those that were read already, or else read now."""
+    given = inputs.train_dataset
+    if isinstance(given, ImageSplits) and inputs.eval_dataset is None:
+        return given
+    return read_images(args, checkpoint, partial(as_splits, given, inputs.eval_dataset, inputs.data))
 
 
 def load_networks(

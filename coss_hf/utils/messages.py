@@ -23,7 +23,7 @@ _COMMAND = r"`[^`]*`|(?:\bcoss-hf|\bpython|\baccelerate launch|\bhf|\bdocker|\bp
 # After --method stands the name of a loss, whichever there are by now.
 _LOSS = r"(?<=--method )(?!(?:and|or|of|in|with|is|to|for)\b)[a-z]\w*"
 # A name with a hyphen is an option of another program.
-_FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{loss}|{values})(?!\w))?"
+_FLAG = r"(?<![\w-])--(?P<name>[a-z]\w*)(?![\w-])(?: (?P<value>'[^']*'|-?\d+(?:\.\d+)?|{loss}|{values})(?![-./]?\w))?"
 _VALUES = (
     "auto|none|no|steps|epoch|skip|error|random|pretrained|teacher_layers|mlp|linear|float32|bfloat16|float16|dynamic|"
     "static|cls|mean|pooler|gap|tower|projected|exact|ivf|hnsw|cifar|imagenet|moco|true|false"

@@ -47,7 +47,7 @@ def test_networks_of_timm(without, tmp_path):
     AutoModel.from_config(TimmWrapperConfig(architecture="test_resnet")).save_pretrained(tmp_path / "student")
     without("timm")
     for options in ({"name": str(tmp_path / "student")}, {"name": "timm_wrapper", "init": "random"}):
-        with pytest.raises(ValueError, match=r"^--student=\S+ needs timm, .*'coss-hf\[timm\]'"):
+        with pytest.raises(ValueError, match=r"^student=\S+ needs timm, .*'coss-hf\[timm\]'"):
             load_backbone(argument="student", **options)
 
 

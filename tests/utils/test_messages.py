@@ -23,6 +23,8 @@ from tests.helpers.runs import ROOT
         ("--neighbors_k=3: too many; use --neighbors_k 0.", "neighbors_k=3: too many; use neighbors_k=0."),
         ("--head=none: use --head mlp or --head linear.", 'head=none: use head="mlp" or head="linear".'),
         ("--view_size in pixels", "view_size in pixels"),
+        ("--dataset cifar-10: no such folder", "dataset cifar-10: no such folder"),
+        ("--teacher none/such, --seed 3.", "teacher none/such, seed=3."),
         ("--method crd: its negatives", 'method="crd": its negatives'),
         ("--method mse and a --method of yours", 'method="mse" and a method of yours'),
         ("use --neighbors_search exact or ivf.", 'use neighbors_search="exact" or ivf.'),
