@@ -30,8 +30,6 @@ PHOTOGRAPH_STUDENTS = {
     "vit-tiny": "ViT-tiny",
     "resnet18": "resnet18",
 }
-# Students of recipes/benchmarks/configs.py that are no resnet18.
-CONFIG_STUDENTS = {"vit_photographs": "ViT-tiny", "small_set_pretrained": "resnet20, trained on CIFAR-10"}
 PADDED = "student (resnet20), 10 epochs"
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
@@ -503,20 +501,6 @@ def decoding() -> str:
     return as_markdown(lines)
 
 
-def config_runs() -> str:
-    """Each YAML file for photographs, run once."""
-    lines = [["file", "student", "images seen", "k-NN 20: before", "after", "teacher", "verdict of the run"]]
-    for row in json_lines("configs.jsonl"):
-        results = row["results"]
-        before = results.get("initial", results["random"])
-        scores = [f"{100 * found['knn20']:.1f}" for found in (before, results["student"], results["teacher"])]
-        student = CONFIG_STUDENTS.get(row["config"], "resnet18")
-        lines.append(
-            [f"`{row['config']}`", student, f"{row['images_seen']:,}", *scores, row["verdict"][0].split(":")[0]]
-        )
-    return as_markdown(lines)
-
-
 def photographs_settings(num_images: int = 6400) -> str:
     """Settings in short runs on photographs, measured on held-out images."""
     rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=num_images)
@@ -544,14 +528,14 @@ def photographs_front() -> str:
     """The same of each student's longest training by the settings that were chosen for it."""
     rows = list(photograph_rows())
     longest: dict[str, int] = {}
+    rows = [row for row in rows if row[1][0]["settings"] in ("", chosen_settings(row[1][0]["student"]))]
     for _, found, _ in rows:
         longest[found[0]["student"]] = max(longest.get(found[0]["student"], 0), found[0]["images_seen"])
-    kept = []
-    for name, found, cost in rows:
-        row = found[0]
-        if row["settings"] in ("", None) or row["settings"] == chosen_settings(row["student"]):
-            if row["images_seen"] in (0, longest[row["student"]]):
-                kept.append((name.partition(" (sgd")[0].partition(" (adamw")[0], found, cost))
+    kept = [
+        (name.partition(" (sgd")[0].partition(" (adamw")[0], found, cost)
+        for name, found, cost in rows
+        if found[0]["images_seen"] in (0, longest[found[0]["student"]])
+    ]
     return photographs_table(kept)
 
 
@@ -671,7 +655,6 @@ TABLES = (
     photographs_longer,
     photographs_paired,
     photographs_settings,
-    config_runs,
     teacher_cache,
     view_epochs,
     loss_classes,

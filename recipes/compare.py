@@ -24,6 +24,7 @@ from coss_hf.study.comparison import held_out_size, plan_comparison, ranking_met
 from coss_hf.study.tables import comparison, ranked
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 
 
 @dataclass
@@ -65,7 +66,8 @@ def main() -> None:
         )
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)
-    rows = plan.run()
+    with command_line():
+        rows = plan.run()
     metric = ranking_metric(rows)
     title = f"{plan.pair}, {plan.num_images:,} images seen"
     text = f"# {title}\n\n`{command()}`\n\n{comparison(rows, metric)}"

@@ -27,6 +27,7 @@ from coss_hf.study.report import Report
 from coss_hf.study.trials import UNTRAINED, load
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 
 
 @dataclass
@@ -59,9 +60,10 @@ def main() -> None:
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)
-    rows = plan.run()
-    _, teacher = load(plan.config, plan.pair)
-    networks = {"student": models.load_student(teacher), "teacher": teacher}
+    with command_line():
+        rows = plan.run()
+        _, teacher = load(plan.config, plan.pair)
+        networks = {"student": models.load_student(teacher), "teacher": teacher}
     seen = max(row["images_seen"] for row in rows if row["method"] not in UNTRAINED)
     names = f"{Path(models.teacher).name} → {Path(models.student or models.student_init).name}"
     report = Report(

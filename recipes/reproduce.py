@@ -17,6 +17,7 @@ show_help(__name__, "reproduce")
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.study.reproduction import ReproduceArguments, plan_reproduction
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.utils.messages import command_line
 
 ARGUMENTS = (ReproduceArguments, DataArguments)
 
@@ -26,7 +27,9 @@ def main() -> None:
     with bad_input_exits():
         args, data = parse(ARGUMENTS)
         reproduction = plan_reproduction(args, data)
-    print(reproduction.run())
+    with command_line():
+        table = reproduction.run()
+    print(table)
 
 
 if __name__ == "__main__":

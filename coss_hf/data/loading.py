@@ -49,7 +49,7 @@ class ImageSplits(NamedTuple):
 
 
 @cache_errors_as_value_error()
-@parameter_names()
+@parameter_names(dataset_revision="revision", dataset_name="name")
 def load_images(
     dataset: str | Path | Dataset | DatasetDict,
     *,
@@ -99,7 +99,7 @@ def load_images(
         `by_content` the column is `image_file_hash`, of the name and size of each file.
 
     Raises:
-        ValueError: an invalid argument; the message names the flag, its value and the remedy.
+        ValueError: an invalid argument; the message names the argument, its value and the remedy.
     """
     _check_arguments(validation_size, max_train_samples, on_bad_image)
     if isinstance(dataset, (Dataset, DatasetDict)):

@@ -10,7 +10,17 @@ from coss_hf.features import Features
 
 _METHOD = re.compile(r"([^+()]+)(?:\(([^()]*)\))?")
 _PLUS_OUTSIDE_OF_PARENTHESES = re.compile(r"\+(?![^(]*\))")
-_WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "null": None, "": None}
+_WORDS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "off": False,
+    "null": None,
+    "none": None,
+    "": None,
+}
 
 
 class Method(NamedTuple):

@@ -99,13 +99,22 @@ def papers(methods: list[str]) -> list[tuple[str, str | None, str]]:
 
 
 def read_as_declared(loss: nn.Module) -> nn.Module:
-    """Let a loss be given what its class declares to read, and nothing else, from now on; return it.
+    """Let a loss, or each loss of a sum, be given what its class declares to read, and nothing else, from now on.
 
     A module that is no ``DistillationLoss`` declares nothing, and stays as it is.
+
+    Returns:
+        ``loss`` itself.
     """
-    if isinstance(loss, DistillationLoss) and _select_features not in loss._forward_pre_hooks.values():
-        loss.register_forward_pre_hook(_select_features, with_kwargs=True)
+    for part in summands(loss):
+        if isinstance(part, DistillationLoss) and _select_features not in part._forward_pre_hooks.values():
+            part.register_forward_pre_hook(_select_features, with_kwargs=True)
     return loss
+
+
+def summands(loss: nn.Module) -> list[nn.Module]:
+    """The losses that a ``SumLoss`` adds; any other loss alone."""
+    return [*loss.losses.values()] if isinstance(loss, SumLoss) else [loss]
 
 
 def _select_features(loss: DistillationLoss, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -56,7 +56,7 @@ def load_backbone(
     Args:
         name: Hub name or folder. With ``init="random"`` also a CIFAR network of this package (``resnet20``) or a
             model type of Transformers (``vit``, ``timm_wrapper``).
-        argument: the command-line flag that errors name, such as ``teacher``.
+        argument: the argument that errors name, such as ``teacher``.
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         size: side of the input in pixels; by default the image processor's.
         interpolate_pos_encoding: whether to stretch a transformer's position embeddings to ``size``.

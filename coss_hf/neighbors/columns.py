@@ -73,7 +73,7 @@ def with_columns(dataset: datasets.Dataset, neighbors: np.ndarray, folder: Path)
     return datasets.concatenate_datasets([dataset, columns], split=dataset.split, axis=1)
 
 
-@parameter_names()
+@parameter_names(neighbors_pool="k_pool")
 def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.ndarray:
     """The neighbours that a dataset carries, once they are seen to belong to the images at hand.
 

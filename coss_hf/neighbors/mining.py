@@ -40,7 +40,7 @@ QUICKER_EXACT = 0.3
 PACKAGES = ("torch", "transformers", "datasets", "pillow")
 
 
-@parameter_names()
+@parameter_names(neighbors_pool="k")
 def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: float = float("inf")) -> np.ndarray:
     """The k nearest other rows of every row by cosine, exactly: inner product of unit rows, in float32.
 
@@ -62,14 +62,14 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: flo
     check_pool(k, len(embeddings))
     if bad := rows_not_finite(embeddings):
         raise ValueError(
-            f"embeddings: {len(bad)} of {len(embeddings)} rows hold NaN or infinity (rows {some(bad)}); embed with "
-            f"--teacher_dtype float32, and look at these images if that does not help."
+            f"embeddings: {len(bad)} of {len(embeddings)} rows hold NaN or infinity (rows {some(bad)}); embed in "
+            f"float32, and look at these images if that does not help."
         )
     units = torch.cat([unit_rows(chunk) for chunk in embeddings.split(CHUNK)])
     return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, max_similarity)
 
 
-@parameter_names()
+@parameter_names(neighbors_pool="k", neighbors_cache="cache_dir")
 def nearest_neighbors(
     dataset: datasets.Dataset,
     backbone: Backbone,
@@ -335,7 +335,7 @@ def _meta(neighbors: np.ndarray, options: SearchOptions) -> dict:
     return {"images": n, "neighbors": k, "fewer": fewer, "none": alone, "versions": versions}
 
 
-@parameter_names()
+@parameter_names(neighbors_pool="k", neighbors_cache="cache_dir")
 def add_neighbors(
     dataset: datasets.Dataset,
     backbone: Backbone,

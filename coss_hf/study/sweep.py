@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, rehearse_trial, run_trial
-from coss_hf.utils.messages import get_logger
+from coss_hf.utils.messages import command_line, get_logger
 
 logger = get_logger(__name__)
 
@@ -240,7 +240,8 @@ def end_with_parent() -> None:
 def _run_in_worker(trial: Trial, config: StudyConfig, folder: Path, keep: Callable[[dict], None]) -> dict:
     if _stopped.is_set():  # a pool hands out one trial ahead, which cannot be cancelled any more
         raise RuntimeError("the sweep has stopped")
-    return run_trial(trial, config, folder, lambda images: _seen.put((folder.name, images)), keep)
+    with command_line():  # the process that a command has started does not know it
+        return run_trial(trial, config, folder, lambda images: _seen.put((folder.name, images)), keep)
 
 
 def _keep(path: Path, command: str | None, result: dict) -> None:

@@ -8,7 +8,7 @@ from transformers import set_seed
 
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
-from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared
+from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared, summands
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
@@ -72,8 +72,9 @@ class DistillationModel(nn.Module):
         # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head and one loss.
         set_seed(args.seed)
         needs = losses_of(args, criterion)
+        named = args.method if criterion is None else f"--criterion={type(criterion).__name__}"
         _share_maps(student, teacher, args, needs, built_in=criterion is None)
-        head = _build_head(student, teacher, args, needs)
+        head = _build_head(student, teacher, args, needs, named)
         if criterion is None:
             criterion = _build_criterion(student, teacher, head, args, num_images)
         read_as_declared(criterion)
@@ -125,7 +126,8 @@ class DistillationModel(nn.Module):
         exact = {} if other_totals is None else {"other_totals": other_totals}
         output = as_output(self.criterion(student, teacher, index, **exact))
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
-        if parts := getattr(self.criterion, "cosine_parts", None):
+        parts = getattr(self.criterion, "cosine_parts", None)
+        if parts and all(name in output for name in parts):
             cosines = tuple(-output[name].detach() for name in parts)
         elif student.embedding.shape == teacher.embedding.shape:
             with torch.no_grad():
@@ -190,8 +192,10 @@ def needs_same_dim(need) -> bool:
 
 
 def losses_of(args: DistillationArguments, criterion: nn.Module | None = None) -> list:
-    """The losses of a training: the one that was given as a module, else the classes of the methods."""
-    return [criterion] if criterion is not None else [LOSSES[method.name] for method in args.methods]
+    """The losses of a training: those of the module that was given, else the classes of the methods."""
+    if criterion is None:
+        return [LOSSES[method.name] for method in args.methods]
+    return summands(criterion)
 
 
 def reads_maps(student: Backbone, teacher: Backbone, losses: list) -> bool:
@@ -225,13 +229,15 @@ def _share_maps(student: Backbone, teacher: Backbone, args: DistillationArgument
             )
 
 
-def _build_head(student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list) -> nn.Module | None:
+def _build_head(
+    student: Backbone, teacher: Backbone, args: DistillationArguments, needs: list, named: str
+) -> nn.Module | None:
     """The head that ``args`` ask for; none where no loss compares embeddings of one dimension."""
     if args.head == "auto" and not any(needs_same_dim(need) for need in needs):
         return None
     head = projection_head(args.head, student.dim, teacher.dim, args.head_hidden_size)
     if head is not None and all(uses_maps(need) for need in needs):
-        raise ValueError(f"--head={args.head}: {args.method} compares feature maps, not the head's embeddings.")
+        raise ValueError(f"--head={args.head}: {named} compares feature maps, not the head's embeddings.")
     return head
 
 

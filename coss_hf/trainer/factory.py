@@ -45,7 +45,8 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
             f"--eval_strategy={args.eval_strategy.value} needs images held out of train: give --validation_size. (Test "
             f"images are read once, at the end.)"
         )
-    trainer = build_trainer(splits, args, teacher=teacher, student=student, data=data, prepared=Prepared(checkpoint))
+    prepared = Prepared(checkpoint, has_claimed=not args.dry_run)
+    trainer = build_trainer(splits, args, teacher=teacher, student=student, data=data, prepared=prepared)
     trainer.arguments = to_dict(models, data, trainer.args)
     if not args.dry_run:
         trainer.check_checkpoint(checkpoint)

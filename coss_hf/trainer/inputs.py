@@ -37,15 +37,17 @@ DRY_RUN_SAMPLE = 200  # images that a dry run decodes of each split
 
 @dataclass(frozen=True)
 class Prepared:
-    """What ``factory`` has done before it makes a trainer of images that were read for it.
+    """What ``factory`` knows before it makes a trainer of images that were read for it.
 
-    The output folder is claimed where the run has one to itself, and the arguments were tried on noise.
+    Its caller answers for the output folder, and has tried the arguments on noise where it wants them tried.
 
     Attributes:
         checkpoint: that the run resumes from; None for a fresh start.
+        has_claimed: whether this process has locked the output folder, so that ``checkpoint`` stays the one to resume.
     """
 
     checkpoint: str | None = None
+    has_claimed: bool = False
 
 
 @dataclass(frozen=True)
@@ -197,7 +199,8 @@ def _check_streamed(
     args: DistillationArguments, train_dataset, data: DataArguments, criterion: nn.Module | None
 ) -> None:
     """Refuse what no stream can do, before images and networks are tried."""
-    if data.streaming or isinstance(train_dataset, (IterableDataset, IterableDatasetDict)):
+    read = getattr(train_dataset, "stream", None) is not None  # by load_stream
+    if read or data.streaming or isinstance(train_dataset, (IterableDataset, IterableDatasetDict)):
         args.check_stream(criterion)
 
 

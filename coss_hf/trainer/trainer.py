@@ -109,14 +109,16 @@ class DistillationTrainer(Trainer):
         args: ``DistillationArguments``; the trainer works with a resolved copy. By default those of a run in the folder
             ``student``.
         train_dataset: images, which need no labels: a ``Dataset`` or ``DatasetDict`` with a column of images, a Hub
-            name, a folder or parquet file, or a ``ViewDataset``. With ``args.neighbors_k``, neighbours that came with
-            the dataset are used, else they are mined, in all processes together. An ``IterableDataset`` is read as a
-            stream, without neighbours, for ``args.max_steps`` or ``args.num_images``.
+            name, a folder or parquet file, what ``coss_hf.load_images`` returns, or a ``ViewDataset``. With
+            ``args.neighbors_k``, neighbours that came with the dataset are used, else they are mined, in all processes
+            together. An ``IterableDataset`` is read as a stream, without neighbours, for ``args.max_steps`` or
+            ``args.num_images``.
         eval_dataset: images to evaluate on: the same. Default: those that the dataset brings, else some held out of
             train, as ``recipes/distill.py`` does.
         evaluator: what ``evaluate`` measures, instead of that of ``eval_dataset``.
         criterion: the loss: a method's name or a sum of methods (see ``args.method``, its default), or a module called
-            as ``criterion(student, teacher, index)``.
+            as ``criterion(student, teacher, index)``. A ``DistillationLoss`` is given what its class declares to read
+            and nothing else, also where it is called later.
         transform: the augmentation: a name (see ``args.augmentation``, its default), or a callable from a PIL image to
             a uint8 tensor ``(3, h, w)``. The global generators of Python's ``random``, NumPy and torch are seeded for
             each view.
@@ -124,7 +126,7 @@ class DistillationTrainer(Trainer):
         neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
         callbacks: as in ``transformers.Trainer``.
         optimizers: as in ``transformers.Trainer``.
-        prepared: of ``factory.build_trainer``, which has checked the input before. Leave it out.
+        prepared: of ``factory``, whose caller answers for the output folder and the arguments. Leave it out.
 
     Attributes:
         splits: the images; None where a ``ViewDataset`` was given.
@@ -185,7 +187,7 @@ class DistillationTrainer(Trainer):
             optimizers=optimizers,
             prepared=prepared,
         )
-        self._prepared_checkpoint = prepared.checkpoint if prepared is not None else None
+        self._prepared_checkpoint = prepared.checkpoint if prepared is not None and prepared.has_claimed else None
         self._set_up(teacher, student, args)
 
     def _set_up(self, teacher, student, args: DistillationArguments | None) -> None:
@@ -553,7 +555,7 @@ class DistillationTrainer(Trainer):
         found = self._prepared_checkpoint
         self._prepared_checkpoint = None
         if found is not None and resume_from_checkpoint in (found, self.args.resume_from_checkpoint):
-            return found  # nobody has trained since
+            return found  # this process has had the folder to itself since
         if not self._claims_output_dir():
             return find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         checkpoint = claim_output_dir(self.args, resume_from_checkpoint)

@@ -13,7 +13,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, Scheduler
 from coss_hf.data.teacher_cache import DTYPES
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.losses.combination import Method, parse_methods
-from coss_hf.losses.registry import LOSSES
+from coss_hf.losses.registry import LOSSES, summands
 from coss_hf.models.heads import HEADS
 from coss_hf.trainer.default_settings import PAPER, SETTINGS
 from coss_hf.trainer.engine import check_engine
@@ -425,7 +425,8 @@ class DistillationArguments(TrainingArguments):
         Raises:
             ValueError: exact accumulation of a loss that does not declare itself separable.
         """
-        if self.exact_accumulation and not getattr(criterion, "separable", False):
+        separable = getattr(criterion, "separable", False) and callable(getattr(criterion, "totals", None))
+        if self.exact_accumulation and not separable:
             raise ValueError(
                 f"--exact_accumulation needs the sums that a loss is made of, and --criterion="
                 f"{type(criterion).__name__} does not declare any (separable = True, with a method totals): leave "
@@ -530,7 +531,8 @@ class DistillationArguments(TrainingArguments):
                     f"numbers of images; leave it out, or load the images without streaming."
                 )
         if criterion is not None:
-            _check_loss_of_stream(f"--criterion={type(criterion).__name__}", criterion)
+            for part in summands(criterion):
+                _check_loss_of_stream(f"--criterion={type(part).__name__}", part)
         else:
             for method in self.methods:
                 _check_loss_of_stream(f"--method={method.name}", LOSSES[method.name])
@@ -660,8 +662,8 @@ def _check_loss_of_stream(named: str, loss) -> None:
             f"{named} keeps a memory with a row for each training image, and a stream has no numbers of images; choose "
             f"another method, or load the images without streaming."
         )
-    may_be_asked = inspect.isclass(loss) and "pretraining_steps" in inspect.signature(loss).parameters
-    if getattr(loss, "pretraining_steps", 0) or may_be_asked:
+    is_an_option = inspect.isclass(loss) and "pretraining_steps" in inspect.signature(loss).parameters
+    if getattr(loss, "pretraining_steps", 0) or is_an_option:
         raise ValueError(
             f"{named} learns from images in random order before the training, which a stream does not give; choose "
             f"another method, or load the images without streaming."

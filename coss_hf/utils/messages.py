@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from coss_hf.utils.errors import RunStopped
@@ -49,10 +49,13 @@ def command_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def parameter_names() -> Iterator[None]:
+def parameter_names(**own: str) -> Iterator[None]:
     """Errors of the block, or of the function that it decorates, name parameters unless a command runs.
 
     Of several such calls inside each other the outermost does it: those within see messages as they were written.
+
+    Args:
+        own: names of the function's parameters, by the names that the command line has for them.
     """
     if _IN_CALL.get():
         yield
@@ -61,7 +64,7 @@ def parameter_names() -> Iterator[None]:
     try:
         yield
     except (ValueError, RunStopped) as error:
-        error.args = tuple(for_reader(one) if isinstance(one, str) else one for one in error.args)
+        error.args = tuple(for_reader(one, own) if isinstance(one, str) else one for one in error.args)
         raise
     finally:
         _IN_CALL.reset(token)
@@ -103,8 +106,12 @@ def on_command_line() -> bool:
     return _ON_COMMAND_LINE.get()
 
 
-def for_reader(message: str) -> str:
+def for_reader(message: str, own: Mapping[str, str] | None = None) -> str:
     """A message that was written with flags, in the words of its reader.
+
+    Args:
+        message: with flags.
+        own: other names of parameters in Python, by flag.
 
     Example:
         >>> for_reader("--neighbors_k=3: use --neighbors_k 0, or `coss-hf neighbors --dataset DIR`.")
@@ -114,18 +121,19 @@ def for_reader(message: str) -> str:
         return message
     for phrase, in_python in _PHRASES.items():
         message = message.replace(phrase, in_python)
-    return _COMMAND_OR_FLAG.sub(_as_parameter, message)
+    return _COMMAND_OR_FLAG.sub(lambda found: _as_parameter(found, own or {}), message)
 
 
-def _as_parameter(found: re.Match) -> str:
+def _as_parameter(found: re.Match, own: Mapping[str, str]) -> str:
     if found["name"] is None:
         return found[0]
+    name = own.get(found["name"], found["name"])
     value = found["value"]
     if value is None:
-        return found["name"]
+        return name
     if value in ("true", "false"):
-        return f"{found['name']}={value.capitalize()}"
-    return f"{found['name']}={value}" if value[0] in "'-0123456789" else f'{found["name"]}="{value}"'
+        return f"{name}={value.capitalize()}"
+    return f"{name}={value}" if value[0] in "'-0123456789" else f'{name}="{value}"'
 
 
 def command_to(name: str) -> str:

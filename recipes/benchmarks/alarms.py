@@ -26,6 +26,7 @@ from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 
 HELD_OUT = 2000
 LEARNING_RATES = {"healthy": 0.05, "shuffled": 0.05, "collapsing": 100.0}
@@ -83,6 +84,7 @@ def summarize(history: list[dict], images: int) -> dict:
     }
 
 
+@command_line()
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

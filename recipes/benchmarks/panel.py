@@ -24,6 +24,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.inputs import build_evaluator
 from coss_hf.trainer.training_args import EVAL_IMAGES, DistillationArguments
+from coss_hf.utils.messages import command_line
 
 BATCH = 128
 INTERVAL = 20  # steps
@@ -86,6 +87,7 @@ def measure(options: argparse.Namespace, splits: ImageSplits) -> dict:
     }
 
 
+@command_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True)

@@ -45,6 +45,7 @@ from coss_hf.models.heads import projection_head
 from coss_hf.trainer.callbacks.console import ConsoleCallback
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.messages import command_line
 
 MODES = ("live", "cold", "warm", "student")
 PAIRS = {"resnet": ("cifar", 32, 128), "vit": ("imagenet", 112, 32)}  # augmentation, pixels, batch
@@ -191,6 +192,7 @@ def summary(output: Path) -> str:
     return "\n".join(lines)
 
 
+@command_line()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines")

@@ -188,3 +188,23 @@ def test_papers_of_a_sum():
     )
     assert papers(["bn"])[0][2].startswith("@inproceedings{bn2024,")
     assert papers(["uncited"]) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("true", True),
+        ("No", False),
+        ("null", None),
+        ("None", None),
+        ("-3", -3),
+        ("1e-3", 1e-3),
+        (".5", 0.5),
+        ("mean", "mean"),
+        ("'mean'", "mean"),
+    ],
+)
+def test_values_of_options(text, value):
+    ((name, options),) = parse_methods(f"at(x={text})")
+    assert options == {"x": value} and type(options["x"]) is type(value)
+    assert parse_methods(f"at(x={options['x']})")[0].options == options

@@ -99,7 +99,7 @@ def test_unwritable_index_is_reported(tmp_path, monkeypatch):
 
     monkeypatch.setattr(faiss, "write_index", full)
     options = SearchOptions(neighbors_search="ivf")
-    with pytest.raises(ValueError, match="^neighbors_cache .*ivf.index cannot be written.*No space left"):
+    with pytest.raises(ValueError, match="^cache_dir .*ivf.index cannot be written.*No space left"):
         nearest_neighbors(image_dataset(range(N)), TinyBackbone(), "picture", k=K, options=options, cache_dir=tmp_path)
     (work,) = tmp_path.iterdir()
     assert [path.name for path in work.iterdir()] == ["00000.npy"]
@@ -107,7 +107,7 @@ def test_unwritable_index_is_reported(tmp_path, monkeypatch):
 
 def test_invalid_cache_folder_is_rejected(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="^neighbors_cache .*file.*give another folder"):
+    with pytest.raises(ValueError, match="^cache_dir .*file.*give another folder"):
         nearest_neighbors(image_dataset(range(N)), TinyBackbone(), "picture", k=K, cache_dir=tmp_path / "file")
 
 

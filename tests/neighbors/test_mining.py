@@ -96,22 +96,20 @@ def test_search_takes_tensors_of_any_precision_and_leaves_them_alone():
     assert search(embeddings.to(torch.bfloat16), 5).shape == (40, 5)
 
 
-@pytest.mark.parametrize(
-    "k, n, advice", [(20, 20, "neighbors_pool=19 or fewer"), (31, 20, "neighbors_pool=19 or fewer"), (1, 1, "more")]
-)
+@pytest.mark.parametrize("k, n, advice", [(20, 20, "k=19 or fewer"), (31, 20, "k=19 or fewer"), (1, 1, "more")])
 def test_search_refuses_k_that_the_rows_cannot_give(k, n, advice):
-    with pytest.raises(ValueError, match=f"^neighbors_pool={k}.*{advice}"):
+    with pytest.raises(ValueError, match=f"^k={k}.*{advice}"):
         search(np.ones((n, 3)), k)
 
 
 def test_search_refuses_bad_input():
-    with pytest.raises(ValueError, match="^neighbors_pool=0.*neighbors_k=0"):
+    with pytest.raises(ValueError, match="^k=0.*neighbors_k=0"):
         search(np.ones((4, 3)), 0)
     with pytest.raises(ValueError, match="embeddings: the shape"):
         search(np.ones((4, 3, 2)), 1)
     embeddings = np.ones((2000, 3), dtype=np.float32)
     embeddings[[7, 1500], [0, 2]] = np.nan, np.inf
-    with pytest.raises(ValueError, match=r"2 of 2000 rows.*rows 7, 1500\).*teacher_dtype=.float32"):
+    with pytest.raises(ValueError, match=r"2 of 2000 rows.*rows 7, 1500\).*embed in float32"):
         search(embeddings, 3)
 
 
@@ -175,7 +173,7 @@ def test_columns_and_the_rest_of_the_dataset(neighborly):
 def test_check_returns_the_nearest_of_a_larger_pool(neighborly):
     assert (check_neighbors(neighborly, 3) == check_neighbors(neighborly)[:, :3]).all()
     assert check_neighbors(neighborly, K).shape == (N, K)
-    with pytest.raises(ValueError, match=f"^neighbors_pool={K + 1}.*neighbors_pool={K} or fewer"):
+    with pytest.raises(ValueError, match=f"^k_pool={K + 1}.*k_pool={K} or fewer"):
         check_neighbors(neighborly, K + 1)
 
 
@@ -197,7 +195,7 @@ def test_neighbors_are_replaced(neighborly, tmp_path):
 
 def test_add_refuses_what_it_cannot_do_before_any_work(tmp_path, passes):
     dataset = image_dataset(range(6))
-    with pytest.raises(ValueError, match="^neighbors_pool=6.*neighbors_pool=5 or fewer"):
+    with pytest.raises(ValueError, match="^k=6.*k=5 or fewer"):
         add_neighbors(dataset, TinyBackbone(), "picture", k=6, cache_dir=tmp_path)
     with pytest.raises(ValueError, match="image_hash.*load_images"):
         add_neighbors(dataset.remove_columns("image_hash"), TinyBackbone(), "picture", k=2, cache_dir=tmp_path)

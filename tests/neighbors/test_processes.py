@@ -55,7 +55,7 @@ def test_two_processes_find_what_one_finds(tmp_path):
     broken = [json.loads((tmp_path / f"{len(JOBS)}-{rank}.json").read_text())["error"] for rank in range(2)]
     assert broken[0] == broken[1] and ": row 6." in broken[0]
     late = [json.loads((tmp_path / f"{len(JOBS) + 1}-{rank}.json").read_text())["error"] for rank in range(2)]
-    assert late[0] == late[1] and f"neighbors_pool={COUNT}" in late[0]
+    assert late[0] == late[1] and f"k={COUNT}" in late[0]
     left = sorted(path.name for path in (tmp_path / "cache").iterdir() if path.name.startswith("embeddings-"))
     assert len(left) == 3  # those kept on purpose, those of the broken job, and those next to the lost image
     # An image that is gone is replaced for all by the same other one, next to which it then lies.

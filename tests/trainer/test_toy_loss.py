@@ -1,11 +1,15 @@
 """A loss that this file defines is a method like those of the package, and nothing else knows of it."""
 
+import datasets
 import pytest
 import torch
 from torch import nn
 
 import tests.helpers.runs as h
+from coss_hf import DistillationTrainer
 from coss_hf.losses.base import Citation, DistillationLoss
+from coss_hf.losses.combination import SumLoss
+from coss_hf.losses.coss import CoSSLoss
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.loss_registry import losses_of_a_test
@@ -100,7 +104,8 @@ def test_errors_name_it_as_any_method(tmp_path, image_parquet, networks):
 def test_an_instance_reads_what_its_class_declares(toy, tmp_path, image_parquet, networks):
     """Given as a module, a loss of the last map got all maps, and compared the first."""
     for network in ("small", "resnet"):
-        loss = toy(student_dim={"small": 8, "resnet": 16}[network], teacher_dim=16)
+        width = 8 if network == "small" else 16
+        loss = toy(student_dim=width, teacher_dim=16)
         options = {"max_steps": 1, "criterion": loss, "output_dir": str(tmp_path / network)}
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, getattr(networks, network), **options)
         trainer.train()
@@ -112,14 +117,46 @@ def test_an_instance_is_checked_as_a_method_is(toy, tmp_path, image_parquet, net
     arguments = tmp_path, image_parquet, networks.teacher, networks.resnet
     with pytest.raises(ValueError, match="--exact_accumulation needs the sums .* --criterion=ToyLoss does not declare"):
         h.make_trainer(*arguments, criterion=loss, exact_accumulation=True)
+    loss.separable = True  # without totals
+    with pytest.raises(ValueError, match="--exact_accumulation needs the sums"):
+        h.make_trainer(*arguments, criterion=loss, exact_accumulation=True)
+    with pytest.raises(ValueError, match="--head=mlp: --criterion=ToyLoss compares feature maps"):
+        h.make_trainer(*arguments, criterion=loss, head="mlp")
     args = DistillationArguments(str(tmp_path / "out"), max_steps=1, use_cpu=True)
+    stream = datasets.load_dataset("parquet", data_dir=str(image_parquet), split="train", streaming=True)
+    loss.pretraining_steps = 3
+    with pytest.raises(ValueError, match="^criterion=ToyLoss learns from images in random order"):
+        DistillationTrainer(networks.teacher, networks.resnet, args, stream, criterion=loss)
+    loss.pretraining_steps = 0
     loss.needs_image_rows = True
-    with pytest.raises(ValueError, match="--criterion=ToyLoss keeps a memory with a row for each training image"):
-        args.check_stream(loss)
-    loss.needs_image_rows, loss.pretraining_steps = False, 3
-    with pytest.raises(ValueError, match="--criterion=ToyLoss learns from images in random order"):
-        args.check_stream(loss)
-    args.check_stream(Plain())
+    with pytest.raises(ValueError, match="^criterion=ToyLoss keeps a memory with a row for each training image"):
+        DistillationTrainer(
+            networks.teacher, networks.resnet, args, stream, criterion=SumLoss({"coss": CoSSLoss(), "toy": loss})
+        )
+
+
+def test_a_sum_as_a_module_reads_what_its_losses_declare(toy, tmp_path, image_parquet, networks):
+    """It was no loss of the package, got no maps, and compared embeddings instead."""
+    loss = toy(student_dim=16, teacher_dim=16)
+    criterion = SumLoss({"coss": CoSSLoss(), "toy": loss})
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, criterion=criterion)
+    trainer.train()
+    assert loss.seen.abs().sum() > 0 and trainer.student.maps > 0
+
+
+def test_a_loss_that_leaves_parts_out(tmp_path, image_parquet, networks):
+    class Quiet(CoSSLoss):
+        name = None
+
+        def forward(self, student, teacher, index=None):
+            return {"loss": super().forward(student, teacher, index)["loss"]}
+
+    trainer = h.make_trainer(
+        tmp_path, image_parquet, networks.teacher, networks.resnet, criterion=Quiet(), max_steps=1, logging_steps=1
+    )
+    trainer.train()
+    (line,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert -1 <= line["cosine_sample"] <= 1
 
 
 def test_parts_that_are_called_as_those_of_coss_are_no_cosines(tmp_path, image_parquet, networks):

@@ -134,9 +134,9 @@ def test_every_module_logs_and_warns_by_such_a_logger():
     [
         (lambda rows: coss_hf.load_images(rows, validation_size=-1), "^validation_size=-1"),
         (lambda rows: coss_hf.load_backbone("nowhere/nothing", argument="teacher"), "^teacher=nowhere/nothing"),
-        (lambda rows: coss_hf.add_neighbors(rows, None, "image", k=0), "^neighbors_pool=0"),
-        (lambda rows: search(torch.eye(3), 3), "^neighbors_pool=3"),
-        (lambda rows: coss_hf.embed("nowhere/nothing", rows["image"]), "nowhere/nothing"),
+        (lambda rows: coss_hf.add_neighbors(rows, None, "image", k=0), "^k=0: use 1 or more"),
+        (lambda rows: search(torch.eye(3), 3), "^k=3: .*; use k=2 or fewer"),
+        (lambda rows: coss_hf.embed("nowhere/nothing", rows["image"]), "^model=nowhere/nothing"),
     ],
 )
 def test_functions_of_the_package_name_parameters(call, message):
