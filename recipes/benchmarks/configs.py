@@ -1,7 +1,7 @@
 """Run each YAML file for photographs once, for real but short, with a small teacher and small students.
 
     python recipes/benchmarks/configs.py --dataset path/to/imagenette --teacher path/to/efficientnet-lite1 \
-        --trained_student path/to/cifar10-resnet20 --output configs.jsonl
+        --trained_student recipes/benchmarks/results/cifar100-resnet56 --output configs.jsonl
 
 Each file runs as ``coss-hf distill --config NAME`` with everything that it says, apart from the networks, the images,
 their size and the length of the run. Its line in the output is what the run wrote into ``run.json``. The same command
@@ -90,7 +90,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="labelled photographs with a train split")
     parser.add_argument("--teacher", required=True, help="a network of photographs")
-    parser.add_argument("--trained_student", required=True, help="a small network that was trained on other images")
+    parser.add_argument(
+        "--trained_student",
+        required=True,
+        help="folder of a small network, as Transformers saves it, that was trained on other images",
+    )
     parser.add_argument("--output", type=Path, required=True, help="file of JSON lines")
     parser.add_argument("--configs", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
     parser.add_argument("--num_images", type=int, default=6400, help="images that each student sees")
