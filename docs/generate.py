@@ -501,6 +501,19 @@ def decoding() -> str:
     return as_markdown(lines)
 
 
+def config_runs() -> str:
+    """Each YAML file for photographs, run once."""
+    names = {"vit_photographs": "ViT-tiny", "small_set_pretrained": "resnet56, trained on CIFAR-100"}
+    lines = [["file", "student", "images seen", "k-NN 20: random weights", "student", "teacher", "verdict of the run"]]
+    for row in json_lines("configs.jsonl"):
+        results = row["results"]
+        scores = [f"{100 * results[name]['knn20']:.1f}" for name in ("random", "student", "teacher")]
+        student = names.get(row["config"], "resnet18")
+        verdict = row["verdict"][0].split(":")[0].removesuffix(", see below")
+        lines.append([f"`{row['config']}`", student, f"{row['images_seen']:,}", *scores, verdict])
+    return as_markdown(lines)
+
+
 def photographs_settings(num_images: int = 6400) -> str:
     """Settings in short runs on photographs, measured on held-out images."""
     rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=num_images)
@@ -655,6 +668,7 @@ TABLES = (
     photographs_longer,
     photographs_paired,
     photographs_settings,
+    config_runs,
     teacher_cache,
     view_epochs,
     loss_classes,
