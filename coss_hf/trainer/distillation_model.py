@@ -72,9 +72,8 @@ class DistillationModel(nn.Module):
         # Whatever drew random numbers before (a cold neighbour cache does), a seed gives one head and one loss.
         set_seed(args.seed)
         needs = losses_of(args, criterion)
-        named = args.method if criterion is None else f"--criterion={type(criterion).__name__}"
         _share_maps(student, teacher, args, needs, built_in=criterion is None)
-        head = _build_head(student, teacher, args, needs, named)
+        head = _build_head(student, teacher, args, needs, loss_argument(args, criterion))
         if criterion is None:
             criterion = _build_criterion(student, teacher, head, args, num_images)
         read_as_declared(criterion)
@@ -196,6 +195,11 @@ def losses_of(args: DistillationArguments, criterion: nn.Module | None = None) -
     if criterion is None:
         return [LOSSES[method.name] for method in args.methods]
     return summands(criterion)
+
+
+def loss_argument(args: DistillationArguments, criterion: nn.Module | None = None) -> str:
+    """The loss in messages, with the argument that gave it."""
+    return f"--method={args.method}" if criterion is None else f"--criterion={type(criterion).__name__}"
 
 
 def reads_maps(student: Backbone, teacher: Backbone, losses: list) -> bool:

@@ -345,7 +345,7 @@ def as_splits(
     """Training images, and those to evaluate on.
 
     Args:
-        train_dataset: a name, a folder, a ``Dataset`` or a ``DatasetDict``, or splits that are loaded already.
+        train_dataset: a name, a folder, a ``Dataset`` or a ``DatasetDict``, or, with an ``eval_dataset``, splits.
         eval_dataset: the same; None to hold some out of train where the dataset brings none.
         data: columns and sizes.
         recorded: the images of the run that is to be resumed.
@@ -355,7 +355,7 @@ def as_splits(
         ValueError: no such dataset, or one without images.
     """
     if isinstance(train_dataset, ImageSplits):
-        return train_dataset if eval_dataset is None else with_held_out(train_dataset, eval_dataset, data, **checked)
+        return with_held_out(train_dataset, eval_dataset, data, **checked)
     check_images("train_dataset", train_dataset)
     if eval_dataset is None:
         return data.load(train_dataset, hold_out_by_default=True, recorded=recorded, streams=True, **checked)

@@ -24,7 +24,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
 from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
-from coss_hf.trainer.distillation_model import losses_of, reads_maps
+from coss_hf.trainer.distillation_model import loss_argument, losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.inputs import view_size
 from coss_hf.trainer.reloading import check_processor
@@ -63,9 +63,8 @@ def rehearse(
             f"--gradient_checkpointing: the student ({type(student.model).__name__}) does not support it; leave it out."
         )
     if args.teacher_cache:
-        named = f"--method={args.method}" if criterion is None else f"--criterion={type(criterion).__name__}"
         maps = reads_maps(student, teacher, losses_of(args, criterion))
-        check_cached(args.teacher_cache, named, view_epochs=args.view_epochs, reads_maps=maps)
+        check_cached(args.teacher_cache, loss_argument(args, criterion), view_epochs=args.view_epochs, reads_maps=maps)
     check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.

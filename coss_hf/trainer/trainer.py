@@ -56,7 +56,7 @@ from coss_hf.trainer.checkpoint_files import (
     shapes,
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student, save_training_state
-from coss_hf.trainer.distillation_model import DistillationModel, try_criterion, uses_maps
+from coss_hf.trainer.distillation_model import DistillationModel, loss_argument, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
 from coss_hf.trainer.given_arguments import instead_of_arguments
@@ -281,7 +281,7 @@ class DistillationTrainer(Trainer):
         if args.teacher_cache:
             epochs = getattr(views, "view_epochs", 0)
             maps = self.teacher.maps > 0
-            check_cached(args.teacher_cache, self._named_method(args), view_epochs=epochs, reads_maps=maps)
+            check_cached(args.teacher_cache, loss_argument(args, inputs.criterion), view_epochs=epochs, reads_maps=maps)
         check_trackers(args.report_to)
         self._check_shared_memory(args, student, views, evaluator)
         self._prepare_networks(model, args)
@@ -347,11 +347,6 @@ class DistillationTrainer(Trainer):
         if not isinstance(given, nn.Module):
             return self.args.method
         return repr(given) if isinstance(given, DistillationLoss) else type(given).__name__
-
-    def _named_method(self, args: DistillationArguments) -> str:
-        """The loss in messages, with the argument that gave it."""
-        given = self._given.criterion
-        return f"--criterion={type(given).__name__}" if isinstance(given, nn.Module) else f"--method={args.method}"
 
     def _loss_needs_embeddings_alone(self) -> bool:
         """Whether the loss of held-out images can be computed from their embeddings."""

@@ -44,7 +44,7 @@ def test_invalid_sum_of_methods_is_rejected(text):
         ({"method": "coss+rkd", "beta": 2.0}, r"--beta=2.0 of which\? Write --method"),
         ({"method": "rkd(beta=2, angel_weight=1)"}, "rkd has no option 'angel_weight'; it has beta, distance_weight"),
         ({"method": "coss(beta=much)"}, r"--method=coss\(.*beta=much\)"),
-        ({"method": "at", "head": "mlp"}, "--head=mlp: at compares feature maps"),
+        ({"method": "at", "head": "mlp"}, "--head=mlp: --method=at compares feature maps"),
         ({"method": "kd"}, "--method kd: the checkpoint of --teacher .* no linear classifier"),
         ({"method": "seed(queue_size=12)"}, "queue_size=12 must be a multiple of the batch of 8 images and at most 48"),
         ({"method": "seed(queue_size=56)"}, "queue_size=56 must be .* at most 48"),

@@ -136,7 +136,6 @@ def test_every_module_logs_and_warns_by_such_a_logger():
         (lambda rows: coss_hf.load_backbone("nowhere/nothing", argument="teacher"), "^teacher=nowhere/nothing"),
         (lambda rows: coss_hf.add_neighbors(rows, None, "image", k=0), "^k=0: use 1 or more"),
         (lambda rows: search(torch.eye(3), 3), "^k=3: .*; use k=2 or fewer"),
-        (lambda rows: coss_hf.embed("nowhere/nothing", rows["image"]), "^model=nowhere/nothing"),
     ],
 )
 def test_functions_of_the_package_name_parameters(call, message):
@@ -145,3 +144,12 @@ def test_functions_of_the_package_name_parameters(call, message):
     with pytest.raises(ValueError, match=message) as raised:
         call(rows)
     assert "--" not in str(raised.value)
+
+
+def test_embed_names_parameters(monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("--pooling=x is unknown")
+
+    monkeypatch.setattr("coss_hf.models.embedding.load_network", refuse)
+    with pytest.raises(ValueError, match="^pooling=x is unknown"):
+        coss_hf.embed("nowhere/nothing", [Image.new("RGB", (4, 4))])
