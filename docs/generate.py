@@ -504,21 +504,30 @@ def decoding() -> str:
 def config_runs() -> str:
     """Each YAML file for photographs, run once."""
     names = {"vit_photographs": "ViT-tiny", "small_set_pretrained": "resnet56, trained on CIFAR-100"}
-    lines = [["file", "student", "images seen", "k-NN 20: random weights", "student", "teacher", "verdict of the run"]]
+    lines = [["file", "student", "images seen", "k-NN 20: random weights", "student", "teacher"]]
+    lines[0] += ["linear probe: random weights", "student", "teacher", "verdict of the run"]
     for row in json_lines("configs.jsonl"):
         results = row["results"]
-        scores = [f"{100 * results[name]['knn20']:.1f}" for name in ("random", "student", "teacher")]
+        networks = ("random", "student", "teacher")
+        scores = [f"{100 * results[name][key]:.1f}" for key in ("knn20", "probe") for name in networks]
         student = names.get(row["config"], "resnet18")
         verdict = row["verdict"][0].split(":")[0].removesuffix(", see below")
+        if any("collapsed" in sentence for sentence in row["verdict"][1:]):
+            verdict += "; it has collapsed"
         lines.append([f"`{row['config']}`", student, f"{row['images_seen']:,}", *scores, verdict])
     return as_markdown(lines)
 
 
 def photographs_settings(num_images: int = 6400) -> str:
     """Settings in short runs on photographs, measured on held-out images."""
-    rows = select(json_lines("photographs.jsonl"), split="validation", method="coss", num_images=num_images)
+    kept = select(json_lines("photographs.jsonl"), split="validation")
+    rows = select(kept, method="coss", num_images=num_images)
+    students = {row["student"] for row in rows}
+    rows += [row | {"settings": "random weights"} for row in select(kept, method="random weights")]
     lines = [["student", "settings", "seeds", "k-NN 20", "linear evaluation", "overlap 10", "effective rank"]]
     for student, settings in dict.fromkeys((row["student"], row["settings"]) for row in rows):
+        if student not in students:
+            continue
         found = select(rows, student=student, settings=settings)
         rank = f"{statistics.fmean(row['effective_rank'] for row in found):.1f}"
         cells = [score(found, key, statistics.stdev) for key in ("knn20", "linear", "overlap10")]
@@ -757,6 +766,8 @@ def results_of(name: str) -> str:
         text += f"{tried[0]['images_seen']:,} images seen, the best of {len(tried)} scales)"
     else:
         return "Not part of the comparison on CIFAR-10: no results of this method are kept in the repository."
+    if "stages=last" in rows[0]["expression"]:
+        text += ", with `stages=last`"
     return (
         f"resnet56 to resnet20 on CIFAR-10: {text}. A run so short shows how fast a method starts, not where it ends; "
         f"see [Reproducing the paper](../paper.md) for the other methods, the commands and the caveats."

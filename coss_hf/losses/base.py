@@ -67,7 +67,8 @@ class DistillationLoss(nn.Module):
 
     A loss never holds a network. Its constructor may ask for the following arguments by name, and
     gets them from the run: ``student_dim`` and ``teacher_dim`` (channels of the maps that it reads,
-    or dimensions of the embeddings), ``student_size`` and ``teacher_size`` (height of the maps),
+    or dimensions of the embeddings; of several maps the last), ``student_dims`` and ``teacher_dims`` (channels of all
+    of them), ``student_size`` and ``teacher_size`` (height of the maps),
     ``num_images`` (size of the training set, None for a stream), ``batch_size`` (images of a forward pass over all
     processes) and ``classifier`` (see below). All other arguments are options of the method and
     need a default; ``beta`` is by convention the scale of the complete loss.

@@ -18,7 +18,7 @@ from coss_hf.losses.base import REGISTERED, DistillationLoss
 from coss_hf.losses.combination import Method, SumLoss
 
 # Arguments of a loss that come from the two networks, and so are no options of its method.
-SHAPES = ("student_dim", "teacher_dim", "student_size", "teacher_size")
+SHAPES = ("student_dim", "teacher_dim", "student_size", "teacher_size", "student_dims", "teacher_dims")
 
 
 class Losses(Mapping):
@@ -145,13 +145,17 @@ def _build(method: Method, given: dict) -> nn.Module:
         raise ValueError(message) from error
 
 
-def _shapes(kind: type[DistillationLoss], student: Features, teacher: Features) -> dict[str, int]:
+def _shapes(kind: type[DistillationLoss], student: Features, teacher: Features) -> dict:
     """Channels and heights of the maps where a loss reads maps and gets them, else dimensions of the embeddings."""
-    if not (kind.uses_maps and student.maps):
-        return {"student_dim": student.embedding.shape[1], "teacher_dim": teacher.embedding.shape[1]}
-    s = kind.select(student).maps[-1].shape
-    t = kind.select(teacher).maps[-1].shape
-    return {"student_dim": s[1], "teacher_dim": t[1], "student_size": s[2], "teacher_size": t[2]}
+    found = {}
+    for side, features in (("student", student), ("teacher", teacher)):
+        maps = kind.select(features).maps if kind.uses_maps and student.maps else ()
+        shapes = [one.shape for one in maps] or [features.embedding.shape]
+        found[f"{side}_dim"] = shapes[-1][1]
+        found[f"{side}_dims"] = tuple(shape[1] for shape in shapes)
+        if maps:
+            found[f"{side}_size"] = shapes[-1][2]
+    return found
 
 
 def _pools_to_embedding(teacher: Features) -> bool:

@@ -8,7 +8,8 @@
 
 Stages, each with three seeds, all runs of a student at equal images seen:
 
-    settings  CoSS with neighbours under each of SETTINGS, short, measured on images held out of train
+    settings  CoSS with neighbours under each of --settings, short, measured on images held out of train, as are the
+              initial weights
     methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by
               each of --other_settings
     warm      a student that was distilled from other images before, under each of WARM_SETTINGS
@@ -44,6 +45,8 @@ STUDENTS = {
     "mobilenetv3": ("timm_wrapper", ("architecture=mobilenetv3_small_100",)),
     "vit-tiny": ("vit", (*VIT_TINY, "image_size=96", "patch_size=16")),
     "resnet18": ("timm_wrapper", ("architecture=resnet18",)),
+    "mobilenetv4": ("timm_wrapper", ("architecture=mobilenetv4_conv_small",)),
+    "efficientnet-lite0": ("timm_wrapper", ("architecture=efficientnet_lite0",)),
 }
 CLIPPED = {"max_grad_norm": 1.0}
 ADAMW = {"optim": "adamw_torch", "weight_decay": 0.05, "weight_decay_on": "matrices", "warmup_steps": 0.1, **CLIPPED}
@@ -53,7 +56,7 @@ SETTINGS = {
     "adamw 5e-4": {"learning_rate": 5e-4, **ADAMW},
     "adamw 2e-3": {"learning_rate": 2e-3, **ADAMW},
 }
-DEFAULTS = ("adamw 5e-4", "paper")  # at 64 views per step: of transformers, and of --settings paper
+DEFAULTS = ("adamw 5e-4", "paper")  # at 64 views per step: of all but depthwise networks, and of --settings paper
 # Of trained weights: the defaults are a fifth of the rates of random ones.
 WARM_SETTINGS = SETTINGS | {
     "sgd 0.01, warm-up, clipping": {"learning_rate": 0.01, "warmup_steps": 0.1, **CLIPPED},
@@ -158,6 +161,8 @@ class Experiment:
         """Train, keep the student, and measure it on held-out images; nothing where that is done."""
         if self.found(arm, "validation", seed):
             return
+        if arm.method not in METHODS:
+            return self.measure_untrained(arm, seed, "validation")
         config = self.config(arm)
         trial = arm.trial(seed)
         start = time.perf_counter()
@@ -195,31 +200,38 @@ class Experiment:
         config = self.config(arm)
         trial = arm.trial(seed, "test")
         if arm.method in METHODS:
+            trained = self.found(arm, "validation", seed)
+            if not trained:
+                raise SystemExit(f"{arm} has no run of seed {seed}: give --stage methods (or warm) first.")
             student = Student.from_pretrained(self.student_folder(arm, seed))
-            seen = self.found(arm, "validation", seed)[0]["images_seen"]
+            seen = trained[0]["images_seen"]
             return self.add(arm, seed, "test", measure(trial, config, student.backbone, student.head), images_seen=seen)
+        return self.measure_untrained(arm, seed, "test")
+
+    def measure_untrained(self, arm: Arm, seed: int, split: str) -> None:
+        """Measure the teacher, or a student with its initial weights."""
+        config = self.config(arm)
         _, teacher = load(config, arm.student)
         set_seed(seed)
         network = teacher if arm.method == "teacher" else config.models[arm.student].load_student(teacher)
         device = next(network.model.parameters()).device
         more = costs({arm.method: network}, device)[arm.method] | {"hardware": device_name(device)}
-        return self.add(arm, seed, "test", measure(trial, config, network), images_seen=0, **more)
+        self.add(arm, seed, split, measure(arm.trial(seed, split), config, network), images_seen=0, **more)
 
     def best_settings(self, student: str) -> str:
-        """Return the settings with the best mean on held-out images."""
+        """Return the settings with the best mean on held-out images, of all that have run with each seed."""
         means = {
             name: statistics.fmean(row[CHOSEN_BY] for row in rows)
-            for name in settings_of(student)
+            for name in (WARM_SETTINGS if student == WARM else SETTINGS)
             if len(rows := self.found(Arm(student, name, self.options.choice_images), "validation")) == len(SEEDS)
         }
-        if len(means) < len(settings_of(student)):
+        if not {*self.settings_of(student)} <= {*means}:
             raise SystemExit(f"{student}: not all settings have run; give --stage settings (or warm) first.")
         return max(means, key=means.get)
 
-
-def settings_of(student: str) -> dict[str, dict]:
-    """Return the settings that are compared for a student."""
-    return WARM_SETTINGS if student == WARM else SETTINGS
+    def settings_of(self, student: str) -> list[str]:
+        """Return the settings that are compared for a student."""
+        return list(WARM_SETTINGS) if student == WARM else self.options.settings
 
 
 def line(metrics: dict) -> str:
@@ -236,6 +248,11 @@ def long_arms(student: str, experiment: Experiment) -> list[Arm]:
     return arms + [Arm(student, name, num_images) for name in experiment.options.other_settings if name != best]
 
 
+def start_of(student: str) -> Arm:
+    """Return the row of a student that is not trained."""
+    return Arm(student, "", 0, "initial weights" if student == WARM else "random weights")
+
+
 def training_arms(stage: str, students: list[str], experiment: Experiment) -> Iterator[Arm]:
     """Yield what a stage trains."""
     if stage == "methods":
@@ -243,7 +260,9 @@ def training_arms(stage: str, students: list[str], experiment: Experiment) -> It
             yield from long_arms(student, experiment)
         return
     for student in students if stage == "settings" else [WARM]:
-        yield from (Arm(student, name, experiment.options.choice_images) for name in settings_of(student))
+        if student != WARM:  # which begins with the same weights, whatever the seed
+            yield start_of(student)
+        yield from (Arm(student, name, experiment.options.choice_images) for name in experiment.settings_of(student))
 
 
 def test_arms(students: list[str], experiment: Experiment) -> Iterator[tuple[Arm, int]]:
@@ -251,10 +270,10 @@ def test_arms(students: list[str], experiment: Experiment) -> Iterator[tuple[Arm
     yield Arm(students[0], "", 0, "teacher"), SEEDS[0]
     for student in students:
         for seed in SEEDS:
-            yield Arm(student, "", 0, "random weights"), seed
+            yield start_of(student), seed
             yield from ((arm, seed) for arm in long_arms(student, experiment))
     if experiment.earlier.exists():
-        yield Arm(WARM, "", 0, "initial weights"), SEEDS[0]
+        yield start_of(WARM), SEEDS[0]
         best = Arm(WARM, experiment.best_settings(WARM), experiment.options.choice_images)
         yield from ((best, seed) for seed in SEEDS)
 
@@ -266,7 +285,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", required=True, help="folder or name of the teacher")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs, students and results")
     parser.add_argument("--stage", choices=["settings", "methods", "warm", "test"], required=True)
-    parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=list(STUDENTS))
+    parser.add_argument(
+        "--students", nargs="+", default=["mobilenetv3", "vit-tiny", "resnet18"], choices=list(STUDENTS)
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS), help="settings to compare"
+    )
     parser.add_argument(
         "--methods", nargs="+", default=list(METHODS), choices=list(METHODS), help="methods of the long runs"
     )

@@ -3,6 +3,8 @@ import torch
 from torch.distributions import Normal
 
 from coss_hf.features import Features
+from coss_hf.losses.combination import parse_methods
+from coss_hf.losses.registry import build_loss
 from coss_hf.losses.vid import VIDLoss
 from tests.helpers.loss_cases import (
     assert_full_precision_under_autocast,
@@ -53,6 +55,32 @@ def test_of_several_maps_the_last_is_compared():
     assert loss(features(s), features(t))["loss"] == loss(features(s[1:]), features(t[1:]))["loss"]
 
 
+def test_all_stages_are_the_sum_of_a_loss_for_each():
+    dims = {"student_dims": (5, 3), "teacher_dims": (6, 4)}
+    loss = VIDLoss(student_dim=3, teacher_dim=4, **dims, beta=2.0)
+    s, t = draw((2, 5, 8, 8), (2, 3, 4, 4)), draw((2, 6, 8, 8), (2, 4, 4, 4))
+    first = VIDLoss(student_dim=5, teacher_dim=6)
+    first.load_state_dict(loss.earlier[0].state_dict())
+    last = VIDLoss(student_dim=3, teacher_dim=4)
+    last.load_state_dict({k: v for k, v in loss.state_dict().items() if not k.startswith("earlier")})
+    expected = first(s[:1], t[:1])["loss"] + last(s[1:], t[1:])["loss"]
+    value = loss(features(s), features(t))["loss"]
+    torch.testing.assert_close(value, 2 * expected)
+    value.backward()
+    assert all(p.grad.any() for p in loss.parameters())
+
+
+def test_all_stages_of_a_run_and_of_networks_without_maps():
+    s, t = draw((2, 5, 8, 8), (2, 3, 4, 4)), draw((2, 6, 8, 8), (2, 4, 4, 4))
+    (method,) = parse_methods("vid")
+    loss = build_loss([method], features(s), features(t))
+    (alone,) = parse_methods("vid(stages=last)")
+    assert not build_loss([alone], features(s), features(t)).earlier
+    assert len(loss.earlier) == 1 and loss(features(s), features(t))["loss"].isfinite()
+    without = Features(torch.randn(2, 3)), Features(torch.randn(2, 4))
+    assert not build_loss([method], *without).earlier
+
+
 def test_full_precision_under_autocast():
     loss = VIDLoss(student_dim=3, teacher_dim=4)
     assert_full_precision_under_autocast(loss, draw((4, 3, 4, 4)), draw((4, 4, 2, 2)))
@@ -62,5 +90,9 @@ def test_full_precision_under_autocast():
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="beta=-2"):
         VIDLoss(student_dim=3, teacher_dim=4, beta=-2.0)
+    with pytest.raises(ValueError, match="stages='some' is unknown: choose one of all, last"):
+        VIDLoss(student_dim=3, teacher_dim=4, stages="some")
+    with pytest.raises(ValueError, match="student_dims=.3,. and teacher_dims=..: give as many of both"):
+        VIDLoss(student_dim=3, teacher_dim=4, student_dims=(3,))
     with pytest.raises(ValueError, match="student_dim=3 .* 5 and 4 channels"):
         VIDLoss(student_dim=3, teacher_dim=4)(Features(torch.randn(2, 5)), Features(torch.randn(2, 4)))

@@ -52,23 +52,40 @@ def test_settings_are_chosen_on_held_out_images(world):
     with pytest.raises(SystemExit, match=r"mobilenetv3: not all settings have run; give --stage settings"):
         world.run("methods")
     rows = world.run("settings")
-    assert len(rows) == len(world.trained) == 4 * 3 and {row["split"] for row in rows} == {"validation"}
-    assert [row["seed"] for row in rows[:4]] == [1] * 4, "seed by seed"
+    assert len(world.trained) == 4 * 3 and {row["split"] for row in rows} == {"validation"}
+    assert [(row["seed"], row["images_seen"]) for row in rows[:6]] == [(1, 0), *[(1, 6400)] * 4, (2, 0)], "seed by seed"
+    assert len(rows) == 4 * 3 + 3, "with random weights"
     assert {method[2:] for method in world.trained} == {(6400, 3, 16)}
-    assert len(world.run("settings")) == 12 and not world.trained, "finished runs are not repeated"
+    assert len(world.run("settings")) == 15 and not world.trained, "finished runs are not repeated"
+
+
+def test_some_settings_are_enough(world):
+    some = ("--settings", "paper", "adamw 5e-4")
+    world.run("settings", *some)
+    assert len(world.trained) == 2 * 3
+    with pytest.raises(SystemExit, match="not all settings have run"):
+        world.run("methods")
+    with pytest.raises(SystemExit, match="settings='adamw 5e-4'.* has no run of seed 1: give --stage methods"):
+        world.run("test", *some)
+    world.run("methods", *some, "--methods", "coss", "--other_settings")
+    world.run("settings")
+    rows = world.run("methods", *some, "--methods", "coss", "--num_images=640", "--other_settings")
+    assert {row["settings"] for row in rows if row["num_images"] == 640} == {"sgd, warm-up, clipping"}, (
+        "of all that ran"
+    )
 
 
 def test_long_runs_are_of_the_best_settings_and_the_defaults(world):
     world.run("settings")
-    rows = world.run("methods")[12:]
+    rows = world.run("methods")[15:]
     kinds = {(row["settings"], row["method"]) for row in rows}
     best = "sgd, warm-up, clipping"
     assert kinds == {(best, method) for method in world.module.METHODS} | {("adamw 5e-4", "coss"), ("paper", "coss")}
     assert len(rows) == 5 * 3 and {row["images_seen"] for row in rows} == {19_200}
     assert ("coss, no neighbours", 1, 19_200, 0, 64) in world.trained, "as many views a step"
-    fewer = world.run("methods", "--num_images=640", "--methods", "coss")[27:]
+    fewer = world.run("methods", "--num_images=640", "--methods", "coss")[30:]
     assert {row["method"] for row in fewer} == {"coss"} and len(fewer) == 3 * 3
-    best_alone = world.run("methods", "--num_images=1280", "--methods", "coss", "--other_settings")[36:]
+    best_alone = world.run("methods", "--num_images=1280", "--methods", "coss", "--other_settings")[39:]
     assert [(row["settings"], row["seed"]) for row in best_alone] == [(best, 1), (best, 2), (best, 3)]
 
 
