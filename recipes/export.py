@@ -72,6 +72,13 @@ class ExportArguments:
         metadata={"help": "How features become one embedding: cls, mean, pooler, gap, or auto (by the architecture)."},
     )
     num_images: int = field(default=1000, metadata={"help": "Largest number of test images to compare on."})
+    num_train_images: int = field(
+        default=10_000,
+        metadata={
+            "help": "Largest number of training images among which k-NN looks for the neighbours of the test images. "
+            "Every format and PyTorch embed them, where the images have labels."
+        },
+    )
     calibration_images: int = field(
         default=200, metadata={"help": "Number of training images that calibrate static quantisation."}
     )
@@ -83,7 +90,7 @@ def check(args: ExportArguments) -> None:
     """Raise ``ValueError`` for arguments that cannot be used."""
     if not args.model:
         raise ValueError("--model is missing; see --help.")
-    for name in ("num_images", "calibration_images", "timing_rounds", "batch_size"):
+    for name in ("num_images", "num_train_images", "calibration_images", "timing_rounds", "batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} {getattr(args, name)}: give 1 or more.")
     unknown = [name for name in args.formats if name not in FORMATS]
@@ -155,24 +162,29 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
         return DataLoader(ProcessedImages(rows, splits.image_column, backbone.preprocess), args.batch_size)
 
     test = draw(test, args.num_images)
+    train = draw(splits.train, args.num_train_images)
     labels = None
     column = splits.label_column
-    found = class_numbers(column, splits.train, test) if column else None
+    found = class_numbers(column, train, test) if column else None
     if found is not None:
         labels = tuple(found[0])
+        logger.info(
+            "k-NN of %d test images among %d of %d training images (--num_train_images).",
+            *(len(test), len(train), len(splits.train)),
+        )
     results = export(
         student,
         Path(args.output or args.model),
         images=batches(test),
         calibration=batches(draw(splits.train, args.calibration_images)),
-        train_images=batches(splits.train),
+        train_images=batches(train),
         labels=labels,
         quantization=args.quantize,
         rounds=args.timing_rounds,
         formats=args.formats,
         hub_layout=not args.output,
     )
-    return {"results": results, "images": len(test), "bank": len(splits.train) if labels else 0}
+    return {"results": results, "images": len(test), "bank": len(train) if labels else 0}
 
 
 def add_to_card(args: ExportArguments) -> None:

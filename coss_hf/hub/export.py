@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from coss_hf.evaluation.agreement import neighbor_overlap
 from coss_hf.evaluation.knn import knn_accuracy, unit
@@ -20,6 +21,7 @@ from coss_hf.hub.export_executorch import PROGRAM_FILE, executorch_package, open
 from coss_hf.hub.export_folders import FILES
 from coss_hf.hub.export_openvino import OPENVINO_FILE, open_openvino, openvino_package, write_openvino
 from coss_hf.hub.student import Student
+from coss_hf.models.embedding import BAR_DELAY
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.utils.messages import first_line
 from coss_hf.utils.packages import check_extra
@@ -195,10 +197,18 @@ def open_file(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
 
 
 @torch.inference_mode()
-def embed_by_all(runners: dict[str, Callable], batches: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Embed the same images by every runner: ``(n, d)`` each; each image is decoded once."""
+def embed_by_all(
+    runners: dict[str, Callable], batches: Iterable[Tensor], description: str = "Images"
+) -> dict[str, Tensor]:
+    """Embed the same images by every runner: ``(n, d)`` each; each image is decoded once.
+
+    Args:
+        runners: functions from pixel values to embeddings, by name.
+        batches: batches of processed images ``(b, 3, h, w)``.
+        description: label of the progress bar.
+    """
     rows = {name: [] for name in runners}
-    for batch in batches:
+    for batch in tqdm(batches, description, unit="batch", leave=False, delay=BAR_DELAY):
         for name, run in runners.items():
             rows[name].append(run(batch))
     return {name: torch.cat(parts) for name, parts in rows.items()}
@@ -357,7 +367,7 @@ def _measure(
     runners = {"pytorch": student}
     for name, path in files.items():
         runners[name] = _open(name, path)
-    embeddings = embed_by_all(runners, images)
+    embeddings = embed_by_all(runners, images, "Test images")
     results = {name: agreement(rows, embeddings["pytorch"]) for name, rows in embeddings.items()}
     for name in FORMATS:
         if name in results:
@@ -367,7 +377,7 @@ def _measure(
     if labels is not None:
         train_labels, test_labels = labels
         ks = tuple(k for k in (10, 20) if k <= len(train_labels))
-        train_embeddings = embed_by_all(runners, train_images)
+        train_embeddings = embed_by_all(runners, train_images, "Training images")
         for name, rows in embeddings.items():
             results[name] |= knn_accuracy(train_embeddings[name], train_labels, rows, test_labels, ks)
     for batch_size in (1, 64):

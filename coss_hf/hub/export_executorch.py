@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from coss_hf.utils.messages import first_line
+from coss_hf.utils.packages import how_to_install
 
 PROGRAM_FILE = "model.pte"
 
@@ -20,7 +21,7 @@ def executorch_package() -> ModuleType:
         return importlib.import_module("executorch.exir")
     except ImportError as error:
         raise ValueError(
-            f"--formats executorch needs {error.name}, which is not installed: pip install coss-hf[executorch]."
+            f"--formats executorch needs {error.name}, which is not installed: {how_to_install('executorch')}."
         ) from error
 
 

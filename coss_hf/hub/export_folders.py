@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from coss_hf.utils.messages import get_logger
@@ -15,8 +17,6 @@ FILES = {
     "openvino": ("openvino_model.xml", "openvino_model.bin"),
     "executorch": ("model.pte",),
 }
-# All of them, relative to the student's folder.
-EXPORTED = [f"{folder}/{file}" for folder, files in FILES.items() for file in (*files, RECORD)]
 _WEIGHTS = ("model*.safetensors", "head.safetensors")
 
 
@@ -47,7 +47,7 @@ def exported_folders(folder: str | Path) -> tuple[list[str], list[str]]:
     found = [name for name, files in FILES.items() if any(Path(folder, name, file).is_file() for file in files)]
     digest = weights_digest(folder) if found else None
     for name in found:
-        belongs = digest is not None and _recorded(Path(folder, name, RECORD), "weights") == digest
+        belongs = are_of_weights(Path(folder, name, RECORD), digest)
         (current if belongs else stale).append(name)
     return current, stale
 
@@ -71,6 +71,60 @@ def remove_exports(folder: str | Path) -> None:
             (exported / file).unlink(missing_ok=True)
         if exported.is_dir() and not any(exported.iterdir()):
             exported.rmdir()
+
+
+def copy_exports(find: Callable[[str], str | None], folder: str | Path) -> None:
+    """Copy exported files from where a student was loaded, if they are of the weights in its new folder.
+
+    Args:
+        find: function that gives the path of a file by its name relative to the student's folder, or None.
+        folder: the student's new folder, which contains its weights.
+    """
+    digest = weights_digest(folder)
+    for name, files in FILES.items():
+        target = Path(folder, name)
+        record = find(f"{name}/{RECORD}")
+        if not are_of_weights(record, digest) or Path(record).resolve() == (target / RECORD).resolve():
+            continue
+        target.mkdir(exist_ok=True)
+        for file in (*files, RECORD):
+            (target / file).unlink(missing_ok=True)  # of another student
+            found = find(f"{name}/{file}")
+            if found is not None:
+                shutil.copy(found, target / file)
+
+
+def replaced_exports(
+    there: Iterable[str], folder: str | Path, pushed: Iterable[str], find: Callable[[str], str | None]
+) -> list[str]:
+    """Find the exported files on the Hub that a push makes wrong: they are of other weights than those it pushes.
+
+    Args:
+        there: names of all files in the repository.
+        folder: of the student that is pushed.
+        pushed: names of the folders of exported files that are pushed with it.
+        find: function that downloads a file of the repository and gives its path, or None.
+
+    Returns:
+        Names of files that the folder does not replace. A file stays where its record tells that it is of the weights
+        that are pushed.
+    """
+    there = {*there}
+    digest = weights_digest(folder)
+    found = []
+    for name, files in FILES.items():
+        left = [f"{name}/{file}" for file in (*files, RECORD) if f"{name}/{file}" in there]
+        if name in pushed:  # the new record does not describe a file that only the Hub has
+            found += [file for file in left if not Path(folder, file).is_file()]
+        elif left:
+            record = find(f"{name}/{RECORD}") if f"{name}/{RECORD}" in there else None
+            found += [] if are_of_weights(record, digest) else left
+    return found
+
+
+def are_of_weights(record: str | Path | None, digest: str | None) -> bool:
+    """Whether exported files with this record are of the weights with this hash; a missing record does not tell."""
+    return record is not None and digest is not None and _recorded(Path(record), "weights") == digest
 
 
 def exported_with_head(folder: str | Path, name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from coss_hf.utils.messages import first_line
+from coss_hf.utils.packages import how_to_install
 
 # The name that Optimum Intel looks for; the weights are next to it, with the suffix .bin.
 OPENVINO_FILE = "openvino_model.xml"
@@ -20,7 +21,7 @@ def openvino_package() -> ModuleType:
         return importlib.import_module("openvino")
     except ImportError as error:
         raise ValueError(
-            f"--formats openvino needs {error.name}, which is not installed: pip install coss-hf[openvino]."
+            f"--formats openvino needs {error.name}, which is not installed: {how_to_install('openvino')}."
         ) from error
 
 

@@ -19,7 +19,7 @@ logger = get_logger(__name__)
 
 HUB = "https://huggingface.co"
 TASK = "image-feature-extraction"
-TAGS = ["coss_hf", "distillation", "coss"]
+TAGS = ["coss_hf", "distillation"]  # of every student; its methods follow
 # The page of a student offers to try it with this picture, of the Hub's own samples.
 WIDGET = {"src": f"{HUB}/datasets/mishig/sample_images/resolve/main/tiger.jpg", "example_title": "Tiger"}
 METRICS = {
@@ -66,7 +66,8 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_stale_exports(folder)
     subject = Subject(name, trainer.student, trainer.full_model.head, folder, on_hub=bool(trainer.hub_model_id))
-    tags = metadata.pop("tags", None) or []
+    own_tags = metadata.pop("tags", None) or []
+    own_tags = [own_tags] if isinstance(own_tags, str) else own_tags
     base_models = _base_models(trainer.student, teacher, arguments.get("student_init", "pretrained"))
     data = ModelCardData(
         **{key: value for key, value in metadata.items() if key in ("license", "language") and value},
@@ -75,7 +76,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         base_model_relation="finetune" if base_models else None,
         datasets=arguments.get("dataset") if on_hub(arguments.get("dataset")) else None,
-        tags=[*TAGS, *_library_tags(subject), *([tags] if isinstance(tags, str) else tags)],
+        tags=[*dict.fromkeys([*TAGS, *trainer.methods, *_library_tags(subject), *own_tags])],
         widget=[WIDGET],
         model_name=title,
         eval_results=_results(record) or None,

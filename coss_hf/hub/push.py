@@ -9,13 +9,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
+try:  # the library that this version of huggingface_hub speaks through: httpx, or httpx2
+    from huggingface_hub.utils import httpx
+except ImportError:  # versions that do not say
+    import httpx
+
 from coss_hf.hub import sentence_modules
-from coss_hf.hub.export_folders import EXPORTED, exported_folders
+from coss_hf.hub.export_folders import exported_folders, replaced_exports
 from coss_hf.hub.snippets import renamed
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.utils.errors import RunStopped
@@ -30,14 +34,14 @@ WEIGHTS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.
 # Card, record, page and pictures of the run, next to the student.
 COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png", "panel.png", "projection.png"]
 # What an earlier push may have left, where this one has none of that name.
-REPLACED = [PROCESSOR, *CODE, *WEIGHTS, *EXPORTED]
+REPLACED = [PROCESSOR, *CODE, *WEIGHTS]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
 PUBLISHED = ["config.json", PROCESSOR, *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
 OLD_STUDENT = (
     "%s was written by an earlier version: its pooler_output may be noise, and sentence-transformers and timm cannot "
     "load it. coss_hf.Student.from_pretrained('%s').push_to_hub('%s') pushes it with what they need."
 )
-# Transport errors of httpx, and what sockets raise below it.
+# Transport errors of the library, and what sockets raise below it.
 NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
 
@@ -115,6 +119,9 @@ def push(
 ) -> CommitInfo:
     """Push a student's folder as one commit: the student, its head, its card, its figures and pictures.
 
+    Exported files in the repository that the folder does not have stay there if they are of the same weights. Those of
+    other weights are deleted, and a warning names them.
+
     Args:
         folder: the output folder of ``recipes/distill.py``.
         repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.
@@ -143,6 +150,7 @@ def push(
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             code = ["*.py"] if "auto_map" in _read(folder / "config.json") else []
             folders = published_folders(folder)
+            replaced = _replaced_exports(api, repo_id, revision, folder, folders)
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=place,
@@ -150,13 +158,29 @@ def push(
                 revision=revision,
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],
-                delete_patterns=[*REPLACED, *sentence_modules.FILES, *sentence_modules.FOLDERS],
+                delete_patterns=[*REPLACED, *replaced, *sentence_modules.FILES, *sentence_modules.FOLDERS],
             )
+    if replaced:
+        logger.warning(
+            "%s: this push deleted %s, since nothing tells that they are of the weights that it pushed. Earlier "
+            "revisions have them. Run %s and push again for files of these weights.",
+            *(repo_id, ", ".join(replaced), command_to("export")),
+        )
     if new != text:
         with contextlib.suppress(OSError):  # of a folder that can only be read
             card.write_text(new)
     print(f"Pushed: {commit.repo_url}, revision {commit.oid}", flush=True)
     return commit
+
+
+def _replaced_exports(api: HfApi, repo_id: str, revision: str | None, folder: Path, pushed: list[str]) -> list[str]:
+    """Names of the exported files in a repository that a push of this folder deletes."""
+    return replaced_exports(
+        api.list_repo_files(repo_id, revision=revision),
+        folder,
+        pushed,
+        find=lambda name: api.hf_hub_download(repo_id, name, revision=revision),
+    )
 
 
 @contextlib.contextmanager

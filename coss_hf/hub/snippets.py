@@ -25,6 +25,16 @@ from coss_hf.models.towers import describe_space
 LOCAL = "local-dir:"  # timm's words for a folder
 HUB = "hf-hub:"  # and for a name on the Hub
 NOT_MENTIONED = None
+# By what is imported: the package to install, where its name is another or its version matters.
+PACKAGES = {
+    "PIL": "pillow",
+    "coss_hf": "coss-hf",
+    "optimum": "optimum-onnx[onnxruntime]",
+    "sentence_transformers": sentence_modules.PACKAGE,
+    "timm": f"timm>={FIRST_TIMM}",
+}
+# What the installation of this package brings.
+BROUGHT = {"PIL", "safetensors", "torch", "torchvision", "transformers"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,25 @@ def _image(subject: Subject) -> str:
     return f'image = Image.new("RGB", ({width}, {height}))  # yours'
 
 
+def _needs(code: str, with_timm: bool = False) -> str:
+    """The beginning of a sentence on the packages that a code needs: those that it imports, and those that they load.
+
+    Args:
+        code: the code of a loader.
+        with_timm: whether Transformers loads something of timm.
+    """
+    names = re.findall(r"(?m)^(?:import|from) (\w+)", code)
+    if "transformers" in names:
+        names.append("torch")  # for return_tensors="pt", whatever computes the embedding
+    if with_timm:
+        names.append("timm")
+    if "coss_hf" in names:
+        names = [name for name in names if name not in BROUGHT]
+    names = sorted(dict.fromkeys(names), key=lambda name: name == "PIL")  # what loads the student comes first
+    *first, last = [f"`{PACKAGES.get(name, name)}`" for name in names]
+    return f"Needs {', '.join(first)} and {last}" if first else f"Needs {last}"
+
+
 def _trust(subject: Subject) -> str:
     return ", trust_remote_code=True" if getattr(subject.student.model.config, "auto_map", None) else ""
 
@@ -185,7 +214,7 @@ def _pooled(student: Backbone, hidden: str) -> str:
 
 
 def _transformers_remark(subject: Subject) -> str:
-    text = f"Needs `transformers`{' and `timm`' if _is_of_timm(subject) else ''}.{_own_space(subject)}"
+    text = f"{_needs(_transformers_code(subject), _is_of_timm(subject))}.{_own_space(subject)}"
     trust = _trust(subject)
     return f"{text} Its code is in this repository (`trust_remote_code`)." if trust else text
 
@@ -211,11 +240,12 @@ embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)
 
 
 def _pipeline_remark(subject: Subject) -> str:
-    text = "The same embedding from the pipeline of Transformers"
+    needs = _needs(_pipeline_code(subject), _is_of_timm(subject))
+    text = f"{needs}. The same embedding from the pipeline of Transformers"
     if _trust(subject):
         return f"{text}. Inference Endpoints do not run its code by themselves: they need a handler of your own."
     if _is_of_timm(subject):
-        return f"{text}, which needs `timm`. Inference Endpoints need a handler of your own, with `timm` installed."
+        return f"{text}. Inference Endpoints need a handler of your own, with `timm` installed."
     text += (
         ", and from Inference Endpoints, whose default handler is this pipeline: send "
         '`{"inputs": ..., "parameters": {"pool": true}}`, with an image in base64.'
@@ -260,7 +290,7 @@ similarity = model.similarity(embedding, embedding)  # cosines'''
 
 
 def _sentence_remark(subject: Subject) -> str:
-    text = f"Needs `{sentence_modules.PACKAGE}`"
+    text = _needs(_sentence_code(subject), _is_of_timm(subject))
     if sentence_modules.needs_code(subject.student):
         text += f", and trust in the few lines of `{sentence_modules.CODE_FILE}`, which leave out what is no patch"
     text += f"; {_described_space(subject)}"
@@ -313,7 +343,7 @@ with torch.no_grad():
 
 
 def _timm_remark(subject: Subject) -> str:
-    return f"Needs `timm>={FIRST_TIMM}`; `{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
+    return f"{_needs(_timm_code(subject))}; `{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
 
 
 def _why_no_timm(subject: Subject) -> str | None:
@@ -386,8 +416,8 @@ def _module_expression(student: Backbone) -> str:
 def _module_remark(subject: Subject) -> str:
     config = subject.student.model.config
     return (
-        f"A state dict in the keys of `{config.architecture}`, the module that it was trained from "
-        f"(`model.safetensors`), and its image processor.{_own_space(subject)}"
+        f"{_needs(_module_code(subject))}. It is a state dict in the keys of `{config.architecture}`, the module that "
+        f"it was trained from (`model.safetensors`), with its image processor.{_own_space(subject)}"
     )
 
 
@@ -438,7 +468,8 @@ def _own_loading(subject: Subject) -> str:
 
 
 def _own_remark(subject: Subject) -> str:
-    text = "Needs `coss-hf`; pooling and pre-processing are looked after, many images at once"
+    needs = _needs(_own_code(subject), _is_of_timm(subject))
+    text = f"{needs}; pooling and pre-processing are looked after, many images at once"
     if subject.space is None:
         return f"{text}."
     text = f"{text}; {_described_space(subject)}, to be compared with embeddings of the teacher."
@@ -472,7 +503,8 @@ print(student.similarity(embedding, text_embeddings))  # cosines (1, 2)'''
 
 
 def _text_remark(subject: Subject) -> str:
-    return "The teacher embeds the texts, and the student the images."
+    needs = _needs(_text_code(subject), _is_of_timm(subject))
+    return f"{needs}. The teacher embeds the texts, and the student the images."
 
 
 def _no_text(subject: Subject) -> str | None:
@@ -550,7 +582,7 @@ embedding = model(**processor(image, return_tensors="pt")).last_hidden_state  # 
 
 def _optimum_remark(subject: Subject) -> str:
     return (
-        f"Needs `optimum-onnx` and a release of Transformers that it supports; {_exported_space(subject, 'onnx')}. "
+        f"{_needs(_optimum_code(subject))}, in releases that Optimum supports; {_exported_space(subject, 'onnx')}. "
         f"Optimum knows no output of the name `embedding` and returns it as `last_hidden_state`."
     )
 
@@ -582,8 +614,12 @@ def _exported_space(subject: Subject, kind: str) -> str:
     return _described_space(subject) if exported_with_head(subject.folder, kind) else "the student's own embedding"
 
 
-def _exported_remark(kind: str, package: str) -> Callable[[Subject], str]:
-    return lambda subject: f"Needs `{package}`; {_exported_space(subject, kind)}."
+def _exported_remark(kind: str, code: Callable[[Subject], str]) -> Callable[[Subject], str]:
+    def remark(subject: Subject) -> str:
+        needs = _needs(code(subject), with_timm=is_timm_processor(subject.student.processor))
+        return f"{needs}; {_exported_space(subject, kind)}."
+
+    return remark
 
 
 def renewed(card: str, subject: Subject) -> str:
@@ -603,9 +639,9 @@ LOADERS = [
     Loader("PyTorch", _only_module, _module_code, _module_remark),
     Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
     Loader("Search by text", _no_text, _text_code, _text_remark),
-    Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", "onnxruntime")),
+    Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", _onnx_code)),
     Loader("Optimum", _why_no_optimum, _optimum_code, _optimum_remark),
     Loader("Transformers.js", _why_no_transformers_js, _transformers_js_code, _transformers_js_remark, "javascript"),
-    Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", "openvino")),
-    Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", "executorch")),
+    Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", _openvino_code)),
+    Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", _executorch_code)),
 ]

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coss_hf.data.decoding import decode
-from coss_hf.hub.export_folders import warn_of_stale_exports
+from coss_hf.hub.export_folders import copy_exports, warn_of_stale_exports
 from coss_hf.hub.push import COMPANIONS, PushFailed, push
 from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.hub.snippets import Subject, renewed
@@ -177,7 +177,8 @@ class Student(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write network, image processor and head to a folder that ``AutoModel``, ``Student`` and others load.
 
-        Card, record and pictures of the run are written next to them where the student was loaded with them.
+        Card, record and pictures of the run are written next to them where the student was loaded with them. So are
+        files of ``coss-hf export``, if they are of the weights that are written.
 
         Raises:
             ValueError: ``folder`` is a file.
@@ -194,14 +195,25 @@ class Student(nn.Module):
             tensors = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
             save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
         write_modules(folder, self.backbone, self.head)
-        for name in COMPANIONS if self._source else ():
-            found = find_student_file(self._source[0], name, self._source[1])
-            if found is not None and Path(found).resolve() != (folder / name).resolve():
-                shutil.copy(found, folder / name)
+        if self._source is not None:
+            self._copy_files_of_source(folder)
         warn_of_stale_exports(folder)
         card = folder / "README.md"
-        if self._source and card.is_file():  # exported files stay behind, and their code goes from the card
+        if self._source and card.is_file():  # code for exported files that stayed behind goes from it
             card.write_text(renewed(card.read_text(), Subject(self._source[0], self.backbone, self.head, folder)))
+
+    def _copy_files_of_source(self, folder: Path) -> None:
+        """Copy what lies next to the weights that this student was loaded from, as far as it holds for the new ones."""
+        source, revision = self._source
+
+        def find(name: str) -> str | None:
+            return find_student_file(source, name, revision)
+
+        for name in COMPANIONS:
+            found = find(name)
+            if found is not None and Path(found).resolve() != (folder / name).resolve():
+                shutil.copy(found, folder / name)
+        copy_exports(find, folder)
 
     def push_to_hub(
         self,
@@ -213,6 +225,9 @@ class Student(nn.Module):
         token: str | None = None,
     ) -> CommitInfo:
         """Push the student to the Hub as one commit: what ``save_pretrained`` writes.
+
+        Exported files that are on the Hub stay there if they are of these weights. The others are deleted, and a
+        warning names them.
 
         Args:
             repo_id: ``USER/NAME``, or ``NAME`` for one of the user's own.

@@ -7,10 +7,12 @@ from types import ModuleType
 
 # By package: the extra of `setup.py` that brings it.
 EXTRAS = {
+    "executorch": "executorch",
     "matplotlib": "plots",
     "onnx": "export",
     "onnxruntime": "export",
     "onnxscript": "export",
+    "openvino": "openvino",
     "sklearn": "quickstart",
     "tensorboard": "tensorboard",
     "timm": "timm",
@@ -56,7 +58,10 @@ def check_extra(*names: str, needed_by: str) -> None:
 
 
 def how_to_install(name: str) -> str:
-    """The command that installs a package of an extra: ``pip install 'coss-hf[timm]'``."""
+    """The command that installs a package of an extra: ``pip install 'coss-hf[timm]'``.
+
+    Where this package is installed, from a clone or from an index, pip keeps it and adds what the extra names.
+    """
     return f"pip install 'coss-hf[{EXTRAS[name]}]'" if name in EXTRAS else f"pip install {name}"
 
 

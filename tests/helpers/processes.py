@@ -33,7 +33,7 @@ MODULES = (
     "faiss",
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
-    "httpx",
+    "huggingface_hub.utils",
     "transformers.trainer",
     "transformers.hf_argparser",
     "transformers.models.vit.modeling_vit",

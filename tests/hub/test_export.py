@@ -273,7 +273,7 @@ def test_other_formats_that_disagree_with_pytorch_write_nothing(tmp_path, monkey
 @pytest.mark.parametrize(("kind", "package"), [("openvino", "openvino"), ("executorch", "executorch.exir")])
 def test_missing_package_names_its_extra(monkeypatch, kind, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf"^--formats {kind} needs .*: pip install coss-hf\[{kind}\]\.$"):
+    with pytest.raises(ValueError, match=rf"^--formats {kind} needs .*: pip install 'coss-hf\[{kind}\]'\.$"):
         check_packages([kind])
     setup = (ROOT / "setup.py").read_text()
     assert f'"{kind}": [' in setup
@@ -312,11 +312,15 @@ def test_exported_files_are_pushed_with_their_weights_alone(tmp_path, monkeypatc
         (tmp_path / name / RECORD).write_text(json.dumps({"weights": weights}))
     for file in ("onnx/model.onnx", "executorch/model.pte", "checkpoint-4/config.json", "training_args.bin"):
         (tmp_path / file).write_text("any")
+    there = ["onnx/model.onnx", "onnx/model_int8.onnx", "onnx/notes.txt", "openvino/openvino_model.bin", "data/x.bin"]
     given = {}
 
     class Api:
         def __init__(self, token):
             pass
+
+        def list_repo_files(self, repo_id, revision):
+            return there
 
         def upload_folder(self, **options):
             given.update(options)
@@ -332,7 +336,7 @@ def test_exported_files_are_pushed_with_their_weights_alone(tmp_path, monkeypatc
     assert pushed >= {"config.json", "model.safetensors", "head.safetensors", "onnx/model.onnx", "onnx/export.json"}
     assert not [path for path in pushed if path.startswith(("executorch", "checkpoint-4", "training_args"))]
     assert f"{tmp_path / 'executorch'} is not pushed" in caplog.text
-    # Files of an earlier push that this one lacks are of other weights.
-    there = ["onnx/model.onnx", "onnx/notes.txt", "openvino/openvino_model.bin", "data/x.bin"]
+    # Files of an earlier push that the new record does not describe, or that have no record, go, and are named.
     gone = {*filter_repo_objects(there, allow_patterns=given["delete_patterns"])}
-    assert gone == {"onnx/model.onnx", "openvino/openvino_model.bin"}
+    assert gone == {"onnx/model_int8.onnx", "openvino/openvino_model.bin"}
+    assert "me/x: this push deleted onnx/model_int8.onnx, openvino/openvino_model.bin, since" in caplog.text

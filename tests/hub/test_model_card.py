@@ -43,7 +43,8 @@ def test_metadata_and_text(trainer, tmp_path, networks):
         "datasets": "somebody/images",
     }
     assert "base_model" not in data, "the teacher is a folder"
-    assert card.data.model_name == "A student" and "tiny" in card.data.tags
+    assert card.data.model_name == "A student"
+    assert card.data.tags == ["coss_hf", "distillation", "coss", "rkd", "sentence-transformers", "tiny"]
     (result,) = card.data.eval_results
     assert (result.metric_value, result.metric_type, result.dataset_split) == (0.8234, "accuracy", "test")
     assert (result.dataset_type, result.dataset_revision) == ("somebody/images", "abc")
@@ -57,6 +58,14 @@ def test_metadata_and_text(trainer, tmp_path, networks):
         "1,000 of the",
     ):
         assert words in card.content, words
+
+
+@pytest.mark.parametrize(("method", "tag"), [("rkd", "rkd"), ("seed", "seed"), ("coss", "coss")])
+def test_a_student_is_tagged_with_the_methods_that_it_was_trained_by(trainer, tmp_path, method, tag):
+    """All students had the tag of CoSS, which one of ten methods is."""
+    trainer(method=method).create_model_card(tags=["coss_hf", "mine"])
+    tags = metadata_load(tmp_path / "out" / "README.md")["tags"]
+    assert tags == ["coss_hf", "distillation", tag, "sentence-transformers", "mine"]
 
 
 def test_card_states_whether_distillation_helped(trainer, tmp_path):

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
@@ -15,7 +14,8 @@ from PIL import Image
 
 import tests.helpers.networks as networks
 import tests.helpers.runs as h
-from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem, _with_card
+from coss_hf.hub.export_folders import weights_digest
+from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem, _with_card, httpx
 from coss_hf.hub.snippets import LOADERS, Subject
 from coss_hf.hub.student import Student
 from coss_hf.models.loading import load_backbone
@@ -62,6 +62,25 @@ exec(sys.stdin.read(), space)
 import torch
 space["image"].save(sys.argv[1] + "/image.png")
 torch.save(space["embedding"], sys.argv[1] + "/embedding.pt")
+"""
+
+EXPORTS = """
+import logging, shutil, sys
+import coss_hf, torch
+from pathlib import Path
+from coss_hf.hub import push
+logging.basicConfig(format="%(message)s", level=logging.WARNING)
+folder = Path(sys.argv[1])
+coss_hf.Student.from_pretrained(folder).push_to_hub("me/exported")
+there = coss_hf.Student.from_pretrained("me/exported")
+there.push_to_hub("me/exported-copy")
+shutil.rmtree(folder / "onnx")
+push(folder, "me/exported", message="from a folder without them")
+there.push_to_hub("me/exported", commit_message="from the Hub")
+print("CHANGED", file=sys.stderr)
+with torch.no_grad():
+    next(there.model.parameters()).add_(1)
+there.push_to_hub("me/exported", commit_message="other weights")
 """
 
 AGAIN = """
@@ -174,6 +193,44 @@ def test_a_student_makes_the_round_trip(hub, run, tmp_path, world):
     assert message == "Student, 32 images seen" and first == sha != second
     assert "head.safetensors" in old and "head.safetensors" not in files
     assert "2_Dense/model.safetensors" in old and not any(name.startswith("2_Dense") for name in files)
+
+
+def exported_student(folder: Path) -> dict[str, bytes]:
+    """Save a student with exported files, which nothing reads; returns those of its weights."""
+    networks.save("resnet", folder / "network")
+    backbone = load_backbone(str(folder / "network")).freeze()
+    space = {"teacher": "t", "revision": None, "pooling": "pooler", "dim": backbone.dim, "head": False}
+    backbone.model.config.teacher_space = space
+    Student(backbone).save_pretrained(folder)
+    (folder / "README.md").write_text(
+        '---\ntags: [a]\n---\n# S\n\n## Use\n\n### coss_hf\n\nname = "s"\n\n## Training\n'
+    )
+    record = json.dumps({"weights": weights_digest(folder)}).encode()
+    files = {"onnx/model.onnx": b"graph", "onnx/model_int8.onnx": b"int8", "onnx/export.json": record}
+    others = {"openvino/openvino_model.xml": b"old", "openvino/export.json": b'{"weights": "others"}'}
+    for name, content in (files | others).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return files
+
+
+def test_exports_are_pushed_and_stay_on_the_hub_with_their_weights(hub, run, tmp_path):
+    """`Student.push_to_hub` pushed no exports, and deleted those of its own weights from the Hub without a word."""
+    files = exported_student(tmp_path)
+    done = run(["-c", EXPORTS, tmp_path])
+    assert done.returncode == 0, done.stderr
+    *unchanged, (_, message, changed) = hub.commits["models/me/exported"][1:]
+    assert len(unchanged) == 3 and message == "other weights"
+    copied = hub.files("models/me/exported-copy")
+    for found in [copied, *(found for _, _, found in unchanged)]:
+        assert {name: found.get(name) for name in files} == files
+        assert not any(name.startswith("openvino") for name in found), "they are of other weights"
+    for found in (copied, unchanged[0][2], unchanged[2][2]):
+        assert b"### ONNX Runtime" in found["README.md"]
+    assert not {*files} & {*changed} and b"### ONNX Runtime" not in changed["README.md"]
+    before, after = done.stderr.split("CHANGED")
+    assert "deleted" not in before
+    assert "me/exported: this push deleted onnx/model.onnx, onnx/model_int8.onnx, onnx/export.json, since" in after
 
 
 @pytest.mark.slow

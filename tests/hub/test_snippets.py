@@ -1,10 +1,13 @@
 """What a card promises of each library holds for the student that it is written for."""
 
+import ast
 import base64
 import io
+import json
 import logging
 import re
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,7 @@ from transformers import pipeline
 import coss_hf
 import tests.helpers.networks as n
 from coss_hf.hub import sentence_modules
+from coss_hf.hub.export_folders import FILES, RECORD, weights_digest
 from coss_hf.hub.snippets import LOADERS, Subject, renamed, usage
 from coss_hf.hub.student import Student
 from coss_hf.models.backbone import Backbone
@@ -62,6 +66,61 @@ def test_half_precision_gives_the_embedding_of_the_pipeline(tmp_path):
     torch.testing.assert_close(found, expected)
     made.model.float()
     assert "dtype" not in CODE["Pipeline"].code(given) and "compute in" not in usage(given)
+
+
+def imported(code: str) -> set[str]:
+    """Top-level names of the modules that a code imports."""
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def named(requirements: list[str]) -> set[str]:
+    """Names of packages without their versions and extras."""
+    return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in requirements}
+
+
+def exported_subject(made: Backbone, folder: Path, space: str) -> Subject:
+    """A student in a space of texts, with exported files, which nothing reads."""
+    made.model.config.teacher_space = {"teacher": "t", "revision": None, "dim": made.dim, "head": False, "space": space}
+    Student(made).save_pretrained(folder)
+    for name, (file, *_) in FILES.items():
+        (folder / name).mkdir()
+        (folder / name / file).write_text("")
+        (folder / name / RECORD).write_text(json.dumps({"weights": weights_digest(folder)}))
+    return Subject("me/it", made, None, folder)
+
+
+@pytest.mark.parametrize("network", ["vit", "timm_vit", "timm_resnet", "resnet18", "own"])
+def test_remarks_name_all_packages_that_their_code_needs(tmp_path, network):
+    """Code for ONNX Runtime imported Transformers and Pillow, and nothing said so; students of timm need timm."""
+    if network == "own":
+        made = Backbone.from_module(PLAIN, size=32, mean=0.5, std=0.25).freeze()
+    elif network == "resnet18":
+        made = Backbone.from_module(models.resnet18()).freeze()
+    else:
+        made = timm_student(tmp_path / "published", network) if "timm" in network else student(network)
+    given = exported_subject(made, tmp_path / "student", "projected")
+    packages = {"PIL": "pillow", "coss_hf": "coss-hf", "sentence_transformers": "sentence-transformers"}
+    packages["optimum"] = "optimum-onnx"
+    brought = named([one for one in metadata.requires("coss-hf") if "extra ==" not in one])
+    shown = [loader for loader in LOADERS if loader.why_not(given) == "" and loader.language == "python"]
+    assert {"coss_hf", "Search by text", "ONNX Runtime", "OpenVINO", "ExecuTorch"} <= {one.title for one in shown}
+    for loader in shown:
+        code = loader.code(given)
+        needed = {packages.get(name, name) for name in imported(code)}
+        if 'return_tensors="pt"' in code:
+            needed.add("torch")
+        if "timm" in network:
+            needed.add("timm")
+        sentence = re.match(r"Needs (`[^`]+`(, | and )?)+", loader.remark(given))[0]
+        told = named(re.findall("`([^`]+)`", sentence))
+        assert needed <= told | (brought if "coss-hf" in told else set()), loader.title
+        assert told <= needed | {"torch"}, loader.title
 
 
 def test_an_image_in_base64_as_endpoints_send_it(tmp_path):
@@ -172,6 +231,9 @@ def test_files_of_another_student_do_not_stay(tmp_path, monkeypatch):
             given.update(options)
             return type("Commit", (), {"repo_url": "", "oid": ""})
 
+        def list_repo_files(self, repo_id, revision):
+            return []
+
     given = {}
     monkeypatch.setattr(pushing, "HfApi", Api)
     monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
@@ -189,7 +251,11 @@ def test_files_of_another_student_do_not_stay(tmp_path, monkeypatch):
 
 def test_a_push_of_an_earlier_versions_student_says_what_it_lacks(tmp_path, monkeypatch, caplog):
     Student(student("vit")).save_pretrained(tmp_path)
-    api = type("Api", (), {"upload_folder": lambda self, **options: type("Commit", (), {"repo_url": "", "oid": ""})})
+    answers = {
+        "upload_folder": lambda self, **options: type("Commit", (), {"repo_url": "", "oid": ""}),
+        "list_repo_files": lambda self, repo_id, revision: [],
+    }
+    api = type("Api", (), answers)
     monkeypatch.setattr(pushing, "HfApi", lambda **options: api())
     monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
     for use, warns in (("name = 'a'", False), ("### coss_hf", False), ("name = 'a'", True)):

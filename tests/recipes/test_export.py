@@ -64,6 +64,7 @@ def test_record_and_snippet_of_the_documentation(tmp_path, image_parquet, monkey
         ({"output": "FILE"}, "is a file"),
         ({"output": "MODEL"}, "the model's own folder"),
         ({"num_images": 0}, "--num_images 0"),
+        ({"num_train_images": 0}, "--num_train_images 0"),
         ({"formats": "tflite"}, "--formats tflite: give one or more of onnx, openvino, executorch"),
         (
             {"formats": "openvino", "quantize": "static"},
@@ -141,7 +142,28 @@ def test_the_card_shows_what_was_exported(tmp_path, image_parquet, networks, mon
     expected = coss_hf.Student.from_pretrained(out).encode([scope["image"]]).numpy()
     np.testing.assert_allclose(np.asarray(scope["embedding"]), expected, rtol=1e-4, atol=1e-4)
     assert "in the teacher's space, 16 numbers" in section.split("```")[0]
-    # Its files stay where they are, so that a copy has no code that reads them.
-    coss_hf.Student.from_pretrained(out).save_pretrained(tmp_path / "copy")
-    copied = (tmp_path / "copy" / "README.md").read_text()
+    # A copy takes them along, and the code that reads them; one of other weights does not.
+    student = coss_hf.Student.from_pretrained(out)
+    student.save_pretrained(tmp_path / "copy")
+    assert exported_folders(tmp_path / "copy") == ([kind], [])
+    assert f"### {title}" in (tmp_path / "copy" / "README.md").read_text()
+    next(student.model.parameters()).data += 1
+    student.save_pretrained(tmp_path / "changed")
+    copied = (tmp_path / "changed" / "README.md").read_text()
     assert f"### {title}" not in copied and "### Transformers" in copied
+    assert exported_folders(tmp_path / "changed") == ([], [])
+
+
+def test_knn_embeds_a_bounded_number_of_training_images(tmp_path, image_parquet, networks, monkeypatch, caplog):
+    """All of ImageNet's training images were embedded by every format, without a word."""
+    given = {}
+    monkeypatch.setattr(recipe, "export", lambda student, output, **options: given.update(options))
+    data = recipe.DataArguments(dataset=str(image_parquet))
+    options = {"model": networks.vit, "output": str(tmp_path / "out"), "num_images": 12}
+    with caplog.at_level("INFO"):
+        record = recipe.run(data, recipe.ExportArguments(**options, num_train_images=20))
+    assert (record["images"], record["bank"]) == (12, 20) and [len(part) for part in given["labels"]] == [20, 12]
+    assert sum(len(batch) for batch in given["train_images"]) == 20
+    assert "k-NN of 12 test images among 20 of 48 training images (--num_train_images)." in caplog.text
+    assert recipe.run(data, recipe.ExportArguments(**options))["bank"] == 48
+    assert recipe.ExportArguments().num_train_images == 10_000, "that of the recorded results"
