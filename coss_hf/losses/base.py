@@ -106,6 +106,8 @@ class DistillationLoss(nn.Module):
             training of the student. If it is not 0, the class has the methods
             ``pretraining_module`` and ``pretraining_loss``.
         citation: The paper of the method, for the model card.
+        revision: Number to raise where the value of the loss changes, so that a study does not take an earlier result
+            for one of today's loss.
         optimum: The smallest value that the loss can have, where it is known and not 0.
         cosine_parts: The names of the two returned parts that are minus the mean cosine similarity
             to the teacher, per image and per feature dimension, where the loss returns such parts.
@@ -149,6 +151,7 @@ class DistillationLoss(nn.Module):
     classifier: Literal["unused", "optional", "required"] = "unused"
     pretraining_steps: int = 0
     citation: Citation | None = None
+    revision: int = 1
     optimum: float | None = None
     cosine_parts: tuple[str, str] | None = None
     uses_maps: bool = False

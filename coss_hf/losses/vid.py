@@ -67,6 +67,7 @@ class VIDLoss(DistillationLoss):
 
     name = "vid"
     reads = "maps"
+    revision = 2  # 1: the last map alone
     citation = Citation(
         authors="Ahn, S. and others",
         title="Variational Information Distillation for Knowledge Transfer",

@@ -9,7 +9,7 @@ import numpy as np
 
 from coss_hf.evaluation.tables import COLUMNS
 from coss_hf.study import paper_tables as paper
-from coss_hf.study.tables import METRICS, as_markdown, half_interval
+from coss_hf.study.tables import METRICS, as_markdown, best, half_interval
 
 # A correlation of fewer rows says nothing.
 LEAST_ROWS = 5
@@ -24,7 +24,7 @@ class Cell:
         pair: student and teacher.
         row: name of the row.
         published: the paper's top-1 in %; None where it has none.
-        runs: our results of it on test images at one length, one a seed; empty where it was not run.
+        runs: our results of it on test images at one length and one scale, one a seed; empty where it was not run.
         is_without_scale: whether its runs on held-out images failed, so that none was made on test images.
     """
 
@@ -58,18 +58,23 @@ class Cell:
         return statistics.fmean(values) - self.published if values and self.published is not None else None
 
 
-def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> list[Cell]:
+def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS), metric: str = "linear") -> list[Cell]:
     """Return every cell of the paper's tables, and of ``--table 5``, with what was run of it: one for each length.
 
-    A run belongs to each cell of its pair and its method, whichever table it was run for.
+    A run belongs to each cell of its pair and its method, whichever table it was run for. Where the test runs of a cell
+    have several scales at one length, those of the scale that is best on held-out images count. Evaluations during
+    training (``--eval_at``) count in no cell.
 
     Args:
         rows: results of ``coss-hf reproduce``.
         tables: numbers of the tables.
+        metric: metric that chooses among scales.
 
     Raises:
-        ValueError: two runs of one cell, length and seed with different results.
+        ValueError: two runs of one cell, length, scale and seed with different results; or test runs of several scales
+            at one length, of which no held-out runs choose one.
     """
+    rows = [row for row in rows if "share" not in row]
     found = []
     for table in tables:
         for pair in paper.PUBLISHED[table]:
@@ -77,9 +82,11 @@ def cells(rows: Sequence[dict], tables: Sequence[int] = tuple(paper.ROWS)) -> li
                 published = paper.figure(table, pair, name)
                 runs = [row for row in rows if _is_of_cell(row, table, pair, name)]
                 tested = [row for row in runs if row["split"] == "test"]
+                held_out = [row for row in runs if row["split"] == "validation"]
                 failed = bool(runs) and all("failed" in row for row in runs)
                 for length in sorted({row["num_images"] for row in tested}) or [None]:
-                    own = _one_a_seed([row for row in tested if row["num_images"] == length])
+                    at_length = [row for row in tested if row["num_images"] == length]
+                    own = _one_a_seed(_at_one_scale(at_length, held_out, metric))
                     found.append(Cell(table, pair, name, published, own, failed and not own))
     return found
 
@@ -90,12 +97,48 @@ def _is_of_cell(row: dict, table: int, pair: str, name: str) -> bool:
     return row["expression"] == paper.scaled(paper.ROWS[table][name], row["scale"])
 
 
-def _one_a_seed(runs: list[dict]) -> tuple[dict, ...]:
+def _at_one_scale(tested: list[dict], held_out: list[dict], metric: str) -> list[dict]:
+    """Return the test runs of one length at the scale that was chosen; all of them where they have one scale."""
+    scales = sorted({row["scale"] for row in tested})
+    if len(scales) < 2:
+        return tested
+    images = tested[0]["num_images"]
+    chosen = _chosen_scale(held_out, images, metric)
+    if chosen in scales:
+        return [row for row in tested if row["scale"] == chosen]
+    if chosen is None:
+        why = f"no held-out runs of several scales, with at most as many images, choose one by {metric}"
+    else:
+        why = f"the held-out runs choose scale {chosen:g} by {metric}, which was not run"
+    name = f"{tested[0]['pair']} {tested[0]['method']}"
+    listed = ", ".join(f"{scale:g}" for scale in scales)
+    raise ValueError(
+        f"the test runs of {name} with {images:,} images have the scales {listed}, and {why}: keep the rows of one "
+        f"scale, or add the rows of the study that chose one."
+    )
+
+
+def _chosen_scale(held_out: list[dict], images: int, metric: str) -> float | None:
+    """Return the scale that is best on held-out images; None where nothing was chosen.
+
+    Runs of different lengths are not compared with each other. Those for a test run of ``images`` images are the
+    longest that have several scales and are not longer than it: a choice is as long as the report, or shorter.
+    """
+    by_length: dict[int, list[dict]] = {}
+    for row in held_out:
+        if row["num_images"] <= images:
+            by_length.setdefault(row["num_images"], []).append(row)
+    lengths = [length for length, found in by_length.items() if len({row["scale"] for row in found}) > 1]
+    chosen = best(by_length[max(lengths)], metric) if lengths else None
+    return None if chosen is None else chosen["scale"]
+
+
+def _one_a_seed(runs: Sequence[dict]) -> tuple[dict, ...]:
     """A run that was repeated counts once."""
     kept: dict[int, dict] = {}
     for row in runs:
         other = kept.setdefault(row["seed"], row)
-        differ = [key for key in ("scale", *METRICS) if row.get(key) != other.get(key)]
+        differ = [key for key in METRICS if row.get(key) != other.get(key)]
         if differ:
             name = f"{row['pair']} {row['method']} seed {row['seed']}"
             raise ValueError(f"two runs of {name} with {row['num_images']:,} images differ in {', '.join(differ)}.")

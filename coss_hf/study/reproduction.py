@@ -1,5 +1,6 @@
 """A table of the paper on other images: teachers first, then choices on held-out images, then the report on test."""
 
+import math
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
+NOT_NEGATIVE = ("finalists", "seeds_of_others", "view_epochs", "dataloader_num_workers")
+LISTS = ("pairs", "methods", "scales", "eval_at")
 
 
 class MetricNames(tuple):
@@ -50,7 +53,10 @@ class ReproduceArguments:
     seeds: int = field(default=3, metadata={"help": "Number of seeds of a reported row: 1, 2, ...; seed 0 chooses."})
     finalists: int | None = field(
         default=None,
-        metadata={"help": "Number of the best rows on held-out images to report, apart from CoSS; default: all."},
+        metadata={
+            "help": "Number of the best rows on held-out images to report, apart from CoSS. 0: CoSS alone. Default: "
+            "all."
+        },
     )
     seeds_of_others: int = field(
         default=0, metadata={"help": "With --finalists, the number of seeds with which the other rows are reported."}
@@ -98,6 +104,14 @@ class ReproduceArguments:
         default=False,
         metadata={
             "help": "Keep the student of each reported run that this command trains, in students/ of --output_dir."
+        },
+    )
+    eval_at: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Shares of the length of a reported run, such as 0.25 0.5, after which its student is measured on "
+            "held-out images, too. The file of results has these figures as rows of their own with a share; they count "
+            "in no table. A share that a run has passed already is not measured."
         },
     )
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})
@@ -186,7 +200,7 @@ class Reproduction:
         """Choose scales, report the chosen rows, write ``tableN.md`` and a plot for each pair, and return the table."""
         args = self.args
         rows = len(args.table_methods)
-        finals = rows if args.finalists is None else min(rows, args.finalists + 1)
+        finals = rows if args.finalists is None else min(rows, args.finalists + ("coss" in args.table_methods))
         runs = args.seeds * finals + args.seeds_of_others * (rows - finals)
         later = self.report_images * runs * len(args.table_pairs)
         if args.chooses:
@@ -228,7 +242,7 @@ class Reproduction:
             kept = {row["method"] for row in chosen[pair]}
             if dropped := [row for row in of_this if row["method"] not in kept]:
                 parts.append(nothing_chosen(dropped, args.metric))
-            found = [cell for cell in cells(rows, [args.table]) if cell.pair == pair]
+            found = [cell for cell in cells(rows, [args.table], args.metric) if cell.pair == pair]
             if sentence := ranking_sentence(found, args.metric):
                 parts.append(sentence)
             if pair in self.own_teachers:
@@ -304,22 +318,49 @@ def check(args: ReproduceArguments, data: DataArguments) -> None:
             raise ValueError(f"--pairs={name!r} is unknown: choose among {', '.join(paper.PAIRS)}.")
     for name in args.table_methods:
         paper.expression(args.table, name)
-    for flag in POSITIVE:
-        value = getattr(args, flag)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{flag}={value} must be above 0.")
+    _check_numbers(args)
+    _check_lists(args)
     _check_seeds(args)
-    if not args.scales or min(args.scales) <= 0:
-        raise ValueError(f"--scales={args.scales} must be above 0.")
-    if len(set(args.scales)) < len(args.scales):
-        raise ValueError(f"--scales={args.scales} has a value twice; give each once.")
     if args.teacher and len(args.table_pairs) > 1:
         raise ValueError(f"--teacher={args.teacher} is one, --pairs are {len(args.table_pairs)}: give one pair.")
     if args.chooses and not data.validation_size:
         raise ValueError("--validation_size: the scales are chosen on images held out of train; give 1,000 or more.")
+    if args.eval_at and not data.validation_size:
+        raise ValueError(
+            f"--eval_at={args.eval_at} measures on images held out of train, and "
+            f"--validation_size={data.validation_size} holds out none: give 1,000 or more, or leave --eval_at out."
+        )
+
+
+def _check_numbers(args: ReproduceArguments) -> None:
+    for flag in POSITIVE:
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
+            # The comparison also refuses NaN, which is neither above nor below any number.
+            raise ValueError(f"--{flag}={value} must be above 0 and finite: give such a number, or leave it out.")
+    for flag in NOT_NEGATIVE:
+        value = getattr(args, flag)
+        if value is not None and value < 0:
+            raise ValueError(f"--{flag}={value} must be 0 or more: give such a number, or leave it out.")
+
+
+def _check_lists(args: ReproduceArguments) -> None:
+    for flag in LISTS:
+        values = getattr(args, flag)
+        if values is not None and len(set(values)) < len(values):  # a run that counts twice narrows the intervals
+            raise ValueError(f"--{flag}={values} has a value twice; give each once.")
+    if not args.scales or not all(0 < scale < math.inf for scale in args.scales):
+        raise ValueError(f"--scales={args.scales} must be above 0 and finite: give one such number or more.")
+    if not all(0 < share <= 1 for share in args.eval_at or ()):
+        raise ValueError(f"--eval_at={args.eval_at}: give shares of a run above 0, and at most 1.")
 
 
 def _check_seeds(args: ReproduceArguments) -> None:
+    if args.finalists == 0 and not args.seeds_of_others and "coss" not in args.table_methods:
+        raise ValueError(
+            "--finalists=0 reports CoSS alone, and --methods has no coss: add it, give --finalists 1 or more, or "
+            "--seeds_of_others."
+        )
     if not 0 <= args.seeds_of_others <= args.seeds:
         raise ValueError(f"--seeds_of_others={args.seeds_of_others} must be from 0 to --seeds={args.seeds}.")
     if args.seeds_of_others and args.finalists is None:
@@ -342,11 +383,15 @@ def study_config(args: ReproduceArguments, data: DataArguments, teacher_folders:
     }
     views = shared_views(args.view_epochs, 0, args.teacher_cache, Path(args.output_dir))
     training = paper.TRAINING | args.engine() | {"channels_last": args.channels_last} | views
-    if any(name in paper.NEIGHBORS for name in args.table_methods):
-        training["neighbors_pool"] = paper.NEIGHBORS_POOL
-    milestones = tuple(drop / paper.EPOCHS for drop in paper.MILESTONES)
-    students = Path(args.output_dir, "students") if args.keep_students else None
-    return StudyConfig(data, models, training, milestones, students=students)
+    return StudyConfig(
+        data,
+        models,
+        training,
+        neighbors={"neighbors_pool": paper.NEIGHBORS_POOL},
+        milestones=tuple(drop / paper.EPOCHS for drop in paper.MILESTONES),
+        students=Path(args.output_dir, "students") if args.keep_students else None,
+        eval_at=tuple(args.eval_at or ()),
+    )
 
 
 def _teachers_to_check_with(args: ReproduceArguments, folder: Path, own: dict[str, Path]) -> dict[str, str]:

@@ -20,7 +20,14 @@ from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from coss_hf.reporting.run_record import write_json
-from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, rehearse_trial, run_trial
+from coss_hf.study.trials import (
+    StudyConfig,
+    Trial,
+    build_trial_trainer,
+    evaluations_path,
+    rehearse_trial,
+    run_trial,
+)
 from coss_hf.utils.messages import command_line, get_logger
 
 logger = get_logger(__name__)
@@ -29,10 +36,12 @@ logger = get_logger(__name__)
 class Sweep:
     """The trials of a study in a folder.
 
-    ``trials/`` holds a file for each finished trial, which is never repeated, and the checkpoints of unfinished ones;
+    ``trials/`` holds a file for each finished trial, which is never repeated, its evaluations during training with
+    ``eval_at`` of the ``StudyConfig``, and the checkpoints of unfinished ones;
     ``name.jsonl`` has one line for each trial in the order of the plan, whatever the order in which they ended, so that
-    a sweep that was killed and started again leaves the same file as an uninterrupted one. Several studies may share
-    the folder, and then the trials that they have in common.
+    a sweep that was killed and started again leaves the same file as an uninterrupted one. Evaluations during training
+    are lines of their own before that of their trial: they have a ``share`` and the split ``validation``. Several
+    studies may share the folder, and then the trials that they have in common.
 
     Args:
         folder: folder of the study; one sweep at a time can use it.
@@ -91,12 +100,20 @@ class Sweep:
         lines = []
         for trial, key in self.plan:
             row = self.result(trial, key)
+            lines += [json.dumps(one) + "\n" for one in self._evaluations(trial, key, row)]
             if row:
                 row.pop("loss", None)  # a mean over the steps since a trial was last resumed
                 lines.append(json.dumps(self.header | row) + "\n")
         part = self.file.with_suffix(".part")
         part.write_text("".join(lines))
         os.replace(part, self.file)
+
+    def _evaluations(self, trial: Trial, key: str, row: dict | None) -> list[dict]:
+        """Return the rows of a trial's evaluations during training, also of one that is not finished."""
+        path = evaluations_path(self.trials / key)
+        found = json.loads(path.read_text()) if path.exists() else []
+        ran_by = {"command": row["command"]} if row and "command" in row else {}
+        return [self.header | asdict(trial) | {"split": "validation"} | one | ran_by for one in found]
 
     def run(self, trials: list[Trial], config: StudyConfig, later: int = 0) -> list[dict]:
         """Add trials to the plan, run the unfinished ones, and return the results of all of them, in order.

@@ -17,16 +17,22 @@ from transformers import TrainerCallback, set_seed
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
+from coss_hf.losses.combination import parse_methods
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
+from coss_hf.reporting.run_record import write_json
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.callbacks.console import ConsoleCallback
+from coss_hf.trainer.callbacks.preemption import PATIENCE_TO_SAVE
 from coss_hf.trainer.distillation_model import losses_of, reads_maps
 from coss_hf.trainer.factory import build_trainer
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
+from coss_hf.utils.ending import ENDING
 from coss_hf.utils.errors import NonFiniteEmbedding, NonFiniteLoss
+from coss_hf.utils.randomness import keeping_generators
 
 # Arguments that say how a trial is run and do not change its result.
 OPERATION = (
@@ -96,6 +102,9 @@ class StudyConfig:
         bank_size: number of training images that a choice is measured against; a report takes all.
         identity: hash of images and teacher by the name of the pair; see ``identified``.
         students: folder in which the students of reported trials are kept; None for nowhere.
+        eval_at: shares of a reported trial's length after which its student is measured on held-out images, too.
+        neighbors: more fields of ``DistillationArguments``, for the trials that draw neighbours alone, so that the keys
+            of other trials do not depend on them.
     """
 
     data: DataArguments
@@ -105,6 +114,8 @@ class StudyConfig:
     bank_size: int = 10_000
     identity: dict[str, str] = field(default_factory=dict)
     students: Path | None = None
+    eval_at: tuple[float, ...] = ()
+    neighbors: dict = field(default_factory=dict)
 
     def identified(self) -> "StudyConfig":
         """Return a copy with hashes of images, labels and weights, so that what stands at a path may change."""
@@ -126,9 +137,13 @@ class StudyConfig:
             parts.append(models.load_student(teacher).fingerprint())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def training_of(self, trial: Trial) -> dict:
+        """Return the fields of ``DistillationArguments`` that a trial is trained with, apart from its own."""
+        return self.training | self.neighbors if trial.neighbors_k else self.training
+
     def key(self, trial: Trial) -> str:
         """Return the file name of a trial's result: a hash of everything that it depends on, not of its row's name."""
-        training = {name: value for name, value in self.training.items() if name not in OPERATION}
+        training = {name: value for name, value in self.training_of(trial).items() if name not in OPERATION}
         if training.setdefault("settings", "auto") == "paper":
             del training["settings"]  # as before there were others
         models = asdict(self.models[trial.pair])
@@ -143,6 +158,9 @@ class StudyConfig:
             self.identity.get(trial.pair),
             MEASURES,
         ]
+        names = {part.name for part in parse_methods(trial.expression)} if trial.expression else set()
+        if revisions := {name: LOSSES[name].revision for name in sorted(names) if LOSSES[name].revision > 1}:
+            shared.append(revisions)
         method = trial.method if trial.method in UNTRAINED else None
         text = json.dumps([asdict(replace(trial, method=method)), shared], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -231,13 +249,13 @@ def _training_arguments(
         "disable_tqdm": True,
         "report_to": [],
         "save_total_limit": 1,
-        **config.training,
+        **config.training_of(trial),
         "output_dir": str(folder),
         "method": trial.expression,
         "seed": trial.seed,
         "num_images": trial.num_images,
         "neighbors_k": trial.neighbors_k,
-        "eval_strategy": "no",  # a trial is measured once, at its end
+        "eval_strategy": "no",  # a trial is measured by its study
     }
     if trial.anchors:
         arguments["per_device_train_batch_size"] = trial.anchors
@@ -262,6 +280,59 @@ class _Progress(TrainerCallback):
         self.reported = seen
 
 
+def evaluations_path(folder: Path) -> Path:
+    """Return the file of a trial's evaluations during training, next to ``folder``, that of its checkpoints."""
+    return folder.with_name(f"{folder.name}.evaluations.json")
+
+
+class _HeldOutEvaluation(TrainerCallback):
+    """Measure the student on held-out images after shares of the training, which continues as if nothing had happened.
+
+    Each evaluation is written at once, before any later checkpoint. A resumed training has the same student at the
+    same step, so that what is written stays valid, and an evaluation that was interrupted is repeated.
+
+    Args:
+        trial: the trial, one that is reported.
+        config: what the study's trials share.
+        trainer: that of the trial.
+        path: file of the evaluations.
+    """
+
+    def __init__(self, trial: Trial, config: StudyConfig, trainer: DistillationTrainer, path: Path):
+        self.trial = replace(trial, split="validation")
+        self.config = config
+        self.trainer = trainer
+        self.path = path
+        self.found: list[dict] = json.loads(path.read_text()) if path.exists() else []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps = {share: max(1, round(share * state.max_steps)) for share in self.config.eval_at}
+        known = [row["share"] for row in self.found]
+        due = [share for share, step in steps.items() if step == state.global_step and share not in known]
+        if not due:
+            return
+        grace = ENDING.grace
+        ENDING.grace = lambda: PATIENCE_TO_SAVE  # a signal must not end the process before this step is saved
+        try:
+            with keeping_generators():  # what the training draws must not depend on what a metric draws
+                metrics = self._measure()
+        finally:
+            ENDING.grace = grace
+        self.trainer.monitor.stop_clock()  # else the logged throughput has this time in it
+        self.found += [{"share": share, "images_seen": self.trainer.images_seen} | metrics for share in due]
+        write_json(self.path, sorted(self.found, key=lambda row: row["share"]))
+
+    def _measure(self) -> dict:
+        trainer = self.trainer
+        trainer.teacher.model.to(trainer.args.device)  # with a teacher cache it waits on the CPU
+        evaluator = _evaluator(_inputs(self.config, self.trial.pair), "validation", self.config.bank_size)
+        _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
+        try:
+            return measure(self.trial, self.config, trainer.student, trainer.project)
+        except NonFiniteEmbedding as error:
+            return {"failed": _reason(error)}
+
+
 def run_trial(
     trial: Trial,
     config: StudyConfig,
@@ -270,6 +341,9 @@ def run_trial(
     keep: Callable[[dict], None] = lambda result: None,
 ) -> dict:
     """Train and measure; resume from a checkpoint in ``folder``, which is removed at the end.
+
+    With ``config.eval_at`` a reported trial also writes ``evaluations_path(folder)``: for each share ``share``,
+    ``images_seen`` and the metrics on held-out images, or ``failed``.
 
     Args:
         trial: the trial.
@@ -297,6 +371,8 @@ def run_trial(
 def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: Callable[[int], None]) -> dict:
     trainer = build_trial_trainer(trial, config, folder)
     trainer.add_callback(_Progress(trainer, report))
+    if trial.split == "test" and config.eval_at:
+        trainer.add_callback(_HeldOutEvaluation(trial, config, trainer, evaluations_path(folder)))
     result = asdict(trial)
     try:
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
@@ -328,8 +404,13 @@ def _failed(trainer: DistillationTrainer, error: Exception) -> dict:
     return {
         "images_seen": trainer.images_seen,
         "extra_teacher_images": _extra_teacher_images(trainer),
-        "failed": str(error).split(";")[0],
+        "failed": _reason(error),
     }
+
+
+def _reason(error: Exception) -> str:
+    """What happened, without the remedy, which is that of a single run."""
+    return str(error).split(";")[0]
 
 
 def _extra_teacher_images(trainer: DistillationTrainer) -> int:

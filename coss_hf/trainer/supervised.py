@@ -5,11 +5,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 
 from coss_hf.data.labels import class_numbers
 from coss_hf.data.loading import ImageSplits
@@ -31,6 +32,7 @@ from coss_hf.trainer.checkpoint_files import (
     enter_output_dir,
     find_checkpoint,
     holds_run,
+    read_state,
     remove_earlier_run,
     shapes,
 )
@@ -41,6 +43,55 @@ from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.randomness import StepSeed
+
+TRAINING_TIME = "training_time.json"
+
+
+@dataclass
+class TrainingTime:
+    """How long a training has taken, over all its parts: each checkpoint keeps the time that led to it.
+
+    The time of steps that were lost, because a later checkpoint was not written, is not in it.
+
+    Attributes:
+        seconds: time of the parts before this one, up to the checkpoint that it was resumed from.
+        since_step: step from which the time is known: 0, but for a checkpoint of a version that kept no time.
+        started: when this part began, on the clock of ``time.monotonic``.
+    """
+
+    seconds: float = 0.0
+    since_step: int = 0
+    started: float = 0.0
+
+    @classmethod
+    def start(cls, checkpoint: str | None) -> "TrainingTime":
+        """Start the clock of a part.
+
+        Args:
+            checkpoint: the one that is resumed from; None for a fresh start.
+        """
+        if checkpoint is None:
+            return cls(started=monotonic())
+        path = Path(checkpoint, TRAINING_TIME)
+        if path.exists():
+            return cls(**json.loads(path.read_text()), started=monotonic())
+        return cls(since_step=read_state(checkpoint, files=())["global_step"], started=monotonic())
+
+    def total(self) -> float:
+        """Return the seconds of all parts, up to now."""
+        return self.seconds + monotonic() - self.started
+
+    def save(self, folder: Path) -> None:
+        """Write the time so far next to the state of the training."""
+        content = {"seconds": self.total(), "since_step": self.since_step}
+        Path(folder, TRAINING_TIME).write_text(json.dumps(content))
+
+    def record(self) -> dict:
+        """Return the entries of ``run.json``: ``hours``; where a part is unknown, those since a step instead."""
+        hours = round(self.total() / 3600, 2)
+        if self.since_step:
+            return {"hours_since_step": {"step": self.since_step, "hours": hours}}
+        return {"hours": hours}
 
 
 @dataclass
@@ -160,13 +211,17 @@ class SupervisedTrainer(Trainer):
         self._identity = identity or {}
         self._step_seed = StepSeed(self.args.seed, self.args.device)
         self._checkpoints = CheckpointWriter(self.args, self.accelerator.wait_for_everyone)
+        self.time = TrainingTime()
         self._preemption = Preemption()
         self.add_callback(self._preemption)
         print_lines(self)
 
-    def train(self, *args, **kwargs) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
+        newest = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
+        checkpoint = newest or resume_from_checkpoint
+        self.time = TrainingTime.start(checkpoint or None)
         with self._preemption:
-            result = super().train(*args, **kwargs)
+            result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._preemption.leave(self.state.global_step, self.args.process_index)
         return result
 
@@ -194,6 +249,7 @@ class SupervisedTrainer(Trainer):
             if self.args.should_save:
                 Path(folder, RECORD).write_text(json.dumps(self._identity, indent=2))
                 self.state.save_to_json(str(folder / "trainer_state.json"))
+                self.time.save(folder)
         if self.args.should_save:
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
 
@@ -213,7 +269,7 @@ class SupervisedRun:
         checkpoint: the one to resume from; None for a fresh start.
     """
 
-    trainer: Trainer
+    trainer: SupervisedTrainer
     backbone: Backbone
     splits: ImageSplits
     checkpoint: str | None
@@ -226,7 +282,8 @@ class SupervisedRun:
 
         Returns:
             On the first process what ``run.json`` holds: command, seed, versions, ``images_seen``, ``accuracy`` where
-            there are images to measure it on, and ``hours`` unless the training was resumed.
+            there are images to measure it on, and ``hours``, those of all parts of a training that was resumed. Where
+            a part is unknown, ``hours_since_step`` says from which step they are known.
         """
         trainer = self.trainer
         args = trainer.args
@@ -234,7 +291,8 @@ class SupervisedRun:
         remove_earlier_run(args, args.resume_from_checkpoint)
         if self.splits.run_images is not None and trainer.is_world_process_zero():
             self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
-        result = trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        times = trainer.time.record()
         trainer.model.to(getattr(torch, args.save_dtype))
         trainer.save_model()
         trainer.model.float()  # the rounded weights, which are measured
@@ -243,8 +301,7 @@ class SupervisedRun:
             return None
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
         record["images_seen"] = trainer.state.global_step * images_per_step(args)
-        if self.checkpoint is None:
-            record["hours"] = round(result.metrics["train_runtime"] / 3600, 2)
+        record |= times
         queries = self.splits.test or self.splits.validation
         found = None
         if queries is not None:
@@ -339,7 +396,7 @@ def build_supervised_trainer(
     args: TeacherArguments,
     views: ViewDataset,
     identity: dict[str, str] | None = None,
-) -> Trainer:
+) -> SupervisedTrainer:
     """Build a trainer of a classifier.
 
     Args:

@@ -56,6 +56,8 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
         ({"budget": 1e-7, "choice_budget": 1}, "--budget=1e-07 of 240 epochs of 40 images is less than one step"),
         ({"budget": 0}, "--budget=0.0 must be above 0"),
         ({"scales": [1, 0]}, "--scales=[1.0, 0.0] must be above 0"),
+        ({"finalists": 0, "methods": ["at"]}, "--finalists=0 reports CoSS alone, and --methods has no coss: add it"),
+        ({"eval_at": [0.5], "validation_size": 0, "scales": 1}, "--eval_at=[0.5] measures on images held out of train"),
         ({"seeds_of_others": 4}, "--seeds_of_others=4 must be from 0 to --seeds=3"),
         ({"seeds_of_others": 1}, "--seeds_of_others=1 is for the rows that are no finalists: give --finalists"),
         ({"teacher": "x"}, "--teacher=x is one, --pairs are 3"),
@@ -154,7 +156,7 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
     """Teacher first, two methods at two scales, then two seeds; killed in the teacher's training, in that of a trial,
     and where some are finished."""
     budget = {"budget": 960 / 36 / 240, "teacher_epochs": 8, "validation_size": 12, "seeds": 2, "jobs": 2}
-    budget |= {"save_steps": 7}
+    budget |= {"save_steps": 7, "eval_at": [0.5, 1]}
     options = {"dataset": image_parquet, "pairs": ["resnet20/resnet56"], "methods": ["at", "coss"], "scales": [0.5, 1]}
     options |= budget | {"use_cpu": True, "batch_size": 16}
     finish(start("reproduce", **options, output_dir=tmp_path / "whole"))
@@ -171,7 +173,9 @@ def test_a_sweep_that_is_killed_ends_with_the_same_file(tmp_path, image_parquet)
         lines = (tmp_path / name / "table1.jsonl").read_text().replace(str(tmp_path / name), "").splitlines()
         return [json.loads(line) for line in lines]
 
-    assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1
+    assert rows("killed") == rows("whole") and len(rows("whole")) == 4 + 4 + 2 + 1 + 2 * 4
+    during = [(row["split"], row["seed"], row["share"]) for row in rows("whole") if "share" in row]
+    assert during == [("validation", seed, share) for seed in (1, 2) for share in (0.5, 1)] * 2
     assert max(row["images_seen"] for row in rows("whole")) == 960
     assert not list((tmp_path / "killed" / "teachers").rglob("checkpoint-*"))
     assert "trained first, for 8 epochs" in (tmp_path / "whole" / "table1.md").read_text()

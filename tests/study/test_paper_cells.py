@@ -7,9 +7,9 @@ from coss_hf.study.paper_cells import cells, cells_table, compared, rank_correla
 from coss_hf.study.paper_tables import ROWS, figure, scaled
 
 
-def row(table, pair, method, seed, linear, split="test"):
-    expression = scaled(ROWS[table][method], 1)
-    found = {"table": table, "pair": pair, "method": method, "seed": seed, "split": split, "scale": 1}
+def row(table, pair, method, seed, linear, split="test", scale=1):
+    expression = scaled(ROWS[table][method], scale)
+    found = {"table": table, "pair": pair, "method": method, "seed": seed, "split": split, "scale": scale}
     return found | {
         "expression": expression,
         "linear": linear,
@@ -59,6 +59,79 @@ def test_lengths_and_failures_are_told_apart():
     assert {cell.text("linear") for cell in cells(tried, [1])} == {"not run"}, "another scale went well"
     with pytest.raises(ValueError, match="two runs of vgg8/vgg13 coss seed 1 with 1,000,000 images differ in linear"):
         cells([*rows, rows[0] | {"linear": 0.7}])
+
+
+PAIR = "vgg8/vgg13"
+
+
+def at(rows, metric="linear"):
+    """Scale and seeds of the runs of the row ``at``."""
+    (cell,) = [cell for cell in cells(rows, [1], metric) if cell.pair == PAIR and cell.row == "at"]
+    return {run["scale"] for run in cell.runs}, [run["seed"] for run in cell.runs]
+
+
+def of_images(found, count):
+    return found | {"num_images": count}
+
+
+def test_among_scales_those_runs_count_that_were_chosen_on_held_out_images():
+    """A file could not have both a run at scale 1 and one at the chosen scale."""
+    tested = [row(1, PAIR, "at", seed, 0.5, scale=scale) for scale in (1, 4) for seed in (1, 2)]
+    held_out = [row(1, PAIR, "at", 0, linear, "validation", scale) for scale, linear in ((1, 0.4), (4, 0.6))]
+    for swapped in (False, True):
+        scores = {1: 0.7, 4: 0.6} if swapped else {1: 0.5, 4: 0.6}
+        choice = [of_images(one | {"linear": scores[one["scale"]]}, 2000) for one in held_out]
+        assert at([*tested, *choice]) == ({1 if swapped else 4}, [1, 2])
+    # Of a metric that ranks otherwise.
+    choice = [of_images(one | {"knn20": 1 - one["linear"]}, 2000) for one in held_out]
+    assert at([*tested, *choice], "knn20") == ({1}, [1, 2])
+    # One scale needs no choice, whatever another study chose.
+    assert at([*tested[:2], *choice]) == ({1}, [1, 2])
+    assert at([*tested[:2], *(of_images(one, 3_000_000) for one in held_out)]) == ({1}, [1, 2])
+
+
+def test_a_choice_is_that_of_the_longest_held_out_runs_that_are_not_longer_than_the_report():
+    tested = [row(1, PAIR, "at", 1, 0.5, scale=scale) for scale in (1, 4)]
+
+    def choice(images, **scores):
+        return [
+            of_images(row(1, PAIR, "at", 0, linear, "validation", int(scale[1:])), images)
+            for scale, linear in scores.items()
+        ]
+
+    short = choice(130, s1=0.9)  # one scale: nothing was chosen
+    own, longer = choice(2000, s1=0.2, s4=0.3), choice(3_000_000, s1=0.8, s4=0.7)
+    assert at([*tested, *short, *own, *longer, *choice(1000, s1=0.5, s4=0.4)]) == ({4}, [1])
+    assert at([*(of_images(one, 5_000_000) for one in tested), *own, *longer]) == ({1}, [1])
+    during = [one | {"share": 0.5} for one in choice(1_000_000, s1=0.9, s4=0.8)]
+    assert at([*tested, *own, *during]) == ({4}, [1]), "an evaluation during training chooses nothing"
+
+
+@pytest.mark.parametrize("seeds", [(1, 1), (1, 2)])
+def test_test_runs_of_several_scales_need_a_choice(seeds):
+    tested = [row(1, PAIR, "at", seed, 0.5, scale=scale) for scale, seed in zip((1, 4), seeds)]
+    message = r"vgg8/vgg13 at with 1,000,000 images have the scales 1, 4, and no held-out runs .*: keep the rows of one"
+    for held_out in ([], [row(1, PAIR, "at", 0, 0.5, "validation")]):
+        with pytest.raises(ValueError, match=message):
+            cells([*tested, *held_out])
+    other = [row(1, PAIR, "at", 0, linear, "validation", scale) for scale, linear in ((1, 0.4), (2, 0.6))]
+    with pytest.raises(ValueError, match="the held-out runs choose scale 2 by linear, which was not run: keep"):
+        cells([*tested, *other])
+
+
+def test_runs_of_the_chosen_scale_that_differ_are_still_refused():
+    held_out = [row(1, PAIR, "at", 0, linear, "validation", scale) for scale, linear in ((1, 0.4), (4, 0.6))]
+    tested = [row(1, PAIR, "at", 1, linear, scale=scale) for scale, linear in ((1, 0.4), (4, 0.6), (4, 0.7))]
+    with pytest.raises(ValueError, match="two runs of vgg8/vgg13 at seed 1 with 1,000,000 images differ in linear"):
+        cells([*tested, *held_out])
+
+
+def test_evaluations_during_training_count_in_no_cell():
+    one = row(1, PAIR, "coss", 1, 0.6)
+    during = one | {"split": "validation", "share": 0.25, "images_seen": 250_000, "failed": "NaN"}
+    without = [(cell.row, cell.runs, cell.text("linear")) for cell in cells([one])]
+    assert [(cell.row, cell.runs, cell.text("linear")) for cell in cells([one, during])] == without
+    assert {cell.text("linear") for cell in cells([during])} == {"not run"}
 
 
 def test_rank_correlation():

@@ -6,16 +6,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.hub.student import Student
+from coss_hf.losses.registry import LOSSES
 from coss_hf.study import baselines, timing
 from coss_hf.study import sweep as sweep_module
 from coss_hf.study import trials as trials_module
 from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
 from coss_hf.study.timing import images_within
-from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, run_trial
+from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, evaluations_path, run_trial
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.utils.errors import NonFiniteEmbedding
 
@@ -158,6 +160,102 @@ def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
     assert resumed == uninterrupted
 
 
+@pytest.fixture
+def evaluated(tmp_path, config, monkeypatch):
+    """A study that keeps its students and saves each third step, and the splits that were measured, in order."""
+    training = config.training | {"save_strategy": "steps", "save_steps": 3}
+    config = replace(config, training=training, students=tmp_path / "with", eval_at=(0.34, 0.67, 1.0))
+    measured = []
+    real = trials_module.measure
+
+    def measure(trial, *args):
+        measured.append(trial.split)
+        found = real(trial, *args)
+        torch.manual_seed(len(measured))  # a metric may draw from the global generators
+        return found
+
+    monkeypatch.setattr(trials_module, "measure", measure)
+    return config, measured
+
+
+def weights(folder):
+    (student,) = folder.iterdir()
+    return (student / "model.safetensors").read_bytes()
+
+
+def test_an_evaluation_during_training_changes_nothing_of_it(tmp_path, evaluated):
+    """Of 6 steps after 2, 4 (an epoch ends there) and 6; the result and the weights are those without it."""
+    config, measured = evaluated
+    without = replace(config, students=tmp_path / "without", eval_at=())
+    assert config.key(TRIAL) == without.key(TRIAL)
+    assert run_trial(TRIAL, config, tmp_path / "a") == run_trial(TRIAL, without, tmp_path / "b")
+    assert weights(tmp_path / "with") == weights(tmp_path / "without")
+    assert measured == ["validation"] * 3 + ["test"] + ["test"], "test images are read at the end"
+    found = json.loads(evaluations_path(tmp_path / "a").read_text())
+    assert [(row["share"], row["images_seen"]) for row in found] == [(0.34, 16), (0.67, 32), (1.0, 48)]
+    assert all(0 <= row["linear"] <= 1 and 0 <= row["knn20"] <= 1 for row in found)
+    assert len({row["cosine"] for row in found}) == 3 and not evaluations_path(tmp_path / "b").exists()
+    run_trial(replace(TRIAL, split="validation", seed=0), config, tmp_path / "choice")
+    assert not evaluations_path(tmp_path / "choice").exists(), "a choice is measured once"
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_an_evaluation_during_training_is_neither_lost_nor_repeated(tmp_path, evaluated, stop):
+    """Stopped in the second step, before its evaluation, without a checkpoint; and in the fifth, after step 3 was
+    saved and step 4 evaluated."""
+    config, measured = evaluated
+    run_trial(TRIAL, config, tmp_path / "uninterrupted")
+    measured.clear()
+    steps = iter(range(1, 99))
+
+    def interrupt(images: int) -> None:
+        if next(steps) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_trial(TRIAL, config, tmp_path / "stopped", interrupt)
+    assert len(measured) == {2: 0, 5: 2}[stop]
+    run_trial(TRIAL, config, tmp_path / "stopped")
+    assert measured == ["validation"] * 3 + ["test"]
+    assert (
+        evaluations_path(tmp_path / "stopped").read_text() == evaluations_path(tmp_path / "uninterrupted").read_text()
+    )
+
+
+def test_a_student_without_finite_embeddings_is_measured_again_later(tmp_path, evaluated, monkeypatch):
+    config, _ = evaluated
+    outcomes = iter([NonFiniteEmbedding("Student: NaN; use float32"), {"linear": 0.5}, {"linear": 0.6}, {}])
+
+    def measure(*args):
+        if isinstance(outcome := next(outcomes), Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(trials_module, "measure", measure)
+    assert "failed" not in run_trial(TRIAL, config, tmp_path / "trial")
+    found = json.loads(evaluations_path(tmp_path / "trial").read_text())
+    assert found[0] == {"share": 0.34, "images_seen": 16, "failed": "Student: NaN"}
+    assert [row["linear"] for row in found[1:]] == [0.5, 0.6]
+
+
+@pytest.mark.usefixtures("forked")
+def test_evaluations_during_training_are_rows_of_their_own(tmp_path, config):
+    config = replace(config, eval_at=(0.5,))
+    sweep = Sweep(tmp_path / "study", "first", 1, {"command": "c"})
+    (result,) = sweep.run([TRIAL], config)
+    first, last = (json.loads(line) for line in sweep.file.read_text().splitlines())
+    assert (first["split"], first["share"], first["images_seen"], first["command"]) == ("validation", 0.5, 24, "c")
+    assert {name: first[name] for name in ("pair", "method", "seed", "scale", "num_images")} == {
+        name: last[name] for name in ("pair", "method", "seed", "scale", "num_images")
+    }
+    assert last["split"] == "test" and "share" not in last and result["linear"] == last["linear"]
+    del sweep
+    # Finished trials are found with or without it, and what was measured stays in the file.
+    again = Sweep(tmp_path / "study", "first", 1, {"command": "d"})
+    assert again.run([TRIAL], replace(config, eval_at=())) == [result]
+    assert [json.loads(line) for line in again.file.read_text().splitlines()] == [first, last]
+
+
 def test_baselines_of_a_student_with_pretrained_weights(tmp_path, config):
     """Random weights are random, one draw a seed; the initial ones are the checkpoint's."""
     own = replace(config.models["pair"], student_init="pretrained")
@@ -210,6 +308,13 @@ def test_key_covers_everything_that_a_result_depends_on(config):
     changed = [replace(TRIAL, **change) for change in ({"seed": 2}, {"num_images": 56}, {"split": "validation"})]
     keys = {config.key(trial) for trial in [TRIAL, *changed]} | {replace(config, bank_size=5).key(TRIAL)}
     assert len(keys) == 5 and config.key(replace(TRIAL, method="other")) in keys
+
+
+def test_a_loss_whose_value_changed_is_another_trial(config, monkeypatch):
+    alone, with_it = TRIAL, replace(TRIAL, expression=f"{TRIAL.expression} + crd")
+    before = config.key(alone), config.key(with_it)
+    monkeypatch.setattr(LOSSES["crd"], "revision", 2)
+    assert config.key(alone) == before[0] and config.key(with_it) != before[1]
 
 
 def test_other_weights_or_images_are_other_trials(tmp_path, config):
