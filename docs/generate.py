@@ -18,6 +18,7 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
 from coss_hf.study.paper_cells import Cell, at_usual_length, cells, cells_table, compared, ranking_sentence
+from coss_hf.study.paper_tables import own_pairs
 from coss_hf.study.tables import as_markdown, extra_passes, half_interval, ranked
 from coss_hf.utils.packages import check_extra
 
@@ -206,6 +207,8 @@ def cifar100() -> str:
     parts = []
     for (table, pair), own in cifar100_cells().items():
         name = "SEED, with and without space similarity and neighbours" if table == 5 else f"Table {table}"
+        if table != 5 and pair not in own_pairs(table):
+            name += ", its rows for a pair that the paper's does not have"
         parts.append(f"## {name}: {' from '.join(pair.split('/'))}\n\n{cells_table(own)}")
         parts += extra_passes([row for cell in own for row in cell.runs])
         if cifar100_runs(own):
@@ -536,6 +539,18 @@ def photographs_settings(num_images: int = 6400) -> str:
     return as_markdown(lines)
 
 
+def optimizers() -> str:
+    """Optimizers by their starting values, measured on held-out images."""
+    rows = json_lines("optimizers.jsonl")
+    lines = [["student", "images", "images seen", "optimizer", "seeds", "k-NN 20", "linear evaluation", "overlap 10"]]
+    for key in dict.fromkeys((row["student"], row["dataset"], row["optimizer"]) for row in rows):
+        found = [row for row in rows if (row["student"], row["dataset"], row["optimizer"]) == key]
+        cells = [score(found, metric, statistics.stdev) for metric in ("knn20", "linear", "overlap10")]
+        seen = max(row["images_seen"] for row in rows if row["student"] == key[0])
+        lines.append([key[0], key[1], f"{seen:,}" if found[0]["images_seen"] else "0", key[2], str(len(found)), *cells])
+    return as_markdown(lines)
+
+
 def photographs_longer() -> str:
     """Settings in longer runs on photographs, measured on held-out images."""
     return photographs_settings(12_800)
@@ -672,6 +687,7 @@ def photograph_picture(path: Path) -> None:
 
 TABLES = (
     decoding,
+    optimizers,
     photographs,
     photographs_front,
     photographs_longer,

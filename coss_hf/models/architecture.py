@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 TRANSFORMER = "transformer"
 BATCH_NORM = "convolutional, with batch norm"
@@ -62,10 +63,15 @@ def is_trained(network: nn.Module) -> bool:
         False
     """
     norms = [module for module in network.modules() if _is_batch_norm(module) or _is_other_norm(module)]
-    norms = [norm for norm in norms if any(True for _ in _of_its_own(norm))]  # the others cannot tell
+    norms = [norm for norm in norms if _has_statistics(norm)]  # the others cannot tell
     if norms:
         return any(_has_moved(norm) for norm in norms)
     return any(_has_moved_biases(layer) for layer in network.modules())
+
+
+def _has_statistics(norm: nn.Module) -> bool:
+    """Whether a norm has a scale, a shift or a mean, which ``_has_moved`` reads."""
+    return any(isinstance(getattr(norm, name, None), Tensor) for name in ("weight", "bias", "running_mean"))
 
 
 @torch.no_grad()
@@ -111,14 +117,26 @@ def _of_its_own(module: nn.Module) -> Iterator[Tensor]:
 
 def _is_batch_norm(module: nn.Module) -> bool:
     # Frozen ones are classes of their own in torchvision, timm and Transformers.
-    return isinstance(module, _BatchNorm) or "batchnorm" in type(module).__name__.lower()
+    named = "batchnorm" in type(module).__name__.lower()
+    return isinstance(module, _BatchNorm) or (named and not _is_layer_or_block(module))
 
 
 def _is_other_norm(module: nn.Module) -> bool:
     if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)):
         return True
-    name = type(module).__name__.lower()
-    return "norm" in name and not _is_batch_norm(module) and any(True for _ in module.parameters(recurse=False))
+    if "norm" not in type(module).__name__.lower() or _is_batch_norm(module) or _is_layer_or_block(module):
+        return False
+    return any(True for _ in module.parameters(recurse=False))
+
+
+def _is_layer_or_block(module: nn.Module) -> bool:
+    """Whether a module multiplies by matrices, and is no norm, whatever its name: timm's ``NormFreeBlock``, for one.
+
+    What norms contain, such as the activation of ``FilterResponseNormAct2d``, has one number per channel at most.
+    """
+    if isinstance(module, (nn.Linear, _ConvNd)):  # with normalised weights
+        return True
+    return any(parameter.dim() > 1 for child in module.children() for parameter in child.parameters())
 
 
 def _attention(network: nn.Module) -> Iterator[nn.Module]:

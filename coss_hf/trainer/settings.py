@@ -36,6 +36,7 @@ class Situation:
 
     Attributes:
         family: of the student; see ``coss_hf.models.architecture``.
+        parameters: number of the student's parameters.
         trained: whether the student has weights that were trained.
         size: side of the views in pixels.
         images: number of training images; None for a stream.
@@ -50,6 +51,7 @@ class Situation:
     """
 
     family: str
+    parameters: int
     trained: bool
     size: int
     images: int | None
@@ -62,10 +64,15 @@ class Situation:
     pixels_to_embed: int = 0
     shared_memory: int | None = field(default=None, compare=False)
 
+    @property
+    def student(self) -> str:
+        """The student's family and size."""
+        return f"{self.family}, {self.parameters / 1e6:.3g} million parameters"
+
     def __str__(self) -> str:
         weights = "trained" if self.trained else "random"
         images = "a stream" if self.images is None else f"{self.images:,} images"
-        return f"{self.family}, {weights} weights, views of {self.size} px, {images}, {self.views:,} views a step"
+        return f"{self.student}, {weights} weights, views of {self.size} px, {images}, {self.views:,} views a step"
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Settings:
         names = max(len(name) for name, _, _ in rows)
         values = max(len(value) for _, value, _ in rows)
         lines = [f"  {name:<{names}}  {value:<{values}}  {reason}" for name, value, reason in rows]
-        return "\n".join([f"settings    for {self.situation} (--settings paper takes the paper's values)", *lines])
+        return "\n".join([f"settings    for {self.situation} (--settings paper takes the paper's)", *lines])
 
 
 def _shown(value) -> str:
@@ -156,6 +163,7 @@ def find_situation(
     bf16, cores, threads, memory = zip(*Processes().gather(own))
     return Situation(
         family=family(student.model),
+        parameters=sum(parameter.numel() for parameter in student.model.parameters()),
         trained=is_trained(student.model),
         size=size,
         images=images,
@@ -254,7 +262,7 @@ def _of_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> dict
 
 def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> tuple[table.StartingValues, Filled]:
     """By what was given besides; without that by the situation."""
-    usual, reason = table.BY_FAMILY[situation.family], situation.family
+    usual, reason = table.starting_values(situation.family, situation.parameters), situation.student
     rate = None if "learning_rate" in left_out else args.learning_rate
     if args.optim is not None:
         usual = table.SGD if _is_sgd(args.optim) else _like_adam(usual)

@@ -4,8 +4,8 @@
         --trained_student recipes/benchmarks/results/cifar100-resnet56 --output configs.jsonl
 
 Each file runs as ``coss-hf distill --config NAME`` with everything that it says, apart from the networks, the images,
-their size and the length of the run. Its line in the output is what the run wrote into ``run.json``. The same command
-resumes with the first file that has no line.
+their size and number held out, and the length of the run. Its line in the output is what the run wrote into
+``run.json``. The same command resumes with the first file that has no line.
 """
 
 import argparse

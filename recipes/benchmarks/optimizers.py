@@ -44,7 +44,8 @@ def shared(words: list[str], folder: Path) -> tuple[StudyConfig, Trial]:
 
 def run(optimizer: str, trial: Trial, config: StudyConfig, folder: Path) -> dict:
     """Train by one optimizer, or not at all, and return the row."""
-    row = {"optimizer": optimizer, "seed": trial.seed, "split": trial.split}
+    names = {"student": Path(config.models[trial.pair].student).name, "dataset": Path(config.data.dataset).name}
+    row = names | {"optimizer": optimizer, "seed": trial.seed, "split": trial.split}
     if optimizer == START:
         _, teacher = load(config, trial.pair)
         set_seed(trial.seed)

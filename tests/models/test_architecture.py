@@ -31,6 +31,8 @@ from transformers import (
     PoolFormerModel,
     PvtV2Config,
     PvtV2Model,
+    RegNetConfig,
+    RegNetModel,
     ResNetConfig,
     ResNetModel,
     SegformerConfig,
@@ -64,6 +66,7 @@ OF_TRANSFORMERS = {
     BATCH_NORM: [
         (EfficientNetModel, EfficientNetConfig),
         (MobileNetV2Model, MobileNetV2Config),
+        (RegNetModel, RegNetConfig),
         (ResNetModel, ResNetConfig),
     ],
     LAYER_NORM: [(BitModel, BitConfig), (ConvNextModel, ConvNextConfig), (PoolFormerModel, PoolFormerConfig)],
@@ -78,17 +81,24 @@ OF_TIMM = {
     # Squeeze-and-excite, split attention and a pool with attention do not make a network a transformer.
     BATCH_NORM: [
         "resnet10t",
-        "mobilenetv3_small_100",
-        "mobilenetv4_conv_small",
         "seresnet18",
         "resnest14d",
         "resnet50_clip",
+        "resnext50_32x4d",
+        "repvgg_a0",
+        "vgg11_bn",
+        "mobilenetv3_small_100",
+        "mobilenetv4_conv_small",
+        "efficientnet_lite0",
+        "mnasnet_100",
+        "tinynet_e",
+        "ghostnet_100",
     ],
     LAYER_NORM: ["convnext_atto", "nf_resnet26", "mixer_s32_224"],
 }
 OF_TORCHVISION = {
     TRANSFORMER: ["vit_b_32", "swin_t", "maxvit_t"],
-    BATCH_NORM: ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "densenet121"],
+    BATCH_NORM: ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "densenet121", "shufflenet_v2_x0_5", "vgg11_bn"],
     LAYER_NORM: ["convnext_tiny", "vgg11"],
 }
 
@@ -235,3 +245,71 @@ def test_networks_without_norms_at_random_weights():
     torchvision = pytest.importorskip("torchvision")
     assert not is_trained(torchvision.models.squeezenet1_1())
     assert not is_trained(timm.create_model("nf_resnet26"))
+
+
+def draw_biases(network: nn.Module) -> None:
+    """As training leaves them, larger than PyTorch draws them."""
+    torch.manual_seed(0)
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+            nn.init.normal_(layer.bias)
+
+
+@pytest.mark.parametrize("skipinit", [False, True])
+def test_blocks_named_after_norms_do_not_hide_trained_biases(skipinit):
+    """`dm_nfnet_f0` counted as random: its NormFreeBlock, which has a gain of its own, was taken for a norm."""
+    nfnet = pytest.importorskip("timm.models.nfnet")
+    config = nfnet.NfCfg(depths=(1, 1), channels=(16, 16), stem_chs=8, skipinit=skipinit)
+    network = nfnet.NormFreeNet(config)
+    assert not is_trained(network) and family(network) == LAYER_NORM
+    draw_biases(network)
+    assert is_trained(network)
+
+
+class BatchNormBlock(nn.Module):
+    """A block with a gain of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+        self.convolution = nn.Conv2d(3, 8, 3)
+
+
+class NormConv2d(nn.Conv2d):
+    """With normalised weights."""
+
+
+class OwnNorm(nn.Module):
+    """A norm whose parameters have other names."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels))
+
+
+@pytest.mark.parametrize(
+    "layer", [BatchNormBlock(), NormConv2d(3, 8, 3), nn.Sequential(nn.Conv2d(3, 8, 3), OwnNorm(8))]
+)
+def test_layers_and_blocks_are_no_norms_whatever_their_name(layer):
+    network = nn.Sequential(layer, nn.ReLU())
+    assert not is_trained(network) and family(network) == LAYER_NORM
+    draw_biases(network)
+    assert is_trained(network)
+
+
+@pytest.mark.parametrize("name", ["BatchNormAct2d", "FrozenBatchNormAct2d", "GroupNormAct", "FilterResponseNormAct2d"])
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.PReLU])
+def test_norms_with_an_activation_inside_are_norms(name, activation):
+    layers = pytest.importorskip("timm.layers")
+    options = {"num_groups": 2} if name == "GroupNormAct" else {}
+    norm = getattr(layers, name)(8, act_layer=activation, **options)
+    assert [*norm.children()]
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), norm)
+    assert family(network) == (BATCH_NORM if "Batch" in name else LAYER_NORM)
+    nn.init.constant_(network[0].bias, 7.0)
+    network[0].bias.data[0] = -7.0
+    assert not is_trained(network), "its norm is as it was made"
+    norm.bias.data[0] = 1.0
+    if "Batch" in name:
+        norm.running_mean[0] = 1.0
+    assert is_trained(network)

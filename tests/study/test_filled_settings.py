@@ -36,7 +36,7 @@ def test_a_study_goes_on_with_what_it_began_with(image_parquet, networks, tmp_pa
     first, settings = fill_and_keep()
     assert seen[0].threads == 4, "each of two trials has half of the threads"
     assert first.optim == "adamw_torch" and settings.filled["optim"].reason != "as in the run that is resumed"
-    monkeypatch.setattr(table, "BY_FAMILY", dict.fromkeys(table.BY_FAMILY, table.SGD))
+    monkeypatch.setattr(table, "starting_values", lambda family, parameters: table.SGD)
     again, settings = fill_and_keep()
     assert changed_arguments(again) == changed_arguments(first) and settings.mode == "auto"
     other, _ = fill_and_keep(max_grad_norm=2.0)
