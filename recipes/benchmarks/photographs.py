@@ -45,7 +45,6 @@ STUDENTS = {
     "mobilenetv3": ("timm_wrapper", ("architecture=mobilenetv3_small_100",)),
     "vit-tiny": ("vit", (*VIT_TINY, "image_size=96", "patch_size=16")),
     "resnet18": ("timm_wrapper", ("architecture=resnet18",)),
-    "mobilenetv4": ("timm_wrapper", ("architecture=mobilenetv4_conv_small",)),
     "efficientnet-lite0": ("timm_wrapper", ("architecture=efficientnet_lite0",)),
 }
 CLIPPED = {"max_grad_norm": 1.0}
