@@ -246,6 +246,19 @@ def cifar100_cells() -> dict[tuple[int, str], list[Cell]]:
     return groups
 
 
+def cifar100_counting(pair: str) -> list[dict]:
+    """Test runs of a pair that count in a cell, under the cell's name, with its teacher and random weights."""
+    counting = [
+        row | {"method": cell.row}
+        for (_, own_pair), own in cifar100_cells().items()
+        if own_pair == pair
+        for cell in own
+        for row in cell.runs
+    ]
+    untrained = [row for row in cifar100_rows() if row["pair"] == pair and row["method"] in ("teacher", "random")]
+    return counting + select(untrained, split="test")
+
+
 def cifar100_picture_name(table: int, pair: str, kind: str = "") -> str:
     """File of a plot of one pair of a table."""
     return f"cifar100-table{table}-{pair.replace('/', '-')}{kind}.png"
@@ -281,7 +294,7 @@ def cifar100_teacher() -> str:
 
 def cifar100_kept() -> str:
     """CoSS next to its teacher, and next to a network of the student's size that was trained with labels."""
-    rows = [row for row in cifar100_rows() if row["pair"] == "resnet20/resnet56" and row["split"] == "test"]
+    rows = cifar100_counting("resnet20/resnet56")
     names = {"teacher": "teacher (resnet56)", "coss": "CoSS", "random": "resnet20, random weights"}
     groups: dict[tuple[str, int], dict[int, dict]] = {}
     for row in rows:
@@ -318,7 +331,7 @@ def share(rows: list[dict], others: list[dict], metric: str) -> str:
 
 def cifar100_paired() -> str:
     """What space similarity adds to the cosine alone, in points with 95 % t-intervals, seed by seed."""
-    rows = [row for row in cifar100_rows() if row["split"] == "test" and row["pair"] == "resnet20/resnet56"]
+    rows = cifar100_counting("resnet20/resnet56")
     groups: dict[int, dict[str, dict[int, dict]]] = {}
     for row in rows:
         name = {"coss": "lambda 0.5", "L_co": "lambda 0"}.get(row["method"], row["method"])

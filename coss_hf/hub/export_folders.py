@@ -1,5 +1,6 @@
 """The folders of exported files in a student's folder, and whether they still belong to its weights."""
 
+import functools
 import hashlib
 import json
 import shutil
@@ -80,11 +81,13 @@ def copy_exports(find: Callable[[str], str | None], folder: str | Path) -> None:
         find: function that gives the path of a file by its name relative to the student's folder, or None.
         folder: the student's new folder, which contains its weights.
     """
-    digest = weights_digest(folder)
+    weights = functools.cache(lambda: weights_digest(folder))  # read only where there is something to compare
     for name, files in FILES.items():
         target = Path(folder, name)
         record = find(f"{name}/{RECORD}")
-        if not are_of_weights(record, digest) or Path(record).resolve() == (target / RECORD).resolve():
+        if record is None or Path(record).resolve() == (target / RECORD).resolve():
+            continue
+        if not are_of_weights(record, weights()):
             continue
         target.mkdir(exist_ok=True)
         for file in (*files, RECORD):
@@ -110,7 +113,7 @@ def replaced_exports(
         that are pushed.
     """
     there = {*there}
-    digest = weights_digest(folder)
+    weights = functools.cache(lambda: weights_digest(folder))
     found = []
     for name, files in FILES.items():
         left = [f"{name}/{file}" for file in (*files, RECORD) if f"{name}/{file}" in there]
@@ -118,7 +121,7 @@ def replaced_exports(
             found += [file for file in left if not Path(folder, file).is_file()]
         elif left:
             record = find(f"{name}/{RECORD}") if f"{name}/{RECORD}" in there else None
-            found += [] if are_of_weights(record, digest) else left
+            found += [] if record is not None and are_of_weights(record, weights()) else left
     return found
 
 

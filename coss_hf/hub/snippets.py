@@ -416,8 +416,9 @@ def _module_expression(student: Backbone) -> str:
 def _module_remark(subject: Subject) -> str:
     config = subject.student.model.config
     return (
-        f"{_needs(_module_code(subject))}. It is a state dict in the keys of `{config.architecture}`, the module that "
-        f"it was trained from (`model.safetensors`), with its image processor.{_own_space(subject)}"
+        f"{_needs(_module_code(subject))}. The student is a state dict in the keys of "
+        f"`{config.architecture}`, the module that it was trained from (`model.safetensors`), with its image "
+        f"processor.{_own_space(subject)}"
     )
 
 

@@ -33,7 +33,8 @@ class VIDLoss(DistillationLoss):
 
     Use when: the maps should agree position by position, and some channels of the teacher are
     noisy: they get a large variance and count less. A strong baseline where both networks are
-    convolutional.
+    convolutional. With a transformer all stages are all layers, each with convolutions of its own:
+    ``stages="last"`` is cheaper.
 
     Args:
         student_dim: Channels of the student's last map, or dimension of its embedding.

@@ -132,7 +132,10 @@ def fill_for_trials(
         share_of_cores=jobs,
         length_is_known=True,
     )
-    return fill(training, situation, _kept(training).get(_key(training, situation)))
+    kept = _kept(training)
+    # A folder of an earlier version has one student, and a key without the number of its parameters.
+    earlier = kept.get(_key(training, situation, with_parameters=False))
+    return fill(training, situation, kept.get(_key(training, situation), earlier))
 
 
 def keep_filled(given: DistillationArguments, filled: DistillationArguments, settings: Settings) -> None:
@@ -153,9 +156,11 @@ def _kept(given: DistillationArguments) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _key(given: DistillationArguments, situation: Situation) -> str:
+def _key(given: DistillationArguments, situation: Situation, *, with_parameters: bool = True) -> str:
     """Of what was given, of the networks and of the images, not of the machine."""
     networks_and_images = [situation.family, situation.trained, situation.size, situation.images, situation.views]
+    if with_parameters:
+        networks_and_images.append(situation.parameters)
     text = json.dumps([networks_and_images, changed_arguments(given)], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

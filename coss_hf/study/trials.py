@@ -324,9 +324,9 @@ class _HeldOutEvaluation(TrainerCallback):
 
     def _measure(self) -> dict:
         trainer = self.trainer
-        trainer.teacher.model.to(trainer.args.device)  # with a teacher cache it waits on the CPU
         evaluator = _evaluator(_inputs(self.config, self.trial.pair), "validation", self.config.bank_size)
-        _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
+        with trainer.teacher_in_place():  # with a teacher cache it waits on the CPU
+            _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
         try:
             return measure(self.trial, self.config, trainer.student, trainer.project)
         except NonFiniteEmbedding as error:

@@ -118,7 +118,7 @@ class Settings:
         names = max(len(name) for name, _, _ in rows)
         values = max(len(value) for _, value, _ in rows)
         lines = [f"  {name:<{names}}  {value:<{values}}  {reason}" for name, value, reason in rows]
-        return "\n".join([f"settings    for {self.situation} (--settings paper takes the paper's)", *lines])
+        return "\n".join([f"settings    for {self.situation} (--settings paper: the CIFAR recipe)", *lines])
 
 
 def _shown(value) -> str:

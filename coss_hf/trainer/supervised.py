@@ -219,7 +219,7 @@ class SupervisedTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         newest = get_last_checkpoint(self.args.output_dir) if resume_from_checkpoint is True else None
         checkpoint = newest or resume_from_checkpoint
-        self.time = TrainingTime.start(checkpoint or None)
+        self.time = TrainingTime.start(checkpoint if isinstance(checkpoint, (str, Path)) else None)
         with self._preemption:
             result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         self._preemption.leave(self.state.global_step, self.args.process_index)
@@ -248,8 +248,8 @@ class SupervisedTrainer(Trainer):
             save_training_state(self, str(folder))
             if self.args.should_save:
                 Path(folder, RECORD).write_text(json.dumps(self._identity, indent=2))
-                self.state.save_to_json(str(folder / "trainer_state.json"))
                 self.time.save(folder)
+                self.state.save_to_json(str(folder / "trainer_state.json"))
         if self.args.should_save:
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
 

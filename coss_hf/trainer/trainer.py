@@ -25,7 +25,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.hub.model_card import write_card
 from coss_hf.losses.base import DistillationLoss
-from coss_hf.losses.registry import LOSSES
+from coss_hf.losses.registry import LOSSES, summands
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.reporting.closing import closing_summary, next_lines
@@ -635,7 +635,7 @@ class DistillationTrainer(Trainer):
             self.teacher.model.to(self.args.device)
 
     @contextlib.contextmanager
-    def _teacher_in_place(self):
+    def teacher_in_place(self):
         """On the device meanwhile; one that was put aside for a cache is put aside again."""
         before = next(self.teacher.model.parameters()).device
         self._place_teacher()
@@ -804,7 +804,7 @@ class DistillationTrainer(Trainer):
                 "train by --validation_size."
             )
         self.collect()
-        with self._teacher_in_place():
+        with self.teacher_in_place():
             metrics, projected = self.evaluator(self.student, self.project)
             if self._loss_needs_embeddings_alone():
                 metrics["loss"] = self._eval_loss(projected)
@@ -1024,7 +1024,12 @@ class DistillationTrainer(Trainer):
                 "--teacher": self.teacher.fingerprint(),
                 "--student": f"{type(model.network).__name__} {shapes(model.network)}",
                 "--head": "none" if model.head is None else shapes(model.head),
-                "--method": self.method,
+                "--method": self.method
+                + "".join(
+                    f", revision {loss.revision} of {loss.name}"
+                    for loss in summands(model.criterion)
+                    if getattr(loss, "revision", 1) > 1
+                ),
                 "--seed": str(self.args.seed),
                 "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
             } | self.train_dataset.identity()

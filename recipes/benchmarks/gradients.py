@@ -58,7 +58,8 @@ def main() -> None:
         for method in METHODS:
             if method not in LEFT_OUT:
                 values = norms(method, config, options.batches, folder)
-                found[method] = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+                stated = {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
+                found[method] = {name: float(f"{value:.3g}") for name, value in stated.items()}
                 print(f"{method}: {found[method]['mean']:.3g}", flush=True)
     record = {"gradient_norms": found, "batches": options.batches, "command": shlex.join(["python", *sys.argv])}
     options.output.write_text(json.dumps(record | {"versions": versions()}, indent=1) + "\n")

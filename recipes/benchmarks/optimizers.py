@@ -60,10 +60,14 @@ def run(optimizer: str, trial: Trial, config: StudyConfig, folder: Path) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--optimizers", nargs="+", required=True, help="values of --optim")
     parser.add_argument("--folder", type=Path, required=True, help="folder of checkpoints and of optimizers.jsonl")
     options, words = parser.parse_known_args()
+    if any(word.partition("=")[0] == "--optim" for word in words):
+        parser.error("--optim is one optimizer: give --optimizers")
     options.folder.mkdir(parents=True, exist_ok=True)
     file = options.folder / "optimizers.jsonl"
     done = {(row["optimizer"], row["seed"]) for row in read_lines(file)}

@@ -55,7 +55,10 @@ SETTINGS = {
     "adamw 5e-4": {"learning_rate": 5e-4, **ADAMW},
     "adamw 2e-3": {"learning_rate": 2e-3, **ADAMW},
 }
-DEFAULTS = ("adamw 5e-4", "paper")  # at 64 views per step: of all but depthwise networks, and of --settings paper
+DEFAULTS = (
+    "adamw 5e-4",
+    "paper",
+)  # at 64 views per step: of all but small networks with batch norm, and of --settings paper
 # Of trained weights: the defaults are a fifth of the rates of random ones.
 WARM_SETTINGS = SETTINGS | {
     "sgd 0.01, warm-up, clipping": {"learning_rate": 0.01, "warmup_steps": 0.1, **CLIPPED},
@@ -146,7 +149,7 @@ class Experiment:
     def add(self, arm: Arm, seed: int, split: str, metrics: dict, **more) -> None:
         """Write a line of results."""
         row = asdict(arm) | {"seed": seed, "split": split} | more | metrics
-        row |= {"command": shlex.join(sys.argv), "versions": versions()}
+        row |= {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
         self.rows.append(row)
         add_line(self.file, row)
         print(f"{arm.student}, {arm.settings}, {arm.method}, seed {seed}, {split}: {line(metrics)}", flush=True)

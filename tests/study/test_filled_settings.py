@@ -1,5 +1,6 @@
 """What a comparison's arguments leave out is filled once for all trials, and stays as the study goes on."""
 
+import dataclasses
 import json
 
 import pytest
@@ -42,6 +43,34 @@ def test_a_study_goes_on_with_what_it_began_with(image_parquet, networks, tmp_pa
     other, _ = fill_and_keep(max_grad_norm=2.0)
     assert other.optim == "sgd", "other trials, filled by the rules of today"
     assert len(json.loads((tmp_path / "settings.json").read_text())) == 2
+
+
+def test_each_student_of_a_folder_is_filled_by_its_own_size(image_parquet, networks, tmp_path, monkeypatch):
+    """The second one took what the first had, as if its run was resumed."""
+    data = DataArguments(dataset=str(image_parquet), validation_size=12)
+    given = training(tmp_path)
+
+    models = ModelArguments(teacher=networks.teacher, student=networks.resnet)
+
+    def fill_and_keep() -> str:
+        filled, settings = fill_for_trials(given, models, data, 1)
+        keep_filled(given, filled, settings)
+        return filled.optim
+
+    assert fill_and_keep() == "sgd"
+    monkeypatch.setattr(table, "SMALL", 1)  # the same family counts as large
+    assert fill_and_keep() == "sgd", "the same student, kept"
+    find = module.find_situation
+    monkeypatch.setattr(module, "find_situation", lambda *a, **k: dataclasses.replace(find(*a, **k), parameters=10**7))
+    assert fill_and_keep() == "adamw_torch"
+    kept = json.loads((tmp_path / "settings.json").read_text())
+    assert len(kept) == 2
+    monkeypatch.setattr(module, "find_situation", find)
+    path = tmp_path / "settings.json"  # of an earlier version, without the size of the student
+    situation = fill_for_trials(given, models, data, 1)[1].situation
+    old = module._key(given, situation, with_parameters=False)
+    path.write_text(json.dumps({old: kept[module._key(given, situation)]}))
+    assert fill_and_keep() == "sgd"
 
 
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 0.03}])

@@ -76,8 +76,8 @@ def test_trials_without_neighbours_do_not_depend_on_the_other_rows():
     assert both["seed", "test", 1] != both["seed, neighbours", "test", 1]
 
 
-def test_finished_trials_of_earlier_versions_are_found():
-    """Their keys, as the version before wrote them for a command without neighbours, and for one with neighbours."""
+def test_keys_do_not_depend_on_the_other_rows():
+    """They are those that earlier versions wrote for a row that was asked for without others."""
     assert keys(["seed", "seed, neighbours"]) == {
         ("seed", "validation", 0): "258c955d24366277",
         ("seed", "test", 1): "c26ec5cdb0c2f7d3",
