@@ -555,12 +555,15 @@ def photographs_settings(num_images: int = 6400) -> str:
 def optimizers() -> str:
     """Optimizers by their starting values, measured on held-out images."""
     rows = json_lines("optimizers.jsonl")
+    students = {"vit": "ViT of 4 layers", "cifar100-resnet56": "resnet56, trained on CIFAR-100"}
+    images = {"cifar100": "CIFAR-100", "imagenette": "photographs", "data": "digits"}
     lines = [["student", "images", "images seen", "optimizer", "seeds", "k-NN 20", "linear evaluation", "overlap 10"]]
     for key in dict.fromkeys((row["student"], row["dataset"], row["optimizer"]) for row in rows):
         found = [row for row in rows if (row["student"], row["dataset"], row["optimizer"]) == key]
         cells = [score(found, metric, statistics.stdev) for metric in ("knn20", "linear", "overlap10")]
         seen = max(row["images_seen"] for row in rows if row["student"] == key[0])
-        lines.append([key[0], key[1], f"{seen:,}" if found[0]["images_seen"] else "0", key[2], str(len(found)), *cells])
+        names = [students.get(key[0], key[0]), images.get(key[1], key[1])]
+        lines.append([*names, f"{seen:,}" if found[0]["images_seen"] else "0", key[2], str(len(found)), *cells])
     return as_markdown(lines)
 
 

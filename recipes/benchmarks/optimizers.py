@@ -6,8 +6,9 @@
         --view_epochs 1 --view_seed 0 --teacher_cache optimizers/teacher
 
 All options of ``coss-hf distill`` may be given; what is left out is filled by ``--settings auto``, which has a rate, a
-decay and a clipping for each optimizer. Three seeds each; test images are not read. Each line of optimizers.jsonl is
-one run, or the student at its initial weights. The same command resumes where it stopped.
+decay and a clipping for each optimizer; ``paper`` is ``--settings paper``. Three seeds each; test images are not read.
+Each line of optimizers.jsonl is one run, or the student at its initial weights. The same command resumes where it
+stopped.
 """
 
 import argparse
@@ -50,7 +51,8 @@ def run(optimizer: str, trial: Trial, config: StudyConfig, folder: Path) -> dict
         _, teacher = load(config, trial.pair)
         set_seed(trial.seed)
         return row | {"images_seen": 0} | measure(trial, config, config.models[trial.pair].load_student(teacher))
-    config = replace(config, training=config.training | {"optim": optimizer})
+    own = {"settings": "paper"} if optimizer == "paper" else {"optim": optimizer}
+    config = replace(config, training=config.training | own)
     trainer = build_trial_trainer(trial, config, folder)
     filled = {name: getattr(trainer.args, name) for name in ("learning_rate", "weight_decay", "max_grad_norm")}
     trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
@@ -63,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--optimizers", nargs="+", required=True, help="values of --optim")
+    parser.add_argument("--optimizers", nargs="+", required=True, help="values of --optim; paper: --settings paper")
     parser.add_argument("--folder", type=Path, required=True, help="folder of checkpoints and of optimizers.jsonl")
     options, words = parser.parse_known_args()
     if any(word.partition("=")[0] == "--optim" for word in words):
