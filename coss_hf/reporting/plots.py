@@ -337,12 +337,12 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
     widest = max(ms for ms, _ in points.values())
     heights = [100 * sum(values) / len(values) for _, values in points.values()]
     seen = [100 * value for _, values in points.values() for value in values]
-    # Names of rows that are close to each other are moved apart, upwards.
+    # Names of rows that are close to each other are moved apart, upwards. A name takes up half of the width.
     gap = 0.055 * (max(seen) - min(seen) or 1)
-    last = {}
     places = {}
     for (name, (ms, _)), height in sorted(zip(points.items(), heights, strict=True), key=lambda item: item[1]):
-        places[name] = last[ms] = max(height, last.get(ms, -1e9) + gap)
+        near = [place for other, place in places.items() if abs(points[other][0] - ms) < 0.7 * widest]
+        places[name] = max(height, max(near, default=-1e9) + gap)
     colors = iter(STUDENTS * len(points))
     for name, (ms, values) in points.items():
         color = TEXT if name == "teacher" else next(colors)
