@@ -31,11 +31,13 @@ def method_job(name: str, sizes: list[int]) -> dict:
     uses_maps = LOSSES[name].uses_maps
     student = Features(draw(2, DIM), (draw(2, DIM, 2, 2),) * 2 if uses_maps else ())
     teacher = Features(draw(2, DIM), tuple(one[:2] for one in maps) if uses_maps else ())
+    both = {"student": student, "teacher": teacher}
     given = {"num_images": 10, "batch_size": IMAGES, "classifier": torch.nn.Linear(DIM, 3)}
     built = build_loss([Method(name, {})], student, teacher, **given).double()
     shapes = {"student_dim": DIM, "teacher_dim": teacher.maps[-1].shape[1] if uses_maps else DIM} | given
     if uses_maps:
         shapes |= {"student_size": 2, "teacher_size": 2, "classifier": None}
+        shapes |= {f"{side}_dims": tuple(one.shape[1] for one in f.maps) for side, f in both.items()}
     options = {key: value for key, value in shapes.items() if key in inspect.signature(LOSSES[name]).parameters}
     return {
         "name": name,
