@@ -211,13 +211,15 @@ class Experiment:
         return self.measure_untrained(arm, seed, "test")
 
     def measure_untrained(self, arm: Arm, seed: int, split: str) -> None:
-        """Measure the teacher, or a student with its initial weights."""
+        """Measure the teacher, or a student with its initial weights; with test images also what it costs."""
         config = self.config(arm)
         _, teacher = load(config, arm.student)
         set_seed(seed)
         network = teacher if arm.method == "teacher" else config.models[arm.student].load_student(teacher)
-        device = next(network.model.parameters()).device
-        more = costs({arm.method: network}, device)[arm.method] | {"hardware": device_name(device)}
+        more = {}
+        if split == "test":
+            device = next(network.model.parameters()).device
+            more = costs({arm.method: network}, device)[arm.method] | {"hardware": device_name(device)}
         self.add(arm, seed, split, measure(arm.trial(seed, split), config, network), images_seen=0, **more)
 
     def best_settings(self, student: str) -> str:

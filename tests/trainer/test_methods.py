@@ -181,6 +181,16 @@ def test_what_a_loss_learns_and_remembers_is_resumed(tmp_path, image_parquet, ne
     h.assert_same(*runs)
 
 
+def test_a_loss_whose_value_changed_is_not_resumed(tmp_path, image_parquet, networks, monkeypatch):
+    """A run of the former ``vid`` ended in an error about missing keys."""
+    options = {"method": "crd", "head_hidden_size": 12, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options).train()
+    monkeypatch.setattr(LOSSES["crd"], "revision", 2)
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **(options | {"max_steps": 2}))
+    with pytest.raises(ValueError, match="another .*method .then crd, now crd, revision 2 of crd."):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+
+
 def test_data_parallel_leaves_memories_to_their_loss(tmp_path, image_parquet, networks):
     """It would overwrite those of all processes with the first one's at every forward pass."""
     options = {"method": "crd + seed + bn", "head_hidden_size": 12}
