@@ -115,7 +115,7 @@ def check_neighbors(dataset: datasets.Dataset, k_pool: int | None = None) -> np.
 def check_pool(k: int, n: int) -> None:
     """Raises ValueError unless each of ``n`` images has ``k`` others."""
     if k < 1:
-        raise ValueError(f"--neighbors_pool {k}: use 1 or more; --neighbors_k 0 switches neighbours off.")
+        raise ValueError(f"--neighbors_pool {k}: use 1 or more, the number of neighbours to find for each image.")
     if k >= n:
         raise ValueError(
             f"--neighbors_pool {k}: {n} images have at most {n - 1} others each; "

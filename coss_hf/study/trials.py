@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
+from transformers.trainer_callback import ExportableState
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.evaluation.evaluator import Evaluator, random_weights, sample
@@ -266,13 +267,28 @@ def _training_arguments(
     return DistillationArguments(**arguments)
 
 
-class _Progress(TrainerCallback):
-    """Report the number of images that each step has seen."""
+class _Progress(TrainerCallback, ExportableState):
+    """Report the number of images that each step has seen, and count the teacher's, also of a run that is resumed."""
 
     def __init__(self, trainer: DistillationTrainer, report: Callable[[int], None]):
         self.trainer = trainer
         self.report = report
         self.reported = 0
+        self.earlier = 0  # of the teacher, before the checkpoint that the run continues from
+
+    @property
+    def teacher_images(self) -> int:
+        """Views that the teacher embedded so far, without those of evaluations and of the neighbour search."""
+        return self.earlier + self.trainer.teacher_images
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": {"teacher_images": self.teacher_images}}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if saved:
+            self.earlier = saved["attributes"]["teacher_images"]
+        state.stateful_callbacks[type(self).__name__] = self.state()
 
     def on_step_end(self, args, state, control, **kwargs):
         seen = self.trainer.images_seen
@@ -353,9 +369,11 @@ def run_trial(
         keep: function called with the result before the checkpoints are removed.
 
     Returns:
-        The fields of the trial; ``images_seen``; ``extra_teacher_images``, the teacher's passes apart from those of the
-        steps; ``shared_views`` where these come back: their number of epochs, their seed, and whether the teacher's
-        embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the metrics.
+        The fields of the trial; ``images_seen``; ``teacher_images``, the views that the teacher embedded for the
+        training, without those in a shared cache; ``extra_teacher_images``, the teacher's passes apart from those of
+        the steps; ``shared_views`` where these come back: their number of epochs, their seed, and whether the
+        teacher's embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the
+        metrics.
         ``failed`` with the reason, and no metrics, if the loss or the student's embeddings became NaN or infinite.
     """
     if trial.method in UNTRAINED:
@@ -370,7 +388,8 @@ def run_trial(
 
 def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: Callable[[int], None]) -> dict:
     trainer = build_trial_trainer(trial, config, folder)
-    trainer.add_callback(_Progress(trainer, report))
+    progress = _Progress(trainer, report)
+    trainer.add_callback(progress)
     if trial.split == "test" and config.eval_at:
         trainer.add_callback(_HeldOutEvaluation(trial, config, trainer, evaluations_path(folder)))
     result = asdict(trial)
@@ -394,6 +413,7 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
         }
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result["images_seen"] = trainer.images_seen
+    result["teacher_images"] = progress.teacher_images
     result["extra_teacher_images"] = _extra_teacher_images(trainer)
     result["loss"] = losses[-1] if losses else None
     return result | metrics

@@ -288,6 +288,7 @@ class DistillationTrainer(Trainer):
         self.evaluator = evaluator
         self.monitor = LossMonitor(views.names)
         self._times = StepTimes(args.device)
+        self.teacher_images = 0  # views that this process had its teacher embed, not those from a cache
         self.record: dict = {}
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
@@ -655,6 +656,7 @@ class DistillationTrainer(Trainer):
     def embed_teacher(self, views: Tensor) -> Features:
         """Return the teacher's features of ``views`` ``(b, 3, H, W)``, uint8, as a step takes them."""
         self._place_teacher()  # another trainer may have put it aside
+        self.teacher_images += len(views)
         with self._times.teacher(), self.accelerator.autocast():
             return self._teacher_features(views)
 
@@ -821,15 +823,18 @@ class DistillationTrainer(Trainer):
         return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     @torch.no_grad()
-    def _eval_loss(self, projected: Tensor) -> float:
-        """Mean loss over held-out batches of the training size, un-augmented, of which each process takes its part."""
+    def _eval_loss(self, projected: Tensor) -> float | None:
+        """Mean loss over held-out batches of the training size, un-augmented, of which each process takes its part.
+
+        None with fewer readable images than processes.
+        """
         criterion = self.full_model.criterion
         rows = self.evaluator.test_readable.nonzero().flatten()
         rank = self.args.process_index
         world = self.args.world_size
         size = min(self.args.images_per_batch, len(rows)) // world * world
         if not size:
-            return math.nan
+            return None
         tensors = projected[rows], self.evaluator.teacher_test_features[rows], rows
         batches = [x.to(self.args.device).split(size) for x in tensors]
         training = criterion.training

@@ -22,33 +22,19 @@ from pathlib import Path
 
 import torch
 from result_lines import add_line, read_lines
-from torch import Tensor
 from trainer_step import machine, now, restart_with_kept_memory
 
-from coss_hf.features import Features
 from coss_hf.study import paper_tables as paper
 from coss_hf.study.baselines import untrained_trial
 from coss_hf.study.reproduction import ReproduceArguments, study_config
 from coss_hf.study.teachers import save_untrained
 from coss_hf.study.trials import StudyConfig, Trial, run_trial
-from coss_hf.trainer import factory
 from coss_hf.trainer.arguments import DataArguments
-from coss_hf.trainer.trainer import DistillationTrainer
 
 PAIR = "resnet20/resnet56"
 WAYS = ("live", "shared")
 # Rows of table 1; the part that `factor` trains beforehand would take more than all the rest.
 METHODS = [name if name != "factor" else "factor(pretraining_steps=5)" for name in paper.ROWS[1]]
-
-
-class CountingTrainer(DistillationTrainer):
-    """Counts the views that its teacher embeds; those that it reads from a cache are none of them."""
-
-    images = 0
-
-    def embed_teacher(self, views: Tensor) -> Features:
-        CountingTrainer.images += len(views)
-        return super().embed_teacher(views)
 
 
 def configurations(options: argparse.Namespace, folder: Path) -> dict[str, StudyConfig]:
@@ -108,7 +94,6 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64)
     options = parser.parse_args()
     restart_with_kept_memory()
-    factory.DistillationTrainer = CountingTrainer
     images = options.epochs * options.train_images
     trials = paper.choice_trials(1, PAIR, options.methods, options.scales, images)
     folder = options.output.with_name(options.output.name + ".files")
@@ -117,7 +102,6 @@ def main() -> None:
     run_trial(untrained_trial(PAIR, "teacher", 1, "validation"), study["live"], folder / "trial")
     for trial, way in missing(options.output, trials):
         shutil.rmtree(folder / "trial", ignore_errors=True)
-        CountingTrainer.images = 0
         start = now()
         row = run_trial(trial, study[way], folder / "trial")
         line = {
@@ -125,7 +109,7 @@ def main() -> None:
             "scale": trial.scale,
             "way": way,
             "images_seen": row["images_seen"],
-            "teacher_images": CountingTrainer.images,
+            "teacher_images": row["teacher_images"],
             "cached": row.get("shared_views", {}).get("teacher_cache", False),
             "seconds": round(now() - start, 2),
             "machine": machine(),

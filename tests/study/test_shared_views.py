@@ -50,7 +50,7 @@ def test_methods_scales_and_seeds_share_embeddings_and_views(config, tmp_path, m
         embedded.clear()
         rows.append(run_trial(trial, config, tmp_path / "trial"))
         passes.append(sum(embedded))
-    assert passes == [96, 0, 0, 0, 96]
+    assert passes == [96, 0, 0, 0, 96] == [row["teacher_images"] for row in rows]
     assert [row["shared_views"]["teacher_cache"] for row in rows] == [True] * 4 + [False]
     (text,) = what_was_shared(rows)
     assert "after 2 epochs and are the same in every run (view seed 0)" in text

@@ -157,7 +157,7 @@ def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
     assert [path.name for path in (tmp_path / "stopped").glob("checkpoint-*")] == ["checkpoint-3"]
     resumed = run_trial(TRIAL, config, tmp_path / "stopped")
     assert resumed.pop("loss") is not None and uninterrupted.pop("loss") is not None
-    assert resumed == uninterrupted
+    assert resumed == uninterrupted and resumed["teacher_images"] == 48
 
 
 @pytest.fixture
