@@ -618,25 +618,19 @@ def photograph_rows() -> Iterator[tuple[str, list[dict], dict]]:
     teacher = select(rows, method="teacher")
     if not teacher:
         return
-    yield "teacher (EfficientNet-Lite1)", teacher[:1], middle_cost(teacher)
+    costs = json_record("photographs_costs.json")["networks"]
+    yield "teacher (EfficientNet-Lite1)", teacher[:1], costs["teacher"]
     for student in (name for name in PHOTOGRAPH_STUDENTS if select(rows, student=name)):
         own = [row for row in rows if row["student"] == student and row["method"] != "teacher"]
         groups: dict[tuple[str, str, int], list[dict]] = {}
         for row in own:
             groups.setdefault((row["settings"], row["method"], row["images_seen"]), []).append(row)
-        same = student.partition(",")[0]  # a warm start is the same network
-        cost = middle_cost(select(rows, student=same, method="random weights"))
+        cost = costs[student.partition(",")[0]]  # a warm start is the same network
         order = sorted(groups, key=lambda key: -statistics.fmean(row["knn20"] for row in groups[key]))
         for key in order:
             settings, method, _ = key
             name = f"{PHOTOGRAPH_STUDENTS[student]}: {method}" + (f" ({settings})" if settings else "")
             yield name, groups[key], cost
-
-
-def middle_cost(rows: list[dict]) -> dict:
-    """What a network costs, with the median of its milliseconds over the times that it was measured."""
-    ms = statistics.median(row["batch_1"]["ms"] for row in rows)
-    return rows[0] | {"batch_1": rows[0]["batch_1"] | {"ms": ms}}
 
 
 def photographs_paired() -> str:
@@ -783,7 +777,16 @@ def cost(loss: type) -> list[str]:
 
 
 def results_of(name: str) -> str:
-    """What table 1 on CIFAR-10, or else tables 2 to 4, say of a method, with the seeds and the budget."""
+    """What the tables on CIFAR-10 and CIFAR-100 say of a method, with seeds and lengths."""
+    texts = [text for text in (cifar10_result(name), cifar100_result(name)) if text]
+    if not texts:
+        return "No results of this method are kept in the repository."
+    listed = "\n".join(f"* {text}" for text in texts)
+    return f"resnet56 to resnet20. A run so short shows how fast a method starts, not where it ends.\n\n{listed}"
+
+
+def cifar10_result(name: str) -> str:
+    """What table 1 on CIFAR-10, or else tables 2 to 4, say of a method; empty where they have nothing of it."""
     rows = select(json_lines("table1_cifar10.jsonl"), method=name)
     rows = rows or select(json_lines("tables234_cifar10.jsonl"), method=name)
     reported = [*{row["seed"]: row for row in select(rows, split="test")}.values()]
@@ -797,12 +800,29 @@ def results_of(name: str) -> str:
         text = f"{score(tried[:1], 'probe')} % by linear probe on held-out images (one seed, "
         text += f"{tried[0]['images_seen']:,} images seen, the best of {len(tried)} scales)"
     else:
-        return "Not part of the comparison on CIFAR-10: no results of this method are kept in the repository."
+        return ""
     if "stages=last" in rows[0]["expression"]:
         text += ", with `stages=last`"
+    return f"CIFAR-10: {text}; the other methods, commands and caveats: [Reproducing the paper](../paper.md)."
+
+
+def cifar100_result(name: str) -> str:
+    """What the tables on CIFAR-100 say of a method; empty where they have nothing of it."""
+    found = [cell for (_, pair), own in cifar100_cells().items() if pair == "resnet20/resnet56" for cell in own]
+    runs = {cell.runs[0]["images_seen"]: cell for cell in found if cell.row == name and cell.runs}
+    parts = []
+    for images, cell in sorted(runs.items()):
+        spread = "one seed" if len(cell.runs) == 1 else f"mean and 95 % t-interval of {len(cell.runs)} seeds"
+        scale = f"scale {cell.runs[0]['scale']:g}"
+        parts.append(
+            f"{cell.text('linear')} % by linear evaluation and {cell.text('knn20')} % by k-NN 20 ({spread}, "
+            f"{images:,} images seen, {scale})"
+        )
+    if not parts:
+        return ""
     return (
-        f"resnet56 to resnet20 on CIFAR-10: {text}. A run so short shows how fast a method starts, not where it ends; "
-        f"see [Reproducing the paper](../paper.md) for the other methods, the commands and the caveats."
+        f"CIFAR-100, test images: {'; '.join(parts)}; the paper's figures are next to them in "
+        f"[The paper's tables on CIFAR-100](../paper-cifar100.md)."
     )
 
 

@@ -231,12 +231,12 @@ def comparison(rows: list[dict], metric: str) -> str:
 
 
 def extra_passes(rows: list[dict]) -> list[str]:
-    """Return a sentence on the teacher's passes apart from those of the steps, if a method needs any."""
+    """Return a sentence on what the teacher embeds before the first step, if a method needs any."""
     extra = {row["method"]: row["extra_teacher_images"] for row in rows if row.get("extra_teacher_images")}
     if not extra:
         return []
     passes = "; ".join(f"{count:,} images for {name}" for name, count in extra.items())
-    return [f"Teacher passes apart from those of training, once each: {passes}."]
+    return [f"Before the first step of each run the teacher also embedded: {passes}."]
 
 
 def what_was_shared(rows: list[dict]) -> list[str]:

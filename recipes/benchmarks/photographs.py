@@ -13,7 +13,8 @@ Stages, each with three seeds, all runs of a student at equal images seen:
     methods   longer, by the settings that were best there: CoSS, cosine alone, CoSS without neighbours; and CoSS by
               each of --other_settings
     warm      a student that was distilled from other images before, under each of WARM_SETTINGS
-    test      test images, read once: the long runs, random weights, the teacher, and the costs
+    test      each student of a long run, random weights and the teacher, on test images, once
+    costs     parameters, bytes and times of the teacher and the students, timed in turns (photographs_costs.json)
 
 Every run sees the same views, so that the teacher embeds each view once for all of them. Each line of photographs.jsonl
 is one network on one split. The same command resumes where it stopped.
@@ -33,7 +34,8 @@ from result_lines import add_line, read_lines
 from transformers import set_seed
 
 from coss_hf.hub.student import Student
-from coss_hf.reporting.run_record import versions
+from coss_hf.models.backbone import Backbone
+from coss_hf.reporting.run_record import versions, write_json
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, load, measure, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
@@ -67,6 +69,7 @@ WARM_SETTINGS = SETTINGS | {
 METHODS = {"coss": ("coss", 3), "cosine alone": ("coss(lambda_ss=0)", 3), "coss, no neighbours": ("coss", 0)}
 WARM = "mobilenetv3, warm start"
 SEEDS = (1, 2, 3)
+ROUNDS = 30
 VIEWS_A_STEP = 64
 CHOSEN_BY = "knn20"
 
@@ -211,16 +214,25 @@ class Experiment:
         return self.measure_untrained(arm, seed, "test")
 
     def measure_untrained(self, arm: Arm, seed: int, split: str) -> None:
-        """Measure the teacher, or a student with its initial weights; with test images also what it costs."""
+        """Measure the teacher, or a student with its initial weights."""
+        network = self.untrained(arm, seed)
+        self.add(arm, seed, split, measure(arm.trial(seed, split), self.config(arm), network), images_seen=0)
+
+    def untrained(self, arm: Arm, seed: int) -> Backbone:
+        """Return the teacher, or a student with its initial weights."""
         config = self.config(arm)
         _, teacher = load(config, arm.student)
         set_seed(seed)
-        network = teacher if arm.method == "teacher" else config.models[arm.student].load_student(teacher)
-        more = {}
-        if split == "test":
-            device = next(network.model.parameters()).device
-            more = costs({arm.method: network}, device)[arm.method] | {"hardware": device_name(device)}
-        self.add(arm, seed, split, measure(arm.trial(seed, split), config, network), images_seen=0, **more)
+        return teacher if arm.method == "teacher" else config.models[arm.student].load_student(teacher)
+
+    def costs(self, students: list[str]) -> None:
+        """Write what the teacher and the students cost, timed in turns: only such times can be compared."""
+        arms = {"teacher": Arm(students[0], "", 0, "teacher")} | {name: start_of(name) for name in students}
+        networks = {name: self.untrained(arm, SEEDS[0]) for name, arm in arms.items()}
+        device = next(networks["teacher"].model.parameters()).device
+        record = {"networks": costs(networks, device, ROUNDS), "rounds": ROUNDS, "hardware": device_name(device)}
+        record |= {"command": shlex.join(["python", *sys.argv]), "versions": versions()}
+        write_json(self.folder / "photographs_costs.json", record)
 
     def best_settings(self, student: str) -> str:
         """Return the settings with the best mean on held-out images, of all that have run with each seed."""
@@ -288,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--other_images", help="images that the student of the warm start is distilled from first")
     parser.add_argument("--teacher", required=True, help="folder or name of the teacher")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of runs, students and results")
-    parser.add_argument("--stage", choices=["settings", "methods", "warm", "test"], required=True)
+    parser.add_argument("--stage", choices=["settings", "methods", "warm", "test", "costs"], required=True)
     parser.add_argument(
         "--students", nargs="+", default=["mobilenetv3", "vit-tiny", "resnet18"], choices=list(STUDENTS)
     )
@@ -319,6 +331,9 @@ def main() -> None:
     if options.stage == "test":
         for arm, seed in test_arms(options.students, experiment):
             experiment.test(arm, seed)
+        return
+    if options.stage == "costs":
+        experiment.costs(options.students)
         return
     if options.stage == "warm":
         experiment.train_earlier()

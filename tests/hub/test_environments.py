@@ -22,8 +22,9 @@ from torch import Tensor
 import coss_hf
 from coss_hf.hub import export as exporting
 from coss_hf.hub.export_folders import RECORD, weights_digest
+from coss_hf.hub.snippets import Subject, usage
 from coss_hf.hub.student import Student
-from tests.helpers.exported import card, picture_of
+from tests.helpers.exported import picture_of
 from tests.hub.test_loaders import CASES, student
 
 STUDENTS = ("cifar", "vit", "dinov2", "timm resnet", "torchvision")
@@ -75,7 +76,7 @@ def save(name: str, place: Path) -> Made:
     picture = picture_of(made)
     picture.save(place / "photo.png")
     own, teacher = coss_hf.embed(made.backbone, [picture]), made.encode([picture])
-    return Made(folder, card(made, folder), own, teacher)
+    return Made(folder, usage(Subject(folder.name, made.backbone, made.head, folder, on_hub=False)), own, teacher)
 
 
 def write_exports(made: Student, folder: Path) -> None:

@@ -35,7 +35,7 @@ def world(tmp_path, monkeypatch):
     monkeypatch.setattr(module.Student, "from_pretrained", lambda folder: network)
     monkeypatch.setattr(module, "load", lambda config, pair: (None, network))
     monkeypatch.setattr(module.ModelArguments, "load_student", lambda self, teacher: network)
-    monkeypatch.setattr(module, "costs", lambda networks, device: dict.fromkeys(networks, {"bytes": 1}))
+    monkeypatch.setattr(module, "costs", lambda networks, device, rounds: dict.fromkeys(networks, {"bytes": 1}))
 
     def run(stage, *more):
         given = ["--images=photos", "--other_images=others", "--teacher=teacher", f"--output_dir={tmp_path / 'out'}"]
@@ -96,11 +96,18 @@ def test_test_images_are_read_once(world):
     before = len(world.run("warm"))
     rows = world.run("test")[before:]
     assert {row["split"] for row in rows} == {"test"} and not world.trained
-    (teacher,) = (row for row in rows if row["method"] == "teacher")
-    assert teacher["bytes"] == 1 and teacher["hardware"]
+    assert sum(row["method"] == "teacher" for row in rows) == 1
     assert sum(row["method"] == "random weights" for row in rows) == 3
     long = [row for row in rows if row["num_images"] == 19_200]
     assert len(long) == 5 * 3 and {row["images_seen"] for row in long} == {19_200}
     warm = [row for row in rows if row["student"] == world.module.WARM]
     assert [row["method"] for row in warm] == ["initial weights", "coss", "coss", "coss"]
     assert len(world.run("test")) == before + len(rows)
+
+
+def test_costs_are_measured_in_one_run(world, tmp_path):
+    world.run("settings")
+    world.run("costs")
+    found = json.loads((tmp_path / "out" / "photographs_costs.json").read_text())
+    assert found["networks"] == {"teacher": {"bytes": 1}, "mobilenetv3": {"bytes": 1}}
+    assert found["rounds"] == 30 and found["hardware"] and "--stage=costs" in found["command"]

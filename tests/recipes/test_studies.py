@@ -214,7 +214,7 @@ def test_a_report(tmp_path, image_parquet, networks):
     out = finish(start("report", **options, **training, **neighbors, output_dir=tmp_path / "out"))
     names = ["coss", "coss, cosine only", "coss, no neighbours", "random", "initial", "teacher"]
     assert all(f"| {name} |" in out for name in names) and "96 images seen, 3 seeds" in out
-    assert "Teacher passes apart from those of training, once each: 48 images for coss, cosine only" in out
+    assert "Before the first step of each run the teacher also embedded: 48 images for coss, cosine only" in out
     rows = [json.loads(line) for line in (tmp_path / "out" / "report.jsonl").read_text().splitlines()]
     assert len(rows) == 3 * 3 + 3 + 1 + 1
     initial = next(row for row in rows if row["method"] == "initial")

@@ -72,7 +72,7 @@ def test_comparison_without_intervals_makes_no_claim():
 
 def test_extra_teacher_passes_are_reported():
     found = [*rows("factor", 0.3, 0.3, extra_teacher_images=64_000), *rows("a", 0.3, 0.4)]
-    assert "once each: 64,000 images for factor" in comparison(found, "linear")
+    assert "the teacher also embedded: 64,000 images for factor." in comparison(found, "linear")
 
 
 def test_a_comparison_says_when_nothing_was_learnt():
