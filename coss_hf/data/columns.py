@@ -18,8 +18,14 @@ def find_image_column(dataset: str, rows: Dataset, column: str | None) -> str:
         column: the name of the column that the user gave.
 
     Raises:
-        ValueError: the given column is absent or has no images, or there is not exactly one image column.
+        ValueError: the given column is absent or has no images, there is not exactly one image column, or the rows have
+            a transform, which nothing here would call.
     """
+    if (getattr(rows, "format", None) or {}).get("type") == "custom":
+        raise ValueError(
+            f"--dataset {dataset}: its with_transform would not be called, since images are read from their files; "
+            f"change the images by map, give the change of the views as transform=, or drop it by with_format(None)."
+        )
     features = rows.features
     columns = f"--dataset {dataset} has the columns {', '.join(rows.column_names)}"
     candidates = [key for key, feature in features.items() if _may_contain_images(feature)]

@@ -151,7 +151,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, as `decode` does."""
-    image.info.pop("transparency", None)  # Pillow would warn about palettes
+    if "transparency" in image.info:  # Pillow would warn about palettes
+        image = image.copy()  # the given one may be the user's
+        del image.info["transparency"]
     if image.mode == "RGB":
         return image
     if image.mode == "F" or image.mode.startswith("I"):

@@ -72,7 +72,7 @@ def _labels(rows: Dataset, column: str) -> list:
     feature = rows.features[column]
     names = feature.names if isinstance(feature, ClassLabel) else None
     found = []
-    for value in rows[column][:]:
+    for value in rows.with_format(None)[column][:]:
         if is_unlabelled(value):
             found.append(None)
         elif names is not None:

@@ -74,7 +74,9 @@ class ViewDataset(torch.utils.data.Dataset):
         self._built_in = isinstance(augmentation_name, str)
         self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.reader.share_memory()
-        name = next(name for name in ("image_hash", "image_file_hash") if name in dataset.column_names)
+        name = next((name for name in ("image_hash", "image_file_hash") if name in dataset.column_names), None)
+        if name is None:
+            raise ValueError("--dataset has no column image_hash, which each view is drawn by: load it by load_images.")
         self._hashes = dataset.select_columns(name).rename_column(name, "hash")
         self.is_by_file = name == "image_file_hash"
         if self.is_by_file:
@@ -92,7 +94,7 @@ class ViewDataset(torch.utils.data.Dataset):
         """Draw `k` of the `neighbors` (n, K) of each anchor into its group from now on."""
         if k < 0:
             raise ValueError(f"--neighbors_k {k}: give 0 (no neighbours) or more.")
-        self.neighbors = neighbors if k else None
+        self.neighbors = None if neighbors is None or not k else np.asarray(neighbors)
         self.k = k
         if k:
             self._check_neighbors()

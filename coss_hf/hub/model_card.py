@@ -1,5 +1,6 @@
 """The model card of a student: what it is, how to load it, and what it was made from."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
@@ -124,8 +125,8 @@ def _results(record: dict) -> list[EvalResult]:
     row = (record.get("results") or {}).get("student", {})
     where = {
         "task_type": TASK,
-        "dataset_type": dataset if on_hub(dataset) else Path(dataset).name,
-        "dataset_name": Path(dataset).name,
+        "dataset_type": dataset if on_hub(dataset) else _hub_word(Path(dataset).name),
+        "dataset_name": Path(dataset).name or dataset,
         "dataset_config": record.get("arguments", {}).get("dataset_name"),
         "dataset_split": record.get("evaluated_on"),
         "dataset_revision": record.get("arguments", {}).get("dataset_revision"),
@@ -135,6 +136,11 @@ def _results(record: dict) -> list[EvalResult]:
         for key, (kind, text) in METRICS.items()
         if row.get(key) is not None
     ]
+
+
+def _hub_word(name: str) -> str:
+    """A name in the letters that the Hub allows for a data set; it refuses a card with another one."""
+    return re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.") or "images"
 
 
 def _link(name: str, prefix: str = "") -> str:

@@ -493,9 +493,14 @@ from transformers import AutoModel, AutoTokenizer
 name = "{subject.name}"
 teacher = "{subject.space["teacher"]}"
 texts = ["a photo of a cat", "a photo of a dog"]
-tokens = AutoTokenizer.from_pretrained(teacher{given})(texts, padding="max_length", return_tensors="pt")
+text_model = AutoModel.from_pretrained(teacher{given}).eval()
+length = text_model.config.text_config.max_position_embeddings
+tokenizer = AutoTokenizer.from_pretrained(teacher{given})
+tokens = tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+if text_model.config.model_type.startswith("siglip"):
+    tokens.pop("attention_mask", None)  # it was trained without
 with torch.no_grad():
-    text_embeddings = AutoModel.from_pretrained(teacher{given}).get_text_features(**tokens).pooler_output
+    text_embeddings = text_model.get_text_features(**tokens).pooler_output
 {_own_loading(subject)}
 
 {_image(subject)}

@@ -209,10 +209,13 @@ class Student(nn.Module):
         def find(name: str) -> str | None:
             return find_student_file(source, name, revision)
 
+        of_another_run = (folder / "run.json").is_file()
         for name in COMPANIONS:
             found = find(name)
             if found is not None and Path(found).resolve() != (folder / name).resolve():
                 shutil.copy(found, folder / name)
+            elif found is None and of_another_run:  # its card and results would be taken for those of these weights
+                (folder / name).unlink(missing_ok=True)
         copy_exports(find, folder)
 
     def push_to_hub(

@@ -10,11 +10,11 @@ from torch.nn.modules.conv import _ConvNd
 
 TRANSFORMER = "transformer"
 BATCH_NORM = "convolutional, with batch norm"
-LAYER_NORM = "convolutional, without batch norm"
+LAYER_NORM = "without batch norm and attention"
 
 # How attention calls its projections: in Transformers, timm, torchvision and most other code.
 _QUERIES = re.compile(
-    r"(to_|w)?qkv(_proj|_bias)?|(to_|w)?q(_?proj|_?lin|_bias|_norm)?|query(_proj|_projection|_layer)?|"
+    r"(to_|w)?qkv?(_proj|_bias)?|(to_|w)?q(_?proj|_?lin|_bias|_norm)?|query(_proj|_projection|_layer)?|"
     r"quer(y|ies)_keys?_values?|in_proj(_weight)?|convolution_projection_query",
     re.IGNORECASE,
 )

@@ -270,16 +270,21 @@ def _choose_optimizer(args, situation: Situation, left_out: tuple[str, ...]) -> 
         usual, reason = table.SGD, "a momentum was given, which is one of SGD"
     elif any(name.startswith("adam_") for name in args.given):
         usual, reason = _like_adam(usual), "options of Adam were given"
-    elif rate is not None and rate >= _between(situation):
+    elif rate is not None and not _is_sgd(usual.optim) and rate >= max(_borders(situation)):
         usual, reason = table.SGD, f"a learning rate of {rate:g} was given, which is one of SGD"
-    elif rate is not None and _is_sgd(usual.optim):
+    elif rate is not None and _is_sgd(usual.optim) and rate < min(_borders(situation)):
         usual, reason = table.ADAMW, f"a learning rate of {rate:g} was given, which is one of AdamW"
     return usual, Filled(usual.optim, reason)
 
 
-def _between(situation: Situation) -> float:
-    """The rate in the middle between those of SGD and AdamW: a rate that was given is one of the nearer."""
-    return math.sqrt(_rate(table.SGD, situation).value * _rate(table.ADAMW, situation).value)
+def _borders(situation: Situation) -> tuple[float, float]:
+    """The rates in the middle between those of SGD and AdamW, as in the table and in this situation.
+
+    A rate that was given changes the optimizer where both say that it is one of the other. By the second alone, 5e-4
+    for a few views of a student with trained weights would be one of SGD, though it is an ordinary rate of AdamW.
+    """
+    in_table = math.sqrt(table.SGD.learning_rate * table.ADAMW.learning_rate)
+    return in_table, math.sqrt(_rate(table.SGD, situation).value * _rate(table.ADAMW, situation).value)
 
 
 def _is_sgd(optim) -> bool:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from coss_hf.data.decoding import decode
+from coss_hf.data.decoding import decode, upright_rgb
 
 
 def encoded(image: Image.Image, fmt: str = "PNG", **options) -> dict:
@@ -105,6 +105,14 @@ def test_usual_formats_are_opened_by_their_reader_alone(kind, readers, monkeypat
     opened = Image.open
     monkeypatch.setattr(Image, "open", lambda file, formats: given.append(formats) or opened(file, formats=formats))
     assert np.abs(pixels(record).astype(int) - (200, 30, 60)).max() <= 3 and given == [readers]
+
+
+def test_an_image_in_memory_is_not_changed():
+    """Its transparent colour was taken from it: what the user saved afterwards was another image."""
+    image = uniform("P", 1)
+    image.info["transparency"] = 1
+    upright_rgb(image)
+    assert image.info["transparency"] == 1 and image.mode == "P"
 
 
 SIXTEEN = np.array([[0, 128, 129, 257, 32768, 65278, 65407, 65535]], np.uint16)

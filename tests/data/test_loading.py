@@ -13,6 +13,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from PIL import Image
 
+import tests.helpers.runs as h
 from coss_hf.data.decoding import decode
 from coss_hf.data.encoded_files import EncodedFiles
 from coss_hf.data.loading import load_images
@@ -278,6 +279,14 @@ def test_validation_and_subset_are_disjoint_and_seeded(tmp_path):
     assert same == validation and len(small) == 8 and set(smaller) < set(small) < set(train)
     assert small == sorted(small) and small != train[:8]  # folders are sorted by class: not the first ones
     assert rows(max_train_samples=99) == (list(range(40)), None)
+
+
+def test_a_transform_of_the_dataset_is_refused():
+    """Images are read from their files: the user's crop was never called, and nothing said so."""
+    images = Dataset.from_dict({"image": list(h.colour_images(4, 0)[0])}).cast_column("image", datasets.Image())
+    with pytest.raises(ValueError, match=r"its with_transform would not be called.*drop it by with_format\(None\)"):
+        load_images(images.with_transform(lambda rows: rows))
+    assert len(load_images(images.with_format("torch"), validation_size=0).train) == 4
 
 
 def test_columns_are_found_by_type_before_name(tmp_path):

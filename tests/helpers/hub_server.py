@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -10,6 +11,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 TOKEN, READ_TOKEN = "hf_LetMeWriteToTheHub", "hf_LetMeReadOnly"
+
+
+def card_errors(card: str) -> list[dict]:
+    """What the Hub refuses of a card: a data set by a name that it could not have there."""
+    models = yaml.safe_load(card.split("---")[1]).get("model-index") or []
+    found = [result["dataset"]["type"] for model in models for result in model["results"]]
+    wrong = [name for name in found if not re.fullmatch(r"(?:[\w-]+/)?[\w.-]+", name, re.ASCII)]
+    return [{"message": f'"model-index[0].results[0].dataset.type" with value "{name}" is refused'} for name in wrong]
 
 
 class Hub(ThreadingHTTPServer):
@@ -88,8 +97,7 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "api/repos/create":
             return self.create(json.loads(body))
         if path == "api/validate-yaml":
-            yaml.safe_load(json.loads(body)["content"].split("---")[1])
-            return self.answer(200, {"errors": [], "warnings": []})
+            return self.answer(200, {"errors": card_errors(json.loads(body)["content"]), "warnings": []})
         if path.endswith("/info/lfs/objects/batch"):
             return self.large_files(json.loads(body)["objects"])
         return self.find_repo(path.split("/"), token, body, parse_qs(url.query))

@@ -314,5 +314,5 @@ def save_with_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing("$A <end>", special_tokens=[("<end>", 7)])
-    named = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>", "model_max_length": 8}
+    named = {"pad_token": "<pad>", "unk_token": "<unk>", "eos_token": "<end>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)

@@ -13,6 +13,7 @@ from coss_hf.hub.push import PushFailed
 from coss_hf.hub.snippets import LOADERS, Subject
 from coss_hf.losses.registry import LOSSES, papers
 from coss_hf.trainer import publishing
+from tests.helpers.hub_server import card_errors
 
 RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "knn20": 0.82341, "cosine": None}}
 RECORD = {
@@ -48,6 +49,7 @@ def test_metadata_and_text(trainer, tmp_path, networks):
     (result,) = card.data.eval_results
     assert (result.metric_value, result.metric_type, result.dataset_split) == (0.8234, "accuracy", "test")
     assert (result.dataset_type, result.dataset_revision) == ("somebody/images", "abc")
+    assert card_errors(path.read_text()) == []
     for words in (
         RECORD["command"],
         run.teacher.fingerprint(),
@@ -66,6 +68,23 @@ def test_a_student_is_tagged_with_the_methods_that_it_was_trained_by(trainer, tm
     trainer(method=method).create_model_card(tags=["coss_hf", "mine"])
     tags = metadata_load(tmp_path / "out" / "README.md")["tags"]
     assert tags == ["coss_hf", "distillation", tag, "sentence-transformers", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "expected"),
+    [
+        ("Dataset (in memory)", "Dataset-in-memory"),
+        ("/data/my photos", "my-photos"),
+        (".", "images"),
+        ("me/it", "me/it"),
+    ],
+)
+def test_the_hub_takes_the_name_of_each_dataset(trainer, tmp_path, dataset, expected):
+    """It refuses a card whose data set has a name that it could not have there, so that nothing was pushed."""
+    trainer().create_model_card(record=RECORD | {"arguments": {"dataset": dataset}})
+    path = tmp_path / "out" / "README.md"
+    (result,) = ModelCard.load(path).data.eval_results
+    assert result.dataset_type == expected and card_errors(path.read_text()) == []
 
 
 def test_card_states_whether_distillation_helped(trainer, tmp_path):

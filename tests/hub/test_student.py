@@ -90,6 +90,22 @@ def test_save_pretrained_writes_the_complete_student(tmp_path, image_parquet, ne
         student.save_pretrained(folder / "README.md")
 
 
+def test_a_folder_of_another_run_does_not_keep_its_results(tmp_path, networks):
+    """Its card and record would be published with the new weights; a folder without a run keeps its card."""
+    backbone = load_backbone(networks.small)
+    backbone.model.config.teacher_space = {"teacher": "t", "revision": None, "dim": backbone.dim, "head": False}
+    Student(backbone).save_pretrained(tmp_path / "plain")
+    student = Student.from_pretrained(tmp_path / "plain")
+    for name, record in (("run", "{}"), ("repository", None)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "README.md").write_text("# Card")
+        if record is not None:
+            (folder / "run.json").write_text(record)
+        student.save_pretrained(folder)
+        assert (folder / "README.md").is_file() == (record is None) and not (folder / "run.json").exists()
+
+
 def test_a_student_is_trained_further_under_another_teacher(tmp_path, image_parquet, networks):
     _, folder = distil(tmp_path, image_parquet, networks, networks.small)
     networks.teacher = h.save_resnet(tmp_path / "other", seed=5, hidden_sizes=(4, 8, 12))

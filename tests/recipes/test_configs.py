@@ -14,6 +14,7 @@ CONFIGS = sorted((h.ROOT / "recipes" / "configs").glob("*.yaml"))
 SITUATIONS = {
     "cifar10_resnet56_resnet20",
     "cifar10_resnet56_resnet20_neighbors",
+    "cifar100_paper",
     "cnn_photographs",
     "imagenet_paper",
     "quickstart",
@@ -44,9 +45,23 @@ def test_it_is_read_and_filled(name):
     assert (args.settings == "paper") == published, "published figures are not filled by anything else"
 
 
+def test_cifar100_as_the_paper_has_it():
+    models, data, args = parse(EVERYTHING, ["--config", "cifar100_paper", "--use_cpu"])
+    args, _ = fill(args, Situation(BATCH_NORM, 272_000, False, 32, 50_000, args.images_per_step))
+    assert (args.optim, args.learning_rate, args.momentum, args.weight_decay) == ("sgd", 0.05, 0.9, 5e-4)
+    assert (args.num_train_epochs, args.lr_milestones, args.lr_gamma) == (240, [150, 180, 210], 0.1)
+    assert (args.warmup_steps, args.max_grad_norm, args.neighbors_k, args.images_per_step) == (0, 0, 0, 128)
+    assert args.methods[0].options == {"beta": 50, "lambda_ss": 0.5} and args.augmentation == "cifar"
+    assert (models.student, models.student_init, data.validation_size) == ("resnet20", "random", 0)
+
+
 def test_imagenet_as_the_paper_has_it():
-    _, _, args = parse(EVERYTHING, ["--config", "imagenet_paper", "--use_cpu", "--fp16", "false"])
-    assert args.images_per_step * 4 == 1_024 and args.methods[0].options["beta"] == 142.86
+    _, data, args = parse(EVERYTHING, ["--config", "imagenet_paper", "--use_cpu", "--fp16", "false"])
+    assert (
+        data.test_split == "validation"
+        and args.images_per_step * 4 == 1_024
+        and args.methods[0].options["beta"] == 142.86
+    )
     assert (args.optim, args.learning_rate, args.momentum, args.weight_decay) == ("sgd", 0.03, 0.9, 1e-4)
     assert (args.num_train_epochs, args.augmentation, args.warmup_steps, args.max_grad_norm) == (25, "moco", 0, 0)
     assert (args.neighbors_k, args.neighbors_pool, args.lr_scheduler_type) == (15, 31, "cosine")

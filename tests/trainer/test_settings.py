@@ -200,6 +200,16 @@ def test_rate_and_optimizer_belong_together(given, optim, rate):
     assert args.weight_decay_on == ("all" if optim == "sgd" else "matrices")
 
 
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(("views", "rate"), [(16, 5e-4), (32, 1e-3), (64, 1e-3), (16, 3e-3), (2048, 4e-3)])
+def test_an_ordinary_rate_of_adamw_keeps_it(trained, views, rate):
+    """A transformer of trained weights with 5e-4, the rate of AdamW in the table, was trained by SGD at that rate."""
+    args = filled(
+        arguments(learning_rate=rate), family=TRANSFORMER, parameters=22_000_000, trained=trained, views=views
+    )
+    assert values(args, "optim", "learning_rate") == ("adamw_torch", rate)
+
+
 @pytest.mark.parametrize("family", [BATCH_NORM, LAYER_NORM, TRANSFORMER])
 @pytest.mark.parametrize("parameters", [1_500_000, 11_000_000])
 @pytest.mark.parametrize("trained", [False, True])

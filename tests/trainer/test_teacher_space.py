@@ -72,6 +72,7 @@ def test_student_in_the_space_of_texts(tmp_path, image_parquet, networks, teache
     scope = {}
     exec(code, scope)
     assert scope["text_embeddings"].shape == (2, 512)
+    assert scope["tokens"]["input_ids"].shape == (2, 8), "padded, though the tokenizer names no length"
     assert not np.allclose(*scope["text_embeddings"]), "two texts"
 
     # An evaluation follows the run: the student is compared with the teacher in the space that it was trained into.
