@@ -5,7 +5,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from huggingface_hub import CommitInfo
 from PIL import Image
@@ -126,8 +125,8 @@ class Student(nn.Module):
         """Embed many images, read and processed one batch at a time.
 
         Args:
-            images: one image or a sequence of them: PIL images, paths, uint8 arrays ``(h, w, 3)``, uint8
-                tensors ``(3, h, w)``, or a column of a dataset, such as ``dataset["image"]``.
+            images: one image or several: PIL images, paths, uint8 arrays ``(h, w, 3)``, uint8 tensors ``(3, h, w)``, or a
+                column of a dataset, such as ``dataset["image"]``; or pixel values ``(b, 3, h, w)``, a float tensor.
             batch_size: number of images per forward pass.
             device: the device that the student is moved to; by default the one it is on.
             normalize: whether each embedding is scaled to length 1.
@@ -136,21 +135,18 @@ class Student(nn.Module):
             The embeddings ``(n, dim)``, float32 on the CPU, in the order of the images.
 
         Raises:
-            ValueError: an image that cannot be read, named by its path or position; no images.
+            ValueError: an image that cannot be read, named by its path or position; no images; a row of a dataset.
         """
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: give 1 or more.")
         if device is not None:
             self.to(device)
-        if isinstance(images, (str, Path, Image.Image)) or (
-            isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3
-        ):
-            images = [images]
-        if not len(images):
-            raise ValueError("images: got none; give one image or more.")
+        images = _several(images)
         rows = torch.empty(len(images), self.dim)
         for start in range(0, len(images), batch_size):
-            batch = [_read(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+            batch = images[start : start + batch_size]
+            if not _are_pixels(images):
+                batch = [_read(image, start + i) for i, image in enumerate(batch)]
             rows[start : start + len(batch)] = self.embed(batch, batch_size)
         return l2_normalize(rows) if normalize else rows
 
@@ -249,6 +245,25 @@ class Student(nn.Module):
             except PushFailed as error:
                 # The folder that its message names is gone in a moment.
                 raise PushFailed(f"Not pushed to {repo_id}: {error.__cause__}; call push_to_hub again.") from error
+
+
+def _several(images):
+    """The images as a sequence.
+
+    Raises:
+        ValueError: no images, or a row of a dataset.
+    """
+    if isinstance(images, dict):
+        raise ValueError(f"images: a dict with {', '.join(map(str, images))}; give the images in it, as row['image'].")
+    one = isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", None) == 3
+    images = [images] if one else images if hasattr(images, "__getitem__") else list(images)
+    if not len(images):
+        raise ValueError("images: got none; give one image or more.")
+    return images
+
+
+def _are_pixels(images) -> bool:
+    return isinstance(images, Tensor) and images.is_floating_point()
 
 
 def _read(image, position: int):

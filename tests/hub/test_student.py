@@ -58,6 +58,9 @@ def test_encode_takes_images_paths_and_columns(tmp_path, image_parquet, networks
     for images in (IMAGES, paths, [str(path) for path in paths], column["image"], arrays):
         torch.testing.assert_close(student.encode(images, batch_size=2), expected)
     torch.testing.assert_close(student.encode(paths[0], device="cpu"), expected[:1])
+    torch.testing.assert_close(student.encode(image for image in IMAGES), expected)
+    pixels = student.backbone.processor(IMAGES, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(student.encode(pixels, batch_size=2), expected)
     unit = student.encode(IMAGES, normalize=True)
     torch.testing.assert_close(unit.norm(dim=1), torch.ones(len(IMAGES)))
     torch.testing.assert_close(student.similarity(expected, 7 * unit[:2]), unit @ unit[:2].T)
@@ -69,6 +72,8 @@ def test_encode_names_what_it_cannot_read(tmp_path, image_parquet, networks):
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"images\[1\]: image .*broken.jpg cannot be decoded"):
         student.encode([IMAGES[0], tmp_path / "broken.jpg"])
+    with pytest.raises(ValueError, match=r"images: a dict with image, label; give the images in it, as row\['image'\]"):
+        student.encode({"image": IMAGES[0], "label": 3})
     with pytest.raises(ValueError, match="images: got none"):
         student.encode([])
     with pytest.raises(ValueError, match="batch_size=0"):
