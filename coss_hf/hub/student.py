@@ -125,8 +125,9 @@ class Student(nn.Module):
         """Embed many images, read and processed one batch at a time.
 
         Args:
-            images: one image or several: PIL images, paths, uint8 arrays ``(h, w, 3)``, uint8 tensors ``(3, h, w)``, or a
-                column of a dataset, such as ``dataset["image"]``; or pixel values ``(b, 3, h, w)``, a float tensor.
+            images: one image or several: PIL images, paths, uint8 arrays ``(h, w, 3)``, uint8 tensors ``(3, h, w)``,
+                or a column of a dataset, such as ``dataset["image"]``; or pixel values ``(b, 3, h, w)``, a float
+                tensor.
             batch_size: number of images per forward pass.
             device: the device that the student is moved to; by default the one it is on.
             normalize: whether each embedding is scaled to length 1.
