@@ -60,6 +60,10 @@ def test_an_evaluation_is_one_line():
         "evaluation at step 7 · neighbours shared with the teacher 36.5 % · effective rank 2.7 · the teacher's 2.2"
     )
     assert evaluation_line(7, logs) == expected
+    for prefix in ("test", "eval_flowers"):
+        named = {key.replace("eval", prefix, 1): value for key, value in logs.items()}
+        name = prefix.removeprefix("eval_")
+        assert evaluation_line(7, named) == expected.replace("step 7", f"step 7, {name}"), "lines were empty"
 
 
 def test_optimum_of_coss():

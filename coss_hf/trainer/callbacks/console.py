@@ -66,10 +66,10 @@ class ConsoleCallback(TrainerCallback):
             print(json.dumps({"step": state.global_step, **logs}, default=float), flush=True)
         elif "train_runtime" in logs:
             print(f"trained {state.global_step:,} steps in {clock(logs['train_runtime'])}", flush=True)
-        elif any(name.startswith("eval_") for name in logs):
-            print(evaluation_line(state.global_step, logs), flush=True)
         elif "loss" in logs:
             print(self._training_line(state, logs), flush=True)
+        elif _prefix(logs) is not None:
+            print(evaluation_line(state.global_step, logs), flush=True)
 
     def _training_line(self, state, logs: dict) -> str:
         entries = [f"step {state.global_step:,}/{state.max_steps:,}"]
@@ -122,12 +122,20 @@ def print_lines(trainer: Trainer, log_format: str = "text", criterion: nn.Module
 
 def evaluation_line(step: int, logs: dict) -> str:
     """One line of what an evaluation measured, the most telling first."""
-    entries = [f"evaluation at step {step:,}"]
+    prefix = _prefix(logs)
+    images = (prefix or "eval").removeprefix("eval").removeprefix("_")  # of several sets, or of another name
+    entries = [f"evaluation at step {step:,}" + (f", {images}" if images else "")]
     for name, (title, form) in _MEASURED.items():
-        value = logs.get(f"eval_{name}")
+        value = logs.get(f"{prefix}_{name}")
         if value is not None:
             entries.append(f"{title} {percent(value) if form == PERCENT else form.format(value)}")
     return SEPARATOR.join(entries)
+
+
+def _prefix(logs: dict) -> str | None:
+    """What stands before the names of what an evaluation measured, such as ``eval``; None without any."""
+    found = [key.removesuffix(f"_{name}") for key in logs for name in _MEASURED if key.endswith(f"_{name}")]
+    return min(found, key=len, default=None)
 
 
 def speed(logs: dict) -> str:
