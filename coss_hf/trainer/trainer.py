@@ -60,6 +60,7 @@ from coss_hf.trainer.distillation_model import DistillationModel, loss_argument,
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
 from coss_hf.trainer.given_arguments import instead_of_arguments
+from coss_hf.trainer.given_optimizer import complete_optimizer
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import Prepared, RunInputs, TrainerInputs, evaluator_of, find_neighbors, resolve_inputs
 from coss_hf.trainer.loss_monitor import LossMonitor
@@ -103,9 +104,9 @@ class DistillationTrainer(Trainer):
 
     Args:
         teacher: the network to learn from, never saved: a Hub name or folder, a ``PreTrainedModel``, another
-            ``torch.nn.Module`` (of timm or torchvision), or a ``Backbone``, such as ``Backbone.from_module`` makes of a
-            module of your own.
-        student: the network to train: the same.
+            ``torch.nn.Module`` (of timm or torchvision), a ``Student`` without a head, or a ``Backbone``, such as
+            ``Backbone.from_module`` makes of a module of your own.
+        student: the network to train: the same. Parameters that you froze stay frozen.
         args: ``DistillationArguments``; the trainer works with a resolved copy. By default those of a run in the folder
             ``student``.
         train_dataset: images, which need no labels: a ``Dataset`` or ``DatasetDict`` with a column of images, a Hub
@@ -125,7 +126,9 @@ class DistillationTrainer(Trainer):
         data: columns and splits of the images, and how neighbours are searched; default: ``DataArguments()``.
         neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
         callbacks: as in ``transformers.Trainer``.
-        optimizers: as in ``transformers.Trainer``.
+        optimizers: an optimizer of the student's parameters, and a schedule or None, instead of those of ``args``. The
+            projection head and what a loss learns, which the trainer builds, are added to the optimizer as a parameter
+            group with its defaults. Where there are any, give no schedule: ``args.lr_scheduler_type`` names one.
         prepared: of ``factory``, whose caller answers for the output folder and the arguments. Leave it out.
 
     Attributes:
@@ -285,6 +288,7 @@ class DistillationTrainer(Trainer):
         check_trackers(args.report_to)
         self._check_shared_memory(args, student, views, evaluator)
         self._prepare_networks(model, args)
+        complete_optimizer(*optimizers, model)
         self.evaluator = evaluator
         self.monitor = LossMonitor(views.names)
         self._times = StepTimes(args.device)
