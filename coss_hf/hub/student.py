@@ -25,7 +25,9 @@ from coss_hf.utils.vectors import l2_normalize
 
 
 class Student(nn.Module):
-    """A backbone with its projection head, where it has one; frozen, in evaluation mode.
+    """A backbone with its projection head, where it has one, in evaluation mode.
+
+    ``from_pretrained`` freezes it; a network that is made a student stays as trainable as it was.
 
     Args:
         backbone: the network with its pooling and pre-processing.
@@ -59,7 +61,7 @@ class Student(nn.Module):
         self.head = head
         self.dim = backbone.dim if head is None else [*head.parameters()][-1].shape[0]
         self._source: tuple[str, str | None] | None = None  # name and revision, for the files next to the weights
-        self.eval().requires_grad_(False)
+        self.eval()
 
     @classmethod
     def from_pretrained(
@@ -98,7 +100,7 @@ class Student(nn.Module):
             if head is None:
                 state = "missing, so that the teacher's space cannot be reached"
             raise ValueError(f"student={name}: {HEAD_FILE} is {state}; take the folder as the run left it.")
-        student = cls(backbone, head)
+        student = cls(backbone, head).requires_grad_(False)
         student._source = (name, revision)
         return student
 

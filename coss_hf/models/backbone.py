@@ -65,6 +65,8 @@ _NOT_IN_FINGERPRINT = {
     "torch_dtype",
     "transformers_version",
 }
+# Attribute of each module whose parameters `Backbone.freeze` froze: their names. Deep copies have it, too.
+_FROZEN = "_frozen_by_backbone"
 # Entries that change a pooled output alone, by their usual values: a student is saved with others.
 _OF_POOLED_OUTPUT = {"do_pooling": True, "pooler_act": "tanh"}
 
@@ -433,7 +435,11 @@ class Backbone:
         return self.preprocessing.normalize(views)
 
     def freeze(self) -> "Backbone":
-        """Set evaluation mode and switch gradients off, as for a teacher."""
+        """Set evaluation mode and switch gradients off, as for a teacher. ``unfreeze`` undoes it, also in copies."""
+        for module in self.model.modules():
+            names = [name for name, value in module.named_parameters(recurse=False) if value.requires_grad]
+            if names:
+                vars(module)[_FROZEN] = names
         self.model.eval().requires_grad_(False)
         return self
 
@@ -587,6 +593,13 @@ def _trained_size(network: PreTrainedModel) -> tuple[int, int] | None:
 
 def _parameter_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
     return [(name, value.shape) for name, value in model.named_parameters()]
+
+
+def unfreeze(network: torch.nn.Module) -> None:
+    """Undo ``Backbone.freeze`` of a network, or of one that it is a copy of; what was frozen before stays so."""
+    for module in network.modules():
+        for name in vars(module).pop(_FROZEN, ()):
+            module.get_parameter(name).requires_grad_(True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import set_seed
@@ -9,12 +10,14 @@ from transformers import set_seed
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
 from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared, summands
-from coss_hf.models.backbone import Backbone
+from coss_hf.models.backbone import Backbone, unfreeze
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
 from coss_hf.models.pooler import pooler_output
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import first_line, get_logger
+
+logger = get_logger(__name__)
 
 
 class DistillationModel(nn.Module):
@@ -37,10 +40,11 @@ class DistillationModel(nn.Module):
         self.network = student.model
         self.head = head
         self.criterion = criterion
-        used = [value for name, value in self.network.named_parameters() if name not in student.unused]
-        # What the user or the network's own code has frozen stays so. All is frozen only in a copy of a teacher.
-        if not any(parameter.requires_grad for parameter in used):
-            self.network.requires_grad_(True)
+        # What the user or the network's own code has frozen stays so; a student may be a copy of a teacher, though.
+        if not _is_trained(student):
+            unfreeze(self.network)
+        if not _is_trained(student):
+            _train_head_alone(student, head)
         for name, parameter in self.network.named_parameters():
             if name in student.unused:
                 parameter.requires_grad_(False)
@@ -137,16 +141,42 @@ class DistillationModel(nn.Module):
         return output
 
 
+def _is_trained(student: Backbone) -> bool:
+    """Whether any parameter is, of those that the embedding depends on."""
+    parameters = student.model.named_parameters()
+    return any(value.requires_grad for name, value in parameters if name not in student.unused)
+
+
+def _train_head_alone(student: Backbone, head: nn.Module | None) -> None:
+    """Refuse a student that the user froze as a whole, unless there is a head to train."""
+    if head is None:
+        raise ValueError(
+            f"--student={student.name}: all its parameters are frozen, so that nothing would be trained; give one with "
+            f"parameters that are trained (student.requires_grad_(True)), or --head linear to train a head alone."
+        )
+    logger.info("All parameters of the student are frozen: its projection head is trained alone.")
+
+
 def as_output(output) -> dict[str, Tensor]:
-    """What a loss returned, as a dictionary with ``loss``.
+    """What a loss returned, as a dictionary of scalar tensors with ``loss``.
 
     Raises:
-        ValueError: it is none of both.
+        ValueError: it is none of both, or one of its parts is no number.
     """
     loss = output.get("loss") if isinstance(output, dict) else output
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"it returned {shape_of(output)}; return a scalar tensor, or a dictionary with it as 'loss'")
-    return output if isinstance(output, dict) else {"loss": output}
+    parts = output if isinstance(output, dict) else {"loss": output}
+    return {name: _as_scalar(name, value, loss.device) for name, value in parts.items()}
+
+
+def _as_scalar(name: str, value, device: torch.device) -> Tensor:
+    """A part of a loss, which is logged: a number, or a tensor of one."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    if isinstance(value, (int, float, np.number)):
+        return torch.tensor(float(value), device=device)
+    raise ValueError(f"its part {name!r} is {shape_of(value)}; return a scalar, such as its mean, or leave it out")
 
 
 def shape_of(value) -> str:

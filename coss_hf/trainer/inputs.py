@@ -19,6 +19,7 @@ from coss_hf.data.streams import Stream
 from coss_hf.data.transforms import AUGMENTATIONS
 from coss_hf.data.views import ViewDataset
 from coss_hf.evaluation.evaluator import Evaluator, sample
+from coss_hf.hub.student import Student
 from coss_hf.models.architecture import is_trained
 from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.from_module import backbone_from_module
@@ -112,7 +113,7 @@ def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs:
     for name, value in (("teacher", teacher), ("student", student), ("train_dataset", inputs.train_dataset)):
         if value is None:
             raise ValueError(f"--{name} is missing.")
-    args = with_names(args or DistillationArguments(), inputs.criterion, inputs.transform)
+    args = with_names((args or DistillationArguments()).for_training(), inputs.criterion, inputs.transform)
     criterion = None if isinstance(inputs.criterion, str) else inputs.criterion
     given = {"teacher": described(teacher), "student": described(student), "dataset": described(inputs.train_dataset)}
     teacher, student = load_networks(
@@ -249,6 +250,8 @@ def described(value) -> str:
     """What a network or a dataset is called in the record of a run."""
     if isinstance(value, (str, Path)):
         return str(value)
+    if isinstance(value, Student):
+        value = value.backbone
     found = getattr(value, "name", None) or getattr(value, "name_or_path", None)
     if isinstance(found, str) and found:
         return found
@@ -283,7 +286,7 @@ def described_input(role: str, backbone: Backbone) -> dict[str, object]:
 
 
 def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Backbone:
-    """A backbone of a Hub name, a folder, a ``PreTrainedModel``, any other module or a ``Backbone``.
+    """A backbone of a Hub name, a folder, a ``PreTrainedModel``, any other module, a ``Backbone`` or a ``Student``.
 
     Args:
         network: the network.
@@ -293,6 +296,8 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
     Raises:
         ValueError: anything else, or a network that gives no features of images.
     """
+    if isinstance(network, Student):
+        return _backbone_of(network, argument)
     if isinstance(network, Backbone):
         return network
     if isinstance(network, (str, Path)):
@@ -305,8 +310,18 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
         return backbone_from_module(network, teacher=teacher, argument=argument)
     raise ValueError(
         f"--{argument} is a {type(network).__name__}; give a Hub name, a folder, a PreTrainedModel, any other "
-        f"nn.Module or a Backbone."
+        f"nn.Module, a Backbone or a Student without a head."
     )
+
+
+def _backbone_of(student: Student, argument: str) -> Backbone:
+    """The backbone of a student, whose embeddings are those of the student only where it has no head."""
+    if student.head is not None:
+        raise ValueError(
+            f"--{argument} is a Student with a projection head, and its backbone has another embedding, of "
+            f"{student.backbone.dim} dimensions; give the backbone alone ({argument}.backbone)."
+        )
+    return student.backbone
 
 
 def check_networks(student: Backbone, teacher: Backbone) -> None:
