@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    IntervalStrategy,
+    PredictionOutput,
+    TrainOutput,
+    rotate_checkpoints,
+)
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
@@ -29,7 +35,7 @@ from coss_hf.losses.registry import LOSSES, summands
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.reporting.closing import closing_summary, next_lines
-from coss_hf.reporting.run_record import to_dict
+from coss_hf.reporting.run_record import to_dict, write_json
 from coss_hf.reporting.run_report import remove_pictures, write_record
 from coss_hf.reporting.trackers import check_trackers, report_end_of_run, use_own_trackers
 from coss_hf.trainer.arguments import DataArguments
@@ -80,7 +86,7 @@ from coss_hf.trainer.settings import (
 )
 from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.stream_loader import StreamLoader, load_position, save_position
-from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
+from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.trainer.weight_decay import matrices
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
@@ -173,6 +179,11 @@ class DistillationTrainer(Trainer):
         optimizers=(None, None),
         prepared: Prepared | None = None,
     ):
+        if not (args is None or isinstance(args, DistillationArguments)):
+            raise ValueError(
+                f"--args is a {type(args).__name__}; give DistillationArguments, which take what "
+                f"transformers.TrainingArguments do."
+            )
         if neighbors is not None and not (args and args.neighbors_k):
             raise ValueError("--neighbors: --neighbors_k=0 draws none of them; give neighbors_k in args.")
         if isinstance(train_dataset, ViewDataset) and not (neighbors is None and transform is None):
@@ -204,7 +215,7 @@ class DistillationTrainer(Trainer):
         self._build(inputs, given.callbacks, given.optimizers)
         self.arguments: dict = to_dict(given.data, self.args) | inputs.given | {"method": self.method}
         self.arguments |= instead_of_arguments(self.arguments, *given.optimizers)
-        if self.splits is not None:
+        if self.splits is not None or self.evaluator is not None:  # else the views are noise, of a rehearsal
             self._check_evaluations()
         self._cache_to_open = self._find_cache()
         # Whether the folder's run is to be resumed, replaced or left alone is known in `train`, which may get the
@@ -294,9 +305,9 @@ class DistillationTrainer(Trainer):
         self._times = StepTimes(args.device)
         self.teacher_images = 0  # views that this process had its teacher embed, not those from a cache
         self.record: dict = {}
+        self._recorded_in: set[str] = set()  # folders that got a first record
         self.publisher = HubPublisher(args)  # asked for the repository while Trainer is set up
         self._identity: dict[str, str] | None = None
-        self._owns_output_dir = False
         self._position: dict | None = None  # in a stream, after the last step
         self._stream_loader: StreamLoader | None = None
         use_precision(args)
@@ -367,16 +378,17 @@ class DistillationTrainer(Trainer):
         wanted = (args.metric_for_best_model or "").removeprefix("eval_")
         if self.evaluator is None or args.eval_strategy == "no" or not wanted:
             return
-        if wanted == "overlap10" and args.lr_scheduler_type not in BY_METRIC:
+        waiting = args.waiting_for_evaluations()
+        if wanted == "overlap10" and not waiting:
             return  # the default, which few images do not have
         names = self.evaluator.metric_names()
         if self._loss_needs_embeddings_alone():
             names.append("loss")
         if wanted not in names:
-            raise ValueError(
-                f"--metric_for_best_model={wanted} is not measured during this training; choose one of "
-                f"{', '.join(names)}."
-            )
+            remedy = f"choose one of {', '.join(names)}"
+            if wanted == "overlap10":
+                remedy = f"{waiting} waits for it: hold out 11 images or more, or {remedy}"
+            raise ValueError(f"--metric_for_best_model={wanted} is not measured during this training; {remedy}.")
 
     def _check_shared_memory(
         self,
@@ -485,6 +497,7 @@ class DistillationTrainer(Trainer):
                 return self._load_finished_run(checkpoint)
         else:
             self._start_afresh(asked=resume_from_checkpoint)
+        self._reset_measurements()
         use_precision(self.args)
         self._position = self._position_in(checkpoint)
         self._keep_list_of_images(checkpoint)
@@ -502,6 +515,13 @@ class DistillationTrainer(Trainer):
             )
             print(text, flush=True)
         return result
+
+    def _reset_measurements(self) -> None:
+        """What an earlier training of this trainer left: its record, its losses and its clock."""
+        self.record = {}
+        self._recorded_in = set()
+        self.monitor.reset()
+        self._times.reset()
 
     def _take_recorded_settings(self, checkpoint: str | None) -> None:
         """Those of the run to be resumed; before its checkpoint is compared, since a stream's workers have places."""
@@ -548,10 +568,10 @@ class DistillationTrainer(Trainer):
 
     def _claims_output_dir(self) -> bool:
         """Whether it is for ``train`` to look who uses the folder: a recipe did it before it read images."""
-        return not (self._owns_output_dir or self._given.prepared is not None or self.args.dry_run)
+        return self._given.prepared is None and not self.args.dry_run
 
     def _claim_output_dir(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        """Return the checkpoint to resume from. The folder is claimed once: a trainer may train again in its own."""
+        """Return the checkpoint to resume from. A trainer that trains again must not mix two runs in its own folder."""
         found = self._prepared_checkpoint
         self._prepared_checkpoint = None
         if found is not None and resume_from_checkpoint in (found, self.args.resume_from_checkpoint):
@@ -560,7 +580,6 @@ class DistillationTrainer(Trainer):
             return find_checkpoint(self.args.output_dir, resume_from_checkpoint)
         checkpoint = claim_output_dir(self.args, resume_from_checkpoint)
         remove_earlier_run(self.args, resume_from_checkpoint)
-        self._owns_output_dir = True
         return checkpoint
 
     def _take_recorded_images(self, checkpoint: str | None) -> None:
@@ -579,7 +598,6 @@ class DistillationTrainer(Trainer):
         args = copy.copy(given.args or DistillationArguments())
         args.resume_from_checkpoint = checkpoint
         self._set_up(self.teacher, self.student, args)
-        self._owns_output_dir = True
         present = {type(callback) for callback in self.callback_handler.callbacks}
         for callback in added:
             if type(callback) not in present:
@@ -797,6 +815,26 @@ class DistillationTrainer(Trainer):
         finally:
             self.evaluator, self.eval_dataset = before
 
+    @parameter_names()
+    def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """Measure the student on other images, as ``evaluate`` does; there are no predictions to return.
+
+        Args:
+            test_dataset: the images, in any form that ``evaluate`` takes.
+            ignore_keys: not used.
+            metric_key_prefix: how the names of metrics begin.
+
+        Returns:
+            ``metrics``; ``predictions`` and ``label_ids`` are None. ``coss_hf.embed`` gives embeddings.
+
+        Raises:
+            ValueError: no such images.
+        """
+        if test_dataset is None:
+            raise ValueError("--test_dataset is missing: give images, or call evaluate for those of the trainer.")
+        metrics = self.evaluate(test_dataset, ignore_keys, metric_key_prefix)
+        return PredictionOutput(predictions=None, label_ids=None, metrics=metrics)
+
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
         """Only counted by ``evaluate``: the evaluator reads the images, every one of them, itself."""
         return DataLoader(eval_dataset if eval_dataset is not None else self.eval_dataset)
@@ -935,9 +973,15 @@ class DistillationTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def _write_first_record(self, folder: str) -> None:
-        """What the student came from, until ``report`` adds what it came to."""
-        if self.is_world_process_zero() and self.splits is not None and not self.record:
+        """What the student came from, until ``report`` adds what it came to; once in each folder."""
+        if not self.is_world_process_zero() or self.splits is None:
+            return
+        if self.record.get("images_seen") != self.images_seen:
+            self._recorded_in = set()
             self.record = write_record(folder, self, {}, self.splits)
+        elif folder not in self._recorded_in:
+            write_json(Path(folder, "run.json"), self.record)
+        self._recorded_in.add(folder)
 
     def _check_reload(self, folder: str) -> None:
         """Load what was saved as anybody would, on the first process, and compare it with the student."""

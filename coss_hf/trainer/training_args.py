@@ -566,7 +566,7 @@ class DistillationArguments(TrainingArguments):
         Raises:
             ValueError: no evaluation, or too few of them.
         """
-        waiting = self._waiting_for_evaluations()
+        waiting = self.waiting_for_evaluations()
         if waiting and self.eval_strategy == IntervalStrategy.NO:
             raise ValueError(
                 f"{waiting} needs evaluations during training, and there are none: hold images out with "
@@ -588,8 +588,8 @@ class DistillationArguments(TrainingArguments):
                 f"(--eval_steps), or give a shorter --lr_scheduler_kwargs '{{\"patience\": 1}}'."
             )
 
-    def _waiting_for_evaluations(self) -> str:
-        """The argument that has an effect through evaluations alone, if any."""
+    def waiting_for_evaluations(self) -> str:
+        """The argument that has an effect through evaluations alone; empty where there is none."""
         if not self.lr_milestones and self.lr_scheduler_type in BY_METRIC:
             return f"--lr_scheduler_type={self.lr_scheduler_type.value}"
         if self.load_best_model_at_end:

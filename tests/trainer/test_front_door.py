@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from torchvision.transforms import v2
-from transformers import AutoModel
+from transformers import AutoModel, TrainingArguments
 
 import coss_hf
 from coss_hf import DistillationArguments, DistillationTrainer, Student
@@ -175,6 +175,8 @@ def as_float(image):
     [
         ({"teacher": None}, "^teacher is missing"),
         ({"teacher": 3}, "^teacher is a int; give a Hub name"),
+        ({"args": "out"}, "^args is a str; give DistillationArguments"),
+        ({"args": TrainingArguments("out", use_cpu=True)}, "^args is a TrainingArguments; give DistillationArguments"),
         ({"student": torch.nn.Identity()}, "^student=Identity .* has no parameters"),
         ({"train_dataset": [1, 2]}, "^train_dataset is a list; give a datasets.Dataset"),
         ({"eval_dataset": {}}, "^eval_dataset is a dict"),
@@ -190,9 +192,9 @@ def as_float(image):
     ],
 )
 def test_bad_input_is_named_by_parameter(tmp_path, images, networks, options, message):
-    given = {"teacher": networks.teacher, "student": networks.resnet, "train_dataset": images} | options
+    given = {"teacher": networks.teacher, "student": networks.resnet, "train_dataset": images}
     with pytest.raises(ValueError, match=message) as raised:
-        DistillationTrainer(args=arguments(tmp_path), **given)
+        DistillationTrainer(**given | {"args": arguments(tmp_path)} | options)
     assert "--" not in str(raised.value)
 
 
@@ -277,6 +279,10 @@ def test_evaluation_on_other_images(tmp_path, images, networks):
     expected = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images, others).evaluate()
     clocks = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
     assert {key: found[key] for key in {*found} - clocks} == {key: expected[key] for key in {*expected} - clocks}
+    tested = trainer.predict(others)  # it measured the trainer's own images
+    assert tested.metrics["test_cosine"] == found["eval_cosine"] and tested.predictions is None
+    with pytest.raises(ValueError, match="^test_dataset is missing"):
+        trainer.predict(None)
     several = trainer.evaluate({"a": others, "b": str(Path(tmp_path, "images", "test.parquet"))})
     assert several["eval_a_cosine"] == found["eval_cosine"] and "eval_b_knn10" in several
     assert trainer.evaluate()["eval_cosine"] == own["eval_cosine"]

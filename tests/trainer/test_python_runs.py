@@ -15,6 +15,7 @@ from coss_hf import DistillationTrainer
 from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.trainer.callbacks.console import ConsoleCallback
+from coss_hf.trainer.distillation_model import as_output
 from coss_hf.trainer.inputs import described, hub_dataset
 from tests.trainer.test_front_door import arguments, data, images, trained, weights  # noqa: F401 (a fixture)
 
@@ -53,6 +54,34 @@ def test_a_cell_that_is_run_again_does_not_mix_two_runs(make, tmp_path):
     resumed = make(learning_rate=0.02, **saving)
     resumed.train(resume_from_checkpoint=True)
     assert checkpoints(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_a_second_training_of_a_trainer_is_a_run_of_its_own(make, tmp_path):
+    """Its first checkpoints were rotated away at once, and the record and the clock were those of the first."""
+    trainer = make(save_strategy="steps", save_steps=1, logging_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "other"))
+    trainer.save_model()
+    assert (tmp_path / "other" / "run.json").read_text() == (tmp_path / "out" / "run.json").read_text()
+    with pytest.raises(ValueError, match="already holds a run.*overwrite_output_dir=True"):
+        trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+    trainer.args.overwrite_output_dir = True
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
+    assert all(line.get("images_per_second", 1) > 0 for line in trainer.state.log_history)
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["images_seen"] == 16
+
+
+@pytest.mark.parametrize(
+    "waiting", [{"save_strategy": "best"}, {"load_best_model_at_end": True, "save_strategy": "steps"}]
+)
+def test_a_best_student_needs_images_enough_for_its_metric(make, images, waiting):  # noqa: F811
+    """With fewer than 11 held-out images there was no best student, without a word."""
+    with pytest.raises(ValueError, match="^metric_for_best_model=overlap10 .*waits for it: hold out 11 images"):
+        make(eval_dataset=images.select(range(10)), **waiting)
 
 
 def test_a_dry_run_trains_nothing(make, tmp_path, capsys):
@@ -159,12 +188,26 @@ class OtherCall(nn.Module):
         (Wrong(torch.zeros(2)), r"it returned a tensor of \(2,\); return a scalar tensor"),
         (Wrong({"total": torch.zeros(())}), "it returned a dictionary of 'total'"),
         (Wrong(None), "it returned a NoneType"),
+        (
+            Wrong({"loss": torch.zeros(()), "each": torch.zeros(2)}),
+            r"its part 'each' is a tensor of \(2,\); return a sc",
+        ),
+        (Wrong({"loss": torch.zeros(()), "name": "a"}), "its part 'name' is a str"),
         (OtherCall(), "takes 3 positional arguments but 4 were given"),
     ],
 )
 def test_a_loss_that_does_not_work_is_refused_before_training(make, loss, message):
     with pytest.raises(ValueError, match=f"^criterion={type(loss).__name__} fails .*{message}"):
         make(criterion=loss)
+
+
+def test_numbers_among_the_parts_of_a_loss_are_logged():
+    """They failed at the first step."""
+    output = as_output({"loss": torch.ones(1), "temperature": 0.07, "count": np.int64(3)})
+    assert {name: value.item() for name, value in output.items()} == pytest.approx(
+        {"loss": 1.0, "temperature": 0.07, "count": 3.0}
+    )
+    assert all(value.shape == () for value in output.values())
 
 
 def test_trackers_are_told_the_end_of_a_run(make, tmp_path, images, monkeypatch):  # noqa: F811
