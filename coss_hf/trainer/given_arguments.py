@@ -1,8 +1,11 @@
 """Which of the arguments that were given an error of ``Trainer`` is about, and arguments that no distillation reads."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import MISSING, fields
 
+import numpy as np
 from transformers import TrainingArguments
 
 from coss_hf.utils.messages import first_line
@@ -91,6 +94,30 @@ def instead_of_arguments(arguments: dict, optimizer, scheduler) -> dict:
             options = ", ".join(f"{key}={value}" for key, value in getattr(given, "defaults", {}).items())
             found[name] = f"{type(given).__module__}.{type(given).__name__}({options})"
     return found
+
+
+@contextlib.contextmanager
+def recording_derived(args: TrainingArguments, derived: dict[str, tuple] | None) -> Iterator[None]:
+    """Around ``__post_init__``, which derives arguments from others: keep what was given in ``args.derived``.
+
+    ``dataclasses.replace`` makes new arguments of the values of others. Those that were derived must not count as
+    given: they follow from what is replaced, too.
+
+    Args:
+        args: that are made.
+        derived: of the arguments that ``dataclasses.replace`` makes them of; None without such ones.
+    """
+    for name, (before, after) in (derived or {}).items():
+        if getattr(args, name) is after:
+            setattr(args, name, before)
+    names = [field.name for field in fields(args) if field.init]
+    for name in names:
+        if isinstance(getattr(args, name), (np.generic, np.ndarray)):
+            setattr(args, name, getattr(args, name).tolist())  # nor can JSON hold those of NumPy
+    before = {name: getattr(args, name) for name in names}
+    yield
+    changed = [name for name in names if getattr(args, name) is not before[name]]
+    args.derived = {name: (before[name], getattr(args, name)) for name in changed}
 
 
 def given(args: TrainingArguments) -> dict[str, object]:

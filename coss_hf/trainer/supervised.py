@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from time import monotonic
 
@@ -38,7 +38,7 @@ from coss_hf.trainer.checkpoint_files import (
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, save_training_state
 from coss_hf.trainer.engine import check_graphs, check_processes
-from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, refused, resolve_saving
+from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, recording_derived, refused, resolve_saving
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
@@ -183,8 +183,14 @@ class TeacherArguments(TrainingArguments):
         metadata={"help": "Drop columns that the model does not read. Must be False: rows hold views and row numbers."},
     )
 
+    derived: InitVar[dict[str, tuple] | None] = None  # see `DistillationArguments`
+
     @parameter_names()
-    def __post_init__(self):
+    def __post_init__(self, derived):
+        with recording_derived(self, derived):
+            self._derive()
+
+    def _derive(self) -> None:
         self.given = given(self)
         check_numbers(self)
         resolve_saving(self, "no")

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import sys
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import torch
 from torch import nn
@@ -17,7 +17,15 @@ from coss_hf.losses.registry import LOSSES, summands
 from coss_hf.models.heads import HEADS
 from coss_hf.trainer.default_settings import PAPER, SETTINGS
 from coss_hf.trainer.engine import check_engine
-from coss_hf.trainer.given_arguments import ENGINE, check_numbers, check_unused, given, refused, resolve_saving
+from coss_hf.trainer.given_arguments import (
+    ENGINE,
+    check_numbers,
+    check_unused,
+    given,
+    recording_derived,
+    refused,
+    resolve_saving,
+)
 from coss_hf.trainer.schedule import RunLength
 from coss_hf.utils.messages import parameter_names
 
@@ -29,6 +37,14 @@ EVAL_IMAGES = 50_000
 LESS_IS_BETTER = ("loss", "duplicates", "dead_dimensions")
 # Schedules that evaluations drive, and how many of these without progress they wait for.
 BY_METRIC = {SchedulerType.REDUCE_ON_PLATEAU: 10, SchedulerType.GREEDY: 10}
+
+# Arguments that Transformers makes members of enumerations of.
+SCHEDULES = {
+    "lr_scheduler_type": SchedulerType,
+    "eval_strategy": IntervalStrategy,
+    "logging_strategy": IntervalStrategy,
+    "save_strategy": SaveStrategy,
+}
 
 # Not the others of transformers: they publish the state of the optimiser.
 HUB_STRATEGIES = ["end", "every_save"]
@@ -317,8 +333,18 @@ class DistillationArguments(TrainingArguments):
         },
     )
 
+    # What was derived, by name: what was given, and what took its place. ``dataclasses.replace`` hands it on.
+    derived: InitVar[dict[str, tuple] | None] = None
+
     @parameter_names()
-    def __post_init__(self):
+    def __post_init__(self, derived):
+        with recording_derived(self, derived):
+            self._derive()
+
+    def _derive(self) -> None:
+        """Check what was given, and fill what follows from it."""
+        if self.report_to is None:
+            self.report_to = ["none"]
         self.given = given(self)
         check_unused(self.given)
         check_numbers(self)
@@ -419,6 +445,25 @@ class DistillationArguments(TrainingArguments):
         if self.exact_accumulation and (len(names) > 1 or not LOSSES[names[0]].separable):
             raise ValueError(f"--exact_accumulation works with --method {separable_methods()}, not {self.method}.")
 
+    def for_training(self) -> "DistillationArguments":
+        """Return a copy for a trainer, checked again: attributes may have been assigned since they were given.
+
+        Raises:
+            ValueError: a value that no distillation can use.
+        """
+        args = copy.copy(self)
+        for name, kind in SCHEDULES.items():
+            try:
+                setattr(args, name, kind(getattr(args, name)))
+            except ValueError as error:
+                choices = ", ".join(one.value for one in kind)
+                raise ValueError(f"--{name}={getattr(args, name)!r} is unknown: choose one of {choices}.") from error
+        check_numbers(args)
+        args._check_methods()
+        args._check_fixed_options()
+        args._check_lengths()
+        return args
+
     def check_criterion(self, criterion: nn.Module) -> None:
         """Check that a loss that is given as a module can do what these arguments ask of it.
 
@@ -439,7 +484,8 @@ class DistillationArguments(TrainingArguments):
                 raise ValueError(f"--{name} cannot be switched on in distillation; leave it out.")
         if not self.dataloader_drop_last:
             raise ValueError(
-                "--dataloader_drop_last cannot be switched off: the loss is a statistic of the full batch."
+                "--dataloader_drop_last cannot be switched off: the loss is a statistic of the full batch; leave it "
+                "out, or give set_dataloader drop_last=True."
             )
         if self.accelerator_config.split_batches or self.accelerator_config.dispatch_batches:
             raise ValueError(

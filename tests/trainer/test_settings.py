@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -174,6 +175,67 @@ def test_what_was_given_stands_whatever_its_value(tmp_path, name, way):
     assert values(found, name) == (value,) and name not in settings.filled
     assert {*GIVEN} - {*settings.filled} <= {name, "dataloader_persistent_workers"}
     assert getattr(args, name) == value and not settings.shown
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({}, {"seed": 5}),
+        ({}, {"per_device_train_batch_size": 16}),
+        ({}, {"save_steps": 10}),
+        ({}, {"metric_for_best_model": "loss"}),
+        ({}, {"settings": "paper"}),
+        ({"eval_steps": 7, "learning_rate": 0.05}, {"seed": 5}),
+        ({"settings": "paper"}, {"settings": "auto"}),
+        ({"settings": "paper"}, {"seed": 5}),
+        ({"lr_scheduler_type": "reduce_lr_on_plateau"}, {"lr_scheduler_type": "cosine"}),
+    ],
+)
+def test_replaced_arguments_are_as_if_made_with_them(first, then):
+    """What the first ones derived counted as given in the others."""
+    made = dataclasses.replace(dataclasses.replace(arguments(**first), data_seed=1), **then)
+    expected = arguments(**first | {"data_seed": 1} | then)
+    assert made == expected and made.given == expected.given and made.left_out == expected.left_out
+    assert made.evaluates_by_default == expected.evaluates_by_default
+
+
+def test_replaced_arguments_of_a_teachers_training():
+    made = dataclasses.replace(TeacherArguments(use_cpu=True), save_steps=10)
+    assert made.save_strategy == "steps"
+
+
+def test_numbers_of_numpy_are_numbers():
+    """They failed on the comparison with a list."""
+    given = {"learning_rate": np.float64(0.05), "seed": np.int64(3), "lr_milestones": np.array([1.0, 2.0])}
+    made = arguments(**given)
+    assert made == arguments(learning_rate=0.05, seed=3, lr_milestones=[1.0, 2.0]) and type(made.seed) is int
+
+
+def test_no_trackers_in_either_way():
+    assert arguments(report_to=None) == arguments(report_to="none")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("lr_scheduler_type", "linearly", "^--lr_scheduler_type='linearly' is unknown: choose one of linear"),
+        ("dataloader_drop_last", False, "^--dataloader_drop_last.*give set_dataloader drop_last=True"),
+        ("method", "cos", "^--method='cos' is unknown"),
+        ("seed", -1, "^--seed=-1"),
+    ],
+)
+def test_what_is_assigned_is_checked_by_the_trainer(name, value, message):
+    args = arguments()
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=message):
+        args.for_training()
+
+
+def test_a_schedule_may_be_assigned_by_name():
+    """An error named another argument."""
+    args = arguments()
+    args.lr_scheduler_type = "constant"
+    assert filled(args.for_training()).warmup_steps == 0
 
 
 def test_bare_switches(tmp_path):
