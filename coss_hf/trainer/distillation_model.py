@@ -148,7 +148,7 @@ def _is_trained(student: Backbone) -> bool:
 
 
 def _train_head_alone(student: Backbone, head: nn.Module | None) -> None:
-    """Refuse a student that the user froze as a whole, unless there is a head to train."""
+    """Refuse a student of which the user froze every parameter, unless there is a head to train."""
     if head is None:
         raise ValueError(
             f"--student={student.name}: all its parameters are frozen, so that nothing would be trained; give one with "

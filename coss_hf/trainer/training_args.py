@@ -461,7 +461,6 @@ class DistillationArguments(TrainingArguments):
         check_numbers(args)
         args._check_methods()
         args._check_fixed_options()
-        args._check_lengths()
         return args
 
     def check_criterion(self, criterion: nn.Module) -> None:
