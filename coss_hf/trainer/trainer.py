@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -130,7 +131,8 @@ class DistillationTrainer(Trainer):
             a uint8 tensor ``(3, h, w)``. The global generators of Python's ``random``, NumPy and torch are seeded for
             each view.
         data: columns and splits of the images, and how neighbours are searched; default: ``DataArguments()``.
-        neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search.
+        neighbors: row numbers ``(n, K)`` of each training image's neighbours, instead of a search. No images are held
+            out of train then, unless ``data`` says how many.
         callbacks: as in ``transformers.Trainer``.
         optimizers: an optimizer of the student's parameters, and a schedule or None, instead of those of ``args``. The
             projection head and what a loss learns, which the trainer builds, are added to the optimizer as a parameter
@@ -188,6 +190,9 @@ class DistillationTrainer(Trainer):
             raise ValueError("--neighbors: --neighbors_k=0 draws none of them; give neighbors_k in args.")
         if isinstance(train_dataset, ViewDataset) and not (neighbors is None and transform is None):
             raise ValueError("--neighbors, --transform: a ViewDataset makes the views; give them to it.")
+        data = data or DataArguments()
+        if neighbors is not None and data.validation_size is None:
+            data = replace(data, validation_size=0)  # their rows are those of the images that were given
         self._given = TrainerInputs(
             args=args,
             train_dataset=train_dataset,
@@ -195,7 +200,7 @@ class DistillationTrainer(Trainer):
             evaluator=evaluator,
             criterion=criterion,
             transform=transform,
-            data=data or DataArguments(),
+            data=data,
             neighbors=neighbors,
             callbacks=callbacks,
             optimizers=optimizers,

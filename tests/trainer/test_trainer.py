@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, TrainerCallback
@@ -268,6 +269,12 @@ def test_neighbours_that_nobody_would_draw_are_refused(tmp_path, image_parquet, 
     rows = np.zeros((48, 4), np.int64)
     with pytest.raises(ValueError, match="neighbors_k=0 draws none of them"):
         DistillationTrainer(networks.teacher, networks.small, args, str(image_parquet), neighbors=rows)
+    # Of 200 images and more a tenth would be held out, whose neighbours would be too many.
+    args = DistillationArguments(str(tmp_path / "out"), use_cpu=True, neighbors_k=2, per_device_train_batch_size=8)
+    images = Dataset.from_dict({"image": h.colour_images(200, 0)[0]})
+    rows = [[(i + 1) % 200, (i + 2) % 200] for i in range(200)]
+    trainer = DistillationTrainer(networks.teacher, networks.small, args, images, neighbors=rows)
+    assert len(trainer.train_dataset) == 200 and trainer.splits.validation is None
     views = ViewDataset(load_images(str(image_parquet), validation_size=0).train, "image", "cifar", 16)
     with pytest.raises(ValueError, match="a ViewDataset makes the views; give them to it"):
         DistillationTrainer(networks.teacher, networks.small, args, views, transform="cifar")
