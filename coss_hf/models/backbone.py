@@ -108,6 +108,8 @@ class Backbone:
         maps: number of feature maps that ``features`` returns together with the embedding; 0 by default.
         has_texts: whether the network that it was taken from embeds texts, too.
         classifier: the linear layer on the embedding that was left out of a plain module; None where none is known.
+        full: the network in memory that the tower was taken out of, with its classifier; None where it was given alone.
+        checkpoint: Hub name or folder that the network was loaded from by name; None for one given in memory.
 
     Raises:
         ValueError: a network that reads no images, a pooling, size or space that it does not support, missing weights.
@@ -129,6 +131,7 @@ class Backbone:
         self.name = model.name_or_path or type(model).__name__
         self.maps = 0
         self.classifier: nn.Linear | None = None
+        self.checkpoint: str | None = None
         self.missing = set(missing)
         self.has_texts = callable(getattr(model, "get_text_features", None))
         if space == "projected":
@@ -136,6 +139,8 @@ class Backbone:
             self.missing = self.model.own_names(self.missing)
         else:
             self.model = vision_tower(model, argument)
+        # A text tower would be kept alive, and there is no classifier next to it.
+        self.full = None if self.has_texts or self.model is model else model
         self.preprocessing = None
         self.processor = None
         self.size = size

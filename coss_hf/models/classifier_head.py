@@ -1,4 +1,4 @@
-"""The linear classifier that a teacher's checkpoint has on top of its embedding."""
+"""The linear classifier that a teacher has on top of its embedding: in memory, or in its checkpoint."""
 
 import copy
 
@@ -9,29 +9,41 @@ from transformers import AutoModelForImageClassification
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.loading import is_checkpoint, quiet_loading
 from coss_hf.models.modules import ModuleNetwork
-from coss_hf.utils.messages import first_line
+from coss_hf.utils.messages import first_line, get_logger
+
+logger = get_logger(__name__)
 
 
 @torch.no_grad()
 def find_classifier(backbone: Backbone) -> nn.Linear | None:
-    """The layer that computes the checkpoint's logits from ``backbone``'s embedding; None where there is none.
+    """The layer that computes a teacher's logits from ``backbone``'s embedding; None where there is none.
 
     It is accepted only if it gives the logits of the full classification network on random images, so that a classifier
-    of other features (another pooling, class token and mean concatenated) is not taken for one of the embedding.
+    of other features (another pooling, class token and mean concatenated) is not taken for one of the embedding. A
+    network in memory has the classifier that it carries, which may have been trained since, and never its checkpoint's.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read.
     """
     if backbone.classifier is not None:
         return copy.deepcopy(backbone.classifier).cpu().float()
     if isinstance(backbone.model, ModuleNetwork):
-        return _classifier_inside(backbone)
+        return _classifier_within(backbone, backbone.model)
+    if backbone.checkpoint is None:
+        return None if backbone.full is None else _classifier_within(backbone, backbone.full)
+    return _classifier_of_checkpoint(backbone)
+
+
+def _classifier_of_checkpoint(backbone: Backbone) -> nn.Linear | None:
     revision = getattr(backbone.model.config, "_commit_hash", None)
     try:
         with quiet_loading():
             network, info = AutoModelForImageClassification.from_pretrained(
-                backbone.name, revision=revision, trust_remote_code=False, output_loading_info=True
+                backbone.checkpoint, revision=revision, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # damaged files of every format
         no_such_head = isinstance(error, ValueError)  # of this kind of network, or by code of its own
-        if no_such_head or not is_checkpoint(backbone.name):
+        if no_such_head or not is_checkpoint(backbone.checkpoint):
             return None
         raise ValueError(
             f"--teacher={backbone.name}: whether its checkpoint has a classifier cannot be read ({first_line(error)}); "
@@ -39,15 +51,26 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
         ) from error
     if info["missing_keys"]:
         return None
-    # In one place and precision, so that both round alike.
+    return _classifier_within(backbone, network)
+
+
+def _classifier_within(backbone: Backbone, network: nn.Module) -> nn.Linear | None:
+    """A copy of the layer of ``network`` between ``backbone``'s embedding and its own logits, if it gives some."""
     first = next(backbone.model.parameters())
-    network.eval().to(first.device, first.dtype)
+    network.to(first.device, first.dtype)  # in one place and precision, so that both round alike
     images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
-    expected = network(pixel_values=images, **backbone.options).logits
-    with evaluating(backbone.model):
+    options = {} if isinstance(network, ModuleNetwork) else backbone.options
+    with evaluating(network):
+        try:
+            logits = getattr(network(pixel_values=images, **options), "logits", None)
+        except (TypeError, ValueError) as error:  # it reads text, too, or takes no such options
+            logger.debug("no logits of %s: %s", type(network).__name__, error)
+            return None
         embedding = backbone.features(images).embedding
-    layer = _layer_between(network, embedding, expected)
-    return None if layer is None else layer.cpu().float()
+    if not (isinstance(logits, Tensor) and logits.dim() == 2):
+        return None
+    layer = _layer_between(network, embedding, logits)
+    return None if layer is None else copy.deepcopy(layer).cpu().float()
 
 
 def _layer_between(network: nn.Module, embedding: Tensor, logits: Tensor) -> nn.Linear | None:
@@ -56,16 +79,3 @@ def _layer_between(network: nn.Module, embedding: Tensor, logits: Tensor) -> nn.
             if torch.allclose(layer(embedding), logits, rtol=1e-3, atol=1e-3):
                 return layer
     return None
-
-
-def _classifier_inside(backbone: Backbone) -> nn.Linear | None:
-    """The layer of a plain module between its embedding and the logits that it gives, where it gives some."""
-    network = backbone.model
-    first = next(network.parameters())
-    images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
-    with evaluating(network):
-        logits = network(images).logits
-        if logits is None:
-            return None
-        layer = _layer_between(network, backbone.features(images).embedding, logits)
-    return None if layer is None else copy.deepcopy(layer).cpu().float()

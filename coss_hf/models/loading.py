@@ -116,6 +116,7 @@ def load_backbone(
         argument=argument,
         space=space,
     )
+    backbone.checkpoint = name if init == "pretrained" else None
     if init == "pretrained" and backbone.space is not None:
         backbone.has_texts |= vision_config_of(_load_config(name, argument, hub)) is not None
     if is_timm_processor(backbone.processor):
@@ -276,7 +277,10 @@ def _load_tower(name: str, config, hub: dict, options: dict) -> tuple[PreTrained
 
 
 def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
-    """Names of weights that the checkpoint of a network in memory did not contain, found without reading weights.
+    """Names of weights that the checkpoint of a network in memory did not contain, and that were not trained since.
+
+    Found without reading weights. Of a module that the checkpoint lacks altogether, all weights count as trained where
+    one that each initialisation sets to the same number (a bias, the scale of a norm) has another value.
 
     Args:
         model: the network.
@@ -298,11 +302,47 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
                 revision=getattr(model.config, "_commit_hash", None),
                 local_files_only=True,
             )
-        return _missing_names(info)
     except Exception as error:  # each format and network fails in its own way
         if is_checkpoint(name):
             logger.warning("Which weights the checkpoint %s lacks cannot be found out: %s", name, first_line(error))
         return set()
+    missing = _missing_names(info)
+    return missing - _trained_since(model, missing)
+
+
+def _trained_since(model: PreTrainedModel, missing: set[str]) -> set[str]:
+    """Those names of ``missing``, which a checkpoint lacks, whose weights are no longer as they were initialised."""
+    state = model.state_dict()
+    candidates = {name for name in missing if name in state and not _is_one_number(state[name])}
+    candidates |= {name for name in missing if name.endswith("bias") and name in state and state[name].any()}
+    candidates = {name for name in candidates if state[name].dim() < 2}  # matrices are drawn anew each time
+    if not candidates:
+        return set()
+    try:
+        with torch.random.fork_rng(devices=[]), quiet_loading():
+            initial = type(model)._from_config(copy.deepcopy(model.config)).state_dict()
+    except Exception as error:  # code of any origin
+        logger.debug("%s cannot be initialised again: %s", type(model).__name__, error)
+        return set()
+    fixed = {name for name in candidates if name in initial and _is_one_number(initial[name])}
+    moved = [name for name in fixed if state[name].flatten()[0] != initial[name].flatten()[0]]
+    moved += [name for name in fixed if not _is_one_number(state[name])]
+    modules = tuple(_module_of_missing(name, state, missing) for name in moved)
+    return {name for name in missing if name.startswith(modules)} if modules else set()
+
+
+def _is_one_number(tensor: torch.Tensor) -> bool:
+    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
+
+
+def _module_of_missing(name: str, state: dict[str, torch.Tensor], missing: set[str]) -> str:
+    """The start of the names of the outermost module around a weight all of whose weights are missing."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        start = ".".join(parts[:count]) + "."
+        if all(other in missing for other in state if other.startswith(start)):
+            return start
+    return name
 
 
 def is_checkpoint(name: str) -> bool:

@@ -13,11 +13,13 @@ from torch import nn
 from transformers import TrainingArguments
 
 from coss_hf.hub.export_folders import remove_exports
+from coss_hf.losses.registry import summands
 from coss_hf.trainer.manifest import MANIFEST, find_damage
 from coss_hf.utils.messages import for_reader
 from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
+CLASSIFIER = "--teacher's classifier"
 LOCK = "_lock"
 STAGING = "unfinished-"
 REPLACED = "replaced-"
@@ -168,6 +170,15 @@ def shapes(module: nn.Module) -> str:
     """Hash of the names and shapes of all weights."""
     layout = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     return hashlib.blake2b(json.dumps(layout, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def classifier_identity(criterion: nn.Module) -> dict[str, str]:
+    """Hash of the teacher's classifier that a criterion reads, which no fingerprint of a tower covers; empty without."""
+    layers = [loss.teacher_fc for loss in summands(criterion) if getattr(loss, "teacher_fc", None) is not None]
+    if not layers:
+        return {}
+    tensors = [tensor.detach().float().cpu().numpy().tobytes() for tensor in layers[0].state_dict().values()]
+    return {CLASSIFIER: hashlib.blake2b(b"".join(tensors), digest_size=8).hexdigest()}
 
 
 def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECORD)) -> dict | None:
@@ -323,6 +334,7 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
     saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": "False"} | saved
+    saved.setdefault(CLASSIFIER, identity.get(CLASSIFIER))
     other = [key for key in identity if saved.get(key) != identity[key]]
     if not other:
         return

@@ -290,8 +290,8 @@ def _build_criterion(
     for name, loss in losses.items():
         if classifier is None and loss.classifier == "required":
             raise ValueError(
-                f"--method {name}: the checkpoint of --teacher {teacher.name} has no linear classifier on its "
-                f"embedding; give one that has (and its --teacher_pooling), or a method of embeddings (coss)."
+                f"--method {name}: --teacher {teacher.name} has no linear classifier on its embedding; give a "
+                f"network or checkpoint that has (and its --teacher_pooling), or a method of embeddings (coss)."
             )
     return build_loss(
         args.methods,

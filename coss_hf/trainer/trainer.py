@@ -50,6 +50,7 @@ from coss_hf.trainer.checkpoint_files import (
     RECORD,
     check_identity,
     check_training_state,
+    classifier_identity,
     claim_output_dir,
     end_of_messages,
     find_checkpoint,
@@ -1090,6 +1091,7 @@ class DistillationTrainer(Trainer):
                 ),
                 "--seed": str(self.args.seed),
                 "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
+                **classifier_identity(model.criterion),
             } | self.train_dataset.identity()
         if self._has_neighbors:
             return self._identity

@@ -1,9 +1,13 @@
 """Every method through the trainer, alone and summed, and the maps that some of them read."""
 
+import json
+
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import ViTForImageClassification
 
 import tests.helpers.runs as h
 from coss_hf.losses.combination import Method, parse_methods
@@ -13,7 +17,11 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetForImageClassification
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer.checkpoint_files import check_identity
+from coss_hf.trainer.inputs import as_backbone
 from coss_hf.trainer.pretraining import pretraining_images
+from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.networks import NETWORKS, half
 
 
@@ -45,7 +53,7 @@ def test_invalid_sum_of_methods_is_rejected(text):
         ({"method": "rkd(beta=2, angel_weight=1)"}, "rkd has no option 'angel_weight'; it has beta, distance_weight"),
         ({"method": "coss(beta=much)"}, r"--method=coss\(.*beta=much\)"),
         ({"method": "at", "head": "mlp"}, "--head=mlp: --method=at compares feature maps"),
-        ({"method": "kd"}, "--method kd: the checkpoint of --teacher .* no linear classifier"),
+        ({"method": "kd"}, "--method kd: --teacher .* no linear classifier"),
         ({"method": "seed(queue_size=12)"}, "queue_size=12 must be a multiple of the batch of 8 images and at most 48"),
         ({"method": "seed(queue_size=56)"}, "queue_size=56 must be .* at most 48"),
         ({"method": "crd(negatives=48)"}, "negatives=48 must lie between 1 and the 47 others"),
@@ -89,6 +97,36 @@ def test_the_classifier_of_a_teacher_is_found_where_it_reads_the_embedding(tmp_p
     assert torch.equal(find_classifier(load_backbone(folder, dtype="bfloat16")).weight, layer.weight.bfloat16().float())
     assert find_classifier(load_backbone(networks.vit, pooling="mean")) is None, "another embedding than it reads"
     assert find_classifier(load_backbone(networks.teacher)) is None, "a checkpoint without a classifier"
+
+
+def test_a_network_in_memory_has_the_classifier_that_it_carries(networks):
+    """That of the files was taken, silently, after the classifier was trained further or made for other classes."""
+    torch.manual_seed(0)
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    network = ViTForImageClassification.from_pretrained(networks.vit, **options)
+    assert torch.equal(find_classifier(as_backbone(network, "teacher")).weight, network.classifier.weight)
+    retrained = ViTForImageClassification.from_pretrained(networks.vit)
+    nn.init.normal_(retrained.classifier.weight)
+    assert torch.equal(find_classifier(as_backbone(retrained, "teacher")).weight, retrained.classifier.weight)
+    retrained.classifier = nn.Sequential(nn.ReLU(), nn.Linear(16, 4))
+    for unlike in (retrained, network.vit):  # of other features; alone
+        assert find_classifier(as_backbone(unlike, "teacher")) is None
+
+
+def test_a_run_is_not_resumed_with_another_classifier(tmp_path, image_parquet, networks):
+    options = {"method": "kd", "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    args = DistillationArguments(str(tmp_path), use_cpu=True, per_device_train_batch_size=8, **options)
+    network = ViTForImageClassification.from_pretrained(networks.vit)
+    images = str(image_parquet)
+    DistillationTrainer(network, networks.small, args, images).train()
+    record = json.loads((tmp_path / "checkpoint-1" / "distillation.json").read_text())
+    nn.init.normal_(network.classifier.weight)
+    again = DistillationTrainer(network, networks.small, args, images)
+    with pytest.raises(ValueError, match="was written with another --teacher's classifier"):
+        again.find_checkpoint(True)
+    del record["--teacher's classifier"]  # of an earlier version
+    (tmp_path / "checkpoint-1" / "distillation.json").write_text(json.dumps(record))
+    check_identity(tmp_path / "checkpoint-1", again.identity())
 
 
 def test_srrl_takes_a_classifier_only_of_its_own_features(tmp_path, image_parquet, networks):

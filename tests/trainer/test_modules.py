@@ -189,7 +189,7 @@ def flat() -> nn.Module:
     ("method", "student", "message"),
     [
         ("at", flat, 'method="at" compares feature maps, and Sequential .* gives none that lie on a grid'),
-        ("kd", lambda: encoder(), 'method="kd": the checkpoint of teacher Encoder .* has no linear classifier'),
+        ("kd", lambda: encoder(), 'method="kd": teacher Encoder .* has no linear classifier'),
     ],
 )
 def test_methods_that_a_module_does_not_serve_are_refused(tmp_path, images, method, student, message):
