@@ -301,9 +301,12 @@ class Backbone:
         statistics = {name for name, value in self.model.state_dict().items() if value.is_floating_point()}
         lost = sorted((used | statistics - names) & self.missing)
         if lost:
+            remedy = "give a complete checkpoint of this architecture"
+            if isinstance(self.model, ModuleNetwork):
+                remedy += ", or a module that returns another output, such as last_hidden_state"
             raise ValueError(
                 f"{flag(argument)}={self.name}: the checkpoint lacks weights that the embedding needs "
-                f"({', '.join(lost[:3])}; {len(lost)} in all); give a complete checkpoint of this architecture."
+                f"({', '.join(lost[:3])}; {len(lost)} in all); {remedy}."
             )
 
     @torch.no_grad()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PreTrainedModel
 
 from coss_hf.models.backbone import Backbone, evaluating
+from coss_hf.models.loading import missing_weights
 from coss_hf.models.modules import (
     ModuleConfig,
     ModuleNetwork,
@@ -84,11 +86,27 @@ def backbone_from_module(
         _say_what_is_left_out(full, module, argument)
     network = ModuleNetwork(module, embedding, maps, argument)
     processor, size = _processor(network, defaults, size, mean, std, teacher, argument)
-    backbone = Backbone(network, processor, pooling=pooling, size=size, argument=argument)
+    missing = _missing_inside(module)
+    backbone = Backbone(network, processor, pooling=pooling, missing=missing, size=size, argument=argument)
     backbone.classifier = classifier
     if maps is not None:
         backbone.example(maps=True)  # names of submodules that give no maps are refused here
     return backbone
+
+
+def _missing_inside(module: nn.Module) -> set[str]:
+    """Names, in its ``ModuleNetwork``, of weights that no checkpoint of the networks of Transformers within it has.
+
+    ``AutoModel`` draws the pooler that a classifier's checkpoint lacks, and gives its output like that of any other.
+    """
+    missing = set()
+    inside: tuple[str, ...] = ()
+    for path, part in module.named_modules():
+        if isinstance(part, PreTrainedModel) and not f"{path}.".startswith(inside):
+            inside += (f"{path}." if path else "",)
+            start = ".".join(filter(None, ("module", path)))
+            missing |= {f"{start}.{name}" for name in missing_weights(part, part.name_or_path)}
+    return missing
 
 
 def load_module(

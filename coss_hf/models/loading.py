@@ -313,9 +313,9 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
 def _trained_since(model: PreTrainedModel, missing: set[str]) -> set[str]:
     """Those names of ``missing``, which a checkpoint lacks, whose weights are no longer as they were initialised."""
     state = model.state_dict()
-    candidates = {name for name in missing if name in state and not _is_one_number(state[name])}
-    candidates |= {name for name in missing if name.endswith("bias") and name in state and state[name].any()}
-    candidates = {name for name in candidates if state[name].dim() < 2}  # matrices are drawn anew each time
+    # Matrices are drawn anew each time, and tell nothing.
+    vectors = {name: state[name] for name in missing if name in state and state[name].dim() < 2}
+    candidates = {name for name, value in vectors.items() if not value.is_meta and not _is_usual(value)}
     if not candidates:
         return set()
     try:
@@ -324,15 +324,19 @@ def _trained_since(model: PreTrainedModel, missing: set[str]) -> set[str]:
     except Exception as error:  # code of any origin
         logger.debug("%s cannot be initialised again: %s", type(model).__name__, error)
         return set()
-    fixed = {name for name in candidates if name in initial and _is_one_number(initial[name])}
-    moved = [name for name in fixed if state[name].flatten()[0] != initial[name].flatten()[0]]
-    moved += [name for name in fixed if not _is_one_number(state[name])]
+    fixed = {name: initial[name].to(state[name]) for name in candidates if _is_one_number(initial.get(name))}
+    moved = [name for name, value in fixed.items() if not torch.equal(value, state[name])]
     modules = tuple(_module_of_missing(name, state, missing) for name in moved)
     return {name for name in missing if name.startswith(modules)} if modules else set()
 
 
-def _is_one_number(tensor: torch.Tensor) -> bool:
-    return not tensor.numel() or bool((tensor == tensor.flatten()[0]).all())
+def _is_usual(tensor: torch.Tensor) -> bool:
+    """Whether all values are 0 or all are 1, as most initialisations leave biases and the scales of norms."""
+    return not tensor.any() or bool((tensor == 1).all())
+
+
+def _is_one_number(tensor: torch.Tensor | None) -> bool:
+    return tensor is not None and tensor.numel() > 0 and bool((tensor == tensor.flatten()[0]).all())
 
 
 def _module_of_missing(name: str, state: dict[str, torch.Tensor], missing: set[str]) -> str:

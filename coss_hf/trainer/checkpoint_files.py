@@ -173,7 +173,7 @@ def shapes(module: nn.Module) -> str:
 
 
 def classifier_identity(criterion: nn.Module) -> dict[str, str]:
-    """Hash of the teacher's classifier that a criterion reads, which no fingerprint of a tower covers; empty without."""
+    """Hash of the classifier that a criterion reads, which no fingerprint of a teacher covers; empty without."""
     layers = [loss.teacher_fc for loss in summands(criterion) if getattr(loss, "teacher_fc", None) is not None]
     if not layers:
         return {}

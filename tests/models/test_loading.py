@@ -9,9 +9,11 @@ import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    BeitForImageClassification,
     BertConfig,
     BertModel,
     Dinov2Config,
@@ -24,7 +26,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
 from coss_hf.models.embedding import embed, embed_dataset
-from coss_hf.models.loading import load_backbone
+from coss_hf.models.loading import load_backbone, missing_weights
 from coss_hf.trainer.arguments import ModelArguments
 from tests.helpers.networks import SMALL, half, images, save
 
@@ -338,6 +340,35 @@ def test_weights_that_the_embedding_needs_must_be_in_the_checkpoint(name, lost, 
     model = AutoModel.from_pretrained(tmp_path / name)
     with pytest.raises(ValueError, match="^model=.*lacks weights that the embedding needs"):
         embed(model, images())
+
+
+def test_weights_that_were_trained_since_are_not_missing(tmp_path):
+    """A pooler that was trained in memory was dropped for want of one in the files, until the network was saved."""
+    save("beit_without_pooler", tmp_path / "pretrained")
+    network = BeitForImageClassification.from_pretrained(tmp_path / "pretrained", num_labels=3)
+    pooler = {"pooler.layernorm.weight", "pooler.layernorm.bias"}
+    assert missing_weights(network.beit, network.name_or_path) == pooler
+    with torch.no_grad():
+        network.beit.pooler.layernorm.weight.add_(torch.rand(32))
+    assert not missing_weights(network.beit, network.name_or_path)
+    assert Backbone(network, half()).pooling == "pooler"
+
+
+@pytest.mark.parametrize("name", ["vit", "siglip_vision"])
+def test_a_pooler_at_random_weights_is_missing(name, tmp_path):
+    """SigLIP's has biases that are drawn, which tell no more than its matrices."""
+    save(name, tmp_path / "full")
+    weights = load_file(tmp_path / "full" / "model.safetensors")
+    kept = {key: value for key, value in weights.items() if ".head." not in f".{key}" and "pooler" not in key}
+    save_file(kept, tmp_path / "full" / "model.safetensors", metadata={"format": "pt"})
+    network = AutoModel.from_pretrained(tmp_path / "full")
+    if name == "siglip_vision":
+        assert network.head.mlp.fc1.bias.any()
+    missing = missing_weights(network, network.name_or_path)
+    assert missing == {key for key, _ in network.named_parameters() if key.startswith(("head.", "pooler."))}
+    norm_or_bias = network.head.layernorm.weight if name == "siglip_vision" else network.pooler.dense.bias
+    nn.init.normal_(norm_or_bias)
+    assert not missing_weights(network, network.name_or_path)
 
 
 def test_misshapen_weights_are_refused(world, tmp_path):

@@ -90,6 +90,30 @@ def test_the_classifier_is_found_where_logits_are_given():
     assert (layer.in_features, layer.out_features) == (96, 1000)
 
 
+class Wrapper(nn.Module):
+    """A network of Transformers inside another module, which returns its output or a part of it."""
+
+    def __init__(self, network: nn.Module, part: str = ""):
+        super().__init__()
+        self.network = network
+        self.part = part
+
+    def forward(self, pixel_values):
+        output = self.network(pixel_values)
+        return getattr(output, self.part) if self.part else output
+
+
+def test_a_pooler_that_no_checkpoint_has_is_not_read_inside_a_module(networks):
+    """A module around ``AutoModel`` of a classifier's checkpoint was embedded by a random pooler."""
+    vit = AutoModel.from_pretrained(networks.vit)
+    backbone = Backbone.from_module(Wrapper(vit), size=16, mean=0.5, std=0.5)
+    assert backbone.pooling == "cls" and "module.network.pooler.dense.weight" in backbone.missing
+    with pytest.raises(ValueError, match=r"lacks weights.*module\.network\.pooler.*such as last_hidden_state"):
+        Backbone.from_module(Wrapper(vit, "pooler_output"), size=16, mean=0.5, std=0.5)
+    nn.init.normal_(vit.pooler.dense.bias)  # trained since
+    assert Backbone.from_module(Wrapper(vit), size=16, mean=0.5, std=0.5).pooling == "pooler"
+
+
 def test_torchvision_without_its_classifier_and_with_the_input_of_its_weights():
     module = torchvision.models.shufflenet_v2_x0_5()
     backbone = Backbone.from_module(module)
