@@ -89,9 +89,9 @@ def _pooler(student: Backbone) -> _Pooler:
     is_untrained = student.pooler_untrained
     if not student.layout.pooled:  # taken out of a classifier, which leaves the pooler of its backbone out
         network = _as_built(network)
-        names = {name for name, _ in network.named_parameters()} - {
-            name for name, _ in student.model.named_parameters()
-        }
+        # Layers that are missing within the other parts were taken out of them, and are no pooler.
+        left_out = [part for part, _ in network.named_children() if getattr(student.model, part, None) is None]
+        names = {name for name, _ in network.named_parameters() if name.partition(".")[0] in left_out}
     parameters = {name: value for name, value in network.named_parameters() if name in names}
     if not student.layout.pooled:
         is_untrained = any(value.dim() > 1 for value in parameters.values())

@@ -27,7 +27,7 @@ from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.distillation_model import loss_argument, losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.inputs import view_size
-from coss_hf.trainer.reloading import check_processor
+from coss_hf.trainer.reloading import check_processor, check_saving
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import first_line, parameter_names
@@ -56,7 +56,7 @@ def rehearse(
 
     Raises:
         ValueError: what could not be built or done, the arguments that were given for it, and why; an image processor
-            of the student that cannot be saved.
+            of the student that cannot be saved; a student that would not load as what was saved.
     """
     if args.gradient_checkpointing and not student.model.supports_gradient_checkpointing:
         raise ValueError(
@@ -83,6 +83,8 @@ def rehearse(
             f"--student={student.name}: no copy of it can be made to try a step with ({first_line(error)}); give a "
             f"network that copy.deepcopy takes."
         ) from error
+    is_sharded = bool(args.fsdp) or args.deepspeed_plugin is not None  # loading can leave weights empty
+    check_saving(copied, copies=not is_sharded)
     views = noise_views(short, args.augmentation, view_size(args, student, teacher))
     before = next(teacher.model.parameters()).device
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))

@@ -4,6 +4,7 @@ That of a plain module is loaded into a copy of it at random weights: only its o
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +15,20 @@ from datasets import Dataset
 from packaging.version import Version
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from coss_hf.data.decoding import decode
-from coss_hf.models.backbone import Backbone, evaluating
+from coss_hf.models.backbone import Backbone, backbone_classes, evaluating
 from coss_hf.models.heads import load_head
 from coss_hf.models.image_processor import noise_image
 from coss_hf.models.loading import quiet_loading
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
-from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_output
+from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_output, settled
 from coss_hf.models.pooling import pool
+from coss_hf.models.saving import save_network, save_processor
 from coss_hf.utils.errors import RunStopped
-from coss_hf.utils.messages import command_to, first_line, get_logger
+from coss_hf.utils.messages import command_to, first_line, first_names, get_logger
 
 logger = get_logger(__name__)
 
@@ -34,10 +36,17 @@ IMAGES = 4
 # Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 5e-2
+MOST_COPIED = 100_000_000  # numbers in a student that is saved and loaded before it is trained
 
 
 class NotReloadable(RunStopped):
-    """What was saved does not load as what was trained; it is left as it is."""
+    """What was saved does not load as what was trained; it is left as it is.
+
+    Attributes:
+        problem: what does not load, or differs, without the folder and the remedy.
+    """
+
+    problem = ""
 
 
 def check_processor(student: Backbone) -> None:
@@ -82,7 +91,74 @@ def check_reload(
     Raises:
         NotReloadable: what does not load, or differs; nothing on the disk is changed.
     """
-    images = _readable(train, column)
+    _check_folder(folder, student, head, _readable(train, column))
+
+
+def check_saving(student: Backbone, copies: bool = True) -> None:
+    """Save a student that is yet to be trained to a temporary folder, and check that as the run's folder at its end.
+
+    A student of many parameters is not copied: the names of its weights are compared with those that its configuration
+    gives.
+
+    Args:
+        student: its configuration gets the entries of a saved one.
+        copies: whether its weights may be written and loaded again.
+
+    Raises:
+        ValueError: what would not load, or differ, and the remedy.
+    """
+    size = sum(tensor.numel() for tensor in student.model.state_dict().values())
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if copies and size <= MOST_COPIED and shutil.disk_usage(folder).free > 8 * size:
+                with _step(folder, "saving it"):
+                    save_network(student, folder)
+                    save_processor(student.processor, folder)
+                _check_folder(folder, student, None, [noise_image(60, 40)])
+            elif not isinstance(student.model, ModuleNetwork):
+                _check_names_of_config(folder, student)
+        except NotReloadable as error:
+            raise ValueError(
+                f"--student={student.name} would not load once it is saved: {error.problem}. Correct its config to the "
+                f"layers that it has, merge adapters into its weights, or give it as Backbone.from_module(student, "
+                f"size=, mean=, std=)."
+            ) from error
+
+
+def _check_names_of_config(folder: str | Path, student: Backbone) -> None:
+    """Compare names and shapes of the weights with those of the network that ``AutoModel`` builds, without storage."""
+    student.model.config.save_pretrained(folder)
+    if getattr(student.model.config, "auto_map", None):
+        return  # its code is in no folder yet
+    with _step(folder, "AutoModel.from_pretrained"):
+        config = AutoConfig.from_pretrained(folder)
+    if not backbone_classes(config):
+        raise _failed(folder, f"AutoModel does not load a {type(student.model).__name__}")
+    try:
+        with torch.device("meta"):
+            built = AutoModel.from_config(config).state_dict()
+    except Exception as error:  # code of any origin may refuse the meta device in any way
+        logger.debug("no meta twin of %s: %s", student.name, error)
+        return
+    saved, _ = settled(student, student.model.state_dict())
+    missing = {name for name in built if name not in saved or saved[name].shape != built[name].shape}
+    _check_names(folder, student, missing, saved.keys() - built.keys())
+
+
+def _check_names(folder: str | Path, student: Backbone, missing: set[str], unexpected: set[str]) -> None:
+    """Refuse weights that no file has, and those that the embedding depends on and no configuration gives a place."""
+    unexpected = unexpected - student.unused
+    # A pooler that the student does without is set by its saving, or is a norm of no weights of its own.
+    missing = {name for name in missing if getattr(student.model, name.partition(".")[0], None) is not None}
+    if missing or unexpected:
+        parts = [("lacks", missing), ("alone has", unexpected)]
+        listed = " and ".join(f"{verb} {first_names(sorted(names))}" for verb, names in parts if names)
+        raise _failed(folder, f"its structure is not that of its config.json: it {listed}")
+
+
+def _check_folder(
+    folder: str | Path, student: Backbone, head: torch.nn.Module | None, images: list[Image.Image]
+) -> None:
     student_pixels = student.preprocess(images)
     with _step(folder, "AutoImageProcessor.from_pretrained"):
         processor = _load_processor(folder)
@@ -129,7 +205,8 @@ def _load_model(folder: str | Path, student: Backbone) -> torch.nn.Module:
     loader = AutoModel
     if "AutoModel" in config.get("auto_map", {}):
         loader = get_class_from_dynamic_module(config["auto_map"]["AutoModel"], str(folder))
-    model = loader.from_pretrained(folder, dtype=student.model.dtype)
+    model, info = loader.from_pretrained(folder, dtype=student.model.dtype, output_loading_info=True)
+    _check_names(folder, student, set(info["missing_keys"]), set(info["unexpected_keys"]))
     return model.to(student.model.device).eval()
 
 
@@ -181,6 +258,8 @@ def _step(folder: str | Path, what: str) -> Iterator[None]:
     try:
         with quiet_loading():
             yield
+    except NotReloadable:
+        raise
     except Exception as error:  # damaged files, code of any origin
         raise _failed(folder, f"{what} fails ({first_line(error)})") from error
 
@@ -194,8 +273,10 @@ def _compare(folder: str | Path, what: str, found: Tensor, expected: Tensor, tol
 
 
 def _failed(folder: str | Path, problem: str) -> NotReloadable:
-    return NotReloadable(
+    error = NotReloadable(
         f"The student is trained, but its folder {folder} does not load as what was trained: {problem}. Everything is "
         f"kept there, the weights in model.safetensors; correct or complete its files, then measure it with "
         f"{command_to('evaluate')}."
     )
+    error.problem = problem
+    return error

@@ -14,18 +14,27 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoImageProcessor, AutoModel, TimmWrapperImageProcessor
+from torch import nn
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    TimmWrapperImageProcessor,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import coss_hf
 import tests.helpers.networks as n
 import tests.helpers.runs as h
+from coss_hf.models.backbone import Backbone
 from coss_hf.models.image_processor import noise_image, transformers_processor
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpointing import load_student
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.rehearsal import rehearse
-from coss_hf.trainer.reloading import NotReloadable
+from coss_hf.trainer.reloading import MOST_COPIED, NotReloadable, check_saving
 from coss_hf.trainer.training_args import DistillationArguments
 
 TIMM = {"input_size": (3, 32, 32), "crop_pct": 0.875, "interpolation": "bicubic", "mean": [0.4] * 3, "std": [0.2] * 3}
@@ -141,6 +150,77 @@ def test_unsavable_processor_is_rejected_before_training(tmp_path, networks, kin
     args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
     with pytest.raises(ValueError, match=rf"^student: its image processor \({kind.__name__}\) .*{message}"):
         rehearse(student, load_backbone(networks.teacher).freeze(), args)
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank term, as packages of adapters put it into a network."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base = base
+        self.low = nn.Linear(base.in_features, 2, bias=False)
+        self.high = nn.Linear(2, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.high(self.low(x))
+
+
+class UnregisteredConfig(ViTConfig):
+    model_type = "unregistered"
+
+
+class Unregistered(ViTModel):
+    """A class that ``AutoModel`` does not know."""
+
+    config_class = UnregisteredConfig
+
+
+def without_layers(kind):
+    network = kind(ViTConfig(**n.SMALL | {"num_hidden_layers": 4}))
+    layers = network.base_model
+    layers.layers = layers.layers[:2]
+    return network
+
+
+def with_adapters(kind):
+    network = kind(ViTConfig(**n.SMALL))
+    for layer in network.base_model.layers:
+        layer.attention.q_proj = Adapter(layer.attention.q_proj)
+    return network
+
+
+NOT_OF_ITS_CONFIG = {
+    "layers removed": (lambda: without_layers(ViTModel), "it lacks layers.2.*layers"),
+    "layers removed from a classifier": (
+        lambda: without_layers(ViTForImageClassification),
+        "it lacks layers.2.*layers",
+    ),
+    "adapters": (lambda: with_adapters(ViTModel), "it lacks .*q_proj.* and alone has .*q_proj.base"),
+    "adapters in a classifier": (lambda: with_adapters(ViTForImageClassification), "it lacks .*q_proj"),
+    "unknown class": (lambda: Unregistered(UnregisteredConfig(**n.SMALL)), "AutoModel"),
+}
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+@pytest.mark.parametrize("case", NOT_OF_ITS_CONFIG)
+def test_a_student_of_another_structure_is_refused_before_training(tmp_path, networks, monkeypatch, case, is_large):
+    """Layers that the configuration has and the student lacks were saved as zeros, others after all the training."""
+    build, message = NOT_OF_ITS_CONFIG[case]
+    if is_large:
+        monkeypatch.setattr("coss_hf.trainer.reloading.MOST_COPIED", 0)
+    args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
+    student = Backbone(build(), n.half(), argument="student")
+    with pytest.raises(ValueError, match=f"^student=.* would not load once it is saved: .*{message}.*from_module"):
+        rehearse(student, load_backbone(networks.teacher).freeze(), args)
+
+
+@pytest.mark.parametrize("kind", ["beit_without_pooler", "vit", "beit"])
+@pytest.mark.parametrize("most", [0, MOST_COPIED])
+def test_parts_that_no_embedding_reads_may_differ(monkeypatch, kind, most):
+    """A classifier's backbone without pooler, and the token that hides patches, are no reason to refuse a student."""
+    monkeypatch.setattr("coss_hf.trainer.reloading.MOST_COPIED", most)
+    network = ViTModel(ViTConfig(**n.SMALL), use_mask_token=True) if kind == "vit" else n.build(kind)
+    check_saving(Backbone(network, n.half()))
 
 
 # ---- the check after the last save ----
