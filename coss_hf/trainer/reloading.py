@@ -36,7 +36,7 @@ IMAGES = 4
 # Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 5e-2
-MOST_COPIED = 100_000_000  # numbers in a student that is saved and loaded before it is trained
+MOST_COPIED = 50_000_000  # numbers in a student that is saved and loaded before it is trained, in half a second
 
 
 class NotReloadable(RunStopped):
