@@ -62,6 +62,7 @@ class EmbedArguments:
             "choices": list(SPACES),
         },
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model's checkpoint run code of its own."})
     batch_size: int = field(default=256, metadata={"help": "Number of images per forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Number of processes that decode images."})
     use_cpu: bool = field(default=False, metadata={"help": "Run on the CPU, even where there is a GPU."})
@@ -98,7 +99,8 @@ def embeddings(splits: ImageSplits, args: EmbedArguments) -> np.ndarray:
             f"--label_column {splits.label_column}: --output {args.output} has another column of this name; rename the "
             f"dataset's, give another --label_column, or write an .npy file, which holds no labels."
         )
-    backbone = load_backbone(args.model, argument="model", pooling=args.pooling, space=args.space).freeze()
+    options = {"pooling": args.pooling, "space": args.space, "trust_remote_code": args.trust_remote_code}
+    backbone = load_backbone(args.model, argument="model", **options).freeze()
     head = load_head(args.model) if args.head else None
     if args.head and head is None:
         raise ValueError(f"--head: {args.model} has no projection head; leave --head out.")

@@ -71,6 +71,7 @@ class ExportArguments:
         default="auto",
         metadata={"help": "How features become one embedding: cls, mean, pooler, gap, or auto (by the architecture)."},
     )
+    trust_remote_code: bool = field(default=False, metadata={"help": "Let the model's checkpoint run code of its own."})
     num_images: int = field(default=1000, metadata={"help": "Largest number of test images to compare on."})
     num_train_images: int = field(
         default=10_000,
@@ -140,7 +141,8 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     """
     check(args)
     check_packages(args.formats)
-    backbone = load_backbone(args.model, argument="model", pooling=args.pooling).freeze()
+    options = {"pooling": args.pooling, "trust_remote_code": args.trust_remote_code}
+    backbone = load_backbone(args.model, argument="model", **options).freeze()
     if not args.output and not Path(args.model).is_dir():
         raise ValueError(f"--output is missing: --model {args.model} is a name on the Hub; give a folder to write to.")
     head = load_head(args.model) if args.head else None
@@ -191,7 +193,7 @@ def add_to_card(args: ExportArguments) -> None:
     """Show the exported files on the card in the model's folder, where there is one."""
     card = Path(args.model, "README.md")
     if card.is_file():
-        backbone = load_backbone(args.model, argument="model")
+        backbone = load_backbone(args.model, argument="model", trust_remote_code=args.trust_remote_code)
         subject = Subject(args.model, backbone, load_head(args.model), Path(args.model))
         card.write_text(renewed(card.read_text(), subject))
 

@@ -91,6 +91,32 @@ def saved(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def own_code(tmp_path, monkeypatch):
+    """Folder of a checkpoint with code of its own, which is forgotten afterwards: other tests keep it elsewhere."""
+    from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
+    from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
+
+    def take() -> dict:
+        names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (tmp_path / "modules").mkdir()
+    monkeypatch.syspath_prepend(tmp_path / "modules")  # before the folder that another test's checkpoint added
+    folder = tmp_path / "checkpoint"
+    CifarResNetModel(cifar_config("resnet8x4")).save_pretrained(folder)
+    cifar_image_processor([0.5] * 3, [0.5] * 3).save_pretrained(folder)
+    for name in ("config.json", "configuration_cifar_resnet.py"):  # as if this package did not know it
+        text = (folder / name).read_text()
+        assert '"cifar_resnet"' in text
+        (folder / name).write_text(text.replace('"cifar_resnet"', '"of_my_own"'))
+    before = take()
+    yield folder
+    take()
+    sys.modules.update(before)
+
+
+@pytest.fixture
 def image_parquet(saved, tmp_path):
     """Folder with train.parquet (48 images of 4 colours) and test.parquet (24), 16x16, labelled."""
     return shutil.copytree(saved / "images", tmp_path / "images")

@@ -18,6 +18,7 @@ from coss_hf.hub.export_folders import exported_folders, exported_with_head
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.from_module import removal_of_classifier, torchvision_name
 from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.loading import has_own_code
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_is_embedding, pooler_output
 from coss_hf.models.towers import describe_space
@@ -429,7 +430,13 @@ def _only_module(subject: Subject) -> str | None:
 # ---- this package ----
 
 
+def _own_trust(subject: Subject) -> str:
+    """Networks of this package bring code for others, and need none here."""
+    return ", trust_remote_code=True" if has_own_code(subject.student.model.config) else ""
+
+
 def _own_code(subject: Subject) -> str:
+    trust = _own_trust(subject)
     builder = _torchvision_builder(subject)
     imports = "" if builder is None else "import torchvision\n"
     return f'''import coss_hf
@@ -439,7 +446,7 @@ name = "{subject.name}"
 {_own_loading(subject)}
 
 {_image(subject)}
-embedding = {"student.encode([image])" if subject.space else "coss_hf.embed(student, [image])"}'''
+embedding = {"student.encode([image])" if subject.space else f"coss_hf.embed(student, [image]{trust})"}'''
 
 
 def _torchvision_builder(subject: Subject) -> str | None:
@@ -448,7 +455,7 @@ def _torchvision_builder(subject: Subject) -> str | None:
 
 def _own_loading(subject: Subject) -> str:
     if not subject.is_module:
-        load = "coss_hf.Student.from_pretrained(name)" if subject.space else "name"
+        load = f"coss_hf.Student.from_pretrained(name{_own_trust(subject)})" if subject.space else "name"
         return f"student = {load}"
     config = subject.student.model.config
     built = "module"

@@ -70,6 +70,7 @@ class Student(nn.Module):
         revision: str | None = None,
         *,
         module: nn.Module | Callable[[], nn.Module] | Backbone | None = None,
+        trust_remote_code: bool = False,
     ) -> "Student":
         """Load student and head of a run of ``recipes/distill.py``.
 
@@ -82,12 +83,15 @@ class Student(nn.Module):
             module: for a student that was trained from a plain ``nn.Module``: a network that is built as that was,
                 whose weights are replaced; its constructor, such as ``torchvision.models.resnet18``; or a ``Backbone``
                 of it.
+            trust_remote_code: whether the student may run code of its own, as one that was trained with
+                ``--trust_remote_code`` needs it.
 
         Raises:
             ValueError: an unknown network, one that was not trained into a teacher's space, or a missing head.
         """
         name = str(name)
-        backbone = load_backbone(name, argument="student", revision=revision, module=module).freeze()
+        options = {"revision": revision, "module": module, "trust_remote_code": trust_remote_code}
+        backbone = load_backbone(name, argument="student", **options).freeze()
         space = getattr(backbone.model.config, "teacher_space", None)
         if space is None:
             raise ValueError(

@@ -36,6 +36,7 @@ def embed(
     processor=None,
     batch_size: int = 64,
     space: str = "tower",
+    trust_remote_code: bool = False,
 ) -> Tensor:
     """Embed images with any vision network, in evaluation mode and without gradients; the network is left unchanged.
 
@@ -49,6 +50,7 @@ def embed(
         batch_size: number of images per forward pass.
         space: of a network of images and text, such as CLIP: ``tower``, the embedding of the vision tower; or
             ``projected``, that which is compared with embeddings of texts.
+        trust_remote_code: whether a checkpoint that is given by its name may run its own code.
 
     Returns:
         The embeddings ``(b, d)``, of the network's dtype and on its device.
@@ -72,7 +74,8 @@ def embed(
         if processor is not None:
             backbone.preprocessing = Preprocessing(processor)
     else:
-        backbone = _prepare(model, pooling, processor, tuple(images.shape[2:]) if are_pixels else None, space)
+        pixel_size = tuple(images.shape[2:]) if are_pixels else None
+        backbone = _prepare(model, pooling, processor, pixel_size, space, trust_remote_code)
     first = next(backbone.model.parameters())
     rows = []
     with evaluating(backbone.model):
@@ -85,11 +88,16 @@ def embed(
 
 
 def _prepare(
-    model: PreTrainedModel | str | Path, pooling: str, processor, pixel_size: tuple[int, int] | None, space: str
+    model: PreTrainedModel | str | Path,
+    pooling: str,
+    processor,
+    pixel_size: tuple[int, int] | None,
+    space: str,
+    trust_remote_code: bool,
 ) -> Backbone:
     """A backbone of a network, whose configuration is left unchanged; without image processor for pixel values."""
     if isinstance(model, (str, Path)):
-        network, missing = load_network(str(model), space)
+        network, missing = load_network(str(model), space, trust_remote_code)
     else:
         network = model
         missing = None
@@ -103,7 +111,7 @@ def _prepare(
         if pixel_size is not None:
             processor = None
         elif processor is None:
-            processor = find_processor(network)
+            processor = find_processor(network, trust_remote_code=trust_remote_code)
         return Backbone(network, processor, pooling=pooling, missing=missing, size=pixel_size, space=space)
     finally:
         vars(tower.config).clear()

@@ -172,15 +172,22 @@ def _build(name: str, config, overrides: dict, argument: str, options: dict) -> 
         ) from error
 
 
-def load_network(name: str, space: str = "tower") -> tuple[PreTrainedModel, set[str]]:
+def has_own_code(config) -> bool:
+    """Whether a network's code comes with its checkpoint, so that loading it needs ``trust_remote_code``."""
+    packages = ("coss_hf", "transformers")
+    return bool(getattr(config, "auto_map", None)) and type(config).__module__.partition(".")[0] not in packages
+
+
+def load_network(name: str, space: str = "tower", trust_remote_code: bool = False) -> tuple[PreTrainedModel, set[str]]:
     """The backbone of a checkpoint, without classifier or text tower, and the names of weights that it lacks.
 
     Args:
         name: Hub name or folder.
         space: ``projected`` to load the text tower, too, and what leads to the space of both.
+        trust_remote_code: whether a checkpoint may run its own code.
     """
     load = _load_pretrained if space == "tower" else _load_with_projection
-    return load(name, "", _hub_arguments(name, "", None, False), {"dtype": torch.float32})
+    return load(name, "", _hub_arguments(name, "", None, trust_remote_code), {"dtype": torch.float32})
 
 
 def _load_saved_module(name: str, argument: str, hub: dict, module, pooling: str, size: int | None) -> Backbone:
@@ -490,7 +497,11 @@ def _vision_config(config, argument: str):
 
 
 def find_processor(
-    model: PreTrainedModel, teacher: Backbone | None = None, argument: str = "", hub: dict | None = None
+    model: PreTrainedModel,
+    teacher: Backbone | None = None,
+    argument: str = "",
+    hub: dict | None = None,
+    trust_remote_code: bool = False,
 ):
     """Find a network's image processor: in its checkpoint, else timm's own, else the teacher's.
 
@@ -499,6 +510,7 @@ def find_processor(
         teacher: source of the image processor where the checkpoint has none.
         argument: the command-line flag that errors name.
         hub: arguments of ``from_pretrained``; by default found by asking the Hub.
+        trust_remote_code: whether a checkpoint may run its own code, where ``hub`` does not say so.
 
     Raises:
         ValueError: there is no image processor.
@@ -513,7 +525,7 @@ def find_processor(
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
     absent = "it is not from a checkpoint"
     if name and not _is_architecture(name):
-        hub = hub or _hub_arguments(name, argument, getattr(model.config, "_commit_hash", None), False)
+        hub = hub or _hub_arguments(name, argument, getattr(model.config, "_commit_hash", None), trust_remote_code)
         file = _processor_file(name, argument, hub)
         if file is not None:
             return _load_processor(name, argument, hub, file)

@@ -10,7 +10,13 @@ from coss_hf.utils.messages import command_to
 
 
 def closing_summary(
-    output_dir: str, record: dict, in_teacher_space: bool, *, from_module: bool = False, in_python: bool = False
+    output_dir: str,
+    record: dict,
+    in_teacher_space: bool,
+    *,
+    from_module: bool = False,
+    own_code: bool = False,
+    in_python: bool = False,
 ) -> str:
     """The table, the verdict, the page, how the student is used and how it is pushed.
 
@@ -19,6 +25,7 @@ def closing_summary(
         record: of ``write_record``.
         in_teacher_space: whether the student's embeddings can be compared with the teacher's.
         from_module: whether the student is a plain module, which only its owner can build.
+        own_code: whether the student brings code of its own.
         in_python: whether it is for somebody who called the trainer, instead of a command.
     """
     results = record["results"]
@@ -30,15 +37,16 @@ def closing_summary(
     if record["verdict"]:
         blocks.append("\n".join(record["verdict"]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")
-    lines = _use(str(output_dir), in_teacher_space, from_module)
+    lines = _use(str(output_dir), in_teacher_space, from_module, own_code)
     blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
     blocks.append(f"Push it to the Hub:\n    {'trainer.push_to_hub()' if in_python else _push(str(output_dir))}")
     return "\n\n".join(blocks)
 
 
-def _use(output_dir: str, in_teacher_space: bool, from_module: bool) -> list[str]:
+def _use(output_dir: str, in_teacher_space: bool, from_module: bool, own_code: bool) -> list[str]:
     """Three lines of Python at most."""
-    module = ", module=...)  # built as the trained one was" if from_module else ")"
+    trust = ", trust_remote_code=True" if own_code else ""
+    module = ", module=...)  # built as the trained one was" if from_module else f"{trust})"
     if in_teacher_space:
         return [
             "import coss_hf",
@@ -51,7 +59,7 @@ def _use(output_dir: str, in_teacher_space: bool, from_module: bool) -> list[str
             f'student = coss_hf.load_backbone("{output_dir}"{module}',
             "embeddings = coss_hf.embed(student, images)",
         ]
-    return ["import coss_hf", f'embeddings = coss_hf.embed("{output_dir}", images)']
+    return ["import coss_hf", f'embeddings = coss_hf.embed("{output_dir}", images{trust})']
 
 
 def _push(output_dir: str) -> str:

@@ -34,6 +34,7 @@ from coss_hf.hub.model_card import write_card
 from coss_hf.losses.base import DistillationLoss
 from coss_hf.losses.registry import LOSSES, summands
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.loading import has_own_code
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.reporting.run_record import to_dict, write_json
@@ -934,6 +935,7 @@ class DistillationTrainer(Trainer):
             record,
             in_teacher_space=self.student.model.config.teacher_space is not None,
             from_module=isinstance(self.student.model, ModuleNetwork),
+            own_code=has_own_code(self.student.model.config),
             in_python=True,
         )
 

@@ -201,7 +201,25 @@ def test_sentence_transformers_is_among_them(cosines):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_cards_code_by_this_package(students, name):
-    made, folder = students[name]
+    check_own_code(students[name][1])
+
+
+@pytest.mark.parametrize("has_space", [True, False])
+def test_a_student_with_code_of_its_own(tmp_path, own_code, has_space):
+    """What was trained with ``--trust_remote_code`` could be loaded by Transformers alone."""
+    backbone = load_backbone(str(own_code), argument="student", trust_remote_code=True)
+    space = {"teacher": "teacher", "revision": None, "pooling": "gap", "dim": backbone.dim, "head": False}
+    backbone.model.config.teacher_space = space if has_space else None
+    folder = tmp_path / "student"
+    write(folder, Student(backbone.freeze()))
+    for load in (Student.from_pretrained, lambda name: coss_hf.embed(name, [noise_image(9, 9)])):
+        with pytest.raises(ValueError, match="brings code of its own; read it, then allow it with .*trust_remote_code"):
+            load(folder)
+    check_own_code(folder)
+
+
+def check_own_code(folder: Path) -> None:
+    """The card's code by this package gives the embedding."""
     code = re.search(r"### coss_hf\n.*?```python\n(.*?)```", (folder / "README.md").read_text(), re.S)[1]
     code = re.sub(r"(?m)^image = .*", f"image = Image.open({str(folder / 'picture.png')!r})", code)
     names = {}

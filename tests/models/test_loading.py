@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 import time
 
 import pytest
@@ -24,7 +23,7 @@ from transformers import (
 import coss_hf.models.loading
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
-from coss_hf.models.cifar.registry import cifar_config, cifar_image_processor
+from coss_hf.models.cifar.registry import cifar_config
 from coss_hf.models.embedding import embed, embed_dataset
 from coss_hf.models.loading import load_backbone, missing_weights
 from coss_hf.trainer.arguments import ModelArguments
@@ -100,35 +99,12 @@ def test_revision_and_trust_remote_code_are_forwarded(world, monkeypatch):
     assert seen == [("v2", True)] * 3
 
 
-@pytest.fixture
-def no_remote_modules():
-    """Whatever a test imports from checkpoints is forgotten after it: a later one keeps its code in another folder."""
-
-    def take() -> dict:
-        names = [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]
-        return {name: sys.modules.pop(name) for name in names}
-
-    before = take()
-    yield
-    take()
-    sys.modules.update(before)
-
-
-def test_code_in_a_checkpoint_runs_only_if_allowed(tmp_path, monkeypatch, no_remote_modules):
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    (tmp_path / "modules").mkdir()
-    monkeypatch.syspath_prepend(tmp_path / "modules")  # before the folder that another test's checkpoint added
-    folder = tmp_path / "checkpoint"
-    model = CifarResNetModel(cifar_config("resnet8x4"))
-    model.save_pretrained(folder)
-    cifar_image_processor([0.5] * 3, [0.5] * 3).save_pretrained(folder)
-    for name in ("config.json", "configuration_cifar_resnet.py"):  # as if this package did not know it
-        text = (folder / name).read_text()
-        assert '"cifar_resnet"' in text
-        (folder / name).write_text(text.replace('"cifar_resnet"', '"of_my_own"'))
-    refused("^--teacher=.*checkpoint brings code of its own; .*--trust_remote_code", folder, argument="teacher")
-    loaded = load_backbone(str(folder), trust_remote_code=True)
+def test_code_in_a_checkpoint_runs_only_if_allowed(own_code):
+    refused("^--teacher=.*checkpoint brings code of its own; .*--trust_remote_code", own_code, argument="teacher")
+    loaded = load_backbone(str(own_code), trust_remote_code=True)
     assert type(loaded.model).__module__.startswith("transformers_modules")
+    model = CifarResNetModel(cifar_config("resnet8x4"))
+    model.load_state_dict(loaded.model.state_dict())
     assert torch.equal(embed(loaded, images()), embed(model, loaded.preprocess(images())))
 
 

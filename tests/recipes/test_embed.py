@@ -34,6 +34,12 @@ def test_rows_follow_the_images(run, networks):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
+def test_code_of_the_network_is_allowed(run, own_code):
+    found = np.load(run("a.npy", "--split=test", f"--model={own_code}", "--trust_remote_code"))
+    expected = coss_hf.embed(own_code, h.colour_images(24, 1)[0], trust_remote_code=True).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
 def test_parquet_keeps_labels(run):
     file = run("a.parquet", "--normalize", "--batch_size=20")
     rows = datasets.Dataset.from_parquet(str(file))

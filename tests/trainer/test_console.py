@@ -1,6 +1,7 @@
 """What a training prints: lines that a person reads."""
 
 import json
+import re
 
 import pytest
 
@@ -91,6 +92,12 @@ def test_closing_summary_in_python_and_of_a_plain_module():
     assert "coss-hf push" not in text
     text = closing_summary("out", record, in_teacher_space=False, from_module=True)
     assert 'coss_hf.load_backbone("out", module=...)' in text and "Student" not in text
+
+
+@pytest.mark.parametrize(("in_space", "call"), [(True, "Student.from_pretrained"), (False, "embed")])
+def test_closing_summary_allows_code_of_the_student(in_space, call):
+    text = closing_summary("out", {"results": {}, "verdict": []}, in_space, own_code=True)
+    assert re.search(rf'coss_hf.{call}\("out".*, trust_remote_code=True\)', text)
 
 
 def test_what_follows_a_training():
