@@ -84,6 +84,8 @@ def rehearse(
             f"network that copy.deepcopy takes."
         ) from error
     is_sharded = bool(args.fsdp) or args.deepspeed_plugin is not None  # loading can leave weights empty
+    if not is_sharded:
+        copied.model.to(args.device)  # some kernels of attention need it
     check_saving(copied, copies=not is_sharded)
     views = noise_views(short, args.augmentation, view_size(args, student, teacher))
     before = next(teacher.model.parameters()).device

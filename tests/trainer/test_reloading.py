@@ -223,6 +223,12 @@ def test_parts_that_no_embedding_reads_may_differ(monkeypatch, kind, most):
     check_saving(Backbone(network, n.half()))
 
 
+def test_weights_that_are_not_finite_are_no_matter_of_the_structure(networks):
+    student = load_backbone(networks.small)
+    nn.init.constant_(next(student.model.parameters()), float("nan"))
+    check_saving(student)  # the loss says so
+
+
 # ---- the check after the last save ----
 
 
