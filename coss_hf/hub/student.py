@@ -21,7 +21,10 @@ from coss_hf.models.embedding import embed
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.models.saving import save_network, save_processor
+from coss_hf.utils.messages import get_logger
 from coss_hf.utils.vectors import l2_normalize
+
+logger = get_logger(__name__)
 
 
 class Student(nn.Module):
@@ -151,9 +154,10 @@ class Student(nn.Module):
         images = _several(images)
         rows = torch.empty(len(images), self.dim)
         for start in range(0, len(images), batch_size):
-            batch = images[start : start + batch_size]
-            if not _are_pixels(images):
-                batch = [_read(image, start + i) for i, image in enumerate(batch)]
+            if _are_pixels(images):
+                batch = images[start : start + batch_size]
+            else:
+                batch = [_read(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
             rows[start : start + len(batch)] = self.embed(batch, batch_size)
         return l2_normalize(rows) if normalize else rows
 
@@ -181,7 +185,8 @@ class Student(nn.Module):
         """Write network, image processor and head to a folder that ``AutoModel``, ``Student`` and others load.
 
         Card, record and pictures of the run are written next to them where the student was loaded with them. So are
-        files of ``coss-hf export``, if they are of the weights that are written.
+        files of ``coss-hf export``, if they are of the weights that are written. Where a student from another folder is
+        written into that of a run, the card, record and pictures of that run are removed.
 
         Raises:
             ValueError: ``folder`` is a file.
@@ -212,13 +217,12 @@ class Student(nn.Module):
         def find(name: str) -> str | None:
             return find_student_file(source, name, revision)
 
-        of_another_run = (folder / "run.json").is_file()
+        if _has_another_run(folder, source):
+            _remove_companions(folder)
         for name in COMPANIONS:
             found = find(name)
             if found is not None and Path(found).resolve() != (folder / name).resolve():
                 shutil.copy(found, folder / name)
-            elif found is None and of_another_run:  # its card and results would be taken for those of these weights
-                (folder / name).unlink(missing_ok=True)
         copy_exports(find, folder)
 
     def push_to_hub(
@@ -254,14 +258,36 @@ class Student(nn.Module):
                 raise PushFailed(f"Not pushed to {repo_id}: {error.__cause__}; call push_to_hub again.") from error
 
 
+def _has_another_run(folder: Path, source: str) -> bool:
+    """Whether a folder has the record of a run that the student in ``source`` is not from; not where it is in doubt.
+
+    A part of a run, such as its ``best/``, has no record of its own; that of a name on the Hub may not be in the cache.
+    """
+    source = Path(source).resolve()
+    is_part = folder.resolve() in (source, *source.parents)
+    return (folder / "run.json").is_file() and source.is_dir() and not is_part
+
+
+def _remove_companions(folder: Path) -> None:
+    """Remove a run's card, record and pictures, which would be taken for those of other weights."""
+    found = [name for name in COMPANIONS if (folder / name).is_file()]
+    logger.warning("%s: %s of another run are removed.", folder, ", ".join(found))
+    for name in found:
+        (folder / name).unlink()
+
+
 def _several(images):
     """The images as a sequence.
 
     Raises:
         ValueError: no images, or a row of a dataset.
     """
-    if isinstance(images, dict):
-        raise ValueError(f"images: a dict with {', '.join(map(str, images))}; give the images in it, as row['image'].")
+    names = list(images) if isinstance(images, dict) else getattr(images, "column_names", None)
+    if names is not None:
+        raise ValueError(
+            f"images: a {type(images).__name__} of {', '.join(map(str, names))}; give the images in it, such as "
+            f"row['image'] or dataset['image']."
+        )
     one = isinstance(images, (str, Path, Image.Image)) or getattr(images, "ndim", None) == 3
     images = [images] if one else images if hasattr(images, "__getitem__") else list(images)
     if not len(images):

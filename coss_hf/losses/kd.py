@@ -22,7 +22,7 @@ class KDLoss(DistillationLoss):
     Several processes: the loss is the mean over the images of this process, which is exact where
     all have as many.
 
-    Use when: the teacher was trained on labels and its checkpoint has the classifier. The student
+    Use when: the teacher was trained on labels and has its classifier. The student
     learns what the classes need, and no more: choose another method for embeddings that shall serve
     other tasks.
 

@@ -26,7 +26,7 @@ class SRRLLoss(DistillationLoss):
     all have as many; the statistics of batch norm are per process unless ``--sync_batch_norm`` is
     given.
 
-    Use when: the teacher is convolutional and was trained on labels, so that its checkpoint has a
+    Use when: the teacher is convolutional and was trained on labels, so that it has a
     classifier of the pooled last map. Without a classifier it is a regression of pooled maps, a
     strong and fast baseline.
 

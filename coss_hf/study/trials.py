@@ -274,20 +274,27 @@ class _Progress(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.report = report
         self.reported = 0
-        self.earlier = 0  # of the teacher, before the checkpoint that the run continues from
+        self.earlier: int | None = 0  # of the teacher, before the checkpoint that the run continues from
 
     @property
-    def teacher_images(self) -> int:
-        """Views that the teacher embedded so far, without those of evaluations and of the neighbour search."""
-        return self.earlier + self.trainer.teacher_images
+    def teacher_images(self) -> int | None:
+        """Views that the teacher embedded so far, without those of evaluations and of the neighbour search.
+
+        None where the run began with a version that did not count them.
+        """
+        return None if self.earlier is None else self.earlier + self.trainer.teacher_images
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"teacher_images": self.teacher_images}}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def continue_from(self, state) -> None:
+        """Take what a checkpoint says of the steps before it; a training that has ended does not begin again."""
         saved = state.stateful_callbacks.get(type(self).__name__)
-        if saved:
-            self.earlier = saved["attributes"]["teacher_images"]
+        if state.global_step:
+            self.earlier = saved["attributes"]["teacher_images"] if saved else None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.continue_from(state)
         state.stateful_callbacks[type(self).__name__] = self.state()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -369,11 +376,10 @@ def run_trial(
         keep: function called with the result before the checkpoints are removed.
 
     Returns:
-        The fields of the trial; ``images_seen``; ``teacher_images``, the views that the teacher embedded for the
-        training, without those in a shared cache; ``extra_teacher_images``, the teacher's passes apart from those of
-        the steps; ``shared_views`` where these come back: their number of epochs, their seed, and whether the
-        teacher's embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the
-        metrics.
+        The fields of the trial; ``images_seen``; ``teacher_images``, the views that the teacher embedded, pretraining
+        included, without those in a shared cache; ``extra_teacher_images``, what it embeds before the first step;
+        ``shared_views`` where these come back: their number of epochs, their seed, and whether the teacher's
+        embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the metrics.
         ``failed`` with the reason, and no metrics, if the loss or the student's embeddings became NaN or infinite.
     """
     if trial.method in UNTRAINED:
@@ -413,6 +419,8 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
         }
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     result["images_seen"] = trainer.images_seen
+    if not trainer.teacher_images:  # nothing was embedded, or nothing was left to train
+        progress.continue_from(trainer.state)
     result["teacher_images"] = progress.teacher_images
     result["extra_teacher_images"] = _extra_teacher_images(trainer)
     result["loss"] = losses[-1] if losses else None

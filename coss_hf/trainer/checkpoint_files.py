@@ -173,10 +173,11 @@ def shapes(module: nn.Module) -> str:
 
 
 def classifier_identity(criterion: nn.Module) -> dict[str, str]:
-    """Hash of the classifier that a criterion reads, which no fingerprint of a teacher covers; empty without."""
-    layers = [loss.teacher_fc for loss in summands(criterion) if getattr(loss, "teacher_fc", None) is not None]
+    """Hash of the classifier that a loss reads, which no fingerprint of a teacher covers; empty for other losses."""
+    losses = [loss for loss in summands(criterion) if getattr(loss, "classifier", "unused") != "unused"]
+    layers = [loss.teacher_fc for loss in losses if getattr(loss, "teacher_fc", None) is not None]
     if not layers:
-        return {}
+        return {CLASSIFIER: "none"} if losses else {}
     tensors = [tensor.detach().float().cpu().numpy().tobytes() for tensor in layers[0].state_dict().values()]
     return {CLASSIFIER: hashlib.blake2b(b"".join(tensors), digest_size=8).hexdigest()}
 

@@ -288,6 +288,13 @@ def _build_criterion(
     if any(loss.classifier != "unused" for loss in losses.values()):
         classifier = find_classifier(teacher)
     for name, loss in losses.items():
+        if classifier is None and loss.classifier == "optional":
+            logger.warning(
+                "--method %s: the teacher %s has no linear classifier on its embedding: the part of the loss that "
+                "reads it is left out. Give a network or checkpoint that has its classifier.",
+                name,
+                teacher.name,
+            )
         if classifier is None and loss.classifier == "required":
             raise ValueError(
                 f"--method {name}: --teacher {teacher.name} has no linear classifier on its embedding; give a "

@@ -72,7 +72,7 @@ def test_encode_names_what_it_cannot_read(tmp_path, image_parquet, networks):
     (tmp_path / "broken.jpg").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"images\[1\]: image .*broken.jpg cannot be decoded"):
         student.encode([IMAGES[0], tmp_path / "broken.jpg"])
-    with pytest.raises(ValueError, match=r"images: a dict with image, label; give the images in it, as row\['image'\]"):
+    with pytest.raises(ValueError, match=r"images: a dict of image, label; give the images in it"):
         student.encode({"image": IMAGES[0], "label": 3})
     with pytest.raises(ValueError, match="images: got none"):
         student.encode([])
@@ -109,6 +109,10 @@ def test_a_folder_of_another_run_does_not_keep_its_results(tmp_path, networks):
             (folder / "run.json").write_text(record)
         student.save_pretrained(folder)
         assert (folder / "README.md").is_file() == (record is None) and not (folder / "run.json").exists()
+    (folder / "run.json").write_text("{}")
+    student.save_pretrained(folder / "best")
+    Student.from_pretrained(folder / "best").save_pretrained(folder)
+    assert (folder / "README.md").is_file() and (folder / "run.json").is_file(), "those of the same run"
 
 
 def test_a_student_is_trained_further_under_another_teacher(tmp_path, image_parquet, networks):

@@ -160,6 +160,15 @@ def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
     assert resumed == uninterrupted and resumed["teacher_images"] == 48
 
 
+def test_a_trial_that_had_only_to_be_measured_knows_its_teacher_images(tmp_path, config, monkeypatch):
+    config = replace(config, training=config.training | {"save_strategy": "steps", "save_steps": 6})
+    with monkeypatch.context() as patch:
+        patch.setattr(trials_module, "measure", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_trial(TRIAL, config, tmp_path / "trial")
+    assert run_trial(TRIAL, config, tmp_path / "trial")["teacher_images"] == 48
+
+
 @pytest.fixture
 def evaluated(tmp_path, config, monkeypatch):
     """A study that keeps its students and saves each third step, and the splits that were measured, in order."""
