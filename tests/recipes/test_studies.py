@@ -87,7 +87,7 @@ def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling
         ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
         ({"num_images": 64, "seed": 7}, "--seed=7: the runs have the seeds 1 to 3"),
         ({"num_images": 64, "validation_size": 0}, "--validation_size: hold images out of train"),
-        ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: the checkpoint of --teacher"),
+        ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: --teacher"),
         ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
         ({"hours": 1e-9, "methods": ["rkd"]}, "is too short for these runs, which need"),
         ({"num_images": 4}, "--num_images=4 is less than one step"),
