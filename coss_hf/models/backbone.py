@@ -98,6 +98,7 @@ class Backbone:
         preprocessing: the use of its image processor for evaluation and for training; None without a processor.
         processor: its image processor.
         missing: names of weights that its checkpoint did not contain.
+        untrained: names of those of them that the embedding depends on; none but in a module that is no teacher yet.
         unused: names of parameters that the embedding does not depend on (an untrained pooler, a mask token).
         pooler_alone: names of those of them that the network's own pooled output depends on.
         pooler_untrained: whether those of them with matrices are not of a checkpoint, by their names or by zero biases.
@@ -296,18 +297,33 @@ class Backbone:
         return bool(matrices & self.missing) or any(self._are_zeros({name}) for name in biases)
 
     def _check_missing(self, used: set[str], names: set[str], argument: str) -> None:
-        """Refuse a checkpoint without weights that the embedding needs, of the network's parameters ``names``."""
+        """Refuse a checkpoint without weights that the embedding needs, of the network's parameters ``names``.
+
+        New layers of a module are for a student to train: they are refused once it is a teacher (``check_trained``).
+        """
         # Running means and variances, which no gradient reaches.
         statistics = {name for name, value in self.model.state_dict().items() if value.is_floating_point()}
-        lost = sorted((used | statistics - names) & self.missing)
-        if lost:
+        self.untrained = (used | statistics - names) & self.missing
+        if argument == "teacher" or not isinstance(self.model, ModuleNetwork):
+            self.check_trained(argument)
+        elif self.untrained and argument != "student":
+            logger.warning("%s is a student alone: %s.", self.name, self._lacks())
+
+    def check_trained(self, argument: str = "teacher") -> None:
+        """Refuse a network whose embedding needs weights that its checkpoint lacks.
+
+        Raises:
+            ValueError: the names of such weights, and the remedy.
+        """
+        if self.untrained:
             remedy = "give a complete checkpoint of this architecture"
             if isinstance(self.model, ModuleNetwork):
                 remedy += ", or a module that returns another output, such as last_hidden_state"
-            raise ValueError(
-                f"{flag(argument)}={self.name}: the checkpoint lacks weights that the embedding needs "
-                f"({', '.join(lost[:3])}; {len(lost)} in all); {remedy}."
-            )
+            raise ValueError(f"{flag(argument)}={self.name}: {self._lacks()}; {remedy}.")
+
+    def _lacks(self) -> str:
+        names = sorted(self.untrained)
+        return f"the checkpoint lacks weights that the embedding needs ({', '.join(names[:3])}; {len(names)} in all)"
 
     @torch.no_grad()
     def _check_projection(self, full: PreTrainedModel, argument: str) -> None:

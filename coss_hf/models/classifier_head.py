@@ -1,6 +1,7 @@
 """The linear classifier that a teacher has on top of its embedding: in memory, or in its checkpoint."""
 
 import copy
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
     if isinstance(backbone.model, ModuleNetwork):
         return _classifier_within(backbone, backbone.model)
     if backbone.checkpoint is None:
-        return None if backbone.full is None else _classifier_within(backbone, backbone.full)
+        return None if backbone.full is None else _classifier_within(backbone, _with_own_head(backbone))
     return _classifier_of_checkpoint(backbone)
 
 
@@ -51,16 +52,33 @@ def _classifier_of_checkpoint(backbone: Backbone) -> nn.Linear | None:
         ) from error
     if info["missing_keys"]:
         return None
-    return _classifier_within(backbone, network)
+    first = next(backbone.model.parameters())
+    return _classifier_within(backbone, network.to(first.device, first.dtype))
+
+
+def _with_own_head(backbone: Backbone) -> nn.Module:
+    """The network around the backbone, of which all but that is a copy in its place and precision.
+
+    The teacher may have been moved since, and its network, classifier and all, is the user's.
+    """
+    network = copy.deepcopy(backbone.full, {id(backbone.model): backbone.model})
+    first = next(backbone.model.parameters())
+    shared = {id(tensor) for tensor in chain(backbone.model.parameters(), backbone.model.buffers())}
+    for tensor in chain(network.parameters(), network.buffers()):
+        if id(tensor) not in shared:
+            tensor.data = tensor.data.to(first.device, first.dtype if tensor.is_floating_point() else None)
+    return network
 
 
 def _classifier_within(backbone: Backbone, network: nn.Module) -> nn.Linear | None:
-    """A copy of the layer of ``network`` between ``backbone``'s embedding and its own logits, if it gives some."""
+    """A copy of the layer of ``network`` between ``backbone``'s embedding and its own logits, if it gives some.
+
+    Both are in one place and precision, so that they round alike.
+    """
     first = next(backbone.model.parameters())
-    network.to(first.device, first.dtype)  # in one place and precision, so that both round alike
     images = torch.randn(2, 3, *backbone.size, generator=torch.Generator().manual_seed(0)).to(first)
     options = {} if isinstance(network, ModuleNetwork) else backbone.options
-    with evaluating(network):
+    with evaluating(network), evaluating(backbone.model):
         try:
             logits = getattr(network(pixel_values=images, **options), "logits", None)
         except (TypeError, ValueError) as error:  # it reads text, too, or takes no such options
@@ -76,6 +94,7 @@ def _classifier_within(backbone: Backbone, network: nn.Module) -> nn.Linear | No
 def _layer_between(network: nn.Module, embedding: Tensor, logits: Tensor) -> nn.Linear | None:
     for layer in reversed([module for module in network.modules() if isinstance(module, nn.Linear)]):
         if (layer.in_features, layer.out_features) == (embedding.shape[1], logits.shape[1]):
-            if torch.allclose(layer(embedding), logits, rtol=1e-3, atol=1e-3):
+            found = layer(embedding.to(layer.weight)).to(logits)
+            if torch.allclose(found, logits, rtol=1e-3, atol=1e-3):
                 return layer
     return None

@@ -299,6 +299,8 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
     if isinstance(network, Student):
         return _backbone_of(network, argument)
     if isinstance(network, Backbone):
+        if argument == "teacher":
+            network.check_trained(argument)
         return network
     if isinstance(network, (str, Path)):
         return load_backbone(str(network), argument=argument, teacher=teacher)

@@ -9,7 +9,7 @@ import torch
 import torchvision
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModel, TimmWrapperModel
+from transformers import AutoModel, TimmWrapperModel, ViTForImageClassification
 
 import tests.helpers.runs as h
 from coss_hf import Backbone, Student, embed, load_backbone
@@ -18,6 +18,7 @@ from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.from_module import read_defaults
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.trainer.fsdp import unshare
+from coss_hf.trainer.inputs import as_backbone
 from tests.helpers.modules import FORMS, INPUT, encoder, torchvision_resnet
 
 IMAGES = h.colour_images(3, 5)[0]
@@ -109,9 +110,25 @@ def test_a_pooler_that_no_checkpoint_has_is_not_read_inside_a_module(networks):
     backbone = Backbone.from_module(Wrapper(vit), size=16, mean=0.5, std=0.5)
     assert backbone.pooling == "cls" and "module.network.pooler.dense.weight" in backbone.missing
     with pytest.raises(ValueError, match=r"lacks weights.*module\.network\.pooler.*such as last_hidden_state"):
-        Backbone.from_module(Wrapper(vit, "pooler_output"), size=16, mean=0.5, std=0.5)
+        Backbone.from_module(Wrapper(vit, "pooler_output"), size=16, mean=0.5, std=0.5, argument="teacher")
     nn.init.normal_(vit.pooler.dense.bias)  # trained since
     assert Backbone.from_module(Wrapper(vit), size=16, mean=0.5, std=0.5).pooling == "pooler"
+
+
+def test_new_layers_inside_a_module_are_refused_for_a_teacher_alone(networks, caplog):
+    """A student with a new output layer, which the training trains, was refused as if its checkpoint was incomplete."""
+    options = {"num_labels": 7, "ignore_mismatched_sizes": True}
+    module = Wrapper(ViTForImageClassification.from_pretrained(networks.vit, **options), "logits")
+    teacher = load_backbone(networks.teacher)
+    caplog.clear()
+    assert as_backbone(module, "student", teacher).dim == 7
+    assert "lacks weights" not in caplog.text
+    backbone = Backbone.from_module(module, size=16, mean=0.5, std=0.5)
+    assert "is a student alone: the checkpoint lacks weights" in caplog.text
+    assert as_backbone(backbone, "student") is backbone
+    for given in (module, backbone):
+        with pytest.raises(ValueError, match="^--teacher=Wrapper .*lacks weights.*classifier"):
+            as_backbone(given, "teacher", teacher)
 
 
 def test_torchvision_without_its_classifier_and_with_the_input_of_its_weights():

@@ -108,6 +108,14 @@ def test_a_network_in_memory_has_the_classifier_that_it_carries(networks):
     retrained = ViTForImageClassification.from_pretrained(networks.vit)
     nn.init.normal_(retrained.classifier.weight)
     assert torch.equal(find_classifier(as_backbone(retrained, "teacher")).weight, retrained.classifier.weight)
+    moved = as_backbone(retrained, "teacher")
+    moved.model.to(torch.bfloat16).train()
+    retrained.vit.embeddings.dropout.p = 0.9
+    weight = retrained.classifier.weight.bfloat16().float()
+    assert torch.equal(find_classifier(moved).weight, weight), "dropout of a network in training mode"
+    assert retrained.classifier.weight.dtype == torch.float32, "the user's network stays as it is"
+    assert moved.model.training
+    retrained.vit.float()
     retrained.classifier = nn.Sequential(nn.ReLU(), nn.Linear(16, 4))
     for unlike in (retrained, network.vit):  # of other features; alone
         assert find_classifier(as_backbone(unlike, "teacher")) is None
