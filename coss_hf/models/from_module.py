@@ -109,6 +109,17 @@ def _missing_inside(module: nn.Module) -> set[str]:
     return missing
 
 
+def refuse_untrained(backbone: Backbone, argument: str) -> None:
+    """Refuse a backbone as a teacher whose module has new layers that were not trained since it was made.
+
+    Raises:
+        ValueError: names of their weights, and the remedy.
+    """
+    if backbone.untrained:
+        backbone.untrained = backbone.untrained & _missing_inside(backbone.model.module)
+    backbone.check_trained(argument)
+
+
 def load_module(
     name: str,
     weights: str,

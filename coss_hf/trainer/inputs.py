@@ -22,7 +22,7 @@ from coss_hf.evaluation.evaluator import Evaluator, sample
 from coss_hf.hub.student import Student
 from coss_hf.models.architecture import is_trained
 from coss_hf.models.backbone import Backbone, vision_tower
-from coss_hf.models.from_module import backbone_from_module
+from coss_hf.models.from_module import backbone_from_module, refuse_untrained
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.models.modules import module_name
 from coss_hf.models.towers import ProjectedTower
@@ -300,7 +300,7 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
         return _backbone_of(network, argument)
     if isinstance(network, Backbone):
         if argument == "teacher":
-            network.check_trained(argument)
+            refuse_untrained(network, argument)
         return network
     if isinstance(network, (str, Path)):
         return load_backbone(str(network), argument=argument, teacher=teacher)

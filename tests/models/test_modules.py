@@ -129,6 +129,8 @@ def test_new_layers_inside_a_module_are_refused_for_a_teacher_alone(networks, ca
     for given in (module, backbone):
         with pytest.raises(ValueError, match="^--teacher=Wrapper .*lacks weights.*classifier"):
             as_backbone(given, "teacher", teacher)
+    nn.init.normal_(module.network.classifier.bias)  # trained since
+    assert as_backbone(backbone, "teacher") is backbone
 
 
 def test_torchvision_without_its_classifier_and_with_the_input_of_its_weights():
