@@ -27,10 +27,11 @@ from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.distillation_model import loss_argument, losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.inputs import view_size
-from coss_hf.trainer.reloading import check_processor, check_saving
+from coss_hf.trainer.reloading import check_before_training
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import first_line, parameter_names
+from coss_hf.utils.process_group import Processes
 
 STEPS = 100  # of the schedule that is tried
 
@@ -65,7 +66,6 @@ def rehearse(
     if args.teacher_cache:
         maps = reads_maps(student, teacher, losses_of(args, criterion))
         check_cached(args.teacher_cache, loss_argument(args, criterion), view_epochs=args.view_epochs, reads_maps=maps)
-    check_processor(student)
     short = short_arguments(args)
     # What changes a network in place must not change the teacher, which is not a copy; nor has the loss any totals.
     short.dry_run = True  # looks for the Hub's repository without creating it: the images may yet be refused
@@ -86,7 +86,9 @@ def rehearse(
     is_sharded = bool(args.fsdp) or args.deepspeed_plugin is not None  # loading can leave weights empty
     if not is_sharded:
         copied.model.to(args.device)  # some kernels of attention need it
-    check_saving(copied, copies=not is_sharded)
+    with Processes().together():
+        if args.process_index == 0:  # each copy takes space on the disk
+            check_before_training(copied, copies=not is_sharded)
     views = noise_views(short, args.augmentation, view_size(args, student, teacher))
     before = next(teacher.model.parameters()).device
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))

@@ -3,7 +3,9 @@
 That of a plain module is loaded into a copy of it at random weights: only its owner can build another.
 """
 
+import errno
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from coss_hf.models.loading import quiet_loading
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
 from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_output, settled
 from coss_hf.models.pooling import pool
-from coss_hf.models.saving import save_network, save_processor
+from coss_hf.models.saving import save_network
 from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import command_to, first_line, first_names, get_logger
 
@@ -36,6 +38,9 @@ IMAGES = 4
 # Largest difference to the embeddings, relative to their norm: other kernels may compute them after a reload.
 TOLERANCE = 1e-2
 HALF_TOLERANCE = 5e-2
+# Transformers keeps code that it loads for good, by the name of the folder that it was in.
+SCRATCH = "coss_hf_student"
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_COPIED = 50_000_000  # numbers in a student that is saved and loaded before it is trained, in half a second
 
 
@@ -44,9 +49,11 @@ class NotReloadable(RunStopped):
 
     Attributes:
         problem: what does not load, or differs, without the folder and the remedy.
+        remedy: what to do about it before the training; empty where the kind of student says it.
     """
 
     problem = ""
+    remedy = ""
 
 
 def check_processor(student: Backbone) -> None:
@@ -58,13 +65,15 @@ def check_processor(student: Backbone) -> None:
     images = [noise_image(60, 40), noise_image(40, 60)]
     expected = student.preprocess(images)
     kind = type(student.processor).__name__
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch() as folder:
         try:
             with quiet_loading():
                 student.model.config.save_pretrained(folder)
                 student.processor.save_pretrained(folder)
                 found = _load_processor(folder)(images, return_tensors="pt")["pixel_values"].float()
         except Exception as error:  # processors of any origin fail in any way
+            if _disk_is_full(error):
+                raise
             raise ValueError(
                 f"--student: its image processor ({kind}) cannot be loaded once it is saved ({first_line(error)}); "
                 f"give the student a preprocessor_config.json of a class of Transformers."
@@ -94,11 +103,25 @@ def check_reload(
     _check_folder(folder, student, head, _readable(train, column))
 
 
+def check_before_training(student: Backbone, copies: bool = True) -> None:
+    """``check_processor`` and ``check_saving``; a disk that is full is no fault of the student."""
+    try:
+        check_processor(student)
+        check_saving(student, copies)
+    except OSError as error:
+        if not _disk_is_full(error):
+            raise
+        logger.warning(
+            "No space in %s (%s): whether the student loads once it is saved is not checked before the training.",
+            *(tempfile.gettempdir(), first_line(error)),
+        )
+
+
 def check_saving(student: Backbone, copies: bool = True) -> None:
     """Save a student that is yet to be trained to a temporary folder, and check that as the run's folder at its end.
 
     A student of many parameters is not copied: the names of its weights are compared with those that its configuration
-    gives.
+    gives. Its image processor is left to ``check_processor``.
 
     Args:
         student: its configuration gets the entries of a saved one.
@@ -106,31 +129,58 @@ def check_saving(student: Backbone, copies: bool = True) -> None:
 
     Raises:
         ValueError: what would not load, or differ, and the remedy.
+        OSError: the disk is full.
     """
     size = sum(tensor.numel() for tensor in student.model.state_dict().values())
-    with tempfile.TemporaryDirectory() as folder:
+    with _scratch() as folder:
         try:
             if copies and size <= MOST_COPIED and shutil.disk_usage(folder).free > 8 * size:
                 with _step(folder, "saving it"):
                     save_network(student, folder)
-                    save_processor(student.processor, folder)
-                _check_folder(folder, student, None, [noise_image(60, 40)])
+                pixels = student.preprocess([noise_image(60, 40)])
+                _check_network(folder, student, None, pixels, pixels)
             elif not isinstance(student.model, ModuleNetwork):
                 _check_names_of_config(folder, student)
         except NotReloadable as error:
+            if _disk_is_full(error.__cause__):
+                raise OSError(errno.ENOSPC, error.problem) from error
             raise ValueError(
-                f"--student={student.name} would not load once it is saved: {error.problem}. Correct its config to the "
-                f"layers that it has, merge adapters into its weights, or give it as Backbone.from_module(student, "
-                f"size=, mean=, std=)."
+                f"--student={student.name} would not load once it is saved: {error.problem}. "
+                f"{error.remedy or _usual_remedy(student)}"
             ) from error
+
+
+def _usual_remedy(student: Backbone) -> str:
+    if isinstance(student.model, ModuleNetwork):
+        return "Give a module whose state_dict() holds all that its output depends on, and takes it back."
+    as_module = "give it as Backbone.from_module(student, size=, mean=, std=)."
+    config = student.model.config
+    if not backbone_classes(config) and not getattr(config, "auto_map", None):
+        return "G" + as_module[1:]
+    return f"Correct its config to the layers that it has, merge adapters into its weights, or {as_module}"
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, SCRATCH)
+        folder.mkdir()
+        yield str(folder)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a disk without space is the reason of an error; safetensors has its number in the text alone."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return (int(found[1]) if found else getattr(error, "errno", None)) in DISK_IS_FULL
 
 
 def _check_names_of_config(folder: str | Path, student: Backbone) -> None:
     """Compare names and shapes of the weights with those of the network that ``AutoModel`` builds, without storage."""
-    student.model.config.save_pretrained(folder)
+    with _step(folder, "saving its config"):
+        student.model.config.save_pretrained(folder)
     if getattr(student.model.config, "auto_map", None):
         return  # its code is in no folder yet
-    with _step(folder, "AutoModel.from_pretrained"):
+    with _step(folder, "AutoConfig.from_pretrained"):
         config = AutoConfig.from_pretrained(folder)
     if not backbone_classes(config):
         raise _failed(folder, f"AutoModel does not load a {type(student.model).__name__}")
@@ -153,7 +203,11 @@ def _check_names(folder: str | Path, student: Backbone, missing: set[str], unexp
     if missing or unexpected:
         parts = [("lacks", missing), ("alone has", unexpected)]
         listed = " and ".join(f"{verb} {first_names(sorted(names))}" for verb, names in parts if names)
-        raise _failed(folder, f"its structure is not that of its config.json: it {listed}")
+        error = _failed(folder, f"its structure is not that of its config.json: it {listed}")
+        if student.pooling == "pooler" and unexpected and not missing and all("pooler" in name for name in unexpected):
+            # A classifier's own, as that of Data2Vec; networks that are loaded by name have none.
+            error.remedy = "AutoModel builds no such pooler: give Backbone(student, processor, pooling='mean')."
+        raise error
 
 
 def _check_folder(
@@ -164,6 +218,13 @@ def _check_folder(
         processor = _load_processor(folder)
         pixels = processor(images, return_tensors="pt")["pixel_values"].float()
     _compare(folder, "pixels of its image processor", pixels, student_pixels, TOLERANCE)
+    _check_network(folder, student, head, pixels, student_pixels)
+
+
+def _check_network(
+    folder: str | Path, student: Backbone, head: torch.nn.Module | None, pixels: Tensor, student_pixels: Tensor
+) -> None:
+    """Compare what the folder's network gives for ``pixels`` with what the student gives for its own."""
     loader = "load_state_dict" if isinstance(student.model, ModuleNetwork) else "AutoModel.from_pretrained"
     with _step(folder, loader):
         model = _load_model(folder, student)

@@ -4,6 +4,7 @@ A random student of Transformers with a teacher of timm once ended with exit cod
 that ``AutoImageProcessor``, ``coss_hf.embed``, ``Student.from_pretrained`` and the card's own snippet all failed.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,6 +20,8 @@ from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModel,
+    Data2VecVisionConfig,
+    Data2VecVisionForImageClassification,
     TimmWrapperImageProcessor,
     ViTConfig,
     ViTForImageClassification,
@@ -28,14 +32,17 @@ import coss_hf
 import tests.helpers.networks as n
 import tests.helpers.runs as h
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.cifar import CifarResNetConfig, CifarResNetModel
 from coss_hf.models.image_processor import noise_image, transformers_processor
 from coss_hf.models.loading import load_backbone
+from coss_hf.trainer import rehearsal
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.checkpointing import load_student
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.rehearsal import rehearse
-from coss_hf.trainer.reloading import MOST_COPIED, NotReloadable, check_saving
+from coss_hf.trainer.reloading import MOST_COPIED, NotReloadable, check_before_training, check_saving
 from coss_hf.trainer.training_args import DistillationArguments
+from tests.helpers.modules import INPUT, encoder
 
 TIMM = {"input_size": (3, 32, 32), "crop_pct": 0.875, "interpolation": "bicubic", "mean": [0.4] * 3, "std": [0.2] * 3}
 VIT = [
@@ -197,7 +204,7 @@ NOT_OF_ITS_CONFIG = {
     ),
     "adapters": (lambda: with_adapters(ViTModel), "it lacks .*q_proj.* and alone has .*q_proj.base"),
     "adapters in a classifier": (lambda: with_adapters(ViTForImageClassification), "it lacks .*q_proj"),
-    "unknown class": (lambda: Unregistered(UnregisteredConfig(**n.SMALL)), "AutoModel"),
+    "unknown class": (lambda: Unregistered(UnregisteredConfig(**n.SMALL)), "unregistered"),
 }
 
 
@@ -227,6 +234,61 @@ def test_weights_that_are_not_finite_are_no_matter_of_the_structure(networks):
     student = load_backbone(networks.small)
     nn.init.constant_(next(student.model.parameters()), float("nan"))
     check_saving(student)  # the loss says so
+
+
+def test_remedies_name_what_helps():
+    """Each student was told to correct its config, or to be given as the module that it was."""
+    pooled = Data2VecVisionForImageClassification(Data2VecVisionConfig(**n.SMALL))
+    with pytest.raises(ValueError, match=r"alone has pooler\.layernorm[^.]*\..* pooling='mean'\)\.$"):
+        check_saving(Backbone(pooled, n.half()))
+    check_saving(Backbone(pooled, n.half(), pooling="mean"))
+    module = encoder()
+    module.load_state_dict = lambda *args, **options: 1 / 0
+    with pytest.raises(ValueError, match=r"load_state_dict fails .*\. Give a module whose state_dict\(\) holds"):
+        check_saving(Backbone.from_module(module, **INPUT))
+    with pytest.raises(ValueError, match=r"fails .*\. Give it as Backbone\.from_module"):
+        check_saving(Backbone(Unregistered(UnregisteredConfig(**n.SMALL)), n.half()))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left"), RuntimeError("I/O error: No space left on device (os error 28)")]
+)
+def test_a_full_disk_is_no_fault_of_the_student(networks, monkeypatch, caplog, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr("coss_hf.trainer.reloading.save_network", fail)
+    check_before_training(load_backbone(networks.small))
+    assert "is not checked before the training" in caplog.text
+
+
+def test_only_the_first_process_copies_the_student(tmp_path, networks, monkeypatch):
+    checked = []
+    monkeypatch.setattr(rehearsal, "check_before_training", lambda *args, **options: checked.append(1))
+    monkeypatch.setattr(rehearsal, "try_trainer", lambda *args: None)
+    for rank in (0, 1):
+        args = DistillationArguments(str(tmp_path / "out"), use_cpu=True)
+        monkeypatch.setattr(DistillationArguments, "process_index", rank)
+        rehearse(load_backbone(networks.small), load_backbone(networks.teacher).freeze(), args)
+    assert checked == [1]
+
+
+@pytest.mark.parametrize("most", [0, MOST_COPIED])
+def test_the_check_leaves_nothing_behind(tmp_path, monkeypatch, capfd, most):
+    """Each run left a folder of the project's code in the cache of modules, and told where a config was saved."""
+    monkeypatch.setattr("coss_hf.trainer.reloading.MOST_COPIED", most)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    transformers.logging.set_verbosity_info()
+    try:
+        for _ in range(2):
+            check_saving(Backbone(CifarResNetModel(CifarResNetConfig(depth=8)), n.half()))
+            check_saving(Backbone(n.build("vit"), n.half()))
+    finally:
+        transformers.logging.set_verbosity_warning()
+    assert "saved in" not in capfd.readouterr().err
+    cached = [path.name for path in tmp_path.glob("transformers_modules/*/")]
+    assert set(cached) - {"__pycache__"} <= {"coss_hf_student"}
 
 
 # ---- the check after the last save ----
