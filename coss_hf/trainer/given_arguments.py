@@ -101,7 +101,10 @@ def recording_derived(args: TrainingArguments, derived: dict[str, tuple] | None)
     """Around ``__post_init__``, which derives arguments from others: keep what was given in ``args.derived``.
 
     ``dataclasses.replace`` makes new arguments of the values of others. Those that were derived must not count as
-    given: they follow from what is replaced, too.
+    given: they follow from what is replaced, too. ``dataclasses.replace`` does not say which values it was given, so
+    numbers and texts that are derived become objects of their own, by which they are known. Of True, False, None and
+    members of enumerations Python has one object each: where one that ``dataclasses.replace`` is given is the derived
+    one, it counts as derived. Assign such a value to the arguments afterwards.
 
     Args:
         args: that are made.
@@ -117,7 +120,22 @@ def recording_derived(args: TrainingArguments, derived: dict[str, tuple] | None)
     before = {name: getattr(args, name) for name in names}
     yield
     changed = [name for name in names if getattr(args, name) is not before[name]]
+    for name in changed:
+        setattr(args, name, _as_own_object(getattr(args, name)))
     args.derived = {name: (before[name], getattr(args, name)) for name in changed}
+
+
+class _Int(int):
+    """An integer that is an object of its own: Python shares small ones."""
+
+
+def _as_own_object(value):
+    """An equal number or text that nobody else has; of other kinds the same object."""
+    if type(value) is int:
+        return _Int(value)
+    if type(value) is float:
+        return float.fromhex(value.hex())
+    return "".join(list(value)) if type(value) is str else value
 
 
 def given(args: TrainingArguments) -> dict[str, object]:

@@ -8,7 +8,8 @@ from dataclasses import InitVar, dataclass, field
 import torch
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_pt_utils import AcceleratorConfig
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 
 from coss_hf.data.teacher_cache import DTYPES
 from coss_hf.data.transforms import AUGMENTATIONS
@@ -19,6 +20,7 @@ from coss_hf.trainer.default_settings import PAPER, SETTINGS
 from coss_hf.trainer.engine import check_engine
 from coss_hf.trainer.given_arguments import (
     ENGINE,
+    UNUSED,
     check_numbers,
     check_unused,
     given,
@@ -39,11 +41,12 @@ LESS_IS_BETTER = ("loss", "duplicates", "dead_dimensions")
 BY_METRIC = {SchedulerType.REDUCE_ON_PLATEAU: 10, SchedulerType.GREEDY: 10}
 
 # Arguments that Transformers makes members of enumerations of.
-SCHEDULES = {
+ENUMERATIONS = {
     "lr_scheduler_type": SchedulerType,
     "eval_strategy": IntervalStrategy,
     "logging_strategy": IntervalStrategy,
     "save_strategy": SaveStrategy,
+    "hub_strategy": HubStrategy,
 }
 
 # Not the others of transformers: they publish the state of the optimiser.
@@ -56,6 +59,10 @@ class DistillationArguments(TrainingArguments):
 
     Arguments that are None are left out: the trainer fills them, in its own copy, as ``settings`` says; see
     ``coss_hf.trainer.settings``.
+
+    ``dataclasses.replace`` derives again what was derived. It cannot tell True, False, None and members of enumerations
+    that it is given from the same ones that were derived: where you change, by the same call, what these follow from,
+    assign them to the new arguments instead, such as ``args.bf16 = False`` after ``settings="paper"`` became ``"auto"``.
     """
 
     output_dir: str = field(
@@ -335,6 +342,7 @@ class DistillationArguments(TrainingArguments):
 
     # What was derived, by name: what was given, and what took its place. ``dataclasses.replace`` hands it on.
     derived: InitVar[dict[str, tuple] | None] = None
+    _steps_of_images = None  # of `num_images`, once they are known: a trainer's arguments may go to another trainer
 
     @parameter_names()
     def __post_init__(self, derived):
@@ -375,12 +383,7 @@ class DistillationArguments(TrainingArguments):
         self._evaluate_by_default()
         if self.resume_from_checkpoint in ("false", "False", "none", "None"):
             self.resume_from_checkpoint = None
-        self._check_methods()
-        self._check_fixed_options()
-        self._check_lengths()
-        self._check_hub()
-        check_engine(self)
-        self._check_batch()
+        self._check_all()
         if self.settings == "auto":
             for name in left_out:
                 setattr(self, name, None)  # until the student and its images are known
@@ -448,20 +451,45 @@ class DistillationArguments(TrainingArguments):
     def for_training(self) -> "DistillationArguments":
         """Return a copy for a trainer, checked again: attributes may have been assigned since they were given.
 
+        What distillation asks of them is checked, as when they are made. What was derived from others, such as
+        ``mode`` of ``lr_scheduler_kwargs``, and what ``TrainingArguments`` checks by itself, is not done again.
+
         Raises:
             ValueError: a value that no distillation can use.
         """
         args = copy.copy(self)
-        for name, kind in SCHEDULES.items():
+        for name, kind in ENUMERATIONS.items():
             try:
                 setattr(args, name, kind(getattr(args, name)))
             except ValueError as error:
-                choices = ", ".join(one.value for one in kind)
+                choices = ", ".join(HUB_STRATEGIES if kind is HubStrategy else [one.value for one in kind])
                 raise ValueError(f"--{name}={getattr(args, name)!r} is unknown: choose one of {choices}.") from error
+        args._read_accelerator_config()
+        check_unused({name: value for name, value in given(args).items() if name in UNUSED})
         check_numbers(args)
-        args._check_methods()
-        args._check_fixed_options()
+        args._check_all()
         return args
+
+    def _read_accelerator_config(self) -> None:
+        """What was assigned in one of the forms in which it may be given."""
+        value = self.accelerator_config
+        if isinstance(value, AcceleratorConfig):
+            return
+        try:
+            read = AcceleratorConfig.from_json_file if isinstance(value, str) else lambda one: AcceleratorConfig(**one)
+            self.accelerator_config = read(value or {})
+        except Exception as error:  # of a file, or of names that it does not have
+            named = {"accelerator_config": value}
+            raise refused(named, ("accelerator_config",), "accelerate does not take this", error) from error
+
+    def _check_all(self) -> None:
+        """All that can be checked without images and networks, of values that are derived."""
+        self._check_methods()
+        self._check_fixed_options()
+        self._check_lengths()
+        self._check_hub()
+        check_engine(self)
+        self._check_batch()
 
     def check_criterion(self, criterion: nn.Module) -> None:
         """Check that a loss that is given as a module can do what these arguments ask of it.
@@ -494,7 +522,7 @@ class DistillationArguments(TrainingArguments):
             )
 
     def _check_lengths(self) -> None:
-        if self.num_images is not None and self.max_steps > 0:
+        if self.num_images is not None and self.max_steps > 0 and self.max_steps != self._steps_of_images:
             raise ValueError(f"--num_images={self.num_images} and --max_steps={self.max_steps}: give one of them.")
         if self.lr_milestones and sorted(self.lr_milestones) != list(self.lr_milestones):
             raise ValueError(f"--lr_milestones={self.lr_milestones} must rise.")
@@ -529,7 +557,7 @@ class DistillationArguments(TrainingArguments):
         """
         args = copy.copy(self)
         if args.num_images is not None:
-            args.max_steps = length.steps_for(args.num_images)
+            args.max_steps = args._steps_of_images = length.steps_for(args.num_images)
         if has_evaluator and args.eval_strategy != IntervalStrategy.NO:
             args.eval_on_start = True  # what training is compared with
         elif args.evaluates_by_default:

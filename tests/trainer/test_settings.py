@@ -199,6 +199,28 @@ def test_replaced_arguments_are_as_if_made_with_them(first, then):
     assert made.evaluates_by_default == expected.evaluates_by_default
 
 
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ({"per_device_train_batch_size": 500}, {"per_device_train_batch_size": 64, "eval_steps": 100}),
+        (
+            {"settings": "paper"},
+            {"settings": "auto", "dataloader_num_workers": 0, "warmup_steps": 0, "learning_rate": 0.05}
+            | {"max_grad_norm": 0.0, "weight_decay": 5e-4, "weight_decay_on": "all"},
+        ),
+        ({}, {"settings": "paper", "bf16": False}),
+    ],
+)
+def test_values_that_equal_derived_ones_count_as_given(first, then):
+    """Python shares small numbers and short texts, by which a given value was taken for the derived one."""
+    before = arguments(**first)
+    made = dataclasses.replace(before, **then)
+    assert {name: getattr(made, name) for name in then} == then
+    again = dataclasses.replace(made, seed=7)
+    assert {name: getattr(again, name) for name in then} == then
+    json.dumps(before.to_dict())
+
+
 def test_replaced_arguments_of_a_teachers_training():
     made = dataclasses.replace(TeacherArguments(use_cpu=True), save_steps=10)
     assert made.save_strategy == "steps"
@@ -222,13 +244,34 @@ def test_no_trackers_in_either_way():
         ("dataloader_drop_last", False, "^--dataloader_drop_last.*give set_dataloader drop_last=True"),
         ("method", "cos", "^--method='cos' is unknown"),
         ("seed", -1, "^--seed=-1"),
+        ("neighbors_k", 50, "^--neighbors_k=50 must lie between 0 and --neighbors_pool=31"),
+        ("per_device_train_batch_size", 1, "^--per_device_train_batch_size=1 .* at least 2"),
+        ("lr_milestones", [3, 1], "^--lr_milestones=.*must rise"),
+        ("num_images", 500, "^--num_images=500 and --max_steps=9: give one"),
+        ("hub_strategy", "all_checkpoints", "^--hub_strategy=all_checkpoints would publish"),
+        ("hub_strategy", "never", "^--hub_strategy='never' is unknown: choose one of end, every_save"),
+        ("label_smoothing_factor", 0.1, "^--label_smoothing_factor=0.1: distillation reads no labels"),
+        ("sync_batch_norm", True, "^--sync_batch_norm"),
+        ("accelerator_config", {"split_batches": True}, "^--accelerator_config: split_batches"),
+        ("accelerator_config", {"split": True}, "^--accelerator_config=.*split"),
     ],
 )
 def test_what_is_assigned_is_checked_by_the_trainer(name, value, message):
-    args = arguments()
+    args = arguments(max_steps=9)
     setattr(args, name, value)
     with pytest.raises(ValueError, match=message):
         args.for_training()
+
+
+def test_what_may_be_given_may_be_assigned(tmp_path):
+    """A dictionary had no attributes of a configuration."""
+    args = arguments(num_images=2_000)
+    args.accelerator_config = {"even_batches": False}
+    args.hub_strategy = "every_save"
+    made = args.for_training()
+    assert made.accelerator_config.even_batches is False and made.hub_strategy.value == "every_save"
+    resolved = made.resolved(made.run_length(1_000), has_evaluator=False, has_unused_parameters=False)
+    assert resolved.max_steps > 0 and resolved.for_training().max_steps == resolved.max_steps
 
 
 def test_a_schedule_may_be_assigned_by_name():
