@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import AutoModel, PreTrainedModel
 
 from coss_hf.features import Features
@@ -621,9 +622,22 @@ def _parameter_shapes(model: PreTrainedModel) -> list[tuple[str, torch.Size]]:
 
 def unfreeze(network: torch.nn.Module) -> None:
     """Undo ``Backbone.freeze`` of a network, or of one that it is a copy of; what was frozen before stays so."""
-    for module in network.modules():
-        for name in vars(module).pop(_FROZEN, ()):
-            module.get_parameter(name).requires_grad_(True)
+    for module, names in forget_freezing(network):
+        for name in names:
+            if parametrize.is_parametrized(module, name):  # since it was frozen
+                module.parametrizations[name].requires_grad_(True)
+            elif module._parameters.get(name) is not None:  # else the user took it away since
+                module._parameters[name].requires_grad_(True)
+
+
+def forget_freezing(network: torch.nn.Module) -> list[tuple[torch.nn.Module, list[str]]]:
+    """Leave a network as it is from now on: what is frozen in it after this was frozen by the user.
+
+    Returns:
+        Modules of which ``Backbone.freeze`` had frozen parameters, with the names of these.
+    """
+    modules = list(network.modules())
+    return [(module, vars(module).pop(_FROZEN)) for module in modules if _FROZEN in vars(module)]
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from transformers import set_seed
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
 from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared, summands
-from coss_hf.models.backbone import Backbone, unfreeze
+from coss_hf.models.backbone import Backbone, forget_freezing, unfreeze
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
 from coss_hf.models.pooler import pooler_output
@@ -43,6 +43,7 @@ class DistillationModel(nn.Module):
         # What the user or the network's own code has frozen stays so; a student may be a copy of a teacher, though.
         if not _is_trained(student):
             unfreeze(self.network)
+        forget_freezing(self.network)
         if not _is_trained(student):
             _train_head_alone(student, head)
         for name, parameter in self.network.named_parameters():
@@ -152,7 +153,8 @@ def _train_head_alone(student: Backbone, head: nn.Module | None) -> None:
     if head is None:
         raise ValueError(
             f"--student={student.name}: all its parameters are frozen, so that nothing would be trained; give one with "
-            f"parameters that are trained (student.requires_grad_(True)), or --head linear to train a head alone."
+            f"parameters that are trained (requires_grad_(True) of the network, which is backbone.model of a "
+            f"Backbone), or --head linear to train a head alone."
         )
     logger.info("All parameters of the student are frozen: its projection head is trained alone.")
 

@@ -22,10 +22,17 @@ def complete_optimizer(optimizer: torch.optim.Optimizer | None, scheduler, model
         model: what is trained.
 
     Raises:
-        ValueError: an optimizer of another network; or parameters that cannot be added to it, by their names.
+        ValueError: an optimizer of another network, or one that no training step can use; or parameters that cannot be
+            added to it, by their names.
     """
     if optimizer is None:
         return
+    if isinstance(optimizer, torch.optim.LBFGS):
+        # It takes further groups without an error, and steps by the first alone.
+        raise ValueError(
+            f"--optimizers: {type(optimizer).__name__} computes the loss several times in a step, and of one parameter "
+            f"group, which no training step does; give another, such as torch.optim.AdamW."
+        )
     _remove_added(optimizer)
     present = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.network.parameters() if parameter.requires_grad}

@@ -93,7 +93,7 @@ from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.trainer.weight_decay import matrices
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
-from coss_hf.utils.messages import for_reader, get_logger, on_command_line, parameter_names
+from coss_hf.utils.messages import first_line, for_reader, get_logger, on_command_line, parameter_names
 from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
@@ -389,7 +389,7 @@ class DistillationTrainer(Trainer):
         if wanted == "overlap10" and not waiting:
             return  # the default, which few images do not have
         names = self.evaluator.metric_names()
-        if self._loss_needs_embeddings_alone():
+        if self._loss_needs_embeddings_alone() and len(self.evaluator.test_images) >= args.world_size:
             names.append("loss")
         if wanted not in names:
             remedy = f"choose one of {', '.join(names)}"
@@ -467,6 +467,9 @@ class DistillationTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> TrainOutput:
         """Train the student, from the start or on from a checkpoint.
 
+        A second call is a run of its own, of the student as the first one left it. As in ``transformers.Trainer`` the
+        optimizer stays, with what it keeps of each parameter, and the schedule of the rate begins anew.
+
         Args:
             resume_from_checkpoint: see ``checkpoint_files.find_checkpoint``; default: that of ``args``.
             kwargs: as in ``transformers.Trainer``.
@@ -494,6 +497,7 @@ class DistillationTrainer(Trainer):
         self._take_recorded_settings(checkpoint)
         self.check_checkpoint(checkpoint)
         self._show_settings()
+        self._reset_measurements()
         state = None if checkpoint is None else read_state(checkpoint)
         if state is not None:
             if self.args.process_index == 0:
@@ -504,7 +508,6 @@ class DistillationTrainer(Trainer):
                 return self._load_finished_run(checkpoint)
         else:
             self._start_afresh(asked=resume_from_checkpoint)
-        self._reset_measurements()
         use_precision(self.args)
         self._position = self._position_in(checkpoint)
         self._keep_list_of_images(checkpoint)
@@ -524,7 +527,8 @@ class DistillationTrainer(Trainer):
         return result
 
     def _reset_measurements(self) -> None:
-        """What an earlier training of this trainer left: its record, its losses and its clock."""
+        """What an earlier training of this trainer left: its record, its losses, its clock and its count of views."""
+        self.teacher_images = 0
         self.record = {}
         self._recorded_in = set()
         self.monitor.reset()
@@ -1131,9 +1135,17 @@ class DistillationTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         try:
             super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:
+        except ValueError as error:  # of torch, before it loads anything
             if "parameter group" not in str(error):
                 raise
+            if self._given.optimizers[0] is not None:
+                raise ValueError(
+                    f"--resume_from_checkpoint={checkpoint}: there the optimizer has other parameter groups than the "
+                    f"{len(self.optimizer.param_groups)} of the optimizer that --optimizers gives, the last of which "
+                    f"may be the trainer's, for a projection head or what a loss learns ({first_line(error)}); give "
+                    f"an optimizer of the same groups, continue with the version of coss_hf that the run was begun "
+                    f"with (earlier ones added no group), or start afresh in another --output_dir."
+                ) from error
             raise ValueError(
                 f"--resume_from_checkpoint: in the run that is resumed weight decay was for other parameters than "
                 f"--weight_decay_on={self.args.weight_decay_on} names now; continue with the version of coss_hf "

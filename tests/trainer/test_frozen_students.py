@@ -40,6 +40,25 @@ def test_copies_of_a_teacher_are_trained(networks):
     assert not any(value.requires_grad for value in copied.model.parameters())
 
 
+def test_a_copy_that_was_trained_in_part_may_be_frozen_as_a_whole(networks):
+    """It was trained as a whole then: the mark of the teacher's freezing had stayed."""
+    copied = copy.deepcopy(load_backbone(networks.resnet).freeze())
+    next(copied.model.parameters()).requires_grad_(True)
+    assert len(build(copied)) == 1
+    copied.model.requires_grad_(False)
+    assert build(copied, torch.nn.Linear(16, 16)) == {"head.weight", "head.bias"}
+
+
+def test_layers_of_a_copy_may_be_changed(networks):
+    """An AttributeError named neither the student nor what to do."""
+    copied = copy.deepcopy(load_backbone(networks.vit).freeze())
+    layers = [module for module in copied.model.modules() if isinstance(module, torch.nn.Linear)]
+    layers[0].bias = None
+    torch.nn.utils.parametrizations.weight_norm(layers[1])
+    build(copied)
+    assert all(value.requires_grad for layer in layers[:2] for value in layer.parameters())
+
+
 def test_a_student_in_the_hand_does_not_stop_the_training(networks):
     """A callback that embeds by ``Student(trainer.student, trainer.model.head)`` froze what was trained."""
     backbone = load_backbone(networks.resnet)
@@ -57,6 +76,10 @@ def test_a_loaded_student_is_a_network_like_any_other(tmp_path, images, networks
     assert not any(value.requires_grad for value in student.parameters())
     again = make(networks.teacher, student, "again")
     assert again.arguments["student"] == str(tmp_path / "first")
-    assert trained(again) != trained(make(student, AutoModel.from_pretrained(networks.small), "from it"))
+    before = {name: value.clone() for name, value in again.student.model.named_parameters()}
+    again.train()
+    after = again.student.model.named_parameters()
+    assert any(not value.equal(before[name].to(value.device)) for name, value in after)
+    trained(make(student, AutoModel.from_pretrained(networks.small), "from it"))
     with pytest.raises(ValueError, match=r"^teacher is a Student with a projection head.*8 dim.*\(teacher\.backbone\)"):
         make(Student.from_pretrained(tmp_path / "from it"), networks.small, "headed")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from coss_hf import DistillationTrainer
+from coss_hf import DistillationArguments, DistillationTrainer
 from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.trainer.callbacks.console import ConsoleCallback
@@ -68,7 +68,10 @@ def test_a_second_training_of_a_trainer_is_a_run_of_its_own(make, tmp_path):
     assert checkpoints(tmp_path) == ["checkpoint-3", "checkpoint-4"]
     trainer.args.overwrite_output_dir = True
     trainer.args.max_steps = 2
+    optimizer = trainer.optimizer.optimizer
     trainer.train()
+    assert trainer.teacher_images == 16 and trainer.optimizer.optimizer is optimizer
+    assert trainer.state.log_history[0]["learning_rate"] == trainer.args.learning_rate
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-2"]
     assert all(line.get("images_per_second", 1) > 0 for line in trainer.state.log_history)
     trainer.save_model()
@@ -82,6 +85,14 @@ def test_a_best_student_needs_images_enough_for_its_metric(make, images, waiting
     """With fewer than 11 held-out images there was no best student, without a word."""
     with pytest.raises(ValueError, match="^metric_for_best_model=overlap10 .*waits for it: hold out 11 images"):
         make(eval_dataset=images.select(range(10)), **waiting)
+
+
+def test_the_loss_is_no_metric_of_fewer_images_than_processes(make, images, monkeypatch):  # noqa: F811
+    """Its evaluations have no eval_loss."""
+    trainer = make(eval_dataset=images.select(range(3)), metric_for_best_model="loss")
+    monkeypatch.setattr(DistillationArguments, "world_size", 4)
+    with pytest.raises(ValueError, match="^--metric_for_best_model=loss is not measured"):
+        trainer._check_evaluations()
 
 
 def test_a_dry_run_trains_nothing(make, tmp_path, capsys):
