@@ -62,7 +62,7 @@ class DistillationArguments(TrainingArguments):
 
     ``dataclasses.replace`` derives again what was derived. It cannot tell True, False, None and members of enumerations
     that it is given from the same ones that were derived: where you change, by the same call, what these follow from,
-    assign them to the new arguments instead, such as ``args.bf16 = False`` after ``settings="paper"`` became ``"auto"``.
+    assign them to the new arguments instead, such as ``args.bf16 = False`` where ``settings="paper"`` becomes auto.
     """
 
     output_dir: str = field(
