@@ -3,9 +3,7 @@
 That of a plain module is loaded into a copy of it at random weights: only its owner can build another.
 """
 
-import errno
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from coss_hf.models.modules import WEIGHTS_FILE, ModuleNetwork
 from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_output, settled
 from coss_hf.models.pooling import pool
 from coss_hf.models.saving import save_network
+from coss_hf.utils.disk import full_disk
 from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import command_to, first_line, first_names, get_logger
 
@@ -40,7 +39,6 @@ TOLERANCE = 1e-2
 HALF_TOLERANCE = 5e-2
 # Transformers keeps code that it loads for good, by the name of the folder that it was in.
 SCRATCH = "coss_hf_student"
-DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 MOST_COPIED = 50_000_000  # numbers in a student that is saved and loaded before it is trained, in half a second
 
 
@@ -72,8 +70,8 @@ def check_processor(student: Backbone) -> None:
                 student.processor.save_pretrained(folder)
                 found = _load_processor(folder)(images, return_tensors="pt")["pixel_values"].float()
         except Exception as error:  # processors of any origin fail in any way
-            if _disk_is_full(error):
-                raise
+            if full := full_disk(error):
+                raise full from error
             raise ValueError(
                 f"--student: its image processor ({kind}) cannot be loaded once it is saved ({first_line(error)}); "
                 f"give the student a preprocessor_config.json of a class of Transformers."
@@ -109,7 +107,7 @@ def check_before_training(student: Backbone, copies: bool = True) -> None:
         check_processor(student)
         check_saving(student, copies)
     except OSError as error:
-        if not _disk_is_full(error):
+        if full_disk(error) is None:
             raise
         logger.warning(
             "No space in %s (%s): whether the student loads once it is saved is not checked before the training.",
@@ -142,8 +140,8 @@ def check_saving(student: Backbone, copies: bool = True) -> None:
             elif not isinstance(student.model, ModuleNetwork):
                 _check_names_of_config(folder, student)
         except NotReloadable as error:
-            if _disk_is_full(error.__cause__):
-                raise OSError(errno.ENOSPC, error.problem) from error
+            if full := full_disk(error.__cause__):
+                raise full from error
             raise ValueError(
                 f"--student={student.name} would not load once it is saved: {error.problem}. "
                 f"{error.remedy or _usual_remedy(student)}"
@@ -166,12 +164,6 @@ def _scratch() -> Iterator[str]:
         folder = Path(parent, SCRATCH)
         folder.mkdir()
         yield str(folder)
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether a disk without space is the reason of an error; safetensors has its number in the text alone."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return (int(found[1]) if found else getattr(error, "errno", None)) in DISK_IS_FULL
 
 
 def _check_names_of_config(folder: str | Path, student: Backbone) -> None:
