@@ -782,7 +782,7 @@ def results_of(name: str) -> str:
     if not texts:
         return "No results of this method are kept in the repository."
     listed = "\n".join(f"* {text}" for text in texts)
-    return f"resnet56 to resnet20. A run so short shows how fast a method starts, not where it ends.\n\n{listed}"
+    return f"resnet56 to resnet20. Short runs show how fast a method starts, not where it ends.\n\n{listed}"
 
 
 def cifar10_result(name: str) -> str:
