@@ -16,6 +16,7 @@ GRACE = 15  # seconds to end in, once the main thread was told
 # processes, and the launcher passes it on.
 SAME_SIGNAL = 1.0
 SAME_SIGNAL_FROM_LAUNCHER = 4.0
+AGAIN = 0  # to the thread that reads signals: send the main thread the first one again
 
 
 class Ending:
@@ -44,7 +45,9 @@ class Ending:
         self._installed = False
         self._handlers: dict = {}
         self._hook: Callable = sys.excepthook
+        self._hook_of_ignored: Callable = sys.unraisablehook
         self._left = False
+        self._said = False
         self._came: float | None = None  # when the first signal did
         self._deadline: float | None = None
         self._wakeup = -1
@@ -70,6 +73,8 @@ class Ending:
         self._handlers = {number: signal.signal(number, self._handle) for number in NAMES}
         self._hook = sys.excepthook
         sys.excepthook = self._report
+        self._hook_of_ignored = sys.unraisablehook
+        sys.unraisablehook = self._ignored
 
     def uninstall(self) -> None:
         """Put back the handlers that were there before."""
@@ -78,6 +83,7 @@ class Ending:
         self._installed = False
         self._deadline = None
         sys.excepthook = self._hook
+        sys.unraisablehook = self._hook_of_ignored
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
@@ -86,6 +92,7 @@ class Ending:
         """Drop a signal that came before."""
         self.received = None
         self._left = False
+        self._said = False
         self._came = None
         self._deadline = None
 
@@ -109,8 +116,17 @@ class Ending:
     def _leave(self) -> None:
         if not self._left:  # a second one would interrupt the first one's way out
             self._left = True
-            self._say(f"{NAMES[self.received]}: ended. {self.remedy}")
+            self._say_end()
             raise SystemExit(128 + self.received)
+
+    def _ignored(self, unraisable) -> None:
+        """Python drops what is raised in ``__del__``, in callbacks of weak references and in those of its imports. A
+        signal that came there would do nothing: it is sent again, in a moment in which the callback has returned."""
+        if self.received is None or self.deferred or not isinstance(unraisable.exc_value, SystemExit):
+            self._hook_of_ignored(unraisable)
+            return
+        self._left = False
+        os.write(self._pipe[1], bytes([AGAIN]))
 
     def _report(self, kind, error, trace) -> None:
         """Instead of a traceback the end: a process that left first breaks what the others wait for, and their main
@@ -118,17 +134,20 @@ class Ending:
         if self.received is None or self.deferred:
             self._hook(kind, error, trace)
             return
-        if not self._left:
-            self._say(f"{NAMES[self.received]}: ended. {self.remedy}")
+        self._say_end()
         os._exit(128 + self.received)
 
     def _watch(self) -> None:
         """In a thread of its own, which a main thread that hangs cannot stop."""
         while True:
             ready, _, _ = select.select([self._pipe[0]], [], [], None if self._deadline is None else 0.2)
-            numbers = [number for number in os.read(self._pipe[0], 64) if number in NAMES] if ready else []
+            numbers = os.read(self._pipe[0], 64) if ready else b""
             if not self._installed:
                 continue
+            if AGAIN in numbers:
+                time.sleep(0.01)
+                signal.pthread_kill(threading.main_thread().ident, self.received)
+            numbers = [number for number in numbers if number in NAMES]
             for number in numbers:
                 if self._came is None:
                     self._start_grace(signal.Signals(number))
@@ -150,6 +169,11 @@ class Ending:
         for child in multiprocessing.active_children():
             child.terminate()
         os._exit(128 + self.received)
+
+    def _say_end(self) -> None:
+        if not self._said:
+            self._said = True
+            self._say(f"{NAMES[self.received]}: ended. {self.remedy}")
 
     @staticmethod
     def _say(text: str) -> None:

@@ -101,6 +101,17 @@ def test_error_caused_by_a_signal_prints_no_traceback():
     assert process.returncode == 130 and "Ctrl-C: ended. Give" in err and "Traceback" not in err
 
 
+def test_signal_during_a_callback_ends_the_command():
+    """Python ignored the end that was raised there, and the command continued."""
+    late = "class Late:\n def __del__(self): os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.05)\n"
+    process = start("Late(); time.sleep(60)", late)
+    _, err = process.communicate(timeout=10)  # less than the time of grace
+    assert err == "SIGTERM: ended. Give the same command again.\n"
+    assert process.returncode == 143
+    other = f"{late}Late.__del__ = lambda self: 1 / 0\n"
+    assert "ZeroDivisionError" in start("Late()", other).communicate(timeout=20)[1]
+
+
 def test_signal_during_the_last_step_ends_the_run_after_it():
     process = start("time.sleep(1); ENDING.deferred = False; ENDING.heed(); time.sleep(60)", "ENDING.deferred = True")
     process.send_signal(signal.SIGTERM)
