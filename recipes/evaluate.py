@@ -70,8 +70,8 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     test_images = splits.test or splits.validation
     if test_images is None:
         raise ValueError(
-            f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
-            f"of train with --validation_size."
+            f"--dataset {data.dataset} has no test split: give images that the student was not trained on, with "
+            f"--test_split or another --dataset; or, where its run held images out, as many with --validation_size."
         )
     if splits.test is None and data.holds_out_by_default:
         _warn_of_changed_images(models.student, splits)

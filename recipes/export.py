@@ -156,8 +156,8 @@ def run(data: DataArguments, args: ExportArguments) -> dict:
     test = splits.test or splits.validation
     if test is None:
         raise ValueError(
-            f"--dataset {data.dataset} has no test split: name one with --test_split, or hold images out "
-            f"of train with --validation_size."
+            f"--dataset {data.dataset} has no test split: give images that the student was not trained on, with "
+            f"--test_split or another --dataset; or, where its run held images out, as many with --validation_size."
         )
 
     def batches(rows: Dataset) -> DataLoader:

@@ -123,8 +123,7 @@ def few_images(images: int) -> str:
         return ""
     return (
         f"This is measured on {images:,} images alone, of which one is {100 / max(images, 1):.1f} points of an "
-        f"accuracy: "
-        f"hold out more with --validation_size."
+        f"accuracy: small differences mean nothing."
     )
 
 

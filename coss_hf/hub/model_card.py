@@ -12,8 +12,7 @@ from coss_hf.hub.export_folders import warn_of_stale_exports
 from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
-from coss_hf.models.backbone import Backbone
-from coss_hf.models.modules import ModuleNetwork
+from coss_hf.models.backbone import Backbone, class_name
 from coss_hf.utils.messages import get_logger
 
 logger = get_logger(__name__)
@@ -84,11 +83,11 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     )
     parts = [
         f"# {title}",
-        f"An image encoder that was distilled from {_link(teacher.name)} without labels, to embed images as its "
-        f"teacher does.",
+        f"An image encoder that was distilled from {_link(teacher.name)} without labels: its embeddings are "
+        f"to imitate those of its teacher.",
         "\n\n".join(record.get("verdict", [])),
         f"## Use\n\n{usage(subject)}",
-        f"## Training\n\n{_training(trainer, arguments, revision, sentence)}",
+        f"## Training\n\n{_training(trainer, arguments, record, revision, sentence)}",
         f"```\n{record['command']}\n```" if "command" in record else "",
         *_evaluation(record, folder),
         *_citations(trainer, arguments.get("dataset")),
@@ -147,7 +146,17 @@ def _link(name: str, prefix: str = "") -> str:
     return f"[{name}]({HUB}/{prefix}{name})" if on_hub(name) else f"`{name}`"
 
 
-def _training(trainer, arguments: dict, revision: str | None, licence: str) -> str:
+def _training_images(record: dict) -> str:
+    """How many images were seen again and again, and how many could not be decoded, as far as it is known."""
+    if record.get("train_images") is None:
+        return ""
+    counts = {"left out": record["bad_images"], "replaced by others": record["replaced_images"]}
+    damaged = [f"{len(names):,} {what}" for what, names in counts.items() if names]
+    undecoded = f"; {' and '.join(damaged)}, since they cannot be decoded" if damaged else ""
+    return f", of {record['train_images']:,} training images{undecoded}"
+
+
+def _training(trainer, arguments: dict, record: dict, revision: str | None, licence: str) -> str:
     """What the student was made from, as a table."""
     teacher = trainer.teacher
     student = trainer.student
@@ -162,21 +171,16 @@ def _training(trainer, arguments: dict, revision: str | None, licence: str) -> s
         "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
         "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
         "its licence": licence,
-        "student": f"{_class_of(student)}, {student.num_parameters():,} parameters, started from "
+        "student": f"{class_name(student.model)}, {student.num_parameters():,} parameters, started from "
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
         "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
         "head": head,
         "method": f"`{trainer.method}`, no labels",
         "dataset": images,
-        "images seen": f"{trainer.images_seen:,}",
+        "images seen": f"{trainer.images_seen:,}{_training_images(record)}",
     }
     rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
     return f"| | |\n|---|---|\n{rows}"
-
-
-def _class_of(student: Backbone) -> str:
-    network = student.model.module if isinstance(student.model, ModuleNetwork) else student.model
-    return type(network).__name__
 
 
 def _sample(record: dict) -> str:

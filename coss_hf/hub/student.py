@@ -11,13 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from coss_hf.data.decoding import decode
 from coss_hf.hub.export_folders import copy_exports, warn_of_stale_exports
 from coss_hf.hub.push import COMPANIONS, PushFailed, push
 from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.hub.snippets import Subject, renewed
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.embedding import embed
+from coss_hf.models.embedding import embed, read_path
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.models.saving import save_network, save_processor
@@ -157,7 +156,7 @@ class Student(nn.Module):
             if _are_pixels(images):
                 batch = images[start : start + batch_size]
             else:
-                batch = [_read(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+                batch = [read_path(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
             rows[start : start + len(batch)] = self.embed(batch, batch_size)
         return l2_normalize(rows) if normalize else rows
 
@@ -297,13 +296,3 @@ def _several(images):
 
 def _are_pixels(images) -> bool:
     return isinstance(images, Tensor) and images.is_floating_point()
-
-
-def _read(image, position: int):
-    """What ``embed`` takes: paths are decoded, everything else is left as it is."""
-    if not isinstance(image, (str, Path)):
-        return image
-    try:
-        return decode({"bytes": None, "path": str(image)})
-    except ValueError as error:
-        raise ValueError(f"images[{position}]: {error}") from error

@@ -353,14 +353,14 @@ class Backbone:
             raise ValueError(self._misfit(network, error, argument)) from error
         if hidden is None:
             raise ValueError(
-                f"{flag(argument)}={self.name}: {_class_name(self.model)} gives no last_hidden_state; give the "
+                f"{flag(argument)}={self.name}: {class_name(self.model)} gives no last_hidden_state; give the "
                 f"backbone alone, as AutoModel loads it."
             )
         return output
 
     def _other_inputs(self, network: PreTrainedModel, argument: str) -> str:
         """What the network reads instead of RGB images; empty where it reads those."""
-        given = f"{flag(argument)}={self.name}: {_class_name(network)}"
+        given = f"{flag(argument)}={self.name}: {class_name(network)}"
         needed = _inputs_besides_images(network)
         if needed:
             return (
@@ -388,7 +388,7 @@ class Backbone:
                 f"({first_line(error)}); give it as Backbone.from_module(module, size=...), of the size that it was "
                 f"built for."
             )
-        given = f"{flag(argument)}={self.name}: {_class_name(self.model)}"
+        given = f"{flag(argument)}={self.name}: {class_name(self.model)}"
         own = _trained_size(network)
         if own is not None and (own == self.size or not _takes_images(network, own, self.options)):
             return (
@@ -400,8 +400,12 @@ class Backbone:
         whole = patch is None or not (self.size[0] % patch[0] or self.size[1] % patch[1])
         trained = f" ({getattr(network.config, 'image_size', None)})" if own else ""
         stretch = " or use --interpolate_pos_encoding" if self.can_interpolate and not self.options else ""
+        if argument == "student" and own and own[0] == own[1]:
+            stretch += (
+                f", or with --student_init random build it so (--student_config_overrides image_size={self.size[0]})"
+            )
         return (
-            f"{flag(argument, 'size')}={size}: {_class_name(self.model)} ({self.name}) cannot take images of this "
+            f"{flag(argument, 'size')}={size}: {class_name(self.model)} ({self.name}) cannot take images of this "
             f"size ({first_line(error)}){'' if whole else f', of which its patches are {patch[0]}x{patch[1]} pixels'}"
             f"; give {flag(argument, 'size')} as it was trained{trained}{stretch}."
         )
@@ -418,7 +422,7 @@ class Backbone:
 
     def __repr__(self) -> str:
         return (
-            f"{self.name} ({_class_name(self.model)}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
+            f"{self.name} ({class_name(self.model)}): {self.size[0]}x{self.size[1]} pixels, pooling {self.pooling}, "
             f"embedding {self.dim}, {self.num_parameters():,} parameters"
         )
 
@@ -597,10 +601,15 @@ def _reads_videos(network: PreTrainedModel) -> bool:
     return bool(frames) or any(isinstance(module, torch.nn.Conv3d) for module in network.modules())
 
 
-def _class_name(network: nn.Module) -> str:
+def class_name(network: nn.Module) -> str:
+    """Name of a network's class, for messages and cards; of timm with its architecture."""
     if isinstance(network, ProjectedTower):
         return f"{type(network.tower).__name__} with projection"
-    return type(network.module if isinstance(network, ModuleNetwork) else network).__name__
+    if isinstance(network, ModuleNetwork):
+        return type(network.module).__name__
+    # One class has all networks of timm.
+    architecture = getattr(network.config, "architecture", None)
+    return f"{type(network).__name__} {architecture}" if isinstance(architecture, str) else type(network).__name__
 
 
 def _sides(value) -> tuple[int, int] | None:
@@ -670,7 +679,7 @@ def _reached(output: Tensor, names: dict[Tensor, str]) -> set[str]:
 
 def _layout(model: PreTrainedModel, output, size: tuple[int, int], argument: str) -> Layout:
     hidden = output.last_hidden_state
-    name = _class_name(model)
+    name = class_name(model)
     if hidden.dim() not in (3, 4):
         raise ValueError(f"{flag(argument)}: {name} gives features of shape {tuple(hidden.shape)}, not of images.")
     if len(hidden) != 2:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from coss_hf.data.decoding import upright_rgb
+from coss_hf.data.decoding import decode, upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
@@ -21,6 +21,10 @@ from coss_hf.utils.errors import NonFiniteEmbedding
 from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.vectors import rows_not_finite
 
+IMAGES = (
+    "give PIL images, paths, uint8 arrays (h, w, 3), uint8 tensors (3, h, w), or pixel values as one float tensor "
+    "(b, 3, h, w)"
+)
 NAMES_SHOWN = 5  # of images, in a message
 
 BAR_DELAY = 2  # seconds, below which no progress bar appears
@@ -42,8 +46,9 @@ def embed(
 
     Args:
         model: a `Backbone` (for many calls: it is prepared once), a network in memory, a Hub name or a folder.
-        images: PIL images of any mode, uint8 arrays ``(h, w, 3)`` or uint8 tensors ``(3, h, w)``, one or many, which
-            go through the full image processor; or a float tensor ``(b, 3, h, w)`` of pixel values, which does not.
+        images: PIL images of any mode, paths, uint8 arrays ``(h, w, 3)`` or uint8 tensors ``(3, h, w)``, one or many,
+            which go through the full image processor; or a float tensor ``(b, 3, h, w)`` of pixel values, which does
+            not.
         pooling: ``cls`` (class token), ``mean`` or ``gap`` (over positions), ``pooler`` (the network's own), or
             ``auto``: what was stored with the network (``config.embedding_pooling``), else by its architecture.
         processor: image processor; by default the one in the network's checkpoint.
@@ -56,8 +61,8 @@ def embed(
         The embeddings ``(b, d)``, of the network's dtype and on its device.
 
     Raises:
-        ValueError: images of another kind, no image processor, a network without this pooling or space, or one whose
-            embedding needs weights that its checkpoint did not contain.
+        ValueError: an image of another kind, or one that cannot be decoded; no image processor, a network without
+            this pooling or space, or one whose embedding needs weights that its checkpoint did not contain.
     """
     check_space(space, pooling, "")
     are_pixels = isinstance(images, Tensor) and images.is_floating_point()
@@ -119,9 +124,25 @@ def _prepare(
 
 
 def _as_images(images) -> list[Image.Image]:
-    if isinstance(images, Image.Image) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3):
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, (np.ndarray, Tensor)) and images.ndim == 3):
         images = [images]
-    return [_as_image(image) for image in images]
+    if not hasattr(images, "__iter__"):
+        raise ValueError(f"images: {_described(images)}; {IMAGES}.")
+    return [_as_image(read_path(image, i)) for i, image in enumerate(images)]
+
+
+def read_path(image, position: int):
+    """Decode an image that is given by its path; everything else is returned as it is.
+
+    Raises:
+        ValueError: a file that cannot be decoded, with its position.
+    """
+    if not isinstance(image, (str, Path)):
+        return image
+    try:
+        return decode({"bytes": None, "path": str(image)})
+    except ValueError as error:
+        raise ValueError(f"images[{position}]: {error}") from error
 
 
 def _as_image(image) -> Image.Image:
@@ -131,10 +152,7 @@ def _as_image(image) -> Image.Image:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
-    raise ValueError(
-        f"images: {_described(image)}; give PIL images, uint8 arrays (h, w, 3), uint8 tensors (3, h, w), or pixel "
-        f"values as one float tensor (b, 3, h, w)."
-    )
+    raise ValueError(f"images: {_described(image)}; {IMAGES}.")
 
 
 def _described(value) -> str:

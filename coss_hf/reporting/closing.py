@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from coss_hf.evaluation.diagnostics import evaluations, on_images
+from coss_hf.evaluation.diagnostics import evaluations, few_images, on_images
 from coss_hf.evaluation.tables import table
 from coss_hf.utils.messages import command_to
 
@@ -29,18 +29,25 @@ def closing_summary(
         in_python: whether it is for somebody who called the trainer, instead of a command.
     """
     results = record["results"]
-    blocks = ["No test or validation images: nothing was evaluated."]
+    blocks = []
     if results:
         blocks = [f"{table(results)}\n\nOverlap {on_images(record['evaluated_images'])}."]
-    elif record.get("problems"):
-        blocks = []  # the verdict begins with them
     if record["verdict"]:
-        blocks.append("\n".join(record["verdict"]))
+        blocks.append("\n".join([*record["verdict"], *_more_images(record)]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")
     lines = _use(str(output_dir), in_teacher_space, from_module, own_code)
     blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
     blocks.append(f"Push it to the Hub:\n    {'trainer.push_to_hub()' if in_python else _push(str(output_dir))}")
     return "\n\n".join(blocks)
+
+
+def _more_images(record: dict) -> list[str]:
+    if record.get("evaluated_images") is None:
+        return ["To evaluate the next run, hold images out of the training with --validation_size."]
+    if not few_images(record["evaluated_images"]):
+        return []
+    of_train = record["evaluated_on"] == "validation"
+    return ["To measure on more, hold out more with --validation_size." if of_train else "Give more test images."]
 
 
 def _use(output_dir: str, in_teacher_space: bool, from_module: bool, own_code: bool) -> list[str]:

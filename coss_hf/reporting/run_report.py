@@ -20,6 +20,7 @@ from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.utils.messages import for_reader
 
 FAILED = "It did not help"
+NOT_EVALUATED = "Not evaluated: no images were held out of the training, so that nothing shows whether it helped."
 PICTURES = (
     (
         "panel.png",
@@ -51,6 +52,8 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
     if monitored:
         raised = [*alarms(history, monitored, finished=True, gentle=is_gentle(trainer.args)).values()]
     verdict = [*problems, *summary(results, history, raised, evaluated, monitored)]
+    if evaluated is None:
+        verdict.append(NOT_EVALUATED)
     record = {
         "command": command(),
         "images_seen": trainer.images_seen,
@@ -60,8 +63,9 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
         "verdict": [for_reader(sentence) for sentence in verdict],
         "problems": [for_reader(sentence) for sentence in problems],
         "alarms": [for_reader(sentence) for sentence in raised],
-        "evaluated_on": "test" if splits.test is not None else "validation",
+        "evaluated_on": None if evaluated is None else "test" if splits.test is not None else "validation",
         "evaluated_images": evaluated,
+        "train_images": None if splits.train is None else len(splits.train),
         "watched_images": monitored,
         "bad_images": splits.bad_images,
         "replaced_images": trainer.train_dataset.replaced_names(),

@@ -246,6 +246,7 @@ class DataArguments(SearchOptions):
 
     # Whether images are held out where `validation_size` is not given, as a training does.
     holds_out_by_default = False
+    maybe_trained_on = ""  # why images that are held out of train now are perhaps no test of a student
 
     def follow(self, student: str, revision: str | None = None) -> "DataArguments":
         """Return a copy that holds out of train what the run that left ``student`` held out of this dataset.
@@ -261,7 +262,8 @@ class DataArguments(SearchOptions):
             ValueError: the run's record is there and cannot be read.
         """
         record = find_student_file(student, "run.json", revision)
-        given = read_json(record).get("arguments", {}) if record else {}
+        run = read_json(record) if record else {}
+        given = run.get("arguments", {})
         followed = copy.copy(self)
         other = any(given.get(key) != getattr(self, key) for key in ("dataset_name", "train_split"))
         other |= self.dataset_revision not in (None, given.get("dataset_revision"))
@@ -277,10 +279,16 @@ class DataArguments(SearchOptions):
         followed.holds_out_by_default = True
         if self.validation_size is None:
             followed.validation_size = given.get("validation_size")
+        elif "evaluated_on" in run and not run["evaluated_on"]:
+            followed.maybe_trained_on = (
+                f"--validation_size {self.validation_size:g}: {student} was trained on all images of "
+                f"{self.dataset}, those that are held out now among them: they do not show what it does on other "
+                f"images. Give images of a test split."
+            )
         elif self.validation_size != given.get("validation_size"):
-            logger.warning(
-                "--validation_size %g: %s was trained with %s, perhaps on some of what is held out now.",
-                *(self.validation_size, student, given.get("validation_size") or "the default"),
+            followed.maybe_trained_on = (
+                f"--validation_size {self.validation_size:g}: {student} was trained with "
+                f"{given.get('validation_size') or 'the default'}, perhaps on some of what is held out now."
             )
         return followed
 
@@ -320,7 +328,7 @@ class DataArguments(SearchOptions):
         validation_size = self.validation_size
         if validation_size is None and not (hold_out_by_default or self.holds_out_by_default):
             validation_size = 0
-        return load_images(
+        splits = load_images(
             images,
             name=self.dataset_name,
             revision=self.dataset_revision,
@@ -336,6 +344,9 @@ class DataArguments(SearchOptions):
             by_content=by_content,
             sample=sample,
         )
+        if self.maybe_trained_on and splits.test is None:
+            logger.warning("%s", self.maybe_trained_on)
+        return splits
 
     def _load_stream(self, images, evaluated: bool) -> ImageSplits:
         if not isinstance(images, (str, Path, IterableDataset, IterableDatasetDict)):

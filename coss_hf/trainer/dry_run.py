@@ -1,14 +1,18 @@
 """What a run will do, before it does it."""
 
+import math
 import time
 
 import torch
+from torch import nn
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.losses.registry import summands
 from coss_hf.models.backbone import evaluating
 from coss_hf.trainer.cached_teacher import cache_folder
 from coss_hf.trainer.inputs import DRY_RUN_SAMPLE
 from coss_hf.trainer.trainer import DistillationTrainer
+from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.memory import peak_resident_bytes
 from coss_hf.utils.units import duration, size_in_bytes
 
@@ -27,20 +31,18 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
     steps = args.max_steps if args.max_steps > 0 else round(args.num_train_epochs * trainer.length.steps_per_epoch)
     images = trainer.length.images_after(steps)
     size = trainer.train_dataset.size
-    head = "none" if trainer.model.head is None else str(trainer.model.head).replace("\n", " ")
     facts = {
         "teacher": repr(trainer.teacher),
         "student": repr(trainer.student),
-        "head": head,
-        "loss": f"{trainer.method}: {trainer.model.criterion!r}",
+        "head": _head(trainer.model.head),
+        "loss": f"{trainer.method}: {' + '.join(map(repr, summands(trainer.model.criterion)))}",
         "images": _images(splits),
         "bad images": _bad_images(splits, args.dry_run),
         "views": f"{size}x{size}, augmentation {args.augmentation}",
         "neighbours": _neighbors(trainer),
         "cache": _cache(trainer),
-        "step": f"{args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x {1 + args.neighbors_k} "
-        f"views x {args.world_size} processes x {args.gradient_accumulation_steps} accumulated",
-        "evaluation": _evaluation(trainer),
+        "step": _step(args),
+        "evaluation": _evaluation(trainer, steps),
         "length": f"{steps:,} steps, {images:,} images seen",
         "device": f"{args.device}, mixed precision: {trainer.accelerator.mixed_precision}",
     }
@@ -56,18 +58,35 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
     return "\n".join(lines)
 
 
+def _step(args: DistillationArguments) -> str:
+    processes = f"{args.world_size} process{'' if args.world_size == 1 else 'es'}"
+    return (
+        f"{args.images_per_step:,} images: {args.per_device_train_batch_size} anchors x {1 + args.neighbors_k} views x "
+        f"{processes} x {args.gradient_accumulation_steps} accumulated"
+    )
+
+
 def _images(splits: ImageSplits) -> str:
     counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     numbers = {name: f"{len(rows):,}" for name, rows in counts.items() if rows is not None}
     if splits.stream is not None:
         numbers["train"] = f"a stream of {splits.stream.rows.num_shards} shards"
     shown = ", ".join(f"{name} {number}" for name, number in numbers.items())
-    return f"{shown}; column {splits.image_column!r}, labels {splits.label_column!r} (evaluation only)"
+    labels = f"labels {splits.label_column!r} (evaluation only)" if splits.label_column else "without labels"
+    return f"{shown}; column {splits.image_column!r}, {labels}"
+
+
+def _head(head: nn.Module | None) -> str:
+    layers = [layer for layer in (head.modules() if head is not None else ()) if isinstance(layer, nn.Linear)]
+    if not layers:
+        return "none" if head is None else repr(head).replace("\n", " ")
+    numbers = [layers[0].in_features, *(layer.out_features for layer in layers)]
+    return f"{'linear' if len(layers) == 1 else 'mlp'}, {' -> '.join(f'{number:,}' for number in numbers)} numbers"
 
 
 def _bad_images(splits: ImageSplits, dry_run: bool) -> str:
     if not splits.bad_images:
-        return f"none among {DRY_RUN_SAMPLE} of each split, or all of a smaller one" if dry_run else ""
+        return f"none among those that were decoded, {DRY_RUN_SAMPLE} of each split at most" if dry_run else ""
     return f"{len(splits.bad_images)} left out: {', '.join(splits.bad_images[:5])}"
 
 
@@ -96,13 +115,18 @@ def _cache(trainer: DistillationTrainer) -> str:
     )
 
 
-def _evaluation(trainer: DistillationTrainer) -> str:
+def _evaluation(trainer: DistillationTrainer, steps: int) -> str:
     """On how many images the training is evaluated, and how often; or that it is not."""
     args = trainer.args
-    if trainer.evaluator is None or args.eval_strategy == "no":
-        return "no: without images held out of train (--validation_size) or with --eval_strategy no"
-    often = f"every {args.eval_steps:g} steps" if args.eval_strategy == "steps" else "after each epoch"
-    return f"on {len(trainer.evaluator.test_images):,} images held out of train, before the first step and {often}"
+    if trainer.evaluator is None:
+        return "none during training: no images are held out (--validation_size)"
+    if args.eval_strategy == "no":
+        return "none during training: --eval_strategy no"
+    often = "and after each epoch"
+    if args.eval_strategy == "steps":
+        interval = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
+        often = f"and every {interval:,g} steps" if interval <= steps else "alone"
+    return f"on {len(trainer.evaluator.test_images):,} images, before the first step {often}"
 
 
 def _measure(trainer: DistillationTrainer, size: int) -> tuple[float, float]:

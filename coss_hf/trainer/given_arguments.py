@@ -4,6 +4,8 @@ import contextlib
 import math
 from collections.abc import Iterator
 from dataclasses import MISSING, fields
+from functools import lru_cache
+from typing import get_args, get_type_hints
 
 import numpy as np
 from transformers import TrainingArguments
@@ -59,6 +61,7 @@ RANGES = {
     "per_device_eval_batch_size": (1, math.inf),
     "gradient_accumulation_steps": (1, math.inf),
     "dataloader_num_workers": (0, math.inf),
+    "neighbors_k": (0, math.inf),
     "head_hidden_size": (1, math.inf),
     "eval_bank_size": (1, math.inf),
     "eval_sample_size": (1, math.inf),
@@ -208,12 +211,32 @@ def check_unused(given: dict[str, object]) -> None:
             raise ValueError(f"--{name}={_text(value)}: {UNUSED[name]}; leave it out.")
 
 
+@lru_cache
+def _numbers(kind: type) -> tuple[str, ...]:
+    """Names of the fields of a dataclass that take numbers and no texts."""
+    hints = get_type_hints(kind)
+    kinds = {field.name: {hints[field.name], *get_args(hints[field.name])} for field in fields(kind)}
+    return tuple(name for name, found in kinds.items() if found & {int, float} and str not in found)
+
+
+def _yaml_number(text: str) -> str:
+    """How YAML reads it as a number, which takes 5e-4 for a text."""
+    try:
+        return f" (in YAML with a point, such as {float(text):.1e})" if "e" in text.lower() else ""
+    except ValueError:
+        return ""
+
+
 def check_numbers(args: TrainingArguments) -> None:
-    """Refuse numbers outside the range in which a training works.
+    """Refuse texts where numbers are expected, and numbers outside the range in which a training works.
 
     Raises:
         ValueError: the argument, its value and its range.
     """
+    for name in _numbers(type(args)):
+        value = getattr(args, name)
+        if isinstance(value, str):
+            raise ValueError(f"--{name}={value!r} is a text: give a number{_yaml_number(value)}.")
     for name, (least, most) in RANGES.items():
         value = getattr(args, name, None)
         if isinstance(value, (int, float)) and not least <= value <= most:

@@ -38,7 +38,7 @@ class HubPublisher:
         name = args.hub_model_id or Path(args.output_dir).absolute().name
         return check_repo(
             name,
-            "--hub_model_id" if args.hub_model_id else "--output_dir, without --hub_model_id,",
+            "--hub_model_id",
             token=token or args.hub_token,
             private=args.hub_private_repo if private is None else private,
             create=not args.dry_run,

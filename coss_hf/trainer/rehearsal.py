@@ -175,7 +175,8 @@ def _try_schedule(scheduler) -> None:
 def _quiet() -> Iterator[None]:
     """Without the warnings of a step that is made twice, and of objects that could not be made."""
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda unraisable: None
+    # The end of a command by a signal is one, too, see ``utils.ending``.
+    sys.unraisablehook = lambda one: hook(one) if isinstance(one.exc_value, SystemExit) else None
     try:
         with quiet_loading(), warnings.catch_warnings(action="ignore"):
             yield

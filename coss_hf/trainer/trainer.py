@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -1196,8 +1197,14 @@ class DistillationTrainer(Trainer):
         It always waits for the end of the upload. Returns the commit, on the first process.
 
         Raises:
+            ValueError: a repository in place of the message of the commit.
             PushFailed: the student is on disk; the message says how to push it.
         """
+        if commit_message and re.fullmatch(r"[\w.-]+/[\w.-]+", commit_message):
+            raise ValueError(
+                f"--commit_message={commit_message!r} looks like a repository: give that as --hub_model_id of the "
+                f"trainer's arguments."
+            )
         self.save_model(_internal_call=True)
         self._write_first_record(self.args.output_dir)
         if not self.is_world_process_zero():

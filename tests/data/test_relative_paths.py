@@ -43,6 +43,15 @@ def test_relative_paths_start_at_the_folder_of_the_table(tmp_path, form, struct)
     assert set(train.column_names) == {"number", "image", "text", "image_hash"} and train["number"][:] == [0, 1]
 
 
+def test_relative_paths_of_a_table_without_other_columns(tmp_path):
+    """They failed, since a table without columns has no rows."""
+    folder = write(tmp_path / "d", [], ["0.png", "1.png"])
+    pq.write_table(pa.table({"image": ["0.png", "1.png"]}), folder / "train.parquet")
+    train = load_images(str(folder / "train.parquet"), image_column="image").train
+    assert [decode(record).getpixel((0, 0))[0] for record in train["image"]] == [0, 1]
+    assert set(train.column_names) == {"image", "image_hash"}
+
+
 def test_folder_of_the_table_is_searched_before_the_current_folder(tmp_path):
     write(tmp_path / "elsewhere", [], ["0.png"])
     for expected in ("elsewhere", "d"):

@@ -94,6 +94,13 @@ def test_card_states_whether_distillation_helped(trainer, tmp_path):
     assert "embeds images as its teacher does" not in card
 
 
+def test_card_counts_damaged_images(trainer, tmp_path):
+    counts = {"train_images": 5000, "bad_images": ["a.png"], "replaced_images": ["b.png", "c.png"]}
+    trainer().create_model_card(record=RECORD | counts)
+    expected = "5,000 training images; 1 left out and 2 replaced by others, since they cannot be decoded |"
+    assert expected in (tmp_path / "out" / "README.md").read_text()
+
+
 @pytest.mark.parametrize("network", ["vit", "resnet"])
 def test_the_snippet_embeds_as_the_package(trainer, networks, network, tmp_path):
     run = trainer(student=getattr(networks, network))

@@ -253,7 +253,7 @@ def test_embed_reads_every_kind_of_image(backbone):
     "wrong, named",
     [
         ([], "0 images"),
-        ("cat.png", "str"),
+        (3, "int"),
         (np.zeros((4, 4, 3)), "float64"),
         (torch.zeros(3, 32, 32), r"\(3, 32, 32\) of torch.float32"),
         (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\)"),
@@ -263,6 +263,17 @@ def test_embed_reads_every_kind_of_image(backbone):
 def test_embed_rejects_values_other_than_images(wrong, named, backbone):
     with pytest.raises(ValueError, match=f"^images: .*{named}"):
         embed(backbone("resnet"), wrong)
+
+
+def test_embed_reads_paths(backbone, tmp_path):
+    resnet, pictures = backbone("resnet"), images()
+    paths = [str(tmp_path / "0.png"), tmp_path / "1.png"]
+    for picture, path in zip(pictures, paths, strict=False):
+        picture.save(path)
+    assert torch.equal(embed(resnet, paths), embed(resnet, pictures[:2]))
+    assert torch.equal(embed(resnet, paths[0]), embed(resnet, pictures[0]))
+    with pytest.raises(ValueError, match=r"^images\[1\]: image .*nothing\.png cannot be decoded"):
+        embed(resnet, [paths[0], tmp_path / "nothing.png"])
 
 
 def test_embed_needs_a_processor_for_images_only():

@@ -136,6 +136,7 @@ def test_a_network_of_timm(name, tmp_path):
         assert same(again.features(images).embedding, embedding)
         expected = network.timm_model.forward_head(network.timm_model.forward_features(images), pre_logits=True)
     assert isinstance(backbone.model, TimmWrapperModel) and same(embedding, expected.flatten(1))
+    assert f"(TimmWrapperModel {config.architecture})" in repr(backbone)
 
 
 # ---- families whose tokens stand elsewhere ----

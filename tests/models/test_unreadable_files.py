@@ -5,7 +5,9 @@ A student's broken ``preprocessor_config.json`` was once silently replaced by th
 
 import json
 import shutil
+from pathlib import Path
 
+import datasets
 import pytest
 import transformers.utils.hub
 from transformers import AutoModel
@@ -93,6 +95,22 @@ def test_what_is_followed_is_not_changed(tmp_path):
     followed = given.follow(str(tmp_path))
     assert followed.validation_size == 7 and followed.holds_out_by_default
     assert given.validation_size is None and not given.holds_out_by_default
+
+
+@pytest.mark.parametrize(
+    ("evaluated_on", "words"), [(None, "on all images of images,"), ("validation", "with 7, perhaps")]
+)
+def test_images_that_a_student_was_trained_on_are_no_test(tmp_path, image_parquet, caplog, evaluated_on, words):
+    """After a run that held nothing out the remedy led to training images, with a hint that some may be among them."""
+    run = {"arguments": {"dataset": "images", "validation_size": 7}, "evaluated_on": evaluated_on}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    followed = DataArguments(dataset="images", validation_size=8).follow(str(tmp_path))
+    split = datasets.load_dataset("parquet", data_files=str(Path(image_parquet, "train.parquet")), split="train")
+    with caplog.at_level("WARNING", logger="coss_hf"):
+        followed.load(datasets.DatasetDict(train=split, test=split))
+        assert caplog.messages == [], "the test split is measured"
+        followed.load(split)
+    assert words in caplog.text
 
 
 def test_unreadable_classifier_is_not_reported_as_absent(tmp_path):

@@ -141,11 +141,11 @@ def test_the_bank_during_training_is_drawn_from_all_classes(distill_command):
 def test_dry_run_resolves_everything_and_writes_nothing(distill_command, capsys):
     distill_command.run("--dry_run", neighbors_k=2, neighbors_pool=5)
     out = capsys.readouterr().out
-    for word in ("teacher ", "student ", "head ", "Linear", "neighbours  2 of the nearest 5", "2 steps", "estimate"):
+    for word in ("teacher ", "student ", "head ", "mlp, ", "neighbours  2 of the nearest 5", "2 steps", "estimate"):
         assert word in out, word
-    assert "evaluation  no: without images held out" in out
+    assert "evaluation  none during training: no images are held out (--validation_size)" in out
     distill_command.run("--dry_run", validation_size=8)
-    assert "evaluation  on 8 images held out of train, before the first step and every" in capsys.readouterr().out
+    assert "evaluation  on 8 images, before the first step alone" in capsys.readouterr().out
     assert not distill_command.out.exists() or not any(distill_command.out.iterdir())
 
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 import tests.helpers.runs as h
+from coss_hf.evaluation.diagnostics import few_images
 from coss_hf.losses import CoSSLoss
 from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.trainer.callbacks.console import clock, evaluation_line
@@ -82,6 +83,23 @@ def test_closing_summary_says_what_to_do_next(monkeypatch):
     assert "It learnt." in text and "runs/my-student/report.html" in text
     assert 'coss_hf.Student.from_pretrained("runs/my-student")' in text
     assert "coss-hf push runs/my-student --repo_id USER/my-student" in text
+
+
+@pytest.mark.parametrize(
+    ("images", "split", "expected"),
+    [
+        (None, None, "To evaluate the next run, hold images out of the training with --validation_size."),
+        (40, "validation", "To measure on more, hold out more with --validation_size."),
+        (40, "test", "Give more test images."),
+        (4000, "test", ""),
+    ],
+)
+def test_closing_summary_says_how_to_measure_on_more_images(images, split, expected):
+    """It said to hold more out of train where a test split was measured, and the card said so, too."""
+    record = {"results": {}, "verdict": ["It learnt."], "evaluated_images": images, "evaluated_on": split}
+    first = closing_summary("out", record, in_teacher_space=True).split("\n\n")[0]
+    assert first == f"It learnt.\n{expected}".strip()
+    assert "--" not in few_images(40) and few_images(4000) == ""
 
 
 def test_closing_summary_in_python_and_of_a_plain_module():

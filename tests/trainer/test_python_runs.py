@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from transformers import TrainerCallback
 from coss_hf import DistillationArguments, DistillationTrainer
 from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
+from coss_hf.reporting.run_report import NOT_EVALUATED
 from coss_hf.trainer.callbacks.console import ConsoleCallback
 from coss_hf.trainer.distillation_model import as_output
 from coss_hf.trainer.inputs import described, hub_dataset
@@ -100,6 +102,35 @@ def test_a_dry_run_trains_nothing(make, tmp_path, capsys):
     make(dry_run=True, neighbors_k=1, neighbors_pool=4).train()
     out = capsys.readouterr().out
     assert "estimate" in out and "1 of the nearest 4" in out and not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_dry_run_says_in_words_what_was_resolved(make, images, capsys):  # noqa: F811
+    make(dry_run=True, head="mlp", head_hidden_size=24, method="coss + rkd").train()
+    out = capsys.readouterr().out
+    assert re.search(r"\nhead        mlp, \d+ -> 24 -> \d+ numbers\n", out) and "x 1 process x" in out
+    assert "evaluation  none during training: no images are held out (validation_size)" in out
+    assert "SumLoss" not in out and "CoSSLoss(" in out and ") + RKDLoss(" in out
+    make(dry_run=True, eval_dataset=images.remove_columns("label"), eval_steps=100, max_steps=2).train()
+    assert "images, before the first step alone" in capsys.readouterr().out
+
+
+def test_a_repository_is_no_commit_message(make):
+    """`trainer.push_to_hub("me/student")` pushed to another name, with this as the message of its commit."""
+    with pytest.raises(ValueError, match="^commit_message='me/student' looks like a repository: .* hub_model_id"):
+        make().push_to_hub("me/student")
+
+
+def test_card_of_a_student_that_was_not_evaluated(make, tmp_path):
+    """Its card said that it embeds images as its teacher does, and nothing of what was not measured."""
+    run = make(max_steps=2)
+    run.train()
+    run.report()
+    card = (tmp_path / "out" / "README.md").read_text()
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["evaluated_on"] is None and record["evaluated_images"] is None
+    for text in (card, (tmp_path / "out" / "report.html").read_text()):
+        assert NOT_EVALUATED in text
+    assert f"images seen | {run.images_seen:,}, of {record['train_images']:,} training images |" in card
 
 
 def test_a_dry_run_measures_the_step_that_will_be_made(tmp_path, images, saved, capsys):  # noqa: F811
@@ -350,7 +381,7 @@ def test_train_and_report_end_with_what_to_do_next(make, images, capsys):  # noq
 def test_a_dry_run_names_parameters(make, capsys):
     make(dry_run=True).train()
     out = capsys.readouterr().out
-    assert "(validation_size) or with eval_strategy=" in out and "--" not in out
+    assert "held out (validation_size)" in out and "--" not in out
 
 
 def draws_from_all(image):

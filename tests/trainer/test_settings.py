@@ -233,6 +233,27 @@ def test_numbers_of_numpy_are_numbers():
     assert made == arguments(learning_rate=0.05, seed=3, lr_milestones=[1.0, 2.0]) and type(made.seed) is int
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "remedy"),
+    [
+        ("learning_rate", "5e-4", r"give a number \(in YAML with a point, such as 5.0e-04\)\.$"),
+        ("max_steps", "ten", "give a number\\.$"),
+        ("neighbors_k", "3", "give a number\\.$"),
+        ("logging_steps", "fast", "give a number\\.$"),
+    ],
+)
+def test_texts_are_no_numbers(name, text, remedy):
+    """YAML reads 5e-4 as a text: it was kept as the learning rate, and failed later without its name."""
+    with pytest.raises(ValueError, match=f"^{name}='{text}' is a text: {remedy}"):
+        arguments(**{name: text})
+
+
+def test_a_negative_number_of_neighbors_is_refused():
+    """-1 divided by zero."""
+    with pytest.raises(ValueError, match="^neighbors_k=-1: give 0 or more"):
+        arguments(neighbors_k=-1)
+
+
 def test_no_trackers_in_either_way():
     assert arguments(report_to=None) == arguments(report_to="none")
 
@@ -244,6 +265,7 @@ def test_no_trackers_in_either_way():
         ("dataloader_drop_last", False, "^--dataloader_drop_last.*give set_dataloader drop_last=True"),
         ("method", "cos", "^--method='cos' is unknown"),
         ("seed", -1, "^--seed=-1"),
+        ("neighbors_k", -1, "^--neighbors_k=-1: give 0 or more"),
         ("neighbors_k", 50, "^--neighbors_k=50 must lie between 0 and --neighbors_pool=31"),
         ("per_device_train_batch_size", 1, "^--per_device_train_batch_size=1 .* at least 2"),
         ("lr_milestones", [3, 1], "^--lr_milestones=.*must rise"),
