@@ -33,7 +33,7 @@ from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head
 from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.utils.messages import get_logger
+from coss_hf.utils.messages import check_present, get_logger
 from coss_hf.utils.paths import check_output_file
 
 logger = get_logger(__name__)
@@ -43,7 +43,7 @@ logger = get_logger(__name__)
 class EvaluationArguments:
     """Where the result goes, and how it is computed."""
 
-    output: str | None = field(default=None, metadata={"help": "JSON file to which the results are written."})
+    output: str | None = field(default=None, metadata={"help": "JSON file to which the results are written. Required."})
     seed: int | None = field(
         default=None, metadata={"help": "Seed of the random weights; default: that of the student's run, else 0."}
     )
@@ -61,9 +61,7 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     Raises:
         ValueError: any input that cannot be used.
     """
-    for name, value in (("student", models.student), ("output", args.output)):
-        if not value:
-            raise ValueError(f"--{name} is missing; see --help.")
+    check_present(teacher=models.teacher, student=models.student, dataset=data.dataset, output=args.output)
     check_output_file(args.output, "--output")
     data = data.follow(models.student, models.student_revision)
     splits = data.load()

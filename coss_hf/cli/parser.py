@@ -14,6 +14,32 @@ from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.utils.messages import command_line
 
+# What other libraries call an argument.
+OTHER_NAMES = {
+    "lr": "learning_rate",
+    "wd": "weight_decay",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "workers": "dataloader_num_workers",
+    "num_workers": "dataloader_num_workers",
+    "optimizer": "optim",
+    "scheduler": "lr_scheduler_type",
+    "loss": "method",
+    "k": "neighbors_k",
+    "num_neighbors": "neighbors_k",
+    "data": "dataset",
+    "data_dir": "dataset",
+    "train_dir": "dataset",
+    "dataset_path": "dataset",
+    "teacher_model": "teacher",
+    "student_model": "student",
+    "resume": "resume_from_checkpoint",
+    "output": "output_dir",
+}
+
 
 class _Parser(HfArgumentParser):
     def error(self, message: str):
@@ -52,10 +78,19 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
     argv = [expand_word(word) for word in argv]
     *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
     for word in unknown:
-        close = difflib.get_close_matches(word.lstrip("-").split("=")[0], known, n=2)
+        close = _meant(word.lstrip("-").split("=")[0], known)
         hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
         raise ValueError(f"{word} is no argument of this command.{hint}")
     return tuple(parsed)
+
+
+def _meant(name: str, known: set[str]) -> list[str]:
+    """Names of arguments that an unknown name may mean, the most likely first."""
+    if OTHER_NAMES.get(name) in known:
+        return [OTHER_NAMES[name]]
+    from coss_hf.trainer.given_arguments import UNUSED  # imports torch
+
+    return difflib.get_close_matches(name, {one for one in known if "-" not in one} - {*UNUSED}, n=2)
 
 
 def _answer_help(dataclass_types, argv: list[str]) -> None:
@@ -82,15 +117,16 @@ def _bare_resume(argv: list[str]) -> list[str]:
 
 def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
     """A YAML file as command-line words: typed and checked like them."""
-    words = []
-    for key, value in _read_yaml(path).items():
-        if key not in known or key == "config":
-            close = difflib.get_close_matches(str(key), known, n=2)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"--config {path[0]}: {key!r} is no argument of this command.{hint}")
-        if value is not None:
-            words += _words(key, value)
-    return words
+    content = _read_yaml(path)
+    wrong = [key for key in content if key not in known or key == "config"]
+    if wrong:
+        listed = ", ".join(
+            f"{key!r}" + (f" (did you mean {' or '.join(close)}?)" if (close := _meant(str(key), known)) else "")
+            for key in wrong
+        )
+        are = "is no argument" if len(wrong) == 1 else "are no arguments"
+        raise ValueError(f"--config {path[0]}: {listed} {are} of this command.")
+    return [word for key, value in content.items() if value is not None for word in _words(key, value)]
 
 
 def _read_yaml(path: list[str]) -> dict:

@@ -47,7 +47,7 @@ def resolve_paths(dataset: str, rows: Dataset, column: str, folders: list[str]) 
     encoded = pc.struct_field(records, "bytes").combine_chunks()
     feature = datasets.Image(decode=False)
     storage = pa.StructArray.from_arrays([encoded, pa.array(values, pa.string())], ["bytes", "path"])
-    if rows.column_names == [column]:  # without it `datasets` would forget the number of rows
+    if rows.column_names == [column]:  # without it `datasets` would lose the number of rows
         info = datasets.DatasetInfo(features=datasets.Features({column: feature}))
         return Dataset(pa.table({column: storage}), info, rows.split)
     return rows.remove_columns(column).add_column(column, storage, feature=feature)

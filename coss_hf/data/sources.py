@@ -182,7 +182,9 @@ def _load_matching(path: Path) -> Source:
         if suffix in SUFFIXES:
             raise ValueError(f"{file} is one image; give the folder of the images")
         if suffix != ".parquet":
-            raise ValueError(f"{file} is not a parquet file")
+            table = suffix in (".csv", ".json", ".jsonl")
+            hint = "; put it as metadata" + suffix + " into the folder of its images, and give that" if table else ""
+            raise ValueError(f"{file} is not a parquet file{hint}")
     return _load_parquet(files, str(path))
 
 

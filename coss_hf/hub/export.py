@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from coss_hf.evaluation.agreement import neighbor_overlap
@@ -23,12 +23,14 @@ from coss_hf.hub.export_openvino import OPENVINO_FILE, open_openvino, openvino_p
 from coss_hf.hub.student import Student
 from coss_hf.models.embedding import BAR_DELAY
 from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.utils.messages import first_line
 from coss_hf.utils.packages import check_extra
 
 # In the layout of the Hub each has a folder of its name.
 FORMATS = ("onnx", "openvino", "executorch")
 QUANTIZATIONS = ("none", "dynamic", "static")
+NO_MATRIX_PRODUCTS = "--quantize dynamic: the network has no matrix products to quantise; use --quantize static."
 FLOAT_FILE = "model.onnx"
 INT8_FILE = "model_int8.onnx"
 INPUT = "pixel_values"
@@ -181,9 +183,7 @@ def quantize(source: Path, target: Path, kind: str, batches: Iterable[Tensor] = 
     if kind == "dynamic":
         found = {node.op_type for node in onnx.load(str(target)).graph.node}
         if not found & {"MatMulInteger", "DynamicQuantizeLinear"}:
-            raise ValueError(
-                "--quantize dynamic: the network has no matrix products to quantise; use --quantize static."
-            )
+            raise ValueError(NO_MATRIX_PRODUCTS)
 
 
 def open_file(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
@@ -298,6 +298,8 @@ def export(
         ValueError: a cosine to PyTorch below 0.9999, or the errors of ``write_graph``, ``quantize``, ``write_openvino``
             and ``write_program``.
     """
+    if quantization == "dynamic" and not _has_matrix_products(student):
+        raise ValueError(NO_MATRIX_PRODUCTS)
     output.mkdir(parents=True, exist_ok=True)
     staged = output / ".unfinished"
     shutil.rmtree(staged, ignore_errors=True)
@@ -320,6 +322,12 @@ def export(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return results
+
+
+def _has_matrix_products(student: Student) -> bool:
+    """Before the graph is written, which takes minutes; the graph of a plain module alone shows what it computes."""
+    is_plain = isinstance(student.backbone.model, ModuleNetwork)
+    return is_plain or any(isinstance(part, nn.Linear) for part in student.modules())
 
 
 def _write_files(

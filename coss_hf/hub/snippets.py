@@ -121,7 +121,9 @@ def is_loaded_by(library: str, subject: Subject) -> bool:
 
 def _image(subject: Subject) -> str:
     height, width = subject.student.size
-    return f'image = Image.new("RGB", ({width}, {height}))  # yours'
+    # As the training read images: upright, and in RGB whatever their mode.
+    yours = 'ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")'
+    return f'image = Image.new("RGB", ({width}, {height}))  # or yours, by ImageOps of PIL: {yours}'
 
 
 def _needs(code: str, with_timm: bool = False) -> str:

@@ -3,6 +3,9 @@
 import contextlib
 import copy
 import difflib
+import logging
+import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -148,6 +151,11 @@ def _draw(
     """A network of an architecture at random weights; ``hub`` where a checkpoint names the architecture."""
     config = _architecture_config(name) if hub is None else _load_config(name, argument, hub)
     _check_packages(config, f"{flag(argument)}={name}")
+    if hub is None and config.model_type == "timm_wrapper" and "architecture" not in overrides:
+        raise ValueError(
+            f"{flag(argument)}={name}: which of timm's networks? Give {flag(argument, 'config_overrides')} "
+            f"architecture=resnet18, or another one of timm.list_models()."
+        )
     config = rebuild_config(_vision_config(config, argument), overrides, argument)
     model = _build(name, config, overrides, argument, {"trust_remote_code": trust_remote_code, **options})
     model.name_or_path = name
@@ -368,15 +376,28 @@ def is_checkpoint(name: str) -> bool:
 
 @contextlib.contextmanager
 def quiet_loading():
-    """Silence Transformers' report of missing and unexpected weights, and its progress bars."""
+    """Silence Transformers' report of missing and unexpected weights, timm's of what it reads, and progress bars."""
     verbosity = hf_logging.get_verbosity()
-    progress = hf_logging.is_progress_bar_enabled()
+    of_timm = logging.getLogger("timm")
+    level = of_timm.level
     hf_logging.set_verbosity(hf_logging.CRITICAL)
+    of_timm.setLevel(logging.WARNING)
+    try:
+        with without_bars():
+            yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        of_timm.setLevel(level)
+
+
+@contextlib.contextmanager
+def without_bars():
+    """Without the progress bars of Transformers, which it draws for the smallest file, too."""
+    progress = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         yield
     finally:
-        hf_logging.set_verbosity(verbosity)
         if progress:
             hf_logging.enable_progress_bar()
 
@@ -431,7 +452,20 @@ def _load_config(name: str, argument: str, hub: dict):
         if "local_files_only" in hub and not is_checkpoint(name):
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
+        if checkpoints := _newest_checkpoints(name):
+            raise ValueError(
+                f"{given} holds checkpoints and no saved student: trainer.save_model() writes it there; the student of "
+                f"a checkpoint is loaded by its own folder, {checkpoints[0]}."
+            ) from error
         raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
+
+
+def _newest_checkpoints(name: str) -> list[Path]:
+    """Folders of checkpoints in the folder of a run without its student, the newest first."""
+    if Path(name, "config.json").exists():
+        return []
+    found = [path for path in Path(name).glob("checkpoint-*") if Path(path, "config.json").exists()]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def _check_packages(config, given: str) -> None:
@@ -449,6 +483,12 @@ def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> Va
         return ValueError(
             f"{text} It is an architecture without weights: {flag(argument, 'init')} random would build it."
         )
+    if architecture := _timm_architecture(name):
+        return ValueError(
+            f"{text} {architecture} is an architecture of timm: {flag(argument)} timm_wrapper {flag(argument, 'init')} "
+            f"random {flag(argument, 'config_overrides')} architecture={architecture} builds it without weights, and "
+            f"{flag(argument)} timm/NAME reads those with weights from the Hub, by their full name there."
+        )
     names = list(CIFAR_NETWORKS)
     parent = Path(name).parent
     if parent.is_dir():
@@ -460,6 +500,16 @@ def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> Va
     similar = similar_names(name, names)
     hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
     return ValueError(text + hint)
+
+
+def _timm_architecture(name: str) -> str:
+    """The network of timm that a name means, such as ``timm/resnet18.a1_in1k``; empty where there is none."""
+    if find_spec("timm") is None:
+        return ""
+    import timm
+
+    found = re.sub(r"^(hf[-_]hub:|timm[:/])+", "", name).split(".")[0]
+    return found if found in timm.list_models() else ""
 
 
 def _search_hub(name: str) -> list[str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.loading import without_bars
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooler import TIMM, settled
 
@@ -37,10 +38,12 @@ def save_network(student: Backbone, folder: str | Path, state_dict: dict[str, Te
     path = Path(folder, CONFIG_FILE)
     if network.config.model_type == TIMM:
         own = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        network.save_pretrained(folder, state_dict=own, save_original_format=False)
+        with without_bars():
+            network.save_pretrained(folder, state_dict=own, save_original_format=False)
         config = _timm_config(json.loads(path.read_text()), student) | entries
     else:
-        network.save_pretrained(folder, state_dict=state)
+        with without_bars():
+            network.save_pretrained(folder, state_dict=state)
         config = json.loads(path.read_text()) | entries
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 

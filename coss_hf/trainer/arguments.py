@@ -201,8 +201,9 @@ class DataArguments(SearchOptions):
         default=None,
         metadata={
             "help": "Number of images held out of train before anything else, or their share, below 1. Default of "
-            "distill, neighbors, compare and report: 2,000 (a tenth of train at most) where the dataset brings no "
-            "images to measure on; of other commands: those that the student's own run held out, else none."
+            "distill, neighbors, compare and report: 2,000, a tenth of train at most and none below 200 images, "
+            "where the dataset brings no images to measure on; of other commands: those that the student's own run "
+            "held out, else none."
         },
     )
     max_train_samples: int | None = field(
@@ -225,8 +226,9 @@ class DataArguments(SearchOptions):
     on_bad_image: str = field(
         default="error",
         metadata={
-            "help": "What to do with images that cannot be decoded. skip: they are left out at the start; other images "
-            "take the place of those that are deleted or damaged while the run is at work.",
+            "help": "What to do with images that cannot be decoded. skip: those that are found before the training are "
+            "left out, and other images take the place of those that are found, or deleted, during it. All are read "
+            "before it with --neighbors_k or --teacher_cache, else a sample.",
             "choices": ["error", "skip"],
         },
     )

@@ -17,7 +17,7 @@ from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.run import DistillationRun
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.messages import command_line
+from coss_hf.utils.messages import check_present, command_line
 
 
 @command_line()
@@ -33,8 +33,8 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
         ValueError: any input that the run cannot use.
     """
     checkpoint = claim_output_dir(args, args.resume_from_checkpoint, dry_run=args.dry_run)
-    if not data.dataset:
-        raise ValueError("--dataset is missing; see --help.")
+    student = models.student or models.student_init == "teacher_layers"
+    check_present(teacher=models.teacher, student=student, dataset=data.dataset)
     teacher, student = load_networks(args, models.load_teacher, models.load_student)
     if data.streaming:
         args.check_stream()

@@ -458,6 +458,8 @@ class DistillationArguments(TrainingArguments):
             ValueError: a value that no distillation can use.
         """
         args = copy.copy(self)
+        if args.use_cpu or not torch.cuda.is_available():
+            args.dataloader_pin_memory = False  # torch warns of memory that is pinned for no device
         for name, kind in ENUMERATIONS.items():
             try:
                 setattr(args, name, kind(getattr(args, name)))

@@ -157,6 +157,21 @@ def flag(argument: str, option: str = "") -> str:
     return option or "model"
 
 
+def check_present(**values) -> None:
+    """Refuse what was left out, all of it at once.
+
+    Args:
+        values: by argument.
+
+    Raises:
+        ValueError: the arguments that are missing.
+    """
+    missing = [f"--{name}" for name, value in values.items() if not value]
+    if missing:
+        listed = " and ".join(part for part in (", ".join(missing[:-1]), missing[-1]) if part)
+        raise ValueError(f"{listed} {'is' if len(missing) == 1 else 'are'} missing; see --help.")
+
+
 def first_line(error: Exception) -> str:
     """First line of an error's message, without its full stop; the error's type where it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

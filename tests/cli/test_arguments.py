@@ -51,7 +51,9 @@ def test_the_classes_stay_as_they_are(tmp_path):
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [
-        ("learning_rat: 1", "Did you mean learning_rate"),
+        ("learning_rat: 1", r"'learning_rat' \(did you mean learning_rate"),
+        ("lr: 1", r": 'lr' \(did you mean learning_rate\?\) is no argument"),
+        ("qqq: 1\nbatch_size: 2", r": 'qqq', 'batch_size' \(did you mean per_device_train_batch_size\?\) are no arg"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("student_init: teacher", "invalid choice: 'teacher'"),
         ("- a list", "must contain"),
@@ -78,6 +80,8 @@ def test_unknown_flag_suggests(tmp_path):
         parse(EVERYTHING, ["--batchsize", "3"])
     with pytest.raises(ValueError, match="Did you mean --neighbors_k"):
         parse(EVERYTHING, ["--neighbour_k", "3"])
+    with pytest.raises(ValueError, match=r"Did you mean --per_device_train_batch_size\?$"):
+        parse(EVERYTHING, ["--batch_size", "3"])
 
 
 def test_config_with_an_equals_sign(tmp_path):

@@ -255,6 +255,12 @@ def test_unknown_names_suggest_similar_ones(world):
     refused("^--student=.*no config.json of a known network can be read", world)
 
 
+def test_a_run_without_a_saved_student_is_named(world, tmp_path):
+    """It was said to be no known network."""
+    shutil.copytree(world / "resnet", tmp_path / "run" / "checkpoint-30")
+    refused(r"^--student=.* no saved student: trainer.save_model\(\) .*run/checkpoint-30\.$", tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "error, revision, match",
     [
@@ -357,6 +363,13 @@ def test_misshapen_weights_are_refused(world, tmp_path):
 # ---- typos in --student_config_overrides ----
 
 
+@pytest.mark.parametrize("name", ["timm/resnet10t", "timm:resnet10t", "resnet10t", "timm/resnet10t.c3_in1k"])
+def test_a_network_of_timm_without_weights_is_named(name):
+    """CIFAR networks were suggested."""
+    pytest.importorskip("timm")
+    refused("timm_wrapper --student_init random --student_config_overrides architecture=resnet10t builds", name)
+
+
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
@@ -364,6 +377,7 @@ def test_misshapen_weights_are_refused(world, tmp_path):
         ("vit", {"hidden_size": "large"}, "^--student_config_overrides={'hidden_size': 'large'}"),
         ("vit", {"patch_size": 0}, "^--student_config_overrides={'patch_size': 0}: ViTConfig cannot be built"),
         ("timm_wrapper", {"architecture": "mobilenetv3_smal_050"}, "Did you mean architecture=.*mobilenetv3_small_050"),
+        ("timm_wrapper", {}, "^--student=timm_wrapper: which .*--student_config_overrides architecture=resnet18"),
         ("timm_wrapper", {"architecture": "resnet18", "model_args": {"dept": 3}}, "^--student_config_overrides=.*dept"),
     ],
 )

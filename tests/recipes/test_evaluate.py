@@ -191,7 +191,10 @@ def test_a_head_of_another_kind(tmp_path):
 def test_as_a_command(tmp_path):
     run = run_program([ROOT / "recipes" / "evaluate.py", "--teacher", "nowhere/nothing"], cwd=tmp_path)
     assert run.returncode == 2 and run.stdout == ""
-    assert run.stderr.startswith("error: --student is missing") and len(run.stderr.strip().splitlines()) == 1
+    assert (
+        run.stderr.startswith("error: --student, --dataset and --output are missing")
+        and len(run.stderr.strip().splitlines()) == 1
+    )
 
 
 def test_the_figures_are_those_of_the_run(tmp_path, image_parquet, networks, monkeypatch, capsys):
