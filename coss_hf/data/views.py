@@ -132,6 +132,12 @@ class ViewDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"--neighbors_k {self.k}: neighbours outside rows 0..{n - 1}; compute them on these images."
             )
+        own = (self.neighbors == np.arange(n)[:, None]).any(axis=1)
+        if own.any():
+            raise ValueError(
+                f"--neighbors_k {self.k}: {own.sum():,} of {n:,} images are among their own neighbours, such as row "
+                f"{own.argmax()}: drop each image from what a search finds for it, usually the first column."
+            )
 
     @property
     def short(self) -> tuple[int, int]:

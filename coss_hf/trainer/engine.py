@@ -90,7 +90,8 @@ def check_processes(args: TrainingArguments) -> None:
 def use_channels_last(network: PreTrainedModel) -> None:
     """Weights of ``network`` and whatever images it is given in channels-last memory."""
     network.to(memory_format=torch.channels_last)
-    network.register_forward_pre_hook(_channels_last, with_kwargs=True)
+    if _channels_last not in network._forward_pre_hooks.values():  # a network may be given to several trainers
+        network.register_forward_pre_hook(_channels_last, with_kwargs=True)
 
 
 def _channels_last(network, args, kwargs):

@@ -426,6 +426,10 @@ def build_supervised_trainer(
     if args.lr_milestones:
         if optimizer is None or max(args.lr_milestones) >= args.num_train_epochs:
             raise ValueError(f"--lr_milestones {args.lr_milestones}: needs --optim sgd, and epochs of this run.")
+        if args.warmup_steps:
+            raise ValueError(
+                f"--warmup_steps={args.warmup_steps:g}: --lr_milestones has no warm-up; leave one of them out."
+            )
         batches = len(views) / (args.train_batch_size * args.world_size)
         batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
         steps = math.ceil(batches / args.gradient_accumulation_steps)  # of an epoch

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from datasets import DatasetDict
+from datasets import DatasetDict, IterableDatasetDict
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
@@ -813,7 +813,7 @@ class DistillationTrainer(Trainer):
         Raises:
             ValueError: no such images, or the trainer was made without any.
         """
-        if isinstance(eval_dataset, dict) and not isinstance(eval_dataset, DatasetDict):
+        if isinstance(eval_dataset, dict) and not isinstance(eval_dataset, (DatasetDict, IterableDatasetDict)):
             found = {}
             for name, images in eval_dataset.items():
                 found |= self.evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
@@ -887,7 +887,8 @@ class DistillationTrainer(Trainer):
         rank = self.args.process_index
         world = self.args.world_size
         size = min(self.args.images_per_batch, len(rows)) // world * world
-        if not size:
+        compares = any(getattr(part, "couples_images", False) for part in summands(criterion))
+        if size < 1 + compares:  # a batch of one image has nothing to be compared with
             return None
         tensors = projected[rows], self.evaluator.teacher_test_features[rows], rows
         batches = [x.to(self.args.device).split(size) for x in tensors]

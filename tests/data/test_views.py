@@ -288,6 +288,10 @@ def test_a_formatted_dataset_of_decoded_images_gives_the_same(rows):
         ({"neighbors": None}, "--neighbors_k 2 needs"),
         ({"neighbors": NEIGHBORS[:5]}, r"--neighbors_k 2 needs .* not \(5, 6\)"),
         ({"neighbors": NEIGHBORS + 1}, "outside rows 0..11"),
+        (
+            {"neighbors": np.repeat(np.arange(12)[:, None], 3, 1)},
+            "12 of 12 images are among their own neighbours, .*row 0",
+        ),
     ],
 )
 def test_bad_arguments_are_named(rows, change, message):

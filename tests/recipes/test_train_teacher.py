@@ -235,6 +235,7 @@ def test_views_are_normalised_and_labelled(tmp_path, image_parquet):
         ({"image_size": 0}, "image_size=0"),
         ({"per_device_train_batch_size": 64}, "--per_device_train_batch_size"),
         ({"lr_milestones": 90}, "--lr_milestones"),
+        ({"lr_milestones": 0.5, "warmup_steps": 2}, "--warmup_steps=2: --lr_milestones has no warm-up"),
         ({"dataset": "unlabelled"}, "--label_column"),
     ],
 )

@@ -15,7 +15,7 @@ import tests.helpers.runs as h
 from coss_hf.losses.srrl import SRRLLoss
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import load_backbone
-from coss_hf.trainer.engine import synchronise_batch_norm
+from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last
 from coss_hf.trainer.fsdp import name_blocks
 from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.modules import torchvision_resnet
@@ -225,6 +225,13 @@ def test_channels_last_arrives_and_changes_nothing_else(tmp_path, image_parquet,
         trained[option] = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in trained[False].items():
         torch.testing.assert_close(trained[True][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_channels_last_is_set_up_once_for_a_network_of_several_trainers():
+    network = nn.Conv2d(3, 4, 3)
+    for _ in range(3):
+        use_channels_last(network)
+    assert len(network._forward_pre_hooks) == 1, "each trainer left one more"
 
 
 def test_channels_last_resumes(tmp_path, image_parquet, wide):

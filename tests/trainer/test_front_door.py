@@ -136,11 +136,22 @@ def test_datasets_in_any_form(tmp_path, images, networks):
     trainer = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), both)
     assert len(trainer.splits.train) == 48 and trainer.evaluator is None and len(trainer.splits.test) == 9
     assert set(trainer.compare()) == {"teacher", "student", "random"}
+    streams = datasets.IterableDatasetDict({name: rows.to_iterable_dataset() for name, rows in both.items()})
+    assert trainer.evaluate(streams).keys() == trainer.evaluate(both).keys(), "train was measured as well"
     given = DistillationTrainer(
         networks.teacher, networks.resnet, arguments(tmp_path), renamed, images.select(range(12))
     )
     assert len(given.splits.train) == 48 and len(given.evaluator.test_images) == 12
     assert given.splits.validation.column_names.count("photo") == 1
+
+
+@pytest.mark.parametrize("method", ["rkd", "coss"])
+def test_one_held_out_image_has_no_loss_of_a_batch(tmp_path, images, networks, method):
+    """The run ended at its first evaluation."""
+    trainer = DistillationTrainer(
+        networks.teacher, networks.resnet, arguments(tmp_path, method=method), images, images.select([0])
+    )
+    assert "eval_loss" not in trainer.evaluate()
 
 
 def test_losses_in_any_form(tmp_path, images, networks):
