@@ -34,6 +34,7 @@ from coss_hf.models.towers import (
     space_of,
     vision_config_of,
 )
+from coss_hf.utils.code_identity import code_identity
 from coss_hf.utils.messages import first_line, flag, get_logger
 
 logger = get_logger(__name__)
@@ -472,8 +473,19 @@ class Backbone:
         self.model.eval().requires_grad_(False)
         return self
 
+    def code(self) -> str:
+        """Hash of what a module of one's own does, its weights left out; empty for networks of Transformers.
+
+        ``fingerprint`` tells these by their class and configuration. A module has no such configuration: two of one
+        class and of equal weights can embed an image differently, by an attribute or by the ``embedding`` function.
+        """
+        if not isinstance(self.model, ModuleNetwork):
+            return ""
+        # Not of the network around it, which gets hooks of a training's own.
+        return code_identity(self.model.module, self.model.embedding, ignored=(_FROZEN,))
+
     def fingerprint(self) -> str:
-        """Hash of everything that the embedding of an image depends on: network, weights, pooling, pre-processing."""
+        """Hash of network, configuration, weights, pooling and pre-processing; see also ``code``."""
         digest = hashlib.blake2b(digest_size=16)
         config = {key: value for key, value in self.model.config.to_dict().items() if key not in _NOT_IN_FINGERPRINT}
         if self.pooling != "pooler":

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,6 +21,10 @@ from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
 CLASSIFIER = "--teacher's classifier"
+TEACHER_CODE = "--teacher's code"
+# Entries that runs of earlier versions lack: they are not known, and whatever they were is accepted.
+NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE)
+CODE = (TEACHER_CODE,)
 LOCK = "_lock"
 STAGING = "unfinished-"
 REPLACED = "replaced-"
@@ -182,6 +187,21 @@ def classifier_identity(criterion: nn.Module) -> dict[str, str]:
     return {CLASSIFIER: hashlib.blake2b(b"".join(tensors), digest_size=8).hexdigest()}
 
 
+def code_entry(name: str, code: str) -> dict[str, str]:
+    """The entry of an identity that holds a hash of code, which each version of Python compiles otherwise.
+
+    Args:
+        name: of the entry.
+        code: the hash; empty where there is no code of one's own, and then no entry.
+    """
+    return {name: f"{code}, Python {sys.version_info.major}.{sys.version_info.minor}"} if code else {}
+
+
+def _is_of_another_python(saved: str | None, now: str | None) -> bool:
+    """Whether two hashes of code cannot be compared."""
+    return bool(saved and now) and saved.partition(", ")[2] != now.partition(", ")[2]
+
+
 def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECORD)) -> dict | None:
     """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse.
 
@@ -335,8 +355,9 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
     saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": "False"} | saved
-    saved.setdefault(CLASSIFIER, identity.get(CLASSIFIER))
-    other = [key for key in identity if saved.get(key) != identity[key]]
+    saved = {name: identity.get(name) for name in NOT_ALWAYS_KNOWN} | saved
+    unclear = [name for name in CODE if _is_of_another_python(saved.get(name), identity.get(name))]
+    other = [key for key in identity if key not in unclear and saved.get(key) != identity[key]]
     if not other:
         return
     shown = [f"{key} (then {saved.get(key)}, now {identity[key]})" for key in other if len(str(identity[key])) < 40]

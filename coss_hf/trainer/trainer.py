@@ -50,10 +50,12 @@ from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.callbacks.waiting import WaitingCallback
 from coss_hf.trainer.checkpoint_files import (
     RECORD,
+    TEACHER_CODE,
     check_identity,
     check_training_state,
     claim_output_dir,
     classifier_identity,
+    code_entry,
     end_of_messages,
     find_checkpoint,
     finished,
@@ -290,6 +292,7 @@ class DistillationTrainer(Trainer):
         count = None if self.is_streaming else len(views)
         self.length = inputs.args.run_length(count)
         self.teacher = inputs.teacher
+        self._teacher_code = self.teacher.code()  # before any forward pass, which may leave something in a module
         model = DistillationModel.from_args(student, self.teacher, inputs.args, count, inputs.criterion)
         if inputs.criterion is not None:
             try_criterion(model, self.teacher)
@@ -1089,6 +1092,7 @@ class DistillationTrainer(Trainer):
             model = self.unwrapped_model
             self._identity = {
                 "--teacher": self.teacher.fingerprint(),
+                **code_entry(TEACHER_CODE, self._teacher_code),
                 "--student": f"{type(model.network).__name__} {shapes(model.network)}",
                 "--head": "none" if model.head is None else shapes(model.head),
                 "--method": self.method

@@ -18,7 +18,7 @@ _OF_MODULES = set(vars(nn.Module())) | {"name_or_path", "argument"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
-def code_identity(*values) -> str:
+def code_identity(*values, ignored: tuple[str, ...] = ()) -> str:
     """Return a hash of what functions, networks and other objects do.
 
     It covers the byte code of functions, what they close over, their defaults, the global values and helpers that they
@@ -27,13 +27,14 @@ def code_identity(*values) -> str:
 
     Args:
         values: any objects.
+        ignored: names of attributes of layers that do not change what a network does.
 
     Example:
         >>> from functools import partial
         >>> code_identity(partial(max, 1)) == code_identity(partial(max, 2))
         False
     """
-    description = _Description()
+    description = _Description(ignored)
     for value in values:
         description.add(value)
     return hashlib.blake2b("\n".join(description.parts).encode(), digest_size=8).hexdigest()
@@ -42,8 +43,9 @@ def code_identity(*values) -> str:
 class _Description:
     """Texts that describe objects; each object once."""
 
-    def __init__(self):
+    def __init__(self, ignored: tuple[str, ...] = ()):
         self.parts: list[str] = []
+        self._ignored = _OF_MODULES.union(ignored)
         self._seen: dict[int, object] = {}  # keeps them, so that no number comes twice
         self._kinds = (
             ((bool, int, float, complex, str, bytes, type(None)), self._plain),
@@ -136,7 +138,7 @@ class _Description:
             for buffer in sorted(getattr(module, "_non_persistent_buffers_set", ())):
                 self.add(module._buffers[buffer])
             for key, entry in sorted(vars(module).items()):
-                if key not in _OF_MODULES and _is_option(module, entry):
+                if key not in self._ignored and _is_option(module, entry):
                     self._all(key, [entry])
 
     def _object(self, value) -> None:

@@ -31,6 +31,9 @@ class TinyBackbone:
     def fingerprint(self):
         return hashlib.sha256(self.weights.encode()).hexdigest()
 
+    def code(self):
+        return ""
+
 
 def image_dataset(seeds, lost=()):
     """One PNG a seed, hashed as load_images does: equal seeds are equal images. Those ``lost`` went since."""

@@ -17,6 +17,8 @@ from torch import nn
 import coss_hf
 from coss_hf import Backbone, DistillationArguments, DistillationTrainer, Student
 from coss_hf.hub.student import Student as StudentClass
+from coss_hf.neighbors.mining import nearest_neighbors
+from coss_hf.trainer.checkpoint_files import RECORD, TEACHER_CODE
 from tests.helpers.modules import INPUT, encoder, torchvision_resnet
 
 NEW = {
@@ -144,6 +146,70 @@ def test_resumed_as_uninterrupted(tmp_path, images):
     train(tmp_path / "out")
     shutil.rmtree(tmp_path / "out" / "checkpoint-4")
     assert train(tmp_path / "out", resume_from_checkpoint=True).read_bytes() == whole
+
+
+class Signed(nn.Module):
+    """Embeds by an attribute that is no weight."""
+
+    def __init__(self, sign: float):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3 * 16 * 16, 16)
+        self.sign = sign
+
+    def forward(self, images):
+        return torch.relu(self.sign * self.layer(images.flatten(1)))
+
+
+def by_function(embedding) -> Backbone:
+    return Backbone.from_module(Signed(1.0), embedding=embedding, **INPUT)
+
+
+TEACHERS = {
+    "attribute": (
+        lambda: Backbone.from_module(Signed(1.0), **INPUT),
+        lambda: Backbone.from_module(Signed(-1.0), **INPUT),
+    ),
+    "function": (lambda: by_function(lambda o: o), lambda: by_function(lambda o: o.flip(1))),
+}
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_a_teacher_of_equal_weights_and_other_code_is_another(tmp_path, images, kind):
+    first, second = TEACHERS[kind]
+    options = {"save_strategy": "steps", "save_steps": 2, "channels_last": True}
+
+    def make(teacher: Backbone) -> DistillationTrainer:
+        return DistillationTrainer(teacher, backbone("own", 2), arguments(tmp_path, **options), images)
+
+    make(first()).train()
+    with pytest.raises(ValueError, match="written with another teacher's code"):
+        make(second()).train(resume_from_checkpoint=True)
+    used = first()
+    make(used)  # gives it hooks of its own
+    make(used).train(resume_from_checkpoint=True)
+    record = tmp_path / "checkpoint-4" / RECORD
+    (tmp_path / "checkpoint-4" / "manifest.json").unlink()
+    written = json.loads(record.read_text())
+    code = written[TEACHER_CODE]
+    record.write_text(json.dumps({**written, TEACHER_CODE: code.replace("Python 3.", "Python 2.")}))
+    make(second()).train(resume_from_checkpoint=True)  # nobody can compare these
+    record.write_text(json.dumps({name: value for name, value in written.items() if name != TEACHER_CODE}))
+    make(second()).train(resume_from_checkpoint=True)  # of an earlier version
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_neighbours_of_a_teacher_of_other_code_are_searched_anew(tmp_path, images, kind):
+    first, second = (make() for make in TEACHERS[kind])
+    rows = coss_hf.load_images(images).train
+    assert first.fingerprint() == second.fingerprint()
+    nearest_neighbors(rows, first, "image", k=3, cache_dir=tmp_path / "cache")
+    cached, _ = nearest_neighbors(rows, second, "image", k=3, cache_dir=tmp_path / "cache")
+    fresh, _ = nearest_neighbors(rows, second, "image", k=3, cache_dir=tmp_path / "other")
+    assert (cached == fresh).all()
+    entries = len(list(Path(tmp_path, "cache").iterdir()))
+    nearest_neighbors(rows, TEACHERS[kind][0]().freeze(), "image", k=3, cache_dir=tmp_path / "cache")
+    assert len(list(Path(tmp_path, "cache").iterdir())) == entries, "of the first, frozen or not"
 
 
 @pytest.mark.parametrize("module", ["vector", "strange"])
