@@ -26,6 +26,10 @@ logger = get_logger(__name__)
 
 RECORDED = "settings"  # entry of the record in a checkpoint
 RESUMED = "as in the run that is resumed"
+# What a resumed optimizer has from its checkpoint, whatever the arguments say.
+OF_OPTIMIZER = ("learning_rate", "weight_decay")
+# The same, of arguments that have a default of their own; settings do not fill them.
+OPTIONS_OF_OPTIMIZER = ("momentum", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 # Schedules that have no warm-up.
 WITHOUT_WARMUP = (*BY_METRIC, SchedulerType.CONSTANT)
 
@@ -212,12 +216,13 @@ def fill(
         print(settings.table())
     """
     args = copy.copy(args)
+    _take_over_options(args, recorded)
     if args.settings == "paper":
         for name in args.left_out:  # where it became so after the arguments were made
             setattr(args, name, table.PAPER[name])
         check_resumed(args, recorded)
         return args, Settings("paper")
-    left_out = args.left_out
+    left_out = args.stood_in = args.left_out
     if args.deepspeed_plugin is not None:
         values = {name: Filled(value, "DeepSpeed is set up before the student is known") for name, value in _of_paper()}
     else:
@@ -468,6 +473,7 @@ def values_to_record(args: DistillationArguments) -> dict[str, object]:
     values = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in table.PAPER}
     if args.max_steps > 0 or args.num_images is not None:
         values["num_train_epochs"] = None  # decides nothing
+    values |= {name: getattr(args, name, None) for name in OPTIONS_OF_OPTIMIZER}
     # Also where the launcher of the run said so.
     values["bf16"] = args.mixed_precision == "bf16"
     values["fp16"] = args.mixed_precision == "fp16"
@@ -482,6 +488,20 @@ def _resumed(recorded: Mapping[str, object], values: dict[str, Filled], situatio
         if name in table.PAPER and value is not None and not of_machine and name in values:
             found[name] = Filled(value, RESUMED)
     return found
+
+
+def _take_over_options(args: DistillationArguments, recorded: Mapping[str, object] | None) -> dict[str, object]:
+    """Put options of the optimizer of the run that is resumed in the place of defaults, in place; return them."""
+    found = {}
+    for name in OPTIONS_OF_OPTIMIZER:
+        if recorded is not None and name in recorded and recorded[name] != getattr(args, name) == _default(name):
+            found[name] = recorded[name]
+            setattr(args, name, recorded[name])
+    return found
+
+
+def _default(name: str):
+    return DistillationArguments.__dataclass_fields__[name].default
 
 
 def take_over(
@@ -510,20 +530,21 @@ def take_over(
             )
         setattr(args, name, OptimizerNames(taken.value) if name == "optim" else taken.value)
         settings.filled[name] = taken
+    options = _take_over_options(args, recorded)
     check_resumed(args, recorded)
-    return {name: taken.value for name, taken in taken_over.items()}
+    return {name: taken.value for name, taken in taken_over.items()} | options
 
 
 def check_resumed(args: DistillationArguments, recorded: Mapping[str, object] | None) -> None:
-    """Refuse to resume a run by values that it was not begun with, and that nobody gave by name.
+    """Refuse to resume a run by values that it was not begun with, and that nobody gave by name or that have no effect.
 
     Args:
         args: arguments of the training, filled.
         recorded: see ``recorded_settings``.
 
     Raises:
-        ValueError: another optimizer, which cannot read the state of the run's own; float16 no longer; or another value
-            of ``--settings paper``.
+        ValueError: another optimizer, which cannot read the state of the run's own, or an option of it that would have
+            no effect; float16 no longer; or another value of ``--settings paper``.
     """
     if recorded is None or recorded is table.PAPER:  # what it was trained with is not known
         return
@@ -539,6 +560,7 @@ def check_resumed(args: DistillationArguments, recorded: Mapping[str, object] | 
             f"--resume_from_checkpoint: the run was trained with --optim {before}, and now --optim is {now}; leave "
             f"--optim and --settings out, or start afresh in another --output_dir."
         )
+    _check_options_of_optimizer(args, recorded)
     if args.settings != "paper":
         return
     for name in args.stood_in:
@@ -549,6 +571,26 @@ def check_resumed(args: DistillationArguments, recorded: Mapping[str, object] | 
                 f"--resume_from_checkpoint: the run was trained with --{name} {before}, and --settings paper means "
                 f"{now}; leave --settings out, or give --{name}."
             )
+
+
+def _check_options_of_optimizer(args: DistillationArguments, recorded: Mapping[str, object]) -> None:
+    """Refuse values that were given to an optimizer whose state, with its own values, is read from a checkpoint."""
+    for name in _options_that_count(args):
+        now = getattr(args, name, None)
+        if name in recorded and recorded[name] != now:
+            raise ValueError(
+                f"--{name}={now}: the run that is resumed was trained with {recorded[name]}, which its optimizer "
+                f"keeps; leave --{name} out, or begin a new run with it in another --output_dir, from the student in "
+                f"the checkpoint if you like (--student with its folder)."
+            )
+
+
+def _options_that_count(args: DistillationArguments) -> list[str]:
+    """Names of the values that were given, as far as this optimizer reads them."""
+    filled = [name for name in args.stood_in if args.settings != "paper" or getattr(args, name) == table.PAPER[name]]
+    names = [name for name in OF_OPTIMIZER if name not in filled]
+    prefix = "adam_" if _is_sgd(args.optim) else "momentum"
+    return names + [name for name in OPTIONS_OF_OPTIMIZER if not name.startswith(prefix)]
 
 
 def _is_unused(name: str, args: DistillationArguments) -> bool:

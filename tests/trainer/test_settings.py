@@ -649,6 +649,44 @@ def test_another_optimizer_is_refused(tmp_path, image_parquet, networks):
         )
 
 
+@pytest.mark.parametrize("said", ["arguments", "train"])
+@pytest.mark.parametrize("name", ["learning_rate", "weight_decay", "adam_beta1", "adam_epsilon"])
+def test_what_a_resumed_optimizer_would_not_read_is_refused(tmp_path, image_parquet, networks, name, said):
+    """It was ignored without a word, and run.json recorded it."""
+    given = {"learning_rate": 0.003, "adam_beta1": 0.8}
+    interrupted(tmp_path, image_parquet, networks, **given)
+    checkpoint = str(tmp_path / "out" / "checkpoint-2")
+    asked = {"resume_from_checkpoint": checkpoint} if said == "arguments" else {}
+    options = {"settings": "auto", "learning_rate": None, "save_strategy": "no"} | asked
+
+    def resume(**options):
+        trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    with pytest.raises(ValueError, match=f"{name}=0.25: the run that is resumed was trained .*leave (--)?{name} out"):
+        resume(**options | {name: 0.25})
+    if name == "adam_beta1":
+        resumed = resume(**options)
+        assert {name: resumed.arguments[name] for name in given} == given
+        group = resumed.optimizer.param_groups[0]
+        assert (group["initial_lr"], group["betas"][0]) == (0.003, 0.8)
+        resume(**options | given)
+
+
+def test_options_of_another_optimizer_and_of_earlier_versions_count_for_nothing():
+    recorded = {**table.PAPER, "momentum": 0.8, "adam_beta1": 0.9}
+    args = arguments(optim="sgd", learning_rate=0.05, weight_decay=5e-4, adam_beta1=0.5)
+    assert fill(args, situation(), recorded)[0].momentum == 0.8, "left out"
+    with pytest.raises(ValueError, match="momentum=0.7: the run that is resumed was trained with 0.8"):
+        fill(arguments(optim="sgd", momentum=0.7), situation(), recorded)
+    assert fill(arguments(optim="sgd", momentum=0.7), situation(), {**table.PAPER})[0].momentum == 0.7
+    args = arguments(optim="sgd")
+    args.weight_decay = 0.3  # assigned
+    with pytest.raises(ValueError, match="weight_decay=0.3: the run that is resumed was trained with 0.0005"):
+        fill(args, situation(), recorded)
+
+
 def test_other_parameters_with_weight_decay_are_named(tmp_path, image_parquet, networks, monkeypatch):
     """Runs of before ``matrices`` was a rule of its own: torch names neither the argument nor a remedy."""
     interrupted(tmp_path, image_parquet, networks)
