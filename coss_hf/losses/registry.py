@@ -112,6 +112,11 @@ def read_as_declared(loss: nn.Module) -> nn.Module:
     return loss
 
 
+def read_by(loss: nn.Module, features: Features) -> Features:
+    """Keep what a loss declares to read; all of it for a module that declares nothing."""
+    return loss.select(features) if isinstance(loss, DistillationLoss) else features
+
+
 def summands(loss: nn.Module) -> list[nn.Module]:
     """The losses that a ``SumLoss`` adds; any other loss alone."""
     return [*loss.losses.values()] if isinstance(loss, SumLoss) else [loss]

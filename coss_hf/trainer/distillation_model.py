@@ -9,7 +9,7 @@ from transformers import set_seed
 
 from coss_hf.features import Features
 from coss_hf.losses.coss import mean_cosines
-from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared, summands
+from coss_hf.losses.registry import LOSSES, build_loss, read_as_declared, read_by, summands
 from coss_hf.models.backbone import Backbone, forget_freezing, unfreeze
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.heads import projection_head
@@ -126,7 +126,9 @@ class DistillationModel(nn.Module):
         features = self.student.features(pixels)
         student = features._replace(embedding=self.project(features.embedding))
         if only_totals:
-            return {"totals": self.criterion.totals(student, teacher)}
+            # As a call of the loss would be given them.
+            read = [read_by(self.criterion, features) for features in (student, teacher)]
+            return {"totals": self.criterion.totals(*read)}
         exact = {} if other_totals is None else {"other_totals": other_totals}
         output = as_output(self.criterion(student, teacher, index, **exact))
         output["finite"] = student.embedding.isfinite().all(1) & teacher.embedding.isfinite().all(1)
@@ -284,7 +286,8 @@ def _build_criterion(
     student_example = student.example()
     teacher_example = teacher.example()
     if head is not None:
-        student_example = student_example._replace(embedding=head(student_example.embedding))
+        weights = next(head.parameters())  # float32, whatever the student's are
+        student_example = student_example._replace(embedding=head(student_example.embedding.to(weights)))
     losses = {method.name: LOSSES[method.name] for method in args.methods}
     classifier = None
     if any(loss.classifier != "unused" for loss in losses.values()):

@@ -17,11 +17,14 @@ from torch import Tensor, nn
 def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Callable, reduce: Callable) -> None:
     """Add ``teacher``, the teacher's features, and ``other_totals``, those of the other batches, to each micro-batch.
 
+    Features are added as a dictionary: ``Trainer`` copies batches, and cannot make a named tuple of its parts.
+
     Args:
         model: ``DistillationModel``, wrapped as for training. Its buffers are left as they were: batch norm counts an
             image once.
         batches: micro-batches of one step, changed in place.
-        embed_teacher: a micro-batch to the teacher's features of its views.
+        embed_teacher: a micro-batch to the teacher's features of its views, as far as the loss reads them: those of all
+            micro-batches are kept until the step is made.
         reduce: sum of a tensor over processes.
     """
     model.train()
@@ -30,7 +33,7 @@ def attach_other_totals(model: nn.Module, batches: list[dict], embed_teacher: Ca
         for batch in batches:
             teacher = embed_teacher(batch)
             output = model(batch["pixel_values"], teacher=teacher, index=batch["index"], only_totals=True)
-            batch["teacher"] = teacher.embedding
+            batch["teacher"] = teacher._asdict()
             totals.append(output["totals"])
     totals = reduce(torch.stack(totals))
     for batch, own in zip(batches, totals, strict=True):

@@ -33,7 +33,7 @@ from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.hub.model_card import write_card
 from coss_hf.losses.base import DistillationLoss
-from coss_hf.losses.registry import LOSSES, summands
+from coss_hf.losses.registry import LOSSES, read_by, summands
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import has_own_code
 from coss_hf.models.modules import ModuleNetwork
@@ -656,7 +656,7 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._step_seed.apply(self.state.global_step)
         exact = "other_totals" in inputs
-        teacher = Features(inputs["teacher"]) if exact else self.teacher_features(inputs)
+        teacher = Features(**inputs["teacher"]) if exact else self.teacher_features(inputs)
         outputs = model(
             pixel_values=views, teacher=teacher, index=inputs["index"], other_totals=inputs.get("other_totals")
         )
@@ -707,8 +707,11 @@ class DistillationTrainer(Trainer):
             self._position = self._stream_loader.position
         if self.args.exact_accumulation:
             with self.accelerator.autocast():
-                attach_other_totals(self.model_wrapped, batches, self.teacher_features, all_reduce_sum)
+                attach_other_totals(self.model_wrapped, batches, self._teacher_features_of_loss, all_reduce_sum)
         return batches, count
+
+    def _teacher_features_of_loss(self, batch: dict) -> Features:
+        return read_by(self.unwrapped_model.criterion, self.teacher_features(batch))
 
     def _load_batches(self, epoch_iterator, num_batches, device):
         """As ``Trainer`` does. If a loader worker of any process ended, save the steps so far: none has begun."""

@@ -6,6 +6,7 @@ from torch import nn
 
 import tests.helpers.runs as h
 from coss_hf.features import Features
+from coss_hf.losses.base import DistillationLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, scale_gradient
 
@@ -44,7 +45,7 @@ def test_micro_batches_equal_one_batch(sizes):
     assert model.calls == 0, "buffers are left as they were"
     for batch in batches:
         output = model(
-            batch["pixel_values"], Features(batch["teacher"]), batch["index"], other_totals=batch["other_totals"]
+            batch["pixel_values"], Features(**batch["teacher"]), batch["index"], other_totals=batch["other_totals"]
         )
         torch.testing.assert_close(output["loss"], expected["loss"], rtol=1e-12, atol=0)
         torch.testing.assert_close(output["l_co"], expected["l_co"], rtol=1e-12, atol=0)
@@ -64,9 +65,7 @@ def trainer_of(tmp_path, images, networks, micro_batches: int, exact: bool, stud
         gradient_accumulation_steps=micro_batches,
         per_device_train_batch_size=24 // micro_batches,
         exact_accumulation=exact,
-        max_steps=3,
-        logging_steps=1,
-        **args,
+        **{"max_steps": 3, "logging_steps": 1} | args,
     )
     trainer.model.double()
     trainer.teacher.model.double()
@@ -88,6 +87,63 @@ def test_the_trainer_takes_the_same_steps(tmp_path, image_parquet, networks):
         torch.testing.assert_close(states[4, True][name], tensor, rtol=0, atol=1e-10 * largest, msg=name)
     assert losses[4, True] == pytest.approx(losses[1, False], rel=1e-6)
     assert any((states[4, False][name] - whole[name]).abs().max() > 1e-3 * largest for name in whole), "not the mean"
+
+
+def as_totals(student, teacher) -> torch.Tensor:
+    """Sum and number of squared distances between the last of the maps that a loss was given."""
+    distances = student.maps[-1].mean((1, 2, 3)) - teacher.maps[-1].mean((1, 2, 3))
+    return torch.stack([distances.square().sum(), distances.new_tensor(len(distances))])
+
+
+class OfAnyModule(nn.Module):
+    separable = True
+    uses_maps = True
+    same_dim = False
+
+    def totals(self, student, teacher):
+        return as_totals(student, teacher)
+
+    def forward(self, student, teacher, index=None, other_totals=None):
+        totals = self.totals(student, teacher)
+        total, count = totals if other_totals is None else totals + other_totals
+        return {"loss": (1e-3 + total / count).sqrt()}
+
+
+class OfOneMap(DistillationLoss):
+    reads = "middle_map"
+    separable = True
+    totals = OfAnyModule.totals
+    forward = OfAnyModule.forward
+
+
+@pytest.mark.parametrize("loss", [OfAnyModule, OfOneMap])
+def test_a_separable_loss_of_maps_takes_the_same_steps(tmp_path, image_parquet, networks, loss):
+    """Passes with gradient were given the teacher's embedding alone."""
+    states = {}
+    for micro_batches in (1, 4):
+        exact = micro_batches > 1
+        trainer = trainer_of(tmp_path, image_parquet, networks, micro_batches, exact, criterion=loss())
+        before = h.state(trainer)
+        trainer.train()
+        states[exact] = h.state(trainer)
+    largest = max((states[False][name] - before[name]).abs().max().item() for name in before)
+    assert largest > 0
+    for name, tensor in states[False].items():
+        torch.testing.assert_close(states[True][name], tensor, rtol=0, atol=1e-9 * largest, msg=name)
+
+
+def test_only_what_a_loss_reads_is_kept(tmp_path, image_parquet, networks):
+    trainer = trainer_of(tmp_path, image_parquet, networks, 4, True, max_steps=1)
+    trainer.teacher.maps = 2
+    kept, real = [], trainer.compute_loss
+
+    def count(model, inputs, **kwargs):
+        kept.append(inputs["teacher"]["maps"])
+        return real(model, inputs, **kwargs)
+
+    trainer.compute_loss = count
+    trainer.train()
+    assert kept == [()] * 4
 
 
 def test_the_last_step_of_an_epoch_may_be_short(tmp_path, image_parquet, networks):

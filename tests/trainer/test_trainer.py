@@ -164,6 +164,19 @@ def test_head_is_trained_and_kept_beside_the_student(tmp_path, image_parquet, ne
     assert not any("head" in name for name in load_file(tmp_path / "out" / "model.safetensors"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_student_in_half_precision_has_a_head(tmp_path, image_parquet, networks, dtype):
+    """Shapes of the loss are found by an example, which went into the head as it was."""
+    options = {"per_device_train_batch_size": 8, "max_steps": 1, "use_cpu": True, "save_strategy": "no"}
+    args = DistillationArguments(str(tmp_path / "out"), **options)
+    student = load_backbone(networks.small, dtype=dtype)
+    trainer = DistillationTrainer(networks.teacher, student, args, str(image_parquet))
+    trainer.train()
+    trainer.save_model()
+    assert next(trainer.model.head.parameters()).dtype == torch.float32
+    assert trainer.evaluate(str(image_parquet))["eval_cosine"] == pytest.approx(0, abs=1)
+
+
 def test_labels_are_never_used(tmp_path, image_parquet, networks):
     weights = []
     for folder in ("with", "without"):
