@@ -22,8 +22,9 @@ from coss_hf.utils.process_group import Processes
 RECORD = "distillation.json"
 CLASSIFIER = "--teacher's classifier"
 TEACHER_CODE = "--teacher's code"
+STEPS_OF_EPOCH = "--gradient_accumulation_steps"
 # Entries that runs of earlier versions lack: they are not known, and whatever they were is accepted.
-NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE)
+NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE, STEPS_OF_EPOCH)
 CODE = (TEACHER_CODE,)
 LOCK = "_lock"
 STAGING = "unfinished-"
@@ -354,7 +355,9 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     """
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
-    saved = {"--view_epochs": "0", "--view_seed": saved.get("--seed"), "--reduced_decoding": "False"} | saved
+    seed = saved.get("--seed")
+    saved = {"--view_epochs": "0", "--view_seed": seed, "--reduced_decoding": "False", "--data_seed": seed} | saved
+    saved.setdefault("--train_sampling_strategy", "random")
     saved = {name: identity.get(name) for name in NOT_ALWAYS_KNOWN} | saved
     unclear = [name for name in CODE if _is_of_another_python(saved.get(name), identity.get(name))]
     other = [key for key in identity if key not in unclear and saved.get(key) != identity[key]]

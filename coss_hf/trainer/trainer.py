@@ -50,6 +50,7 @@ from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.callbacks.waiting import WaitingCallback
 from coss_hf.trainer.checkpoint_files import (
     RECORD,
+    STEPS_OF_EPOCH,
     TEACHER_CODE,
     check_identity,
     check_training_state,
@@ -1107,12 +1108,26 @@ class DistillationTrainer(Trainer):
                 "--seed": str(self.args.seed),
                 "--per_device_train_batch_size": f"{self.args.images_per_step} images per step",
                 **classifier_identity(model.criterion),
-            } | self.train_dataset.identity()
+            }
+            self._identity |= self.train_dataset.identity() | self._order_of_images()
         if self._has_neighbors:
             return self._identity
         found = self._identity
         self._identity = None
         return {name: value for name, value in found.items() if name != "--neighbors_k"}
+
+    def _order_of_images(self) -> dict[str, str]:
+        """What decides which images a step sees; a stream has an order and places of its own."""
+        if self.is_streaming:
+            return {}
+        args = self.args
+        steps = self.length.steps_per_epoch
+        return {
+            "--data_seed": str(args.seed if args.data_seed is None else args.data_seed),
+            "--train_sampling_strategy": str(args.train_sampling_strategy),
+            # Micro-batches of another size may leave out another number of images at the end of an epoch.
+            STEPS_OF_EPOCH: f"{steps} steps, {self.length.images_after(steps)} images an epoch",
+        }
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """Return the checkpoint to resume from, checked; None for a fresh start.

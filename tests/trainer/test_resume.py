@@ -1,13 +1,15 @@
 import errno
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import tests.helpers.runs as h
-from coss_hf.trainer.checkpoint_files import recover
+from coss_hf.trainer.checkpoint_files import RECORD, STEPS_OF_EPOCH, recover
 from coss_hf.utils.errors import CheckpointError
 
 
@@ -89,6 +91,8 @@ def test_resume_rejects_checkpoint_without_optimizer_state(tmp_path, image_parqu
         ({"neighbors_k": 1, "per_device_train_batch_size": 4}, "neighbors_k"),
         ({"augmentation": "none"}, "augmentation"),
         ({"per_device_train_batch_size": 12}, "per_device_train_batch_size"),
+        ({"data_seed": 4}, "data_seed"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_parquet, networks, change, named):
@@ -105,6 +109,58 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path, image_parquet, network
     run(dict(options))
     with pytest.raises(ValueError, match=rf"checkpoint-2 was written with another {named}\b"):
         run({**options, **change}, resume_from_checkpoint=True)
+
+
+def test_another_number_of_steps_in_an_epoch_is_refused(tmp_path, image_parquet, networks):
+    """Steps of 20 of 48 images: two batches of 20, or nine of 5, of which the last step has one."""
+
+    def run(batch, accumulated, **arguments):
+        options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+        options |= {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulated}
+        h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options).train(**arguments)
+
+    run(20, 1)
+    changed = r"another gradient_accumulation_steps \(then 2 steps, 40 images an epoch, now 3 steps, 45"
+    with pytest.raises(ValueError, match=changed):
+        run(5, 4, resume_from_checkpoint=True)
+    run(10, 2, resume_from_checkpoint=True)
+
+
+def test_checkpoints_of_before_these_entries_are_resumed(tmp_path, image_parquet, networks):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
+    h.make_trainer(*arguments, **options).train()
+    record = tmp_path / "out" / "checkpoint-2" / RECORD
+    record.with_name("manifest.json").unlink()
+    written = json.loads(record.read_text())
+    for name in ("--data_seed", "--train_sampling_strategy", STEPS_OF_EPOCH):
+        del written[name]
+    record.write_text(json.dumps(written))
+    h.make_trainer(*arguments, **options).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="another data_seed .then 3, now 4"):
+        h.make_trainer(*arguments, **options, data_seed=4).train(resume_from_checkpoint=True)
+
+
+def test_epochs_that_a_callback_ends_are_counted_whatever_tells_the_views(
+    tmp_path, image_parquet, networks, monkeypatch
+):
+    """With several processes accelerate does not tell a dataset its epoch, and `state.epoch` stays behind."""
+
+    class EndEpochs(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step % 2 == 0
+
+    def epochs(folder) -> list[int]:
+        options = {"max_steps": -1, "num_train_epochs": 3}
+        trainer = h.make_trainer(tmp_path / folder, image_parquet, networks.teacher, networks.resnet, **options)
+        recorder = h.Recorder(trainer)
+        trainer.add_callback(EndEpochs())
+        trainer.train()
+        return recorder.epochs
+
+    assert epochs("told") == [0, 0, 1, 1, 2, 2]
+    monkeypatch.setattr("accelerate.data_loader.DataLoaderShard.set_epoch", lambda loader, epoch: None)
+    assert epochs("not told") == [0, 0, 1, 1, 2, 2]
 
 
 def test_unwritable_checkpoint_leaves_the_earlier_one(tmp_path, image_parquet, networks, monkeypatch):

@@ -199,6 +199,7 @@ def test_labels_are_never_used(tmp_path, image_parquet, networks):
     [
         ({"accelerator_config": {"split_batches": True}}, "split_batches"),
         ({"accelerator_config": {"dispatch_batches": True}}, "dispatch_batches"),
+        ({"accelerator_config": {"use_seedable_sampler": False}}, "use_seedable_sampler cannot be switched off"),
         ({"logging_nan_inf_filter": True}, "logging_nan_inf_filter"),
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"per_device_train_batch_size": 1}, "batch of one image"),

@@ -1,5 +1,7 @@
 """What a dataset of views is told while a run trains."""
 
+import math
+
 from transformers import TrainerCallback
 
 from coss_hf.utils.messages import first_names, get_logger
@@ -11,21 +13,27 @@ logger = get_logger(__name__)
 class EpochCallback(TrainerCallback):
     """What a dataset of views needs of a training.
 
-    It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. It keeps its
+    It is told the epoch: accelerate's own call reaches it at one process only, and not after a resume. Epochs are
+    counted as ``Trainer`` counts them for the order of the images, also where a callback ends one early. It keeps its
     images, if it can, where they are seen more than once. It is told at the end which images other processes had to
-    replace. Persistent loader workers end where the training ends well:
-    the garbage collector may take their queues before they are told, and torch then waits 5 seconds for each.
+    replace. Persistent loader workers end where the training ends well: the garbage collector may take their queues
+    before they are told, and torch then waits 5 seconds for each.
     """
 
     def __init__(self, dataset):
         self.dataset = dataset
+        self._epoch = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        # Not `state.epoch`, which stays behind where an earlier epoch was ended by a callback.
+        steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
+        self._epoch = state.global_step // max(steps, 1)
         if state.num_train_epochs > 1:
             self.dataset.keep_images()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.dataset.set_epoch(int(state.epoch or 0))
+        self.dataset.set_epoch(self._epoch)
+        self._epoch += 1
 
     def on_train_end(self, args, state, control, train_dataloader=None, **kwargs):
         end_workers(train_dataloader)
