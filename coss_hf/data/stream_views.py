@@ -16,7 +16,9 @@ from torch.utils.data import get_worker_info
 
 from coss_hf.data.decoding import Decoded, content_hash, decode_reduced
 from coss_hf.data.streams import Stream, is_shuffled, stream_bytes
+from coss_hf.data.transform_identity import transform_code
 from coss_hf.data.views import make_view, resolve_augmentation
+from coss_hf.utils.code_identity import code_entry
 from coss_hf.utils.errors import UnreadableImage
 from coss_hf.utils.randomness import keeping_generators
 
@@ -99,6 +101,7 @@ class StreamViews(torch.utils.data.IterableDataset):
     ):
         self.augment, self.augmentation_name = resolve_augmentation(augmentation_name, size)
         self._built_in = isinstance(augmentation_name, str)
+        self._transform_code = "" if self._built_in else transform_code(self.augment, size)
         self.size = size
         self.seed = seed
         self.view_seed = seed if view_seed is None else view_seed
@@ -150,6 +153,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         return {
             "--dataset": f"stream {self._stream_identity}",
             "--augmentation": self.augmentation_name,
+            **code_entry("--transform", self._transform_code),
             "--view_size": str(self.size),
             "--view_seed": str(self.view_seed),
             "--reduced_decoding": str(self.reduced_decoding),

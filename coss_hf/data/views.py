@@ -14,7 +14,9 @@ from coss_hf.data import teacher_cache
 from coss_hf.data.checking import content_hashes
 from coss_hf.data.reading import ImageReader
 from coss_hf.data.teacher_cache import TeacherCache
+from coss_hf.data.transform_identity import transform_code
 from coss_hf.data.transforms import Fit, RandomCrop, augmentation
+from coss_hf.utils.code_identity import code_entry, without_addresses
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.randomness import keeping_generators, seed_generators
 
@@ -72,6 +74,7 @@ class ViewDataset(torch.utils.data.Dataset):
         self.augment = transform
         self.augmentation_name = name
         self._built_in = isinstance(augmentation_name, str)
+        self._transform_code = "" if self._built_in else transform_code(transform, size)
         self.reader = ImageReader(dataset, image_column, on_bad_image)
         self.reader.share_memory()
         name = next((name for name in ("image_hash", "image_file_hash") if name in dataset.column_names), None)
@@ -153,6 +156,7 @@ class ViewDataset(torch.utils.data.Dataset):
         return {
             "--dataset": _digest(hashes),
             "--augmentation": self.augmentation_name,
+            **code_entry("--transform", self._transform_code),
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),
@@ -308,7 +312,7 @@ def resolve_augmentation(given: str | Callable, size: int) -> tuple[Callable, st
     """The transform and its name; one that was given as a callable is tried on an image of noise."""
     if isinstance(given, str):
         return augmentation(given, size), given
-    name = getattr(given, "__qualname__", None) or repr(given)
+    name = getattr(given, "__qualname__", None) or without_addresses(repr(given))
     with keeping_generators():
         first, second = ([_try(given, name, size, seed) for seed in range(TRIES)] for _ in range(2))
     if not all(map(torch.equal, first, second)):

@@ -126,6 +126,7 @@ class CachedTeacher(TrainerCallback):
         args = self._args
         identity = of_views | self._fixed | {"--neighbors_k": str(k)}
         del identity["--view_epochs"]  # the first epochs of more are those of fewer
+        identity.pop("--transform", None)  # --augmentation says more of it here
         shape = (views.view_epochs, len(views), 1 + k, self._dim)
         self.cache = TeacherCache(cache_folder(args.teacher_cache), identity, shape, dtype=args.teacher_cache_dtype)
         self._of_views: dict[str, str] | None = None

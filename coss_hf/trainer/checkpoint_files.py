@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -16,16 +15,18 @@ from transformers import TrainingArguments
 from coss_hf.hub.export_folders import remove_exports
 from coss_hf.losses.registry import summands
 from coss_hf.trainer.manifest import MANIFEST, find_damage
+from coss_hf.utils.code_identity import is_of_another_python, without_addresses
 from coss_hf.utils.messages import for_reader
 from coss_hf.utils.process_group import Processes
 
 RECORD = "distillation.json"
 CLASSIFIER = "--teacher's classifier"
 TEACHER_CODE = "--teacher's code"
+TRANSFORM_CODE = "--transform"  # of `ViewDataset.identity`
 STEPS_OF_EPOCH = "--gradient_accumulation_steps"
 # Entries that runs of earlier versions lack: they are not known, and whatever they were is accepted.
-NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE, STEPS_OF_EPOCH)
-CODE = (TEACHER_CODE,)
+NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE, TRANSFORM_CODE, STEPS_OF_EPOCH)
+CODE = (TEACHER_CODE, TRANSFORM_CODE)
 LOCK = "_lock"
 STAGING = "unfinished-"
 REPLACED = "replaced-"
@@ -188,21 +189,6 @@ def classifier_identity(criterion: nn.Module) -> dict[str, str]:
     return {CLASSIFIER: hashlib.blake2b(b"".join(tensors), digest_size=8).hexdigest()}
 
 
-def code_entry(name: str, code: str) -> dict[str, str]:
-    """The entry of an identity that holds a hash of code, which each version of Python compiles otherwise.
-
-    Args:
-        name: of the entry.
-        code: the hash; empty where there is no code of one's own, and then no entry.
-    """
-    return {name: f"{code}, Python {sys.version_info.major}.{sys.version_info.minor}"} if code else {}
-
-
-def _is_of_another_python(saved: str | None, now: str | None) -> bool:
-    """Whether two hashes of code cannot be compared."""
-    return bool(saved and now) and saved.partition(", ")[2] != now.partition(", ")[2]
-
-
 def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECORD)) -> dict | None:
     """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse.
 
@@ -358,8 +344,10 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     seed = saved.get("--seed")
     saved = {"--view_epochs": "0", "--view_seed": seed, "--reduced_decoding": "False", "--data_seed": seed} | saved
     saved.setdefault("--train_sampling_strategy", "random")
+    if "--augmentation" in saved:  # earlier versions named an object with its place in memory
+        saved["--augmentation"] = without_addresses(saved["--augmentation"])
     saved = {name: identity.get(name) for name in NOT_ALWAYS_KNOWN} | saved
-    unclear = [name for name in CODE if _is_of_another_python(saved.get(name), identity.get(name))]
+    unclear = [name for name in CODE if is_of_another_python(saved.get(name), identity.get(name))]
     other = [key for key in identity if key not in unclear and saved.get(key) != identity[key]]
     if not other:
         return

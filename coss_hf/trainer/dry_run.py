@@ -38,7 +38,7 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "loss": f"{trainer.method}: {' + '.join(map(repr, summands(trainer.model.criterion)))}",
         "images": _images(splits),
         "bad images": _bad_images(splits, args.dry_run),
-        "views": f"{size}x{size}, augmentation {args.augmentation}",
+        "views": f"{size}x{size}, augmentation {trainer.train_dataset.augmentation_name}",
         "neighbours": _neighbors(trainer),
         "cache": _cache(trainer),
         "step": _step(args),

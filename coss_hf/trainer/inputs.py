@@ -2,10 +2,11 @@
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -29,6 +30,7 @@ from coss_hf.models.towers import ProjectedTower
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.checkpoint_files import find_checkpoint
+from coss_hf.trainer.conflicting_inputs import check_augmentation, check_views, check_workers_load, made_views
 from coss_hf.trainer.settings import Settings, fill, find_situation, recorded_settings
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.process_group import Processes
@@ -69,6 +71,13 @@ class TrainerInputs:
     callbacks: list[TrainerCallback] | None
     optimizers: tuple
     prepared: Prepared | None
+
+
+class Networks(NamedTuple):
+    """The networks of a run."""
+
+    teacher: Backbone
+    student: Backbone
 
 
 @dataclass
@@ -135,31 +144,62 @@ def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs:
         checkpoint = inputs.prepared.checkpoint
     else:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    evaluator = inputs.evaluator
     recorded = recorded_settings(checkpoint)
+    networks = Networks(teacher, student)
     if isinstance(inputs.train_dataset, ViewDataset):
-        if inputs.eval_dataset is not None:
-            raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
-        splits = None
-        views = inputs.train_dataset
-        args = args.drawing(views.k)  # what they were made with
-        situation = find_situation(
-            args, student, teacher, size=views.size, images=len(views), embeds=evaluator is not None
-        )
-        args, settings = fill(args, situation, recorded)
-    else:
-        splits = _images(inputs, args, checkpoint)
-        if splits.stream is not None:
-            args = args.for_stream(criterion)
-        images = None if splits.stream is not None else len(splits.train)
-        size = view_size(args, student, teacher)
-        embeds = evaluator is not None or splits.validation is not None
-        situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds)
-        args, settings = fill(args, situation, recorded)
-        views = make_views(splits, student, teacher, args, inputs.transform, inputs.data.shuffle_buffer_size)
-        if evaluator is None:
-            held_out = sample(splits.validation, args.eval_sample_size)
-            evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
+        return _of_views(inputs, networks, args, criterion, given, recorded)
+    splits = _images(inputs, args, checkpoint)
+    return _of_images(inputs, networks, args, criterion, given, recorded, splits)
+
+
+def _of_views(
+    inputs: TrainerInputs,
+    networks: Networks,
+    args: DistillationArguments,
+    criterion: nn.Module | None,
+    given: dict[str, object],
+    recorded: Mapping[str, object] | None,
+) -> RunInputs:
+    """Inputs of a run whose views were made already."""
+    if inputs.eval_dataset is not None:
+        raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
+    teacher, student = networks
+    views = inputs.train_dataset
+    check_views(args, views)
+    check_workers_load(args, views.augment)
+    given |= made_views(views)
+    args = args.drawing(views.k)
+    embeds = inputs.evaluator is not None
+    situation = find_situation(args, student, teacher, size=views.size, images=len(views), embeds=embeds)
+    args, settings = fill(args, situation, recorded)
+    return RunInputs(teacher, student, args, views, None, inputs.evaluator, criterion, given, settings)
+
+
+def _of_images(
+    inputs: TrainerInputs,
+    networks: Networks,
+    args: DistillationArguments,
+    criterion: nn.Module | None,
+    given: dict[str, object],
+    recorded: Mapping[str, object] | None,
+    splits: ImageSplits,
+) -> RunInputs:
+    """Inputs of a run of which the views are made here."""
+    teacher, student = networks
+    evaluator = inputs.evaluator
+    if splits.stream is not None:
+        args = args.for_stream(criterion)
+    images = None if splits.stream is not None else len(splits.train)
+    size = view_size(args, student, teacher)
+    embeds = evaluator is not None or splits.validation is not None
+    situation = find_situation(args, student, teacher, size=size, images=images, embeds=embeds)
+    args, settings = fill(args, situation, recorded)
+    views = make_views(splits, student, teacher, args, inputs.transform, inputs.data.shuffle_buffer_size)
+    if callable(inputs.transform):
+        given["augmentation"] = views.augmentation_name
+    if evaluator is None:
+        held_out = sample(splits.validation, args.eval_sample_size)
+        evaluator = build_evaluator(splits, teacher, args, held_out, during_training=True)
     return RunInputs(teacher, student, args, views, splits, evaluator, criterion, given, settings)
 
 
@@ -237,12 +277,16 @@ def with_names(
             raise ValueError(
                 f"--transform={transform!r} is unknown: choose one of {', '.join(AUGMENTATIONS)}, or give a callable."
             )
+        check_augmentation(args, transform)
         args.augmentation = transform
     elif not (transform is None or callable(transform)):
         raise ValueError(
             f"--transform is a {type(transform).__name__}; give one of {', '.join(AUGMENTATIONS)}, or a callable from "
             f"a PIL image to a uint8 tensor (3, h, w)."
         )
+    if callable(transform):
+        check_augmentation(args, transform)
+        check_workers_load(args, transform)
     return args
 
 

@@ -24,6 +24,7 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
 from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
+from coss_hf.trainer.conflicting_inputs import made_views
 from coss_hf.trainer.distillation_model import loss_argument, losses_of, reads_maps
 from coss_hf.trainer.given_arguments import COMPILATION, ENGINE, LOADER, OPTIMIZER, SCHEDULE, STEP, refused
 from coss_hf.trainer.inputs import view_size
@@ -90,6 +91,9 @@ def rehearse(
         if args.process_index == 0:  # each copy takes space on the disk
             check_before_training(copied, copies=not is_sharded)
     views = noise_views(short, args.augmentation, view_size(args, student, teacher))
+    # Views of noise are made otherwise than those of the run.
+    for name in ("view_size", "view_seed", "view_epochs", "reduced_decoding"):
+        setattr(short, name, made_views(views)[name])
     before = next(teacher.model.parameters()).device
     try_trainer(short, lambda: DistillationTrainer(copy.copy(teacher), copied, short, views, criterion=_AnyLoss()))
     if args.teacher_cache:  # it may never embed again

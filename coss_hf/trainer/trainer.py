@@ -56,7 +56,6 @@ from coss_hf.trainer.checkpoint_files import (
     check_training_state,
     claim_output_dir,
     classifier_identity,
-    code_entry,
     end_of_messages,
     find_checkpoint,
     finished,
@@ -69,6 +68,7 @@ from coss_hf.trainer.checkpoint_files import (
     shapes,
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, load_student, save_student, save_training_state
+from coss_hf.trainer.conflicting_inputs import check_data
 from coss_hf.trainer.distillation_model import DistillationModel, loss_argument, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
@@ -95,6 +95,7 @@ from coss_hf.trainer.step_times import StepTimes
 from coss_hf.trainer.stream_loader import StreamLoader, load_position, save_position
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.trainer.weight_decay import matrices
+from coss_hf.utils.code_identity import code_entry
 from coss_hf.utils.distributed import all_reduce_sum, any_process
 from coss_hf.utils.errors import WORKER_ERRORS, LostWorker, RunStopped, is_lost_worker
 from coss_hf.utils.messages import first_line, for_reader, get_logger, on_command_line, parameter_names
@@ -197,6 +198,8 @@ class DistillationTrainer(Trainer):
         if isinstance(train_dataset, ViewDataset) and not (neighbors is None and transform is None):
             raise ValueError("--neighbors, --transform: a ViewDataset makes the views; give them to it.")
         data = data or DataArguments()
+        if prepared is None:  # else the same arguments have read the images
+            check_data(train_dataset, eval_dataset, data)
         if neighbors is not None and data.validation_size is None:
             data = replace(data, validation_size=0)  # their rows are those of the images that were given
         self._given = TrainerInputs(

@@ -40,6 +40,31 @@ def code_identity(*values, ignored: tuple[str, ...] = ()) -> str:
     return hashlib.blake2b("\n".join(description.parts).encode(), digest_size=8).hexdigest()
 
 
+def code_entry(name: str, code: str) -> dict[str, str]:
+    """Return the entry of a run's identity that holds a hash of code, which each version of Python compiles otherwise.
+
+    Args:
+        name: of the entry.
+        code: the hash; empty where there is no code of one's own, and then there is no entry.
+    """
+    return {name: f"{code}, Python {sys.version_info.major}.{sys.version_info.minor}"} if code else {}
+
+
+def is_of_another_python(first: str | None, second: str | None) -> bool:
+    """Whether two values of ``code_entry`` cannot be compared."""
+    return bool(first and second) and first.partition(", ")[2] != second.partition(", ")[2]
+
+
+def without_addresses(text: str) -> str:
+    """Return what ``repr`` says of an object without its place in memory, which differs from process to process.
+
+    Example:
+        >>> without_addresses("<Crop object at 0x7f12ab>")
+        '<Crop object>'
+    """
+    return _ADDRESS.sub("", text)
+
+
 class _Description:
     """Texts that describe objects; each object once."""
 
@@ -128,7 +153,7 @@ class _Description:
                 self._all(name, [entry])
 
     def _network(self, value: nn.Module) -> None:
-        self.parts.append(_ADDRESS.sub("", repr(value)))
+        self.parts.append(without_addresses(repr(value)))
         for name, module in value.named_modules():
             self._all(f"layer {name}", [type(module)])
             if isinstance(getattr(module, "code", None), str):  # of TorchScript, and of torch.fx
@@ -145,7 +170,7 @@ class _Description:
         self.add(type(value))
         if callable(value) or not _is_installed(type(value).__module__):
             self._dict(dict(sorted(getattr(value, "__dict__", {}).items())))
-        self.parts.append(_ADDRESS.sub("", repr(value)))
+        self.parts.append(without_addresses(repr(value)))
 
 
 def _is_option(module: nn.Module, value) -> bool:

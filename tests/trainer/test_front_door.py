@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import metadata_load
@@ -16,6 +17,7 @@ from transformers import AutoModel, TrainingArguments
 import coss_hf
 from coss_hf import DistillationArguments, DistillationTrainer, Student
 from coss_hf.cli import parse
+from coss_hf.data.views import ViewDataset
 from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
@@ -170,7 +172,13 @@ def test_transforms_in_any_form(tmp_path, images, networks):
     transform = v2.Compose([v2.PILToTensor(), v2.RandomResizedCrop(16), v2.RandomHorizontalFlip()])
     students = [
         trained(
-            DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, name), images, transform=given)
+            DistillationTrainer(
+                networks.teacher,
+                networks.resnet,
+                arguments(tmp_path, name, augmentation="imagenet"),
+                images,
+                transform=given,
+            )
         )
         for name, given in (("name", "imagenet"), ("callable", transform), ("again", transform))
     ]
@@ -205,8 +213,82 @@ def as_float(image):
 def test_bad_input_is_named_by_parameter(tmp_path, images, networks, options, message):
     given = {"teacher": networks.teacher, "student": networks.resnet, "train_dataset": images}
     with pytest.raises(ValueError, match=message) as raised:
-        DistillationTrainer(**given | {"args": arguments(tmp_path)} | options)
+        DistillationTrainer(**given | {"args": arguments(tmp_path, augmentation="imagenet")} | options)
     assert "--" not in str(raised.value)
+
+
+@pytest.mark.parametrize("transform", [as_float, "none"])
+def test_two_augmentations_are_refused(tmp_path, images, networks, transform):
+    """One of them was recorded, and the other made the views."""
+    given = networks.teacher, networks.resnet, arguments(tmp_path, augmentation="moco"), images
+    with pytest.raises(ValueError, match="^augmentation=moco next to transform, which makes the views"):
+        DistillationTrainer(*given, transform=transform)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"neighbors_k": 1, "neighbors_pool": 3}, "^neighbors_k=1: the views of the ViewDataset were made with 0;"),
+        ({"view_size": 24}, "^view_size=24: .* made with 16; leave view_size out"),
+        ({"augmentation": "moco"}, "^augmentation=moco: .* made with none"),
+        ({"view_seed": 9}, "^view_seed=9: .* made with 5"),
+        ({"view_epochs": 3}, "^view_epochs=3: .* made with 2"),
+        ({"reduced_decoding": False}, "^reduced_decoding=False: .* made with True"),
+    ],
+)
+def test_views_that_were_made_otherwise_are_refused(tmp_path, image_parquet, networks, options, message):
+    """The arguments were recorded, and the views stayed as they were."""
+    rows = coss_hf.load_images(str(image_parquet)).train
+    views = ViewDataset(rows, "image", "none", 16, seed=5, view_epochs=2)
+    as_made = {"augmentation": "none", "view_epochs": 2}
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path, **as_made | options), views)
+    trainer = DistillationTrainer(
+        networks.teacher, networks.resnet, arguments(tmp_path, augmentation="imagenet"), views
+    )
+    names = ("neighbors_k", "view_size", "augmentation", "view_seed", "view_epochs")
+    assert [trainer.arguments[name] for name in names] == [0, 16, "none", 5, 2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_train_samples": 8}, {"validation_size": 8}, {"train_split": "test"}, {"image_column": "photo"}],
+)
+def test_arguments_about_images_that_were_read_are_refused(tmp_path, image_parquet, networks, options):
+    splits = coss_hf.load_images(str(image_parquet))
+    message = f"^{next(iter(options))}=.*: the images of train_dataset were read already"
+    with pytest.raises(ValueError, match=message):
+        DistillationTrainer(
+            networks.teacher, networks.resnet, arguments(tmp_path), splits, data=data(tmp_path, **options)
+        )
+    neighbors = np.arange(1, 49)[:, None] % 48
+    args = arguments(tmp_path, neighbors_k=1, neighbors_pool=1)
+    given = {"data": data(tmp_path), "neighbors": neighbors}
+    assert DistillationTrainer(networks.teacher, networks.resnet, args, splits, **given).train_dataset.k == 1
+
+
+def cut(image):
+    return v2.functional.pil_to_tensor(image)[:, :16, :16]
+
+
+@pytest.mark.skipif(
+    not hasattr(DistillationArguments, "dataloader_multiprocessing_context"),
+    reason="versions of Transformers at the floor do not have this option",
+)
+def test_a_transform_that_workers_cannot_load_is_refused_at_once(tmp_path, networks):
+    """It failed at the first batch, behind the search for neighbours."""
+    spawned = {"dataloader_multiprocessing_context": "spawn", "augmentation": "imagenet"}
+
+    def make(transform, **options):
+        args = arguments(tmp_path, **spawned | options)
+        DistillationTrainer(networks.teacher, networks.resnet, args, "nowhere", transform=transform)
+
+    for workers in (1, None):
+        with pytest.raises(ValueError, match="^transform=.*lambda.* cannot be sent to loader workers, .* by spawn"):
+            make(lambda image: cut(image), dataloader_num_workers=workers, settings="auto")
+    for transform, context in ((cut, "spawn"), (lambda image: cut(image), "fork")):
+        with pytest.raises(ValueError, match="nowhere"):
+            make(transform, dataloader_num_workers=1, dataloader_multiprocessing_context=context)
 
 
 def test_a_card_that_is_written_again_keeps_its_results(tmp_path, images, networks):

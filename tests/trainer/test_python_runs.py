@@ -17,6 +17,7 @@ from coss_hf.losses import CoSSLoss
 from coss_hf.losses.registry import LOSSES
 from coss_hf.reporting.run_report import NOT_EVALUATED
 from coss_hf.trainer.callbacks.console import ConsoleCallback
+from coss_hf.trainer.checkpoint_files import RECORD
 from coss_hf.trainer.distillation_model import as_output
 from coss_hf.trainer.inputs import described, hub_dataset
 from tests.trainer.test_front_door import arguments, data, images, trained, weights  # noqa: F401 (a fixture)
@@ -397,7 +398,7 @@ def test_a_resumed_run_gets_the_same_views_of_a_transform(tmp_path, images, netw
     def train(name: str, steps: int, **options) -> str:
         resume = options.pop("resume", None)
         given = {"save_strategy": "steps", "save_steps": 2, "num_images": 8 * steps, "max_steps": -1} | options
-        args = arguments(tmp_path, name, lr_scheduler_type="constant", **given)
+        args = arguments(tmp_path, name, lr_scheduler_type="constant", augmentation="imagenet", **given)
         trainer = DistillationTrainer(networks.teacher, networks.resnet, args, images, transform=draws_from_all)
         trainer.train(resume_from_checkpoint=resume)
         trainer.save_model()
@@ -406,3 +407,44 @@ def test_a_resumed_run_gets_the_same_views_of_a_transform(tmp_path, images, netw
     expected = train("whole", 4)
     train("out", 2)
     assert train("out", 4, resume=True, dataloader_num_workers=1) == expected
+
+
+class Brighter:
+    """A transform without a name, whose calls leave something in it."""
+
+    def __init__(self, shift: int):
+        self.shift = shift
+        self.calls = 0
+
+    def __call__(self, image):
+        self.calls += 1
+        return torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) // 2 + self.shift
+
+
+def shifted(shift: int):
+    return lambda image: torch.from_numpy(np.array(image.resize((16, 16)))).permute(2, 0, 1) // 2 + shift
+
+
+@pytest.mark.parametrize("kind", [Brighter, shifted])
+def test_another_transform_of_the_same_name_is_not_resumed(tmp_path, images, networks, kind):  # noqa: F811
+    def make(transform) -> DistillationTrainer:
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2, "augmentation": "imagenet"}
+        args = arguments(tmp_path, **options)
+        return DistillationTrainer(networks.teacher, networks.resnet, args, images, transform=transform)
+
+    first = make(kind(0))
+    first.train()
+    named = first.arguments["augmentation"]  # was that of args, which made no view
+    assert named == first.train_dataset.augmentation_name != "imagenet" and " at 0x" not in named
+    make(kind(0)).train(resume_from_checkpoint=True)  # an object of another place in memory was refused
+    make(first.train_dataset.augment).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="written with another transform"):
+        make(kind(9)).train(resume_from_checkpoint=True)
+    record = tmp_path / "out" / "checkpoint-2" / RECORD
+    record.with_name("manifest.json").unlink()
+    written = json.loads(record.read_text())
+    del written["--transform"]
+    if named.startswith("<") and named.endswith(" object>"):
+        written["--augmentation"] = named.replace(" object>", " object at 0x7f1234>")
+    record.write_text(json.dumps(written))
+    make(kind(9)).train(resume_from_checkpoint=True)  # earlier versions did not know

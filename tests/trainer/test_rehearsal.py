@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -205,11 +206,12 @@ def test_metrics_that_are_named_are_measured(tmp_path, image_parquet, networks):
     assert set(trainer.evaluator.metric_names()) == defined - {"teacher_effective_rank", "teacher_duplicates"}
 
 
-def test_neighbours_that_views_do_not_draw_are_not_counted(tmp_path, networks):
-    """A dataset of views draws what it was made with, whatever the arguments say."""
-    args = arguments(tmp_path, neighbors_k=3, per_device_train_batch_size=8, max_steps=1)
+def test_neighbours_that_views_draw_are_counted(tmp_path, networks):
+    """A dataset of views draws what it was made with, also where the arguments say nothing of neighbours."""
+    args = arguments(tmp_path, per_device_train_batch_size=8, max_steps=1)
     views = noise_views(arguments(tmp_path, per_device_train_batch_size=16), "cifar", 16)
+    views.use_neighbors((np.arange(16)[:, None] + np.arange(1, 4)) % 16, 3)
     teacher, student = load_backbone(networks.teacher).freeze(), load_backbone(networks.small)
     trainer = DistillationTrainer(teacher, student, args, views)
-    assert trainer.args.images_per_step == 8 and trainer.args.neighbors_k == 0 and args.neighbors_k == 3
-    assert trainer.args.eval_steps == 50_000 // 8 and trainer.length.images_after(2) == 16
+    assert trainer.args.images_per_step == 32 and trainer.args.neighbors_k == 3 and args.neighbors_k == 0
+    assert trainer.args.eval_steps == round(50_000 / 32) and trainer.length.images_after(2) == 64
