@@ -25,7 +25,18 @@ TEACHER_CODE = "--teacher's code"
 TRANSFORM_CODE = "--transform"  # of `ViewDataset.identity`
 STEPS_OF_EPOCH = "--gradient_accumulation_steps"
 # Entries that runs of earlier versions lack: they are not known, and whatever they were is accepted.
-NOT_ALWAYS_KNOWN = (CLASSIFIER, TEACHER_CODE, TRANSFORM_CODE, STEPS_OF_EPOCH)
+NOT_ALWAYS_KNOWN = (
+    CLASSIFIER,
+    TEACHER_CODE,
+    TRANSFORM_CODE,
+    STEPS_OF_EPOCH,
+    "--learning_rate",
+    "--weight_decay",
+    "--momentum",
+    "--adam_beta1",
+    "--adam_beta2",
+    "--adam_epsilon",
+)
 CODE = (TEACHER_CODE, TRANSFORM_CODE)
 LOCK = "_lock"
 STAGING = "unfinished-"

@@ -249,3 +249,16 @@ def check_numbers(args: TrainingArguments) -> None:
     epochs = args.num_train_epochs
     if by_epochs and epochs is not None and not 0 < epochs < math.inf:
         raise ValueError(f"--num_train_epochs={epochs}: give more than 0.")
+
+
+def check_order_of_images(args: TrainingArguments) -> None:
+    """Refuse an order of images that a resumed run cannot draw again.
+
+    Raises:
+        ValueError: the sampler draws from a generator whose state no checkpoint keeps.
+    """
+    if not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "--accelerator_config: use_seedable_sampler cannot be switched off: a resumed run would see its images "
+            "in another order; leave it out."
+        )

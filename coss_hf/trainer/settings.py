@@ -218,7 +218,9 @@ def fill(
     args = copy.copy(args)
     _take_over_options(args, recorded)
     if args.settings == "paper":
-        for name in args.left_out:  # where it became so after the arguments were made
+        left_out = args.left_out  # where they became so after the arguments were made
+        args.stood_in = (*args.stood_in, *left_out)
+        for name in left_out:
             setattr(args, name, table.PAPER[name])
         check_resumed(args, recorded)
         return args, Settings("paper")

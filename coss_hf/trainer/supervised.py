@@ -27,6 +27,7 @@ from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.checkpoint_files import (
     RECORD,
+    STEPS_OF_EPOCH,
     check_identity,
     check_training_state,
     enter_output_dir,
@@ -38,7 +39,15 @@ from coss_hf.trainer.checkpoint_files import (
 )
 from coss_hf.trainer.checkpointing import CheckpointWriter, save_training_state
 from coss_hf.trainer.engine import check_graphs, check_processes
-from coss_hf.trainer.given_arguments import ENGINE, check_numbers, given, recording_derived, refused, resolve_saving
+from coss_hf.trainer.given_arguments import (
+    ENGINE,
+    check_numbers,
+    check_order_of_images,
+    given,
+    recording_derived,
+    refused,
+    resolve_saving,
+)
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
@@ -200,6 +209,7 @@ class TeacherArguments(TrainingArguments):
             super().__post_init__()
         except Exception as error:  # values of all kinds, packages that are not installed, files that cannot be read
             raise refused(self.given, ENGINE, "Trainer does not take this", error) from error
+        check_order_of_images(self)
 
 
 class SupervisedTrainer(Trainer):
@@ -388,11 +398,26 @@ def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: Teache
     step = images_per_step(args)
     no_options = ("--neighbors", "--view_")
     of_views = {name: value for name, value in views.identity().items() if not name.startswith(no_options)}
+    # A resumed optimizer has these from its checkpoint, whatever the arguments say.
+    own = ("momentum",) if args.optim == "sgd" else ("adam_beta1", "adam_beta2", "adam_epsilon")
+    of_optimizer = {f"--{name}": str(getattr(args, name)) for name in ("learning_rate", "weight_decay", *own)}
     return {
         "--model": f"{type(model).__name__} {shapes(model)}",
         "--seed": str(args.seed),
         "--per_device_train_batch_size": f"{step} images per step",
-    } | of_views
+        **of_views,
+        "--data_seed": str(args.seed if args.data_seed is None else args.data_seed),
+        "--train_sampling_strategy": str(args.train_sampling_strategy),
+        STEPS_OF_EPOCH: f"{steps_per_epoch(args, len(views))} steps an epoch",
+        **of_optimizer,
+    }
+
+
+def steps_per_epoch(args: TeacherArguments, images: int) -> int:
+    """Return the number of optimizer steps of one pass over the training images."""
+    batches = images / (args.train_batch_size * args.world_size)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def build_supervised_trainer(
@@ -430,10 +455,7 @@ def build_supervised_trainer(
             raise ValueError(
                 f"--warmup_steps={args.warmup_steps:g}: --lr_milestones has no warm-up; leave one of them out."
             )
-        batches = len(views) / (args.train_batch_size * args.world_size)
-        batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-        steps = math.ceil(batches / args.gradient_accumulation_steps)  # of an epoch
-        drops = [round(epoch * steps) for epoch in args.lr_milestones]
+        drops = [round(epoch * steps_per_epoch(args, len(views))) for epoch in args.lr_milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:

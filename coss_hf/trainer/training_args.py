@@ -22,6 +22,7 @@ from coss_hf.trainer.given_arguments import (
     ENGINE,
     UNUSED,
     check_numbers,
+    check_order_of_images,
     check_unused,
     given,
     recording_derived,
@@ -522,11 +523,7 @@ class DistillationArguments(TrainingArguments):
                 "statistic of the full "
                 "batches; leave both out."
             )
-        if not self.accelerator_config.use_seedable_sampler:
-            raise ValueError(
-                "--accelerator_config: use_seedable_sampler cannot be switched off: a resumed run would see its images "
-                "in another order; leave it out."
-            )
+        check_order_of_images(self)
 
     def _check_lengths(self) -> None:
         if self.num_images is not None and self.max_steps > 0 and self.max_steps != self._steps_of_images:

@@ -74,6 +74,10 @@ def test_checkpoints_are_complete_or_not_there(train, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         train("--resume_from_checkpoint", "--seed=7", **options)
     assert "was written with another --seed (then 42, now 7)" in capsys.readouterr().err
+    for name, then, now in (("learning_rate", "0.05", "0.5"), ("momentum", "0.9", "0.5"), ("data_seed", "42", "7")):
+        with pytest.raises(SystemExit):
+            train("--resume_from_checkpoint", f"--{name}={now}", **options)
+        assert f"was written with another --{name} (then {then}, now {now})" in capsys.readouterr().err
     train("--resume_from_checkpoint", **options)
     assert not list(folder.glob("unfinished-*")) and (folder / "checkpoint-12").is_dir()
     resumed = load_file(folder / "model.safetensors")
