@@ -1,8 +1,40 @@
 """Metrics as a table."""
 
+from typing import NamedTuple
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
+
+class Unit(NamedTuple):
+    """How values of a metric are written.
+
+    Attributes:
+        factor: what a value is multiplied by.
+        digits: number of digits after the point.
+        sign: sign of the unit; empty without one.
+    """
+
+    factor: int
+    digits: int
+    sign: str
+
+    def text(self, value: float) -> str:
+        """Return a value, or a difference of two, without the sign."""
+        return f"{self.factor * value:.{self.digits}f}"
+
+    def axis(self, name: str) -> str:
+        """Return the label of an axis that shows the metric called ``name``."""
+        return f"{name} ({self.sign})" if self.sign else name
+
+
+PERCENT = Unit(100, 1, "%")
+COSINE = Unit(1, 3, "")
+
+
+def unit_of(metric: str) -> Unit:
+    """Return the unit of a metric: percent, except of the cosine."""
+    return COSINE if metric == "cosine" else PERCENT
+
+
+_percent = PERCENT.text
 
 
 COLUMNS = {
@@ -14,7 +46,7 @@ COLUMNS = {
     "overlap10": ("overlap 10", _percent),
     "map": ("mAP", _percent),
     "asymmetric_map": ("mAP in the teacher's gallery", _percent),
-    "cosine": ("cosine", lambda value: f"{value:.3f}"),
+    "cosine": ("cosine", COSINE.text),
 }
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from coss_hf.evaluation.diagnostics import chance
+from coss_hf.evaluation.tables import unit_of
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.packages import how_to_install, is_installed
 
@@ -282,10 +283,14 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
     Args:
         path: of the PNG.
         rows: results by method, the best first; those without the metric are left out.
-        metric: a fraction in [0, 1].
+        metric: name of the metric, for the axis, too.
         title: what was compared, on what.
     """
-    values = {name: [100 * row[metric] for row in group if row.get(metric) is not None] for name, group in rows.items()}
+    unit = unit_of(metric)
+    values = {
+        name: [unit.factor * row[metric] for row in group if row.get(metric) is not None]
+        for name, group in rows.items()
+    }
     values = {name: some for name, some in values.items() if some}
     figure = _figure(7, 0.9 + 0.28 * len(values))
     axes = figure.add_subplot()
@@ -293,7 +298,7 @@ def method_plot(path: str | Path, rows: dict[str, list[dict]], metric: str, titl
         axes.plot(some, [height] * len(some), "o", color=SHARED, alpha=0.55, markersize=5, markeredgewidth=0)
         axes.plot([sum(some) / len(some)] * 2, [height - 0.3, height + 0.3], color=TEXT, linewidth=1.5)
     axes.set_yticks(range(len(values)), reversed(values))
-    _dress(axes, title, x=f"{metric} (%)", grid="x")
+    _dress(axes, title, x=unit.axis(metric), grid="x")
     axes.tick_params(axis="y", labelsize=9, labelcolor=TEXT)
     figure.tight_layout()
     figure.savefig(path, format="png")
@@ -328,15 +333,16 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
 
     Args:
         path: of the PNG.
-        points: by name, milliseconds for one image and the metric of each seed, fractions in [0, 1].
-        metric: its name, for the axis.
+        points: by name, milliseconds for one image and the metric of each seed.
+        metric: its name, for the axis, too.
         title: what was compared, on what.
     """
     figure = _figure(7.5, 4.2)
     axes = figure.add_subplot()
     widest = max(ms for ms, _ in points.values())
-    heights = [100 * sum(values) / len(values) for _, values in points.values()]
-    seen = [100 * value for _, values in points.values() for value in values]
+    unit = unit_of(metric)
+    heights = [unit.factor * sum(values) / len(values) for _, values in points.values()]
+    seen = [unit.factor * value for _, values in points.values() for value in values]
     # Names of rows that are close to each other are moved apart, upwards. A name takes up half of the width.
     gap = 0.055 * (max(seen) - min(seen) or 1)
     places = {}
@@ -346,15 +352,14 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
     colors = iter(STUDENTS * len(points))
     for name, (ms, values) in points.items():
         color = TEXT if name == "teacher" else next(colors)
-        mean = 100 * sum(values) / len(values)
-        axes.plot(
-            [ms] * len(values), [100 * value for value in values], "o", color=color, alpha=0.55, markeredgewidth=0
-        )
-        axes.plot([ms - 0.012 * widest, ms + 0.012 * widest], [mean] * 2, color=color, linewidth=1.5)
+        mean = sum(values) / len(values)
+        heights = [unit.factor * value for value in values]
+        axes.plot([ms] * len(values), heights, "o", color=color, alpha=0.55, markeredgewidth=0)
+        axes.plot([ms - 0.012 * widest, ms + 0.012 * widest], [unit.factor * mean] * 2, color=color, linewidth=1.5)
         place = (ms + 0.03 * widest, places[name])
-        axes.annotate(f"{name} {mean:.1f}", place, fontsize=8.5, color=color, va="center")
+        axes.annotate(f"{name} {unit.text(mean)}", place, fontsize=8.5, color=color, va="center")
     axes.set_xlim(0, 1.35 * widest)
     axes.margins(y=0.12)
-    _dress(axes, title, x="milliseconds for one image", y=f"{metric} (%)", grid="both")
+    _dress(axes, title, x="milliseconds for one image", y=unit.axis(metric), grid="both")
     figure.tight_layout()
     figure.savefig(path, format="png")

@@ -14,7 +14,7 @@ from coss_hf.study.baselines import check_report
 from coss_hf.study.paper_cells import cells, ranking_sentence
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
-from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
+from coss_hf.study.trials import UNTRAINED, StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
 POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
@@ -236,7 +236,9 @@ class Reproduction:
             if not chosen[pair]:
                 parts.append(f"## {pair}\n\nNothing is reported. {nothing_chosen(of_this, args.metric)}")
                 continue
-            name = f"{pair}, {max(row['images_seen'] for row in rows):,} images seen"
+            name = pair
+            if trained := [row for row in rows if row["method"] not in UNTRAINED]:
+                name += f", {max(row['images_seen'] for row in trained):,} images seen"
             held_out = len(self.splits.validation) if args.chooses else None
             published = paper.published(args.table, pair)
             parts.append(pair_section(f"{name} ({budget})", rows, chosen[pair], args.metric, held_out, published))

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from coss_hf.evaluation.tables import COLUMNS
+from coss_hf.evaluation.tables import COLUMNS, unit_of
 from coss_hf.study.trials import UNTRAINED
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom.
@@ -68,10 +68,10 @@ def _mean_with_interval(rows: list[dict], metric: str) -> str:
     values = [row[metric] for row in rows if row.get(metric) is not None]
     if not values:
         return "-"
-    factor, digits = (1, 3) if metric == "cosine" else (100, 1)
-    text = f"{factor * statistics.fmean(values):.{digits}f}"
+    unit = unit_of(metric)
+    text = unit.text(statistics.fmean(values))
     half = half_interval(values)
-    return f"{text} ± {factor * half:.{digits}f}" if math.isfinite(half) else text
+    return f"{text} ± {unit.text(half)}" if math.isfinite(half) else text
 
 
 def ranked_table(
@@ -145,34 +145,47 @@ class _Standing:
 
     Attributes:
         first: name of the best method.
+        metric: metric that ranks.
         differences: text of each row's difference to it, by name.
         close: rows within the noise.
         better: untrained networks that are better by more than the noise.
         unknown: rows without an interval.
-        failed: those of them without any result.
+        failed: those of them whose runs failed.
     """
 
     first: str
+    metric: str
     differences: dict[str, str]
     close: list[str] = field(default_factory=list)
     better: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
-    def add(self, name: str, found: tuple[float, float] | None) -> None:
-        """Add a row by its difference to the best, and half of the interval."""
+    def add(self, name: str, group: list[dict], best_rows: list[dict]) -> None:
+        """Add a row by its difference to the best method, paired by seed.
+
+        Args:
+            name: name of the row.
+            group: its results.
+            best_rows: those of the best method.
+        """
         label = f"{name} weights" if name in UNTRAINED else name
+        found = difference(group, best_rows, self.metric)
         if found is None:
-            self.differences[name] = "failed"
+            has_failed = any("failed" in row for row in group)
+            why = "failed" if has_failed else "no value"
+            has_value = any(row.get(self.metric) is not None for row in group)
+            self.differences[name] = "no common seed" if has_value else why
             self.unknown.append(label)
-            self.failed.append(label)
+            self.failed += [label] if has_failed else []
             return
         mean, half = found
-        self.differences[name] = f"{100 * mean:.1f}"
+        unit = unit_of(self.metric)
+        self.differences[name] = unit.text(mean)
         if math.isinf(half):
             self.unknown.append(label)
             return
-        self.differences[name] += f" ± {100 * half:.1f}"
+        self.differences[name] += f" ± {unit.text(half)}"
         if mean > half and name in UNTRAINED:
             self.better.append(label)
         elif mean > half:
@@ -213,21 +226,34 @@ def comparison(rows: list[dict], metric: str) -> str:
         metric: metric that ranks.
     """
     groups = ranked(rows, metric)
-    first = next(name for name in groups if name not in UNTRAINED)
-    standing = _Standing(first, {first: "-"})
+    unit = "In %, the cosine from -1 to 1" if metric == "cosine" else "In %"
+    heading = f"{unit}, means over seeds with 95 % t-intervals, ranked by {metric}."
+    first = next((name for name in groups if name not in UNTRAINED), None)
+    if first is None:
+        return "\n\n".join([heading, markdown(rows, metric), "No trained row is reported."])
+    standing = _Standing(first, metric, {first: "-"})
     for name, group in groups.items():
         if name not in (first, "teacher"):
-            standing.add(name, difference(group, groups[first], metric))
+            standing.add(name, group, groups[first])
     extra = {f"difference to {first}, paired": lambda name: standing.differences.get(name, "")}
-    failed = all(row.get(metric) is None for row in groups[first])
+    has_value = any(row.get(metric) is not None for row in groups[first])
     parts = [
-        f"In %, means over seeds with 95 % t-intervals, ranked by {metric}.",
+        heading,
         markdown(rows, metric, extra),
-        "Every run failed." if failed else standing.sentence(),
+        standing.sentence() if has_value else without_value(rows, metric),
         *extra_passes(rows),
         *what_was_shared(rows),
     ]
     return "\n\n".join(parts)
+
+
+def without_value(rows: list[dict], metric: str) -> str:
+    """Say why no trained row has a value: its runs failed, or the metric is not defined for these images."""
+    trained = [row for row in rows if row["method"] not in UNTRAINED]
+    if all("failed" in row for row in trained):
+        return "Every run failed."
+    why = " The file of results says why runs failed." if any("failed" in row for row in trained) else ""
+    return f"No run has a value of {metric}.{why}"
 
 
 def extra_passes(rows: list[dict]) -> list[str]:

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from coss_hf.reporting.plots import method_plot, published_plot
+from coss_hf.evaluation.tables import unit_of
+from coss_hf.reporting import plots
+from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
 from coss_hf.study import reproduction
 from coss_hf.study.paper_tables import ROWS, choice_trials, own_pairs, own_rows, published, report_trials, scaled
 from coss_hf.study.reproduction import ReproduceArguments, Reproduction, nothing_chosen
@@ -63,7 +65,7 @@ def test_comparison_without_intervals_makes_no_claim():
     assert "No method is better than initial weights" in comparison([*low, *rows("initial", 0.9)], "linear")
     beaten = comparison([*low, *rows("initial", 0.1)], "linear")
     assert "-21.0 ± 2.5" in beaten and f"a {ahead}" in beaten
-    assert "Every run failed" in comparison([*rows("a", None, None), *rows("random", 0.3, 0.3)], "linear")
+    assert "Every run failed" in comparison([*rows("a", None, None, failed="NaN"), *rows("random", 0.3, 0.3)], "linear")
     one_left = comparison([*low, *rows("b", 0.2, None, None)], "linear")
     assert "It is not known whether it is better than b: " in one_left
     mixed = comparison([*rows("a", 0.5, 0.5, 0.9), *rows("b", 0.52, 0.521, None)], "linear")
@@ -194,3 +196,48 @@ class FakeSweep:
     def run(self, trials, config, later=0):
         self.trials += trials
         return [asdict(trial) | {"images_seen": trial.num_images, "linear": 0.5} for trial in trials]
+
+
+def test_a_table_where_only_coss_could_be_reported_and_failed(tmp_path):
+    """It ended in StopIteration, after all runs and without any table."""
+    tried = [
+        {"pair": "a/b", "method": "at", "scale": 1, "seed": 0, "images_seen": 64, "linear": 0.5, "expression": "at"},
+        {"pair": "a/b", "method": "coss", "failed": "The loss is inf at step 9"},
+    ]
+    untrained = {"pair": "a/b", "method": "random", "scale": 0, "seed": 1, "images_seen": 0, "linear": 0.1}
+    args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"], finalists=0)
+    splits = SimpleNamespace(validation=range(100))
+    this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={})
+    text = Reproduction._write(this, tried, {"a/b": tried[:1]}, {"a/b": [untrained]})
+    assert "No trained row is reported." in text and "| random |" in text and "0 images seen (" not in text
+    assert "Without a chosen scale" in text and "`coss` (The loss is inf at step 9)" in text
+
+
+def test_rows_without_a_value_are_told_from_failed_ones():
+    """A table of images without enough labels said that every run had failed."""
+    nothing = comparison([*rows("a", None, None), *rows("random", None, None)], "linear")
+    assert "No run has a value of linear." in nothing and "failed" not in nothing
+    both = comparison([*rows("a", 0.5, 0.6), *rows("b", None, None), *rows("c", None, None, failed="NaN")], "linear")
+    assert both.splitlines()[-1].count("b and c") == 1 and "says why runs failed" in both
+    assert [line.rstrip(" |").split(" | ")[-1] for line in both.splitlines()[5:7]] == ["no value", "failed"]
+    mixed = comparison([*rows("a", None, None), *rows("b", None, None, failed="NaN")], "linear")
+    assert "No run has a value of linear. The file of results says why runs failed." in mixed
+
+
+def test_differences_of_cosines_have_the_unit_of_their_column(tmp_path):
+    """They were 100 times as large, and the axis of the plot was in %."""
+    found = [
+        {"method": name, "scale": 1, "seed": seed, "cosine": value + seed / 1000}
+        for name, value in (("a", 0.5), ("b", 0.25))
+        for seed in (1, 2, 3)
+    ]
+    text = comparison(found, "cosine")
+    assert "0.502 ± 0.002" in text and "| -0.250 ± 0.000 |" in text and "the cosine from -1 to 1" in text
+    assert unit_of("cosine").axis("cosine") == "cosine" and unit_of("linear").axis("linear") == "linear (%)"
+    labels = []
+    real = plots._dress
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_dress", lambda axes, title, **more: labels.append(more) or real(axes, title, **more))
+        method_plot(tmp_path / "plot.png", ranked(found, "cosine"), "cosine", "a title")
+        quality_plot(tmp_path / "plot.png", {"a": (1.0, [0.5]), "b": (2.0, [0.25])}, "cosine", "a title")
+    assert labels[0]["x"] == "cosine" and labels[1]["y"] == "cosine"
