@@ -14,13 +14,14 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "compare")
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
-from coss_hf.study.comparison import held_out_size, plan_comparison, ranking_metric
+from coss_hf.study.comparison import plan_comparison, ranking_metric
+from coss_hf.study.single_run import OF_ONE_RUN
 from coss_hf.study.tables import comparison, ranked
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
@@ -50,13 +51,13 @@ ARGUMENTS = (CompareArguments, ModelArguments, DataArguments, DistillationArgume
 def main() -> None:
     log_to_console()
     with bad_input_exits():
-        args, models, data, training = parse(ARGUMENTS)
+        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
         if training.method != "coss" or training.beta is not None:
             raise ValueError("--method and --beta: give --methods 'coss(beta=50)' 'rkd(beta=2)' ... to be compared.")
         plan = plan_comparison(
             "compared",
             models,
-            replace(data, validation_size=held_out_size(data)),
+            data,
             training,
             seeds=args.seeds,
             hours=args.hours,

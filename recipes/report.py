@@ -16,18 +16,19 @@ from coss_hf.cli.help import show_help
 
 show_help(__name__, "report")
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.reporting.run_record import command, versions
-from coss_hf.study.comparison import held_out_size, plan_comparison, ranking_metric
+from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.report import Report
+from coss_hf.study.single_run import OF_ONE_RUN
 from coss_hf.study.trials import UNTRAINED, load
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.messages import command_line
+from coss_hf.utils.messages import command_line, command_to
 
 
 @dataclass
@@ -47,16 +48,27 @@ class ReportArguments:
 ARGUMENTS = (ReportArguments, ModelArguments, DataArguments, DistillationArguments)
 
 
+def check(args: ReportArguments, training: DistillationArguments) -> None:
+    """Refuse what a report does not read.
+
+    Raises:
+        ValueError: another method, another beta, or no timed round.
+    """
+    for name in ("method", "beta"):
+        if name in training.given:
+            raise ValueError(
+                f"--{name}={getattr(training, name)}: a report is of CoSS at its own beta; leave it out, or compare "
+                f"other methods with {command_to('compare')} --methods."
+            )
+    if args.timing_rounds < 1:
+        raise ValueError(f"--timing_rounds={args.timing_rounds} must be at least 1: give such a number.")
+
+
 def main() -> None:
     log_to_console()
     with bad_input_exits():
-        args, models, data, training = parse(ARGUMENTS)
-        if training.method != "coss" or training.beta is not None or args.timing_rounds < 1:
-            raise ValueError(
-                f"--method={training.method}, --beta={training.beta}, --timing_rounds={args.timing_rounds}: a report "
-                f"is of CoSS at its own beta, with a timed round at least; recipes/compare.py compares other methods."
-            )
-        data = replace(data, validation_size=held_out_size(data, unless_test=True))
+        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
+        check(args, training)
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)

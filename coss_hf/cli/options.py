@@ -1,5 +1,7 @@
 """Which options `--help` shows, in which group, and which are never offered. Needs the standard library alone."""
 
+from coss_hf.study.single_run import OF_ONE_RUN
+
 # Shown by --help, in this order. Everything else is behind --help_all.
 GROUPS = {
     "Teacher, student and images": (
@@ -70,20 +72,7 @@ LAUNCH_OPTIONS = {"num_processes": "N", "accelerate_config": "FILE"}
 STUDIES = ("compare", "report", "reproduce")
 
 # Options that a command shares with others, but does not read, or refuses.
-_OF_ONE_RUN = (
-    "method",
-    "beta",
-    "seed",
-    "num_train_epochs",
-    "max_steps",
-    "eval_strategy",
-    "eval_steps",
-    "resume_from_checkpoint",
-    "overwrite_output_dir",
-    "dry_run",
-    "push_to_hub",
-    "hub_model_id",
-)
+_NOT_OF_STUDIES = ("method", "beta", "seed", *OF_ONE_RUN)
 NOT_READ = {
     "neighbors": (
         "student",
@@ -96,8 +85,8 @@ NOT_READ = {
         "shuffle_buffer_size",
         "streaming",
     ),
-    "compare": _OF_ONE_RUN,
-    "report": _OF_ONE_RUN,
+    "compare": _NOT_OF_STUDIES,
+    "report": _NOT_OF_STUDIES,
 }
 
 # Sentences for options that are inherited from transformers.TrainingArguments as they are.

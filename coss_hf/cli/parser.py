@@ -4,6 +4,7 @@ import copy
 import difflib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -12,6 +13,7 @@ from transformers import HfArgumentParser
 from coss_hf.cli.help import as_launched, render
 from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
+from coss_hf.study.single_run import refusal
 from coss_hf.utils.messages import command_line
 
 # What other libraries call an argument.
@@ -52,12 +54,14 @@ class _Parser(HfArgumentParser):
 
 
 @command_line()
-def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
+def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[str] = ()) -> tuple:
     """Parse ``--config FILE.yaml`` and the command line, which overrides the file, to dataclasses.
 
     Args:
         dataclass_types: one dataclass or several.
         argv: the command line's words; by default ``sys.argv[1:]``.
+        single_run: names of options that the dataclasses have and the command, a study, does not take. Errors about
+            them say so: none of their values is right.
 
     Raises:
         ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
@@ -76,7 +80,14 @@ def parse(dataclass_types, argv: list[str] | None = None) -> tuple:
         path = [expand_word(word, "--config") for word in argv[position + 1 : position + 2]]
         argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
     argv = [expand_word(word) for word in argv]
-    *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    try:
+        *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
+    except ValueError as error:
+        words = {word.split("=")[0] for word in argv}
+        for name in single_run:
+            if f"--{name}" in words and f"--{name}" in str(error):
+                raise ValueError(refusal(name)) from error
+        raise
     for word in unknown:
         close = _meant(word.lstrip("-").split("=")[0], known)
         hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."

@@ -1,5 +1,6 @@
 """A comparison of one pair of networks: CoSS, its baselines and other methods, at equal images seen."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -10,9 +11,13 @@ from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
 from coss_hf.reporting.run_record import command, write_json
 from coss_hf.study.baselines import (
     changed_arguments,
+    check_batch,
     check_measured,
+    check_methods,
+    check_numbers,
     check_options,
-    check_study,
+    errors_about_methods,
+    measured_split,
     run_images,
     trained_trials,
     untrained_trials,
@@ -71,7 +76,7 @@ def plan_comparison(
     Args:
         name: name of the file of results in ``training.output_dir``, without its ending.
         models: teacher and student.
-        data: the images.
+        data: the images; without ``validation_size`` as many are held out as ``held_out_size`` says.
         training: arguments of every run.
         seeds: number of runs of each method.
         hours: time for everything, if ``training`` has no ``num_images``.
@@ -83,6 +88,9 @@ def plan_comparison(
         ValueError: what cannot be compared.
     """
     check_options(training)
+    check_numbers(training, hours, seeds, jobs)
+    check_methods(methods)
+    data = replace(data, validation_size=held_out_size(data, unless_test=not held_out_only))
     pair = f"{models.student or models.student_init} / {models.teacher}"
     folder = Path(training.output_dir)
     view_seed = training.seed if training.view_seed is None else training.view_seed
@@ -91,15 +99,13 @@ def plan_comparison(
     views = shared_views(training.view_epochs, view_seed, training.teacher_cache, folder)
     config = StudyConfig(data, {pair: models}, changed_arguments(training) | views).identified()
     splits, _ = load(config, pair)
-    split = check_study(training, hours, seeds, jobs, splits)
-    if held_out_only:
-        split = "validation"
-        if splits.validation is None:
-            raise ValueError("--validation_size: hold images out of train, say 2000, to compare the methods on.")
+    split = measured_split(splits, held_out_only)
     check_measured(split, splits)
+    check_batch(training, len(splits.train))
     sweep = Sweep(folder, name, jobs, {"command": command()})
     trained = trained_trials(pair, training, seeds, split, methods)
-    sweep.check(trained, config)
+    with errors_about_methods() if methods else contextlib.nullcontext():
+        sweep.check(trained, config)
     others = untrained_trials(pair, models, seeds, split)
     num_images = training.num_images or run_images(folder, hours, trained, others, config)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others

@@ -10,7 +10,7 @@ from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study import paper_tables as paper
 from coss_hf.study import teachers
-from coss_hf.study.baselines import check_report
+from coss_hf.study.baselines import check_report, errors_about_methods
 from coss_hf.study.paper_cells import cells, ranking_sentence
 from coss_hf.study.sweep import Sweep
 from coss_hf.study.tables import METRICS, best, pair_section, ranked
@@ -296,13 +296,14 @@ def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduc
     with tempfile.TemporaryDirectory() as folder:
         untrained = study_config(args, data, _teachers_to_check_with(args, Path(folder), own_teachers))
         splits, _ = load(untrained, args.table_pairs[0])
-        check_report(args.metric, splits)
+        check_report(args.metric, splits, chooses=args.chooses)
         choice_images, report_images = _lengths(args, len(splits.train))
         choices = []
         for pair in args.table_pairs:
             rows = args.table_methods
             choices += paper.choice_trials(args.table, pair, rows, args.scales, choice_images, args.batch_size)
-        sweep.check(choices, untrained)
+        with errors_about_methods():
+            sweep.check(choices, untrained)
         teachers.check(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
     teachers.train(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
     folders = {pair: args.teacher or str(own_teachers[pair]) for pair in args.table_pairs}

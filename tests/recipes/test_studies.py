@@ -87,8 +87,19 @@ def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling
         ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
         ({"num_images": 64, "seed": 7}, "--seed=7: the runs have the seeds 1 to 3"),
         ({"num_images": 64, "validation_size": 0}, "--validation_size: hold images out of train"),
-        ({"num_images": 64, "methods": ["coss", "kd"]}, "--method kd: --teacher"),
-        ({"num_images": 64, "methods": ["nothing"]}, "--method='nothing' is unknown"),
+        ({"num_images": 64, "methods": ["coss", "kd"]}, "--methods kd: --teacher"),
+        ({"num_images": 64, "methods": ["coss", "nothing"]}, "--methods='nothing': there is no method 'nothing'"),
+        ({"num_images": 64, "methods": ["coss +"]}, "--methods='coss +': '' cannot be read"),
+        ({"num_images": 64, "jobs": 0}, "--jobs=0 must be at least 1"),
+        ({"num_images": 64, "load_best_model_at_end": True}, "--load_best_model_at_end: it is for a single run"),
+        ({"num_images": 64, "eval_steps": 5}, "--eval_steps: it is for a single run"),
+        ({"num_images": 64, "hub_model_id": "a/b"}, "--hub_model_id: it is for a single run"),
+        (
+            {"num_images": 96, "neighbors_k": 4, "neighbors_pool": 4},
+            '--per_device_train_batch_size=8 with --neighbors_k=4: a step of the row "coss, no neighbours" has as many '
+            "images as the others, 40, and no neighbours among them, but there are 36 training images; give "
+            "--per_device_train_batch_size 7 at most, ",
+        ),
         ({"hours": 1e-9, "methods": ["rkd"]}, "is too short for these runs, which need"),
         ({"num_images": 4}, "--num_images=4 is less than one step"),
         ({"num_images": 64, "dry_run": True}, "--dry_run: it is for a single run, and this command makes many"),
@@ -107,7 +118,8 @@ def test_compare_rejects_invalid_arguments(refused, networks, options, message):
     ("options", "message"),
     [
         ({}, "--hours or --num_images: give one of them"),
-        ({"num_images": 64, "method": "rkd"}, "other methods"),
+        ({"num_images": 64, "method": "rkd"}, "--method=rkd: a report is of CoSS at its own beta; leave it out, or"),
+        ({"num_images": 64, "beta": 3}, "compare other methods with coss-hf compare --methods"),
         ({"num_images": 64, "timing_rounds": 0}, "--timing_rounds=0"),
         ({"num_images": 64, "seeds": 2}, "--seeds=2 must be at least 3"),
     ],

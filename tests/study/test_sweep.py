@@ -3,7 +3,6 @@ import multiprocessing
 import os
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,14 +132,6 @@ def test_a_measured_length_is_that_of_its_own_networks_and_arguments(tmp_path, c
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300]
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300] and not caplog.text
     assert length(8, [TRIAL, replace(TRIAL, seed=2)]) == 100 and "2 runs take about 16 h" in caplog.text
-
-
-@pytest.mark.parametrize(("labels", "count", "problem"), [(None, 10, "11 or more"), ("label", 1, "2 or more")])
-def test_too_few_images_to_measure_on(labels, count, problem):
-    splits = SimpleNamespace(label_column=labels, validation=range(count), test=range(count + 1))
-    with pytest.raises(ValueError, match=f"^--validation_size: {count} images to measure on; with.* {problem}"):
-        baselines.check_measured("validation", splits)
-    baselines.check_measured("test", splits)
 
 
 def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
