@@ -142,6 +142,16 @@ class StudyConfig:
         """Return the fields of ``DistillationArguments`` that a trial is trained with, apart from its own."""
         return self.training | self.neighbors if trial.neighbors_k else self.training
 
+    def falls_with_others(self, trial: Trial) -> list[float]:
+        """Return the milestones that a trial with other anchors than the others reaches after as many images as they.
+
+        Milestones count epochs over anchors, and its epochs are shorter. Empty for all other trials, and where
+        ``milestones`` are shares of each run.
+        """
+        if self.milestones or not trial.anchors or trial.neighbors_k:
+            return []
+        return self.training.get("lr_milestones") or []
+
     def key(self, trial: Trial) -> str:
         """Return the file name of a trial's result: a hash of everything that it depends on, not of its row's name."""
         training = {name: value for name, value in self.training_of(trial).items() if name not in OPERATION}
@@ -162,6 +172,8 @@ class StudyConfig:
         names = {part.name for part in parse_methods(trial.expression)} if trial.expression else set()
         if revisions := {name: LOSSES[name].revision for name in sorted(names) if LOSSES[name].revision > 1}:
             shared.append(revisions)
+        if self.falls_with_others(trial):
+            shared.append("milestones after as many images")  # earlier results had them after as many epochs
         method = trial.method if trial.method in UNTRAINED else None
         text = json.dumps([asdict(replace(trial, method=method)), shared], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -258,13 +270,25 @@ def _training_arguments(
         "neighbors_k": trial.neighbors_k,
         "eval_strategy": "no",  # a trial is measured by its study
     }
+    shared = arguments.copy()
     if trial.anchors:
         arguments["per_device_train_batch_size"] = trial.anchors
+    if milestones := config.falls_with_others(trial):
+        # A step of the other trials has as many images, of which fewer are anchors: their epochs have more images.
+        batch = DistillationArguments(**shared).per_device_train_batch_size
+        shared["neighbors_k"] = trial.anchors // batch - 1
+        ratio = _epoch_images(shared, num_train_images) / _epoch_images(arguments, num_train_images)
+        arguments["lr_milestones"] = [ratio * epoch for epoch in milestones]
     if config.milestones:
-        length = DistillationArguments(**arguments).run_length(num_train_images)
-        epochs = trial.num_images / length.images_after(length.steps_per_epoch)
+        epochs = trial.num_images / _epoch_images(arguments, num_train_images)
         arguments["lr_milestones"] = [share * epochs for share in config.milestones]
     return DistillationArguments(**arguments)
+
+
+def _epoch_images(arguments: dict, num_train_images: int) -> int:
+    """Return the number of images, neighbours included, that a trial with these arguments sees in an epoch."""
+    length = DistillationArguments(**arguments).run_length(num_train_images)
+    return length.images_after(length.steps_per_epoch)
 
 
 class _Progress(TrainerCallback, ExportableState):

@@ -348,6 +348,34 @@ def test_learning_rate_falls_at_shares_of_the_run(tmp_path, config):
     assert rates == pytest.approx([0.01] * 10 + [0.001] * 10)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_milestones_in_epochs_fall_after_as_many_images_without_neighbours(tmp_path, config, accumulation):
+    """An epoch has a quarter of the images where no anchor draws three neighbours: its rate fell in the first steps."""
+    training = config.training | {"lr_milestones": [1, 2], "neighbors_pool": 4, "per_device_train_batch_size": 4}
+    training["gradient_accumulation_steps"] = accumulation
+    data = replace(config.data, neighbors_cache=str(tmp_path / "cache"))
+    config = replace(config, data=data, training=training, milestones=())
+    with_neighbours = replace(TRIAL, neighbors_k=3, num_images=16 * 36)
+    trials = [with_neighbours, replace(with_neighbours, neighbors_k=0, anchors=16)]
+    trainers = [build_trial_trainer(trial, config, tmp_path / "run") for trial in trials]
+    drops = [
+        [one.length.images_after(round(epoch * one.length.steps_per_epoch)) for epoch in one.args.lr_milestones]
+        for one in trainers
+    ]
+    assert drops[0] == [144, 288]
+    assert drops[1] == pytest.approx(drops[0], abs=16 * accumulation)
+    assert trainers[0].args.lr_milestones == [1, 2]
+
+
+def test_results_with_other_milestones_are_not_taken(config):
+    """Keys of all other trials stay what they were."""
+    plain = replace(TRIAL, anchors=16)
+    falling = replace(config, training=config.training | {"lr_milestones": [1, 2]}, milestones=())
+    assert falling.falls_with_others(plain) == [1, 2]
+    assert not falling.falls_with_others(replace(plain, neighbors_k=3)) and not falling.falls_with_others(TRIAL)
+    assert not config.falls_with_others(plain) and not replace(falling, training={}).falls_with_others(plain)
+
+
 def test_neighbours_are_training_images(tmp_path, config):
     config = replace(config, data=replace(config.data, neighbors_cache=str(tmp_path / "cache")))
     training = config.training | {"neighbors_pool": 4}
