@@ -280,7 +280,9 @@ def changed_arguments(training: DistillationArguments) -> dict:
     return changed
 
 
-def run_images(folder: Path, hours: float, trained: list[Trial], others: list[Trial], config: StudyConfig) -> int:
+def run_images(
+    folder: Path, hours: float, trained: list[Trial], others: list[Trial], config: StudyConfig, parallel: int = 1
+) -> int:
     """Return the number of images of a run, so that all runs end in time.
 
     It is measured once and kept in the folder: a second measurement would find other speeds, and make other trials.
@@ -291,6 +293,7 @@ def run_images(folder: Path, hours: float, trained: list[Trial], others: list[Tr
         trained: trials with training.
         others: trials without training.
         config: what they share.
+        parallel: number of trials that run at the same time, each on a device of its own.
 
     Raises:
         ValueError: not even a few steps of each fit.
@@ -300,9 +303,13 @@ def run_images(folder: Path, hours: float, trained: list[Trial], others: list[Tr
     if known.get("hours") == hours:  # of before it was known what was measured
         return known["num_images"]
     measured = config.key(replace(trained[0], num_images=0))  # teacher, student, images and arguments
-    found = known.get(name := f"{hours:g} h, {measured}")
+    name = f"{hours:g} h, {measured}"
+    found = known.get(name)  # in earlier versions for any number of devices
+    if parallel > 1 and found is None:
+        name = f"{hours:g} h on {parallel} devices, {measured}"
+        found = known.get(name)
     if found is None:
-        found = {"num_images": images_within(3600 * hours, trained, others, config), "runs": len(trained)}
+        found = {"num_images": images_within(3600 * hours, trained, others, config, parallel), "runs": len(trained)}
         write_json(path, known | {name: found})
     elif found["runs"] != len(trained):
         logger.warning(

@@ -97,7 +97,7 @@ def plan_comparison(
     given = training
     training, settings = fill_for_trials(given, models, data, jobs)
     views = shared_views(training.view_epochs, view_seed, training.teacher_cache, folder)
-    config = StudyConfig(data, {pair: models}, changed_arguments(training) | views).identified()
+    config = StudyConfig(data, {pair: models}, changed_arguments(training) | views, logs=folder / "runs").identified()
     splits, _ = load(config, pair)
     split = measured_split(splits, held_out_only)
     check_measured(split, splits)
@@ -107,7 +107,8 @@ def plan_comparison(
     with errors_about_methods() if methods else contextlib.nullcontext():
         sweep.check(trained, config)
     others = untrained_trials(pair, models, seeds, split)
-    num_images = training.num_images or run_images(folder, hours, trained, others, config)
+    parallel = min(jobs, 1 if training.use_cpu else max(1, len(sweep.gpus)))
+    num_images = training.num_images or run_images(folder, hours, trained, others, config, parallel)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others
     keep_filled(given, training, settings)
     return Comparison(pair, split, num_images, trials, config, sweep, settings)

@@ -103,7 +103,8 @@ class ReproduceArguments:
     keep_students: bool = field(
         default=False,
         metadata={
-            "help": "Keep the student of each reported run that this command trains, in students/ of --output_dir."
+            "help": "Keep the student of each reported run that this command trains, in students/ of --output_dir. "
+            "`student` of a row in the file of results is the name of its folder."
         },
     )
     eval_at: list[float] | None = field(

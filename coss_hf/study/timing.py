@@ -1,5 +1,6 @@
 """How many images a run may see, so that a study ends in time."""
 
+import math
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -53,9 +54,9 @@ class _Speed:
 
 
 def _time_steps(trial: Trial, config: StudyConfig, folder: Path, seconds: float) -> _Speed:
-    """Time a few steps of a trial, for about ``seconds``, without checkpoints; a schedule changes no time."""
+    """Time a few steps of a trial, for about ``seconds``, without checkpoints or trackers; no schedule changes it."""
     deadline = time.perf_counter() + seconds
-    training = config.training | {"max_steps": STEPS + FIRST, "save_strategy": "no"}
+    training = config.training | {"max_steps": STEPS + FIRST, "save_strategy": "no", "report_to": []}
     timed = replace(config, training=training, milestones=())
     trainer = build_trial_trainer(replace(trial, num_images=None), timed, folder)
     clock = _Clock(deadline)
@@ -79,23 +80,28 @@ def _time_measurement(trial: Trial, config: StudyConfig, folder: Path, seconds: 
     return time.perf_counter() - begin
 
 
-def images_within(seconds: float, trained: list[Trial], others: list[Trial], config: StudyConfig) -> int:
+def images_within(
+    seconds: float, trained: list[Trial], others: list[Trial], config: StudyConfig, parallel: int = 1
+) -> int:
     """Return the number of images that each of the ``trained`` trials may see.
 
     Each method is timed over a few steps, with what it takes before its first; the measurement is timed once, on an
     untrained trial, or estimated by a few images. That takes about a tenth of ``seconds`` at most. How much slower a
-    step is while others run on the same machine is not measured: trials in parallel are taken to share the speed of one
-    alone.
+    step is while others run on the same machine is not measured: trials that share a device are taken to share the
+    speed of one alone, those on devices of their own to have it each.
 
     Args:
         seconds: time for everything.
         trained: trials with training.
         others: trials without training.
         config: what they share.
+        parallel: number of trials that run at the same time, each on a device of its own.
 
     Raises:
         ValueError: not even a few steps of each fit.
     """
+    # The last round may leave devices without a trial.
+    parallel = len(trained) / math.ceil(len(trained) / parallel)
     begin = time.perf_counter()
     per_image = 0.0
     least = 0
@@ -105,17 +111,17 @@ def images_within(seconds: float, trained: list[Trial], others: list[Trial], con
     with tempfile.TemporaryDirectory() as folder:
         measurement = _time_measurement(others[0], config, Path(folder), SHARE * seconds / 2)
         fixed = measurement * (len(trained) + len(others))
-        _check_time(seconds, fixed)
+        _check_time(seconds, fixed / parallel)
         for number, group in enumerate(groups.values()):
             left = begin + SHARE * seconds - time.perf_counter()
             speed = _time_steps(group[-1], config, Path(folder), left / (len(groups) - number))
             fixed += len(group) * speed.before
             per_image += len(group) * speed.per_step / speed.images_per_step
             least = max(least, 10 * speed.images_per_step)
-            _check_time(seconds, fixed + least * per_image)
-    fixed += time.perf_counter() - begin
-    _check_time(seconds, fixed + least * per_image)
-    return int((seconds - fixed) / per_image)
+            _check_time(seconds, (fixed + least * per_image) / parallel)
+    spent = time.perf_counter() - begin
+    _check_time(seconds, spent + (fixed + least * per_image) / parallel)
+    return int(((seconds - spent) * parallel - fixed) / per_image)
 
 
 def _check_time(seconds: float, needed: float) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import ExportableState
 
 from coss_hf.data.loading import ImageSplits
@@ -85,7 +86,7 @@ class Trial:
 
     @property
     def folder_name(self) -> str:
-        """Name of the folder of its student."""
+        """Name of the trial, as a folder can have it."""
         name = f"{self.pair}-{self.method}-scale{self.scale:g}-seed{self.seed}-{self.num_images}"
         return re.sub(r"[^\w.=-]+", "_", name)
 
@@ -102,7 +103,10 @@ class StudyConfig:
             schedule.
         bank_size: number of training images that a choice is measured against; a report takes all.
         identity: hash of images and teacher by the name of the pair; see ``identified``.
-        students: folder in which the students of reported trials are kept; None for nowhere.
+        students: folder in which the students of reported trials are kept, each in one that names the trial and its
+            key; None for nowhere.
+        logs: folder in which TensorBoard's logs are kept, each trial's in one of the same name; None for the folder of
+            its checkpoints, which is removed.
         eval_at: shares of a reported trial's length after which its student is measured on held-out images, too.
         neighbors: more fields of ``DistillationArguments``, for the trials that draw neighbours alone, so that the keys
             of other trials do not depend on them.
@@ -115,6 +119,7 @@ class StudyConfig:
     bank_size: int = 10_000
     identity: dict[str, str] = field(default_factory=dict)
     students: Path | None = None
+    logs: Path | None = None
     eval_at: tuple[float, ...] = ()
     neighbors: dict = field(default_factory=dict)
 
@@ -137,6 +142,10 @@ class StudyConfig:
         if models.student_init != "random":
             parts.append(models.load_student(teacher).fingerprint())
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def folder_of(self, trial: Trial) -> str:
+        """Return the name of a trial's folders; other arguments of the study give another one."""
+        return f"{trial.folder_name}-{self.key(trial)}"
 
     def training_of(self, trial: Trial) -> dict:
         """Return the fields of ``DistillationArguments`` that a trial is trained with, apart from its own."""
@@ -404,6 +413,7 @@ def run_trial(
         included, without those in a shared cache; ``extra_teacher_images``, what it embeds before the first step;
         ``shared_views`` where these come back: their number of epochs, their seed, and whether the teacher's
         embeddings of them were shared; ``loss``, the mean over the last steps that were logged; and the metrics.
+        ``student``, the name of its folder where it is kept.
         ``failed`` with the reason, and no metrics, if the loss or the student's embeddings became NaN or infinite.
     """
     if trial.method in UNTRAINED:
@@ -420,6 +430,7 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
     trainer = build_trial_trainer(trial, config, folder)
     progress = _Progress(trainer, report)
     trainer.add_callback(progress)
+    _log_outside_of_checkpoints(trainer, trial, config)
     if trial.split == "test" and config.eval_at:
         trainer.add_callback(_HeldOutEvaluation(trial, config, trainer, evaluations_path(folder)))
     result = asdict(trial)
@@ -428,7 +439,8 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
     except NonFiniteLoss as error:
         return result | _failed(trainer, error)
     if config.students and trial.split == "test":
-        trainer.save_model(str(config.students / trial.folder_name))
+        result["student"] = config.folder_of(trial)
+        trainer.save_model(str(config.students / result["student"]))
     evaluator = _evaluator(_inputs(config, trial.pair), trial.split, config.bank_size)
     _ = evaluator.teacher_test_features, evaluator.teacher_train_features  # a teacher at fault ends the study
     try:
@@ -449,6 +461,14 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
     result["extra_teacher_images"] = _extra_teacher_images(trainer)
     result["loss"] = losses[-1] if losses else None
     return result | metrics
+
+
+def _log_outside_of_checkpoints(trainer: DistillationTrainer, trial: Trial, config: StudyConfig) -> None:
+    """Let TensorBoard write where the logs stay: the folder of the checkpoints is removed with them."""
+    for tracker in trainer.callback_handler.callbacks:
+        if isinstance(tracker, TensorBoardCallback) and (folder := tracker.logging_dir or config.logs):
+            # A folder that the environment names is one for all trials.
+            tracker.logging_dir = str(Path(folder, config.folder_of(trial)))
 
 
 def _failed(trainer: DistillationTrainer, error: Exception) -> dict:

@@ -84,6 +84,33 @@ def test_numbers_and_methods_are_checked_before_images_are_read(tmp_path, monkey
     assert str(error.value).count("--jobs") == ("jobs" in options)
 
 
+@pytest.mark.parametrize(
+    ("jobs", "gpus", "use_cpu", "parallel"), [(1, 4, False, 1), (4, 2, False, 2), (2, 4, False, 2), (4, 4, True, 1)]
+)
+def test_hours_count_for_each_gpu_that_a_job_has(
+    tmp_path, image_parquet, networks, monkeypatch, jobs, gpus, use_cpu, parallel
+):
+    """--hours took the time of one GPU, whatever --jobs and the machine."""
+    counted = []
+
+    def run_images(folder, hours, trained, others, config, parallel):
+        counted.append(parallel)
+        return 64
+
+    monkeypatch.setattr(comparison, "run_images", run_images)
+    monkeypatch.setattr(comparison.Sweep, "check", lambda *args: None)
+    monkeypatch.setattr("coss_hf.study.sweep.visible_gpus", lambda: [str(number) for number in range(gpus)])
+    monkeypatch.setattr("coss_hf.study.sweep.show_gpu", lambda *args: None)
+    models = ModelArguments(teacher=networks.teacher, student=networks.resnet)
+    data = DataArguments(dataset=str(image_parquet), validation_size=12)
+    training = DistillationArguments(
+        str(tmp_path / "out"), use_cpu=True, settings="paper", per_device_train_batch_size=8
+    )
+    training.use_cpu = use_cpu
+    comparison.plan_comparison("compared", models, data, training, seeds=3, hours=1, jobs=jobs)
+    assert counted == [parallel]
+
+
 def test_a_step_without_neighbours_needs_as_many_images(tmp_path):
     """It was refused after the search for neighbours, with a batch size that nobody gave."""
 

@@ -98,9 +98,32 @@ def test_the_student_of_a_reported_run_is_kept_where_it_is_asked_for(tmp_path, c
     found = run_trial(trial, keeping, tmp_path / "trial")
     run_trial(replace(trial, split="validation", seed=0), keeping, tmp_path / "trial")
     (folder,) = (tmp_path / "students").iterdir()
-    assert folder.name == "small_large-lambda_0.5-scale1-seed1-48"
+    assert folder.name == f"small_large-lambda_0.5-scale1-seed1-48-{keeping.key(trial)}" == found["student"]
     student = Student.from_pretrained(folder)
     assert trials_module.measure(trial, keeping, student.backbone, student.head)["linear"] == found["linear"]
+
+
+def test_students_of_two_studies_in_one_folder_are_both_kept(tmp_path, config):
+    """The second study wrote its students over those of the first, whose rows had the same names."""
+    keeping = replace(config, students=tmp_path / "students")
+    other = replace(keeping, training=config.training | {"learning_rate": 0.02})
+    found = [run_trial(TRIAL, one, tmp_path / "trial")["student"] for one in (keeping, other)]
+    assert sorted(found) == sorted(path.name for path in (tmp_path / "students").iterdir()) and len({*found}) == 2
+    assert "student" not in run_trial(replace(TRIAL, split="validation", seed=0), keeping, tmp_path / "trial")
+
+
+def test_logs_of_tensorboard_outlive_the_checkpoints(tmp_path, config, monkeypatch):
+    """They lay in the folder of the checkpoints, which is removed when a trial ends."""
+    pytest.importorskip("torch.utils.tensorboard")
+    tracked = replace(config, training=config.training | {"report_to": ["tensorboard"]}, logs=tmp_path / "runs")
+    run_trial(TRIAL, tracked, tmp_path / "trial")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name == tracked.folder_of(TRIAL) and [*folder.glob("events.*")] and not (tmp_path / "trial").exists()
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    run_trial(replace(TRIAL, seed=2), tracked, tmp_path / "trial")
+    assert [path.parent.name for path in (tmp_path / "elsewhere").glob("*/events.*")] == [
+        tracked.folder_of(replace(TRIAL, seed=2))
+    ]
 
 
 def test_a_student_without_finite_embeddings_is_a_failed_trial(tmp_path, config, monkeypatch):
@@ -132,6 +155,7 @@ def test_a_measured_length_is_that_of_its_own_networks_and_arguments(tmp_path, c
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300]
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300] and not caplog.text
     assert length(8, [TRIAL, replace(TRIAL, seed=2)]) == 100 and "2 runs take about 16 h" in caplog.text
+    assert baselines.run_images(tmp_path, 8, [TRIAL], [], config, 2) == 100, "of before devices were counted"
 
 
 def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
@@ -389,6 +413,21 @@ def test_run_length_fits_the_hours(config):
     assert images > 1000
     with pytest.raises(ValueError, match="--hours=.* too short .* give .* at least"):
         images_within(0.01, [TRIAL], others, config)
+
+
+def test_runs_on_devices_of_their_own_may_be_longer(config, monkeypatch):
+    """With two jobs on two GPUs half of the hours were left over."""
+    monkeypatch.setattr(timing, "_time_measurement", lambda *args: 0.0)
+    speed = timing._Speed(before=0.0, per_step=1.0, images_per_step=1)
+    monkeypatch.setattr(timing, "_time_steps", lambda *args: speed)
+    trials = [replace(TRIAL, seed=seed) for seed in (1, 2, 3, 4)]
+
+    def images(count, parallel):
+        return images_within(6000, trials[:count], [TRIAL], config, parallel)
+
+    assert images(4, 1) == pytest.approx(1500, rel=0.01) and images(4, 2) == pytest.approx(3000, rel=0.01)
+    assert images(3, 2) == pytest.approx(3000, rel=0.01), "the third runs alone"
+    assert images(2, 8) == pytest.approx(6000, rel=0.01)
 
 
 def test_too_few_hours_are_reported_within_a_tenth_of_them(config, monkeypatch):
