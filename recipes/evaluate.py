@@ -27,7 +27,7 @@ from accelerate import PartialState
 from coss_hf.cli import bad_input_exits, log_to_console, parse
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
-from coss_hf.evaluation.diagnostics import on_images
+from coss_hf.evaluation.diagnostics import overlap_on
 from coss_hf.evaluation.evaluator import Evaluator, compare
 from coss_hf.evaluation.tables import table
 from coss_hf.models.heads import load_head
@@ -132,7 +132,7 @@ def main() -> None:
         results, images = evaluate(models, data, args)
     facts = {"images": images, "command": command(), "seed": args.seed, "versions": versions()}
     print(table(results))
-    print(f"Overlap {on_images(images)}.")
+    print(overlap_on(images))
     write_json(args.output, {**results, **facts})
     print(f"Written to {args.output}.")
 

@@ -117,6 +117,13 @@ def on_images(images: int) -> str:
     return f"on {images:,} images, where {100 * chance(images):.1f} % would be chance"
 
 
+def overlap_on(images: int) -> str:
+    """A sentence on how many images an overlap was measured; on too few to measure one, how many it needs."""
+    if images <= NEIGHBORS:
+        return f"Overlap: not measured, since it needs {NEIGHBORS + 1} images or more, and there are {images}."
+    return f"Overlap {on_images(images)}."
+
+
 def few_images(images: int) -> str:
     """A sentence on how little a verdict of so few images says; empty where there are enough."""
     if images >= FEW_IMAGES:

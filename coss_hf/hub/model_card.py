@@ -5,7 +5,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
-from coss_hf.evaluation.diagnostics import on_images
+from coss_hf.evaluation.diagnostics import overlap_on
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import table
 from coss_hf.hub.export_folders import warn_of_stale_exports
@@ -185,7 +185,7 @@ def _training(trainer, arguments: dict, record: dict, revision: str | None, lice
 
 def _sample(record: dict) -> str:
     images = record.get("evaluated_images")
-    return f" Overlap {on_images(images)}." if images else ""
+    return f" {overlap_on(images)}" if images else ""
 
 
 def _evaluation(record: dict, folder: Path) -> list[str]:

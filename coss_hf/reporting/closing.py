@@ -4,7 +4,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from coss_hf.evaluation.diagnostics import evaluations, few_images, on_images
+from coss_hf.evaluation.diagnostics import evaluations, few_images, overlap_on
 from coss_hf.evaluation.tables import table
 from coss_hf.utils.messages import command_to
 
@@ -31,7 +31,7 @@ def closing_summary(
     results = record["results"]
     blocks = []
     if results:
-        blocks = [f"{table(results)}\n\nOverlap {on_images(record['evaluated_images'])}."]
+        blocks = [f"{table(results)}\n\n{overlap_on(record['evaluated_images'])}"]
     if record["verdict"]:
         blocks.append("\n".join([*record["verdict"], *_more_images(record)]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from coss_hf.data.reading import ImageReader
-from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_images, is_gentle, on_images
+from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_images, is_gentle, on_images, overlap_on
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
 from coss_hf.evaluation.retrieval import MAX_QUERIES
@@ -216,7 +216,7 @@ def summary(
 def _sample(record: dict) -> str:
     """On how many images the overlap of a table was measured: the evaluations during training may use others."""
     images = record.get("evaluated_images")
-    return f" Overlap {on_images(images)}." if images else ""
+    return f" {overlap_on(images)}" if images else ""
 
 
 def write_page(output_dir, trainer, record: dict) -> None:
@@ -244,7 +244,7 @@ def write_page(output_dir, trainer, record: dict) -> None:
     for name, title, caption in PICTURES:
         if (folder / name).is_file():
             if name == "panel.png" and record.get("watched_images"):
-                caption += f" Overlap {on_images(record['watched_images'])}."
+                caption += f" {overlap_on(record['watched_images'])}"
             parts += [heading(title), image(folder / name, caption)]
     parts += [heading("How it was made"), code(record["command"])]
     facts = {"images seen": f"{record['images_seen']:,}", "teacher": record["teacher"], "student": record["student"]}

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 import tests.helpers.runs as h
 from coss_hf.cli.pages import load_recipe
+from coss_hf.evaluation.diagnostics import overlap_on
 from coss_hf.models.heads import load_head, projection_head
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
@@ -226,3 +227,9 @@ def test_the_figures_are_those_of_the_run(tmp_path, image_parquet, networks, mon
     # What is given stands.
     other = call(monkeypatch, **options, output=tmp_path / "g.json", seed=5, teacher_pooling="pooler")
     assert other["seed"] == 5 and other["random"] != found["random"]
+
+
+def test_an_overlap_that_is_not_measured_has_no_chance_level():
+    """Ten images have no 11th: the line said that 100 % would be chance."""
+    assert overlap_on(10) == ("Overlap: not measured, since it needs 11 images or more, and there are 10.")
+    assert overlap_on(24).startswith("Overlap on 24 images, where 43.5 %")
