@@ -9,6 +9,7 @@ import queue
 import signal
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -65,6 +66,7 @@ class Sweep:
         self.trials.mkdir(parents=True, exist_ok=True)
         self.jobs = jobs
         self.header = header
+        self._earlier = self._rows_of_file()
         # Trials with the keys of their results, in the order in which they were planned.
         self.plan: list[tuple[Trial, str]] = []
         self._lock = FileLock(self.folder / "lock")
@@ -97,16 +99,37 @@ class Sweep:
 
     def write(self) -> None:
         """Replace the file of results, atomically."""
-        lines = []
+        part = self.file.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in self._rows()))
+        os.replace(part, self.file)
+
+    def _rows(self) -> list[dict]:
+        """Return the rows of the file of results: of the planned trials that are finished, and their evaluations."""
+        rows = []
         for trial, key in self.plan:
             row = self.result(trial, key)
-            lines += [json.dumps(one) + "\n" for one in self._evaluations(trial, key, row)]
+            rows += self._evaluations(trial, key, row)
             if row:
                 row.pop("loss", None)  # a mean over the steps since a trial was last resumed
-                lines.append(json.dumps(self.header | row) + "\n")
-        part = self.file.with_suffix(".part")
-        part.write_text("".join(lines))
-        os.replace(part, self.file)
+                rows.append(self.header | row)
+        return rows
+
+    def _rows_of_file(self) -> list[dict]:
+        """Return the rows of the file of results as it is."""
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def _warn_of_rows_that_leave(self) -> None:
+        """Name the rows of another study that this one takes out of the file of results, once its plan is complete."""
+        kept = {_without_command(row) for row in self._rows()}
+        leaving = Counter(row["method"] for row in self._earlier if _without_command(row) not in kept)
+        self._earlier = []
+        if leaving:
+            named = ", ".join(f"{count} of {method}" for method, count in leaving.items())
+            logger.warning(
+                "--output_dir=%s: %d rows of another study leave %s (%s), and page and plot are replaced. Its trials "
+                "stay in %s, and its command brings the rows back; to keep the results of both, give another folder.",
+                *(self.folder, leaving.total(), self.file, named, self.trials),
+            )
 
     def _evaluations(self, trial: Trial, key: str, row: dict | None) -> list[dict]:
         """Return the rows of a trial's evaluations during training, also of one that is not finished."""
@@ -125,6 +148,8 @@ class Sweep:
         """
         keyed = [(trial, config.key(trial)) for trial in trials]
         self.plan += [one for one in dict.fromkeys(keyed) if one not in self.plan]
+        if not later:
+            self._warn_of_rows_that_leave()
         # In the order of the plan, which is what a reader expects to see, though the largest first would be quicker.
         todo = {key: trial for trial, key in keyed if not self.result(trial, key)}
         remaining = sum(trial.num_images for trial in todo.values()) + later
@@ -164,6 +189,11 @@ class Sweep:
 
     def _path(self, key: str) -> Path:
         return self.trials / f"{key}.json"
+
+
+def _without_command(row: dict) -> str:
+    """Return a row as text, without what says which command has run it."""
+    return json.dumps({name: value for name, value in row.items() if name not in ("command", "loss")}, sort_keys=True)
 
 
 def describe(row: dict) -> str:

@@ -10,7 +10,10 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from coss_hf.models.cifar.classifier import load_classifier
+from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.paper_tables import EPOCHS, MILESTONES
 from coss_hf.study.sweep import end_with_parent
@@ -36,6 +39,28 @@ def save_untrained(name: str, folder: Path) -> str:
     for part in load_classifier(name, ["0", "1"]):
         part.save_pretrained(folder)
     return str(folder)
+
+
+def name_of_another(name: str, network: PreTrainedModel) -> str:
+    """Return the name of a network that is not the one of that name; empty where it is.
+
+    Args:
+        name: name of a CIFAR network.
+        network: the network, with a classifier or without.
+    """
+    config = network.config
+    for one in [name, *CIFAR_NETWORKS]:
+        expected = cifar_config(one)
+        shape = [key for key in ("depth", "layers_per_stage", "stem_width", "hidden_sizes") if hasattr(expected, key)]
+        if expected.model_type == getattr(config, "model_type", None) and all(
+            _as_list(getattr(config, key, None)) == _as_list(getattr(expected, key)) for key in shape
+        ):
+            return "" if one == name else one
+    return type(network).__name__
+
+
+def _as_list(value):
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _trained_with(data: DataArguments, epochs: int, options: dict) -> dict:

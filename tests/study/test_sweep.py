@@ -295,6 +295,30 @@ def test_baselines_of_a_student_with_pretrained_weights(tmp_path, config):
     assert rows["none", "initial", 5] == rows["none", "random", 5] != rows["own", "initial", 5]
 
 
+@pytest.mark.usefixtures("forked")
+def test_rows_of_another_study_that_leave_the_file_are_named(tmp_path, config, caplog):
+    """A second comparison in the same folder replaced the results of the first one without a word."""
+
+    def sweep(trials, config=config, later=0):
+        caplog.clear()
+        study = Sweep(tmp_path / "study", "first", 1, {"command": "c"})
+        if later:
+            study.run(trials[:1], config, later=later)
+        rows = study.run(trials, config)
+        study._lock.release()
+        return rows
+
+    trials = [replace(TRIAL, method=name, expression="", num_images=0) for name in ("random", "teacher")]
+    first = sweep(trials[:1])
+    sweep(trials, later=1)
+    assert not caplog.text, "a study that grows, in two steps"
+    sweep(trials[1:])
+    assert "1 rows of another study leave" in caplog.text and "(1 of random)" in caplog.text
+    assert sweep(trials[:1]) == first and "(1 of teacher)" in caplog.text
+    sweep(trials[:1], replace(config, training=config.training | {"learning_rate": 0.02}))
+    assert "(1 of random)" in caplog.text, "the same row of other arguments"
+
+
 def test_one_sweep_at_a_time(tmp_path, config):
     first = Sweep(tmp_path, "a", 1, {})
     with pytest.raises(ValueError, match="--output_dir=.* another sweep"):

@@ -2,11 +2,16 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from transformers import AutoModel
 
-from coss_hf.study import teachers
-from coss_hf.trainer.arguments import DataArguments
+from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
+from coss_hf.study import reproduction, teachers
+from coss_hf.study.reproduction import ReproduceArguments
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.utils.messages import command_line
 
 OPTIONS = {
     "per_device_train_batch_size": 16,
@@ -43,3 +48,26 @@ def test_incomplete_teacher_checkpoint_is_skipped_and_other_options_are_rejected
         teachers.check([folder], data, 4, OPTIONS)
     shutil.rmtree(folder)
     teachers.check([folder], data, 4, OPTIONS)
+
+
+@pytest.mark.parametrize("name", sorted(CIFAR_NETWORKS))
+def test_a_network_is_known_by_its_configuration(name, networks):
+    """A table took any folder as the teacher that its pair names."""
+    model = SimpleNamespace(config=cifar_config(name, image_size=64, num_labels=7))
+    assert teachers.name_of_another(name, model) == ""
+    other = "vgg8" if name != "vgg8" else "resnet20"
+    assert teachers.name_of_another(other, model) == name
+    foreign = AutoModel.from_pretrained(networks.teacher)
+    assert teachers.name_of_another(name, foreign) == type(foreign).__name__
+
+
+@pytest.mark.parametrize(("held", "named"), [("resnet20", "resnet20"), ("resnet56", "")])
+def test_another_teacher_than_that_of_the_pair_is_named(tmp_path, caplog, held, named):
+    folder = teachers.save_untrained(held, tmp_path / held)
+    args = ReproduceArguments(pairs=["resnet20/resnet56"], teacher=folder)
+    network = ModelArguments(teacher=folder).load_teacher().model
+    with command_line():
+        assert reproduction._other_teacher(args, network) == named
+    warning = f"--teacher={folder} holds a network resnet20, and --pairs=resnet20/resnet56 has the teacher resnet56"
+    assert (warning in caplog.text) == bool(named)
+    assert reproduction._other_teacher(ReproduceArguments(), network) == ""
