@@ -8,6 +8,7 @@ Every method runs with the same seeds, from the same initial weights, on as many
 (lambda_ss=0), CoSS without neighbours. Methods are ranked by linear evaluation if the images have labels, otherwise by
 the overlap of neighbours with the teacher's, on held-out images (--validation_size): choosing a method on test images
 would bias its test result. Other flags are those of recipes/distill.py. The same command resumes where it stopped.
+Another comparison in the same folder replaces its files of results; finished trials stay.
 """
 
 from coss_hf.cli.help import show_help
@@ -22,7 +23,7 @@ from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.single_run import OF_ONE_RUN
-from coss_hf.study.tables import comparison, ranked
+from coss_hf.study.tables import comparison, images_seen, ranked
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import command_line
@@ -70,8 +71,8 @@ def main() -> None:
     with command_line():
         rows = plan.run()
     metric = ranking_metric(rows)
-    title = f"{plan.pair}, {plan.num_images:,} images seen"
-    text = f"# {title}\n\n`{command()}`\n\n{comparison(rows, metric)}"
+    title = ", ".join(filter(None, [plan.pair, images_seen(rows)]))
+    text = "\n\n".join(filter(None, [f"# {title}", f"`{command()}`", comparison(rows, metric), plan.note]))
     folder = Path(training.output_dir)
     (folder / "compared.md").write_text(text + "\n")
     method_plot(folder / "compared.png", ranked(rows, metric), metric, title)

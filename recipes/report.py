@@ -10,6 +10,7 @@ images as --hours allow (or --num_images). Quality is measured on test images (w
 labels, agreement with the teacher in any case. Cost is measured on this machine: parameters, multiply-adds, bytes,
 latency. Other flags are those of recipes/distill.py. The same command resumes where it stopped. `report.html` in the
 output folder is the page; report.jsonl, report.json, report.md and report.png are its rows, costs, table and plot.
+Another report in the same folder replaces them; finished trials stay.
 """
 
 from coss_hf.cli.help import show_help
@@ -25,7 +26,8 @@ from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.report import Report
 from coss_hf.study.single_run import OF_ONE_RUN
-from coss_hf.study.trials import UNTRAINED, load
+from coss_hf.study.tables import images_seen, seen_by
+from coss_hf.study.trials import load
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import command_line, command_to
@@ -76,18 +78,19 @@ def main() -> None:
         rows = plan.run()
         _, teacher = load(plan.config, plan.pair)
         networks = {"student": models.load_student(teacher), "teacher": teacher}
-    seen = max(row["images_seen"] for row in rows if row["method"] not in UNTRAINED)
+    _, most = seen_by(rows) or (0, 0)
     names = f"{Path(models.teacher).name} → {Path(models.student or models.student_init).name}"
     report = Report(
-        title=f"{names}, {seen:,} images seen, {args.seeds} seeds",
+        title=", ".join(filter(None, [names, images_seen(rows), f"{args.seeds} seeds"])),
         rows=rows,
         metric=ranking_metric(rows),
         split=plan.split,
-        images_seen=seen,
+        images_seen=most,
         costs=costs(networks, training.device, args.timing_rounds),
         hardware=device_name(training.device),
         command=command(),
         versions=versions(),
+        note=plan.note,
     )
     print(report.write(Path(training.output_dir)), flush=True)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE
+from coss_hf.data.loading import MAX_DEFAULT_VALIDATION_SIZE, ImageSplits
 from coss_hf.reporting.run_record import command, write_json
 from coss_hf.study.baselines import (
     changed_arguments,
@@ -17,6 +17,7 @@ from coss_hf.study.baselines import (
     check_numbers,
     check_options,
     errors_about_methods,
+    has_labels,
     measured_split,
     run_images,
     trained_trials,
@@ -44,6 +45,8 @@ class Comparison:
         config: what they share.
         sweep: runs them.
         settings: what was filled of that which the arguments of every run left out.
+        note: sentence on the training images that networks are measured against, where these are not all of them;
+            else empty.
     """
 
     pair: str
@@ -53,6 +56,7 @@ class Comparison:
     config: StudyConfig
     sweep: Sweep
     settings: Settings
+    note: str = ""
 
     def run(self) -> list[dict]:
         """Run the unfinished trials and return the results of all of them."""
@@ -111,7 +115,25 @@ def plan_comparison(
     num_images = training.num_images or run_images(folder, hours, trained, others, config, parallel)
     trials = [replace(trial, num_images=num_images) for trial in trained] + others
     keep_filled(given, training, settings)
-    return Comparison(pair, split, num_images, trials, config, sweep, settings)
+    note = measured_against(config, split, splits)
+    return Comparison(pair, split, num_images, trials, config, sweep, settings, note)
+
+
+def measured_against(config: StudyConfig, split: str, splits: ImageSplits) -> str:
+    """Say against how many training images networks are measured, where these are not all of them; else nothing.
+
+    Args:
+        config: what the trials share.
+        split: split that is measured on.
+        splits: the images.
+    """
+    count = len(splits.train)
+    if split != "validation" or count <= config.bank_size or not has_labels(splits, splits.validation):
+        return ""
+    return (
+        f"On held-out images k-NN, the classifiers and retrieval take {config.bank_size:,} of the {count:,} training "
+        f"images, on test images all of them: compare figures of this table with each other alone."
+    )
 
 
 def fill_for_trials(

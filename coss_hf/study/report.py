@@ -21,11 +21,12 @@ class Report:
         rows: results of the trials.
         metric: metric that ranks.
         split: split that was measured on.
-        images_seen: number of images that each trained student has seen.
+        images_seen: number of images that each trained student has seen; the most, where they differ.
         costs: costs of ``student`` and ``teacher``.
         hardware: name of the hardware that times were taken on.
         command: the command line.
         versions: versions of the libraries.
+        note: see ``Comparison.note``.
     """
 
     title: str
@@ -37,6 +38,7 @@ class Report:
     hardware: str
     command: str
     versions: dict[str, str]
+    note: str = ""
 
     def write(self, folder: Path) -> str:
         """Write ``report.png``, ``report.json``, ``report.md`` and ``report.html``.
@@ -87,7 +89,7 @@ class Report:
             f"In %, means over seeds with 95 % t-intervals, on the {self.split} split (mAP: {MAX_QUERIES:,} of its "
             f"images at most). Times: {self.hardware}."
         )
-        return " ".join([notes, *extra_passes(self.rows), *what_was_shared(self.rows)])
+        return " ".join(filter(None, [notes, self.note, *extra_passes(self.rows), *what_was_shared(self.rows)]))
 
     def _markdown(self, sentences: list[str]) -> str:
         parts = [

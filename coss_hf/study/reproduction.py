@@ -5,6 +5,8 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from coss_hf.data.loading import ImageSplits
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
@@ -13,9 +15,12 @@ from coss_hf.study import teachers
 from coss_hf.study.baselines import check_report, errors_about_methods
 from coss_hf.study.paper_cells import cells, ranking_sentence
 from coss_hf.study.sweep import Sweep
-from coss_hf.study.tables import METRICS, best, pair_section, ranked
-from coss_hf.study.trials import UNTRAINED, StudyConfig, Trial, load, shared_views
+from coss_hf.study.tables import METRICS, best, images_seen, pair_section, ranked
+from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.utils.messages import get_logger
+
+logger = get_logger(__name__)
 
 POSITIVE = ("budget", "choice_budget", "seeds", "jobs", "teacher_epochs", "batch_size", "save_steps")
 NOT_NEGATIVE = ("finalists", "seeds_of_others", "view_epochs", "dataloader_num_workers")
@@ -98,7 +103,11 @@ class ReproduceArguments:
     )
     jobs: int = field(default=1, metadata={"help": "Number of trials that run in parallel."})
     output_dir: str = field(
-        default="reproduced", metadata={"help": "Folder of results, table and plot, and of checkpoints meanwhile."}
+        default="reproduced",
+        metadata={
+            "help": "Folder of results, table and plot, and of checkpoints meanwhile. Another study of the same table "
+            "in it replaces them; finished trials stay, and the former command brings its results back."
+        },
     )
     keep_students: bool = field(
         default=False,
@@ -187,6 +196,7 @@ class Reproduction:
         choices: trials that choose the scales.
         report_images: number of images that each reported run sees.
         own_teachers: folders of the teachers that were trained first, by pair; empty with ``--teacher``.
+        other_teacher: name of the network that ``--teacher`` gives where it is not the pair's; else empty.
     """
 
     args: ReproduceArguments
@@ -197,6 +207,7 @@ class Reproduction:
     choices: list[Trial]
     report_images: int
     own_teachers: dict[str, Path]
+    other_teacher: str = ""
 
     def run(self) -> str:
         """Choose scales, report the chosen rows, write ``tableN.md`` and a plot for each pair, and return the table."""
@@ -237,9 +248,7 @@ class Reproduction:
             if not chosen[pair]:
                 parts.append(f"## {pair}\n\nNothing is reported. {nothing_chosen(of_this, args.metric)}")
                 continue
-            name = pair
-            if trained := [row for row in rows if row["method"] not in UNTRAINED]:
-                name += f", {max(row['images_seen'] for row in trained):,} images seen"
+            name = ", ".join(filter(None, [pair, images_seen(rows)]))
             held_out = len(self.splits.validation) if args.chooses else None
             published = paper.published(args.table, pair)
             parts.append(pair_section(f"{name} ({budget})", rows, chosen[pair], args.metric, held_out, published))
@@ -251,6 +260,8 @@ class Reproduction:
                 parts.append(sentence)
             if pair in self.own_teachers:
                 parts.append(teachers.describe(self.own_teachers[pair]))
+            elif self.other_teacher:
+                parts.append(f"Its teacher is {self.other_teacher}, given by --teacher={args.teacher}.")
             plot = folder / f"table{args.table}-{pair.replace('/', '-')}.png"
             method_plot(plot, ranked(rows, args.metric), args.metric, name)  # the longer title does not fit
         text = "\n\n".join(parts) + "\n"
@@ -296,7 +307,8 @@ def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduc
             own_teachers[pair] = Path(args.output_dir, "teachers", paper.PAIRS[pair][1])
     with tempfile.TemporaryDirectory() as folder:
         untrained = study_config(args, data, _teachers_to_check_with(args, Path(folder), own_teachers))
-        splits, _ = load(untrained, args.table_pairs[0])
+        splits, teacher = load(untrained, args.table_pairs[0])
+        other_teacher = _other_teacher(args, teacher.model)
         check_report(args.metric, splits, chooses=args.chooses)
         choice_images, report_images = _lengths(args, len(splits.train))
         choices = []
@@ -309,7 +321,27 @@ def plan_reproduction(args: ReproduceArguments, data: DataArguments) -> Reproduc
     teachers.train(dict.fromkeys(own_teachers.values()), data, args.epochs_of_teachers, args.engine())
     folders = {pair: args.teacher or str(own_teachers[pair]) for pair in args.table_pairs}
     config = study_config(args, data, folders).identified()
-    return Reproduction(args, data, splits, config, sweep, choices, report_images, own_teachers)
+    return Reproduction(args, data, splits, config, sweep, choices, report_images, own_teachers, other_teacher)
+
+
+def _other_teacher(args: ReproduceArguments, network: PreTrainedModel) -> str:
+    """Return the name of the network that ``--teacher`` gives, with a warning, where the pair names another one.
+
+    Args:
+        args: what to run.
+        network: the teacher.
+    """
+    if not args.teacher:
+        return ""
+    pair = args.table_pairs[0]
+    other = teachers.name_of_another(paper.PAIRS[pair][1], network)
+    if other:
+        logger.warning(
+            "--teacher=%s holds a network %s, and --pairs=%s has the teacher %s: the table has no counterpart in the "
+            "paper. Give a folder of %s, or the pair of this teacher.",
+            *(args.teacher, other, pair, paper.PAIRS[pair][1], paper.PAIRS[pair][1]),
+        )
+    return other
 
 
 def check(args: ReproduceArguments, data: DataArguments) -> None:

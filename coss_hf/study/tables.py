@@ -74,17 +74,54 @@ def _mean_with_interval(rows: list[dict], metric: str) -> str:
     return f"{text} ± {unit.text(half)}" if math.isfinite(half) else text
 
 
+def seen_by(rows: list[dict]) -> tuple[int, int] | None:
+    """Return the least and the most images that trained students have seen, without those of failed runs.
+
+    Args:
+        rows: results of trials.
+
+    Returns:
+        None without any such student.
+    """
+    seen = [
+        row["images_seen"]
+        for row in rows
+        if row["method"] not in UNTRAINED and "failed" not in row and "images_seen" in row
+    ]
+    return (min(seen), max(seen)) if seen else None
+
+
+def images_seen(rows: list[dict]) -> str:
+    """Return how many images the trained students have seen, in words; empty without any."""
+    found = seen_by(rows)
+    if found is None:
+        return ""
+    least, most = found
+    return f"{most:,} images seen" if least == most else f"{least:,} to {most:,} images seen"
+
+
+def _column_of_images(rows: list[dict]) -> dict[str, Callable[[str], str]]:
+    """Return a column of the images that each row has seen, by its header; none where all have seen as many."""
+    least, most = seen_by(rows) or (0, 0)
+    if least == most:
+        return {}
+    groups = ranked(rows, METRICS[0])
+    return {"images seen": lambda name: images_seen(groups[name]).removesuffix(" images seen")}
+
+
 def ranked_table(
     rows: list[dict], metric: str, extra: dict[str, Callable[[str], str]] | None = None
 ) -> list[list[str]]:
     """Return a ranked table: the header, then one line for each method, means over seeds with 95 % t-intervals.
+
+    Where the trained rows have not all seen as many images, a column says how many each has.
 
     Args:
         rows: results of trials of one pair and split.
         metric: metric that ranks.
         extra: more columns: functions of the method's name, by header.
     """
-    extra = extra or {}
+    extra = _column_of_images(rows) | (extra or {})
     metrics = [name for name in METRICS if any(row.get(name) is not None for row in rows)]
     lines = [["method", "scale", "seeds", *(COLUMNS[name][0] for name in metrics), *extra]]
     for name, group in ranked(rows, metric).items():
@@ -125,11 +162,11 @@ def pair_section(
         scales = ", ".join(sorted({f"{row['scale']:g}" for row in chosen}))
         parts += [f"On test images, scale {scales} of each method: nothing was chosen.", comparison(rows, metric)]
     else:
-        tried = max(row["images_seen"] for row in chosen)
+        tried = images_seen(chosen)
         parts += [
             f"On test images; scales chosen on {held_out:,} held-out images by {metric}.",
             comparison(rows, metric),
-            f"### The chosen scales, on held-out images: one seed, {tried:,} images seen",
+            f"### The chosen scales, on held-out images: one seed, {tried}",
             markdown(chosen, metric),
             *extra_passes(chosen),
         ]

@@ -1,10 +1,14 @@
 """What a study checks before it searches, trains or measures anything."""
 
+from dataclasses import replace
+
 import pytest
 from datasets import Dataset
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.study import baselines, comparison
+from coss_hf.study.report import Report
+from coss_hf.study.trials import StudyConfig
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 
@@ -127,3 +131,16 @@ def test_a_step_without_neighbours_needs_as_many_images(tmp_path):
         baselines.check_batch(training(**batch, neighbors_k=4, gradient_accumulation_steps=2), 40)
     with pytest.raises(ValueError, match="training images; give fewer neighbours or more images"):
         baselines.check_batch(training(**batch, neighbors_k=4), 3)
+
+
+def test_a_table_of_held_out_images_says_that_it_takes_a_part_of_the_training_images():
+    """On held-out images k-NN and classifiers have 10,000 training images, and nothing said so."""
+    config = StudyConfig(DataArguments(), {}, bank_size=20)
+    found = splits(rows(30), rows(12), rows(12))
+    note = comparison.measured_against(config, "validation", found)
+    assert "k-NN, the classifiers and retrieval take 20 of the 30 training images" in note
+    assert comparison.measured_against(config, "test", found) == ""
+    assert comparison.measured_against(config, "validation", splits(rows(20), rows(12), None)) == ""
+    assert comparison.measured_against(config, "validation", splits(rows(30), rows(12), None, None)) == ""
+    report = Report("title", [], "linear", "validation", 0, {}, "a CPU", "command", {}, note)
+    assert note in report._notes() and "  " not in replace(report, note="")._notes()

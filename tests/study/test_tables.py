@@ -11,7 +11,7 @@ from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
 from coss_hf.study import reproduction
 from coss_hf.study.paper_tables import ROWS, choice_trials, own_pairs, own_rows, published, report_trials, scaled
 from coss_hf.study.reproduction import ReproduceArguments, Reproduction, nothing_chosen
-from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, markdown, ranked
+from coss_hf.study.tables import _listed, best, comparison, difference, half_interval, images_seen, markdown, ranked
 
 
 def rows(method: str, *values: float | None, **more) -> list[dict]:
@@ -162,7 +162,9 @@ def test_a_method_without_any_choice_is_named(tmp_path):
     tried = [row | {"method": "at"}, {"pair": "a/b", "method": "vid", "failed": "The loss is inf at step 9"}]
     args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"])
     splits = SimpleNamespace(validation=range(100))
-    this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={})
+    this = SimpleNamespace(
+        args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={}, other_teacher=""
+    )
     text = Reproduction._write(this, tried, {"a/b": tried[:1]}, {"a/b": [row | {"method": "at"}]})
     assert "on 100 held-out images by linear" in text and "`vid` (The loss is inf at step 9)" in text
 
@@ -207,7 +209,9 @@ def test_a_table_where_only_coss_could_be_reported_and_failed(tmp_path):
     untrained = {"pair": "a/b", "method": "random", "scale": 0, "seed": 1, "images_seen": 0, "linear": 0.1}
     args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"], finalists=0)
     splits = SimpleNamespace(validation=range(100))
-    this = SimpleNamespace(args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={})
+    this = SimpleNamespace(
+        args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={}, other_teacher=""
+    )
     text = Reproduction._write(this, tried, {"a/b": tried[:1]}, {"a/b": [untrained]})
     assert "No trained row is reported." in text and "| random |" in text and "0 images seen (" not in text
     assert "Without a chosen scale" in text and "`coss` (The loss is inf at step 9)" in text
@@ -241,3 +245,28 @@ def test_differences_of_cosines_have_the_unit_of_their_column(tmp_path):
         method_plot(tmp_path / "plot.png", ranked(found, "cosine"), "cosine", "a title")
         quality_plot(tmp_path / "plot.png", {"a": (1.0, [0.5]), "b": (2.0, [0.25])}, "cosine", "a title")
     assert labels[0]["x"] == "cosine" and labels[1]["y"] == "cosine"
+
+
+def test_rows_that_saw_different_numbers_of_images_say_so():
+    """With accumulated gradients a row stops before the others; the title named the highest number for all."""
+    same = [*rows("a", 0.5, 0.6, images_seen=64), *rows("b", 0.4, 0.5, images_seen=64)]
+    stopped = rows("c", None, images_seen=8, failed="NaN")
+    assert images_seen([*same, *stopped, *rows("random", 0.1, images_seen=0)]) == "64 images seen"
+    assert "images seen" not in markdown([*same, *stopped], "linear")
+    found = [*same, *rows("d", 0.3, 0.3, images_seen=1048)]
+    assert images_seen(found) == "64 to 1,048 images seen" and images_seen(rows("random", 0.1, images_seen=0)) == ""
+    lines = markdown([*found, *stopped, *rows("random", 0.1, images_seen=0)], "linear").splitlines()
+    assert lines[0].endswith("| images seen |")
+    assert [line.split(" | ")[-1] for line in lines[2:]] == ["64 |", "64 |", "1,048 |", " |", " |"]
+
+
+@pytest.mark.parametrize("other", ["", "resnet20"])
+def test_a_section_names_a_teacher_that_is_not_the_pairs(tmp_path, other):
+    row = {"pair": "a/b", "scale": 1, "seed": 1, "images_seen": 64, "linear": 0.5, "expression": "at", "method": "at"}
+    args = ReproduceArguments(output_dir=str(tmp_path), pairs=["a/b"], teacher="folder")
+    splits = SimpleNamespace(validation=range(100))
+    this = SimpleNamespace(
+        args=args, data=SimpleNamespace(dataset="images"), splits=splits, own_teachers={}, other_teacher=other
+    )
+    text = Reproduction._write(this, [row], {"a/b": [row]}, {"a/b": [row]})
+    assert ("Its teacher is resnet20, given by --teacher=folder." in text) == bool(other)
