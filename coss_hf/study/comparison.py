@@ -24,7 +24,7 @@ from coss_hf.study.baselines import (
     untrained_trials,
 )
 from coss_hf.study.sweep import Sweep
-from coss_hf.study.trials import StudyConfig, Trial, load, shared_views
+from coss_hf.study.trials import OPERATION, StudyConfig, Trial, load, shared_views
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.inputs import view_size
 from coss_hf.trainer.settings import Settings, Situation, fill, find_situation, values_to_record
@@ -162,9 +162,13 @@ def fill_for_trials(
         length_is_known=True,
     )
     kept = _kept(training)
-    # A folder of an earlier version has one student, and a key without the number of its parameters.
-    earlier = kept.get(_key(training, situation, with_parameters=False))
-    return fill(training, situation, kept.get(_key(training, situation), earlier))
+    keys = [
+        _key(training, situation),
+        _key(training, situation, with_operation=False),
+        # A folder of an earlier version has one student, and a key without the number of its parameters.
+        _key(training, situation, with_parameters=False),
+    ]
+    return fill(training, situation, next((kept[key] for key in keys if key in kept), None))
 
 
 def keep_filled(given: DistillationArguments, filled: DistillationArguments, settings: Settings) -> None:
@@ -175,9 +179,12 @@ def keep_filled(given: DistillationArguments, filled: DistillationArguments, set
         filled: the same, filled.
         settings: what was filled.
     """
+    if not settings.filled:
+        return
     kept = _kept(given)
-    if settings.filled and (key := _key(given, settings.situation)) not in kept:
-        write_json(Path(given.output_dir, FILLED), kept | {key: values_to_record(filled)})
+    keys = [_key(given, settings.situation), _key(given, settings.situation, with_operation=False)]
+    if found := {key: values_to_record(filled) for key in keys if key not in kept}:
+        write_json(Path(given.output_dir, FILLED), kept | found)
 
 
 def _kept(given: DistillationArguments) -> dict[str, dict]:
@@ -185,12 +192,24 @@ def _kept(given: DistillationArguments) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _key(given: DistillationArguments, situation: Situation, *, with_parameters: bool = True) -> str:
-    """Of what was given, of the networks and of the images, not of the machine."""
+def _key(
+    given: DistillationArguments, situation: Situation, *, with_parameters: bool = True, with_operation: bool = True
+) -> str:
+    """Of what was given, of the networks and of the images, not of the machine.
+
+    Args:
+        given: arguments of every run, as they were given.
+        situation: networks and images.
+        with_parameters: whether the number of the student's parameters counts.
+        with_operation: whether arguments count that change no result; see ``OPERATION``.
+    """
     networks_and_images = [situation.family, situation.trained, situation.size, situation.images, situation.views]
     if with_parameters:
         networks_and_images.append(situation.parameters)
-    text = json.dumps([networks_and_images, changed_arguments(given)], sort_keys=True, default=str)
+    changed = changed_arguments(given)
+    if not with_operation:
+        changed = {name: value for name, value in changed.items() if name not in OPERATION}
+    text = json.dumps([networks_and_images, changed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -3,11 +3,12 @@
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from coss_hf.utils.errors import NonFiniteEmbedding, NonFiniteLoss
 from coss_hf.utils.randomness import keeping_generators
 
 # Arguments that say how a trial is run and do not change its result.
-OPERATION = (
+FORMER_OPERATION = (
     "save_strategy",
     "save_steps",
     "dataloader_num_workers",
@@ -45,6 +46,27 @@ OPERATION = (
     "dataloader_prefetch_factor",
     "teacher_cache",
 )
+OPERATION = (
+    *FORMER_OPERATION,
+    "save_total_limit",
+    "save_on_each_node",
+    "logging_strategy",
+    "logging_steps",
+    "logging_first_step",
+    "log_level",
+    "log_level_replica",
+    "log_on_each_node",
+    "log_format",
+    "disable_tqdm",
+    "report_to",
+    "run_name",
+    "project",
+    "trackio_space_id",
+    "dataloader_pin_memory",
+    "dataloader_multiprocessing_context",
+)
+# The same, of the images.
+OPERATION_OF_DATA = ("neighbors_cache", "preprocessing_num_workers")
 # Of what is measured; raise it where a metric changes, so that one table never mixes two meanings of a column.
 # 2: linear evaluation of standardised embeddings.
 MEASURES = 2
@@ -162,15 +184,49 @@ class StudyConfig:
         return self.training.get("lr_milestones") or []
 
     def key(self, trial: Trial) -> str:
-        """Return the file name of a trial's result: a hash of everything that it depends on, not of its row's name."""
-        training = {name: value for name, value in self.training_of(trial).items() if name not in OPERATION}
+        """Return the file name of a trial's result: a hash of everything that it depends on.
+
+        It does not depend on the row's name, on how a trial is run, or, with ``identity``, on the paths of what that
+        is a hash of.
+        """
+        data = asdict(replace(self.data, **dict.fromkeys(OPERATION_OF_DATA)))
+        models = asdict(self.models[trial.pair])
+        if not self.identity.get(trial.pair):
+            return self._hash(trial, trial, data, models, OPERATION)
+        del data["dataset"]
+        # The classifier of a teacher is not in the hash.
+        needs_classifier = any(LOSSES[name].classifier != "unused" for name in _losses(trial))
+        models["teacher"] = _path(models["teacher"]) if needs_classifier else None
+        # The weights that a student starts from are in the hash, but not a network at random weights.
+        models["student"] = _network(models["student"]) if models["student_init"] == "random" else None
+        return self._hash(trial, replace(trial, pair=""), data, models, OPERATION)
+
+    def former_keys(self, trial: Trial) -> list[str]:
+        """Return the keys that earlier versions gave the same trial: as it is, and with the defaults of operation."""
+        models = asdict(self.models[trial.pair])
+        usual = replace(self.data, **dict.fromkeys(OPERATION_OF_DATA))
+        return [
+            self._hash(trial, trial, asdict(self.data), models, FORMER_OPERATION),
+            self._hash(trial, trial, asdict(usual), models, OPERATION),
+        ]
+
+    def _hash(self, trial: Trial, named: Trial, data: dict, models: dict, operation: Sequence[str]) -> str:
+        """Return the hash of a trial.
+
+        Args:
+            trial: the trial.
+            named: the same, with the name of its pair that is hashed.
+            data: what of the images is hashed.
+            models: what of the networks is hashed.
+            operation: names of the arguments of training that are not.
+        """
+        training = {name: value for name, value in self.training_of(trial).items() if name not in operation}
         if training.setdefault("settings", "auto") == "paper":
             del training["settings"]  # as before there were others
-        models = asdict(self.models[trial.pair])
         if models["teacher_space"] == ModelArguments.teacher_space:
-            del models["teacher_space"]  # results of before this option stay valid
+            models = {name: value for name, value in models.items() if name != "teacher_space"}  # newer than results
         shared = [
-            asdict(self.data),
+            data,
             models,
             training,
             self.milestones,
@@ -178,14 +234,31 @@ class StudyConfig:
             self.identity.get(trial.pair),
             MEASURES,
         ]
-        names = {part.name for part in parse_methods(trial.expression)} if trial.expression else set()
-        if revisions := {name: LOSSES[name].revision for name in sorted(names) if LOSSES[name].revision > 1}:
+        if revisions := {name: LOSSES[name].revision for name in _losses(trial) if LOSSES[name].revision > 1}:
             shared.append(revisions)
         if self.falls_with_others(trial):
             shared.append("milestones after as many images")  # earlier results had them after as many epochs
         method = trial.method if trial.method in UNTRAINED else None
-        text = json.dumps([asdict(replace(trial, method=method)), shared], sort_keys=True, default=str)
+        text = json.dumps([asdict(replace(named, method=method)), shared], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _losses(trial: Trial) -> list[str]:
+    """Return the names of a trial's losses, sorted; none of a network that is not trained."""
+    return sorted({part.name for part in parse_methods(trial.expression)}) if trial.expression else []
+
+
+def _network(name: str | None) -> str | None:
+    """Return what stands for a network at random weights in a key: its configuration and code, or its name without."""
+    if not name or not Path(name, "config.json").is_file():
+        return name
+    parts = [Path(name, "config.json"), Path(name, "preprocessor_config.json"), *sorted(Path(name).glob("*.py"))]
+    return hashlib.sha256(b"".join(part.read_bytes() for part in parts if part.is_file())).hexdigest()
+
+
+def _path(name: str) -> str:
+    """Return a folder in one spelling; any other name as it is."""
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def load(config: StudyConfig, pair: str) -> tuple[ImageSplits, Backbone]:

@@ -40,9 +40,11 @@ def test_a_study_goes_on_with_what_it_began_with(image_parquet, networks, tmp_pa
     monkeypatch.setattr(table, "starting_values", lambda family, parameters: table.SGD)
     again, settings = fill_and_keep()
     assert changed_arguments(again) == changed_arguments(first) and settings.mode == "auto"
+    logged, _ = fill_and_keep(logging_steps=7)
+    assert logged.optim == "adamw_torch", "what changes no result fills nothing anew"
     other, _ = fill_and_keep(max_grad_norm=2.0)
     assert other.optim == "sgd", "other trials, filled by the rules of today"
-    assert len(json.loads((tmp_path / "settings.json").read_text())) == 2
+    assert len(json.loads((tmp_path / "settings.json").read_text())) == 3
 
 
 def test_each_student_of_a_folder_is_filled_by_its_own_size(image_parquet, networks, tmp_path, monkeypatch):

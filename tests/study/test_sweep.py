@@ -358,6 +358,59 @@ def test_key_covers_everything_that_a_result_depends_on(config):
     assert len(keys) == 5 and config.key(replace(TRIAL, method="other")) in keys
 
 
+def test_key_does_not_depend_on_how_a_trial_is_run(config):
+    """Another --logging_steps or --neighbors_cache trained everything again, without a word."""
+    operation = {
+        "logging_steps": 7,
+        "report_to": ["tensorboard"],
+        "run_name": "a",
+        "save_total_limit": 3,
+        "logging_first_step": True,
+        "dataloader_num_workers": 2,
+    }
+    found = {replace(config, training=config.training | {name: value}).key(TRIAL) for name, value in operation.items()}
+    for change in ({"neighbors_cache": "x"}, {"preprocessing_num_workers": 2}):
+        found.add(replace(config, data=replace(config.data, **change)).key(TRIAL))
+    assert found == {config.key(TRIAL)}
+    training = {name: value for name, value in config.training.items() if name != "logging_steps"}
+    assert config.key(TRIAL) == replace(config, training=training).former_keys(TRIAL)[0]
+
+
+def test_key_does_not_depend_on_how_paths_are_spelled(config, networks, monkeypatch):
+    trained = replace(TRIAL, method="kd", expression="kd")
+    root = Path(config.data.dataset).parent
+    monkeypatch.chdir(root)
+
+    def keys(spelled):
+        models = config.models["pair"]
+        networks = {name: spelled(getattr(models, name)) for name in ("teacher", "student")}
+        data = replace(config.data, dataset=spelled(config.data.dataset))
+        pair = f"{networks['student']} / {networks['teacher']}"
+        one = replace(config, data=data, models={pair: replace(models, **networks)}, identity={pair: "contents"})
+        return [one.key(replace(trial, pair=pair)) for trial in (TRIAL, trained)]
+
+    absolute = keys(str)
+    assert keys(lambda path: f"{path}/") == absolute == keys(lambda path: os.path.relpath(path, root))
+    assert absolute[0] != absolute[1]
+    other = replace(config.models["pair"], student=networks.vit)
+    students = [
+        replace(config, models={"pair": one}, identity={"pair": "contents"}).key(TRIAL)
+        for one in (config.models["pair"], other)
+    ]
+    assert students[0] != students[1], "a network at random weights is known by its configuration"
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_results_under_former_keys_are_found(tmp_path, config, which):
+    """Of the same arguments, and of the defaults of those that change no result."""
+    study = Sweep(tmp_path, "first", 1, {})
+    config = replace(config, training=config.training | {"report_to": ["tensorboard"]}, identity={"pair": "contents"})
+    former = config.former_keys(TRIAL)
+    assert len({*former, config.key(TRIAL)}) == 3 and study._key(TRIAL, config) == config.key(TRIAL)
+    (tmp_path / "trials" / f"{former[which]}.json").write_text('{"linear": 0.5}')
+    assert study.run([TRIAL], config)[0]["linear"] == 0.5
+
+
 def test_a_loss_whose_value_changed_is_another_trial(config, monkeypatch):
     alone, with_it = TRIAL, replace(TRIAL, expression=f"{TRIAL.expression} + crd")
     before = config.key(alone), config.key(with_it)
