@@ -408,7 +408,7 @@ def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: Teache
         **of_views,
         "--data_seed": str(args.seed if args.data_seed is None else args.data_seed),
         "--train_sampling_strategy": str(args.train_sampling_strategy),
-        STEPS_OF_EPOCH: f"{steps_per_epoch(args, len(views))} steps an epoch",
+        STEPS_OF_EPOCH: f"{steps_per_epoch(args, len(views))} steps per epoch",
         **of_optimizer,
     }
 

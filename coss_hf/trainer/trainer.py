@@ -1120,7 +1120,7 @@ class DistillationTrainer(Trainer):
         return {name: value for name, value in found.items() if name != "--neighbors_k"}
 
     def _order_of_images(self) -> dict[str, str]:
-        """What decides which images a step sees; a stream has an order and places of its own."""
+        """What decides which images each step sees; a stream has an order and places of its own."""
         if self.is_streaming:
             return {}
         args = self.args
@@ -1129,7 +1129,7 @@ class DistillationTrainer(Trainer):
             "--data_seed": str(args.seed if args.data_seed is None else args.data_seed),
             "--train_sampling_strategy": str(args.train_sampling_strategy),
             # Micro-batches of another size may leave out another number of images at the end of an epoch.
-            STEPS_OF_EPOCH: f"{steps} steps, {self.length.images_after(steps)} images an epoch",
+            STEPS_OF_EPOCH: f"{steps} steps, {self.length.images_after(steps)} images per epoch",
         }
 
     def find_checkpoint(self, resume_from_checkpoint: str | bool | None) -> str | None:

@@ -120,7 +120,7 @@ def test_another_number_of_steps_in_an_epoch_is_refused(tmp_path, image_parquet,
         h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.vit, **options).train(**arguments)
 
     run(20, 1)
-    changed = r"another gradient_accumulation_steps \(then 2 steps, 40 images an epoch, now 3 steps, 45"
+    changed = r"another gradient_accumulation_steps \(then 2 steps, 40 images per epoch, now 3 steps, 45"
     with pytest.raises(ValueError, match=changed):
         run(5, 4, resume_from_checkpoint=True)
     run(10, 2, resume_from_checkpoint=True)
