@@ -78,7 +78,7 @@ def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[s
     if "--config" in argv:
         position = argv.index("--config")
         path = [expand_word(word, "--config") for word in argv[position + 1 : position + 2]]
-        argv = _yaml_arguments(path, known) + argv[:position] + argv[position + 2 :]
+        argv = _yaml_arguments(path, known, single_run) + argv[:position] + argv[position + 2 :]
     argv = [expand_word(word) for word in argv]
     try:
         *parsed, _, unknown = parser.parse_args_into_dataclasses(args=argv, return_remaining_strings=True)
@@ -89,16 +89,19 @@ def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[s
                 raise ValueError(refusal(name)) from error
         raise
     for word in unknown:
-        close = _meant(word.lstrip("-").split("=")[0], known)
+        close = _meant(word.lstrip("-").split("=")[0], known, single_run)
         hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
         raise ValueError(f"{word} is no argument of this command.{hint}")
     return tuple(parsed)
 
 
-def _meant(name: str, known: set[str]) -> list[str]:
-    """Names of arguments that an unknown name may mean, the most likely first."""
-    if OTHER_NAMES.get(name) in known:
-        return [OTHER_NAMES[name]]
+def _meant(name: str, known: set[str], single_run: Sequence[str]) -> list[str]:
+    """Names of arguments that an unknown name may mean, the most likely first; a study has others than a run."""
+    known = known - {*single_run} - ({"method"} if single_run else set())
+    if name == "loss" and "methods" in known:
+        return ["methods"]
+    if name in OTHER_NAMES:
+        return [OTHER_NAMES[name]] if OTHER_NAMES[name] in known else []
     from coss_hf.trainer.given_arguments import UNUSED  # imports torch
 
     return difflib.get_close_matches(name, {one for one in known if "-" not in one} - {*UNUSED}, n=2)
@@ -126,13 +129,14 @@ def _bare_resume(argv: list[str]) -> list[str]:
     return argv
 
 
-def _yaml_arguments(path: list[str], known: set[str]) -> list[str]:
+def _yaml_arguments(path: list[str], known: set[str], single_run: Sequence[str]) -> list[str]:
     """A YAML file as command-line words: typed and checked like them."""
     content = _read_yaml(path)
     wrong = [key for key in content if key not in known or key == "config"]
     if wrong:
         listed = ", ".join(
-            f"{key!r}" + (f" (did you mean {' or '.join(close)}?)" if (close := _meant(str(key), known)) else "")
+            f"{key!r}"
+            + (f" (did you mean {' or '.join(close)}?)" if (close := _meant(str(key), known, single_run)) else "")
             for key in wrong
         )
         are = "is no argument" if len(wrong) == 1 else "are no arguments"

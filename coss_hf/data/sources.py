@@ -182,9 +182,10 @@ def _load_matching(path: Path) -> Source:
         if suffix in SUFFIXES:
             raise ValueError(f"{file} is one image; give the folder of the images")
         if suffix != ".parquet":
-            table = suffix in (".csv", ".json", ".jsonl")
-            hint = "; put it as metadata" + suffix + " into the folder of its images, and give that" if table else ""
-            raise ValueError(f"{file} is not a parquet file{hint}")
+            into = "into the folder of its images, and give that"
+            hints = {suffix: f"; put it as metadata{suffix} {into}" for suffix in (".csv", ".jsonl")}
+            hints[".json"] = f"; write it as metadata.jsonl, one JSON object per line, {into}"
+            raise ValueError(f"{file} is not a parquet file{hints.get(suffix, '')}")
     return _load_parquet(files, str(path))
 
 

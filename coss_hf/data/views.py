@@ -156,7 +156,7 @@ class ViewDataset(torch.utils.data.Dataset):
         return {
             "--dataset": _digest(hashes),
             "--augmentation": self.augmentation_name,
-            **code_entry("--transform", self._transform_code),
+            **code_entry("--transform", self._transform_code, ("pillow", "torch", "torchvision")),
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),

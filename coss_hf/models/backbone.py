@@ -473,6 +473,7 @@ class Backbone:
         self.model.eval().requires_grad_(False)
         return self
 
+    @torch.no_grad()
     def code(self) -> str:
         """Hash of what a module of one's own does, its weights left out; empty for networks of Transformers.
 
@@ -481,8 +482,17 @@ class Backbone:
         """
         if not isinstance(self.model, ModuleNetwork):
             return ""
-        # Not of the network around it, which gets hooks of a training's own.
-        return code_identity(self.model.module, self.model.embedding, ignored=(_FROZEN,))
+        first = next(self.model.parameters())
+        found = []
+        for grey in (0, 1):  # what changes as it is called, such as a counter or its last output, tells no code apart
+            images = torch.full((2, 3, *self.size), grey, dtype=first.dtype, device=first.device)
+            with evaluating(self.model):
+                self.features(images)
+            # Not of the network around it, which gets hooks of a training's own.
+            found.append(code_identity(self.model.module, self.model.embedding, ignored=(_FROZEN,)))
+        if found[0] == found[1]:
+            return found[0]
+        return code_identity(type(self.model.module), self.model.embedding)
 
     def fingerprint(self) -> str:
         """Hash of network, configuration, weights, pooling and pre-processing; see also ``code``."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from coss_hf.evaluation.diagnostics import evaluations, few_images, overlap_on
 from coss_hf.evaluation.tables import table
-from coss_hf.utils.messages import command_to
+from coss_hf.utils.messages import command_to, for_reader
 
 
 def closing_summary(
@@ -33,7 +33,7 @@ def closing_summary(
     if results:
         blocks = [f"{table(results)}\n\n{overlap_on(record['evaluated_images'])}"]
     if record["verdict"]:
-        blocks.append("\n".join([*record["verdict"], *_more_images(record)]))
+        blocks.append("\n".join([*record["verdict"], *map(for_reader, _more_images(record))]))
     blocks.append(f"The page of this run: {Path(output_dir, 'report.html')}")
     lines = _use(str(output_dir), in_teacher_space, from_module, own_code)
     blocks.append("Use the student:\n" + "\n".join(f"    {line}" for line in lines))
@@ -43,6 +43,8 @@ def closing_summary(
 
 def _more_images(record: dict) -> list[str]:
     if record.get("evaluated_images") is None:
+        if record.get("watched_images"):  # of an evaluator of the user's own
+            return []
         return ["To evaluate the next run, hold images out of the training with --validation_size."]
     if not few_images(record["evaluated_images"]):
         return []

@@ -20,7 +20,9 @@ from coss_hf.reporting.run_record import command, versions, write_json
 from coss_hf.utils.messages import for_reader
 
 FAILED = "It did not help"
-NOT_EVALUATED = "Not evaluated: no images were held out of the training, so that nothing shows whether it helped."
+NOT_EVALUATED = (
+    "Not evaluated: no images were held out of the training, so that nothing shows whether the training helped."
+)
 PICTURES = (
     (
         "panel.png",
@@ -52,7 +54,7 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
     if monitored:
         raised = [*alarms(history, monitored, finished=True, gentle=is_gentle(trainer.args)).values()]
     verdict = [*problems, *summary(results, history, raised, evaluated, monitored)]
-    if evaluated is None:
+    if evaluated is None and not monitored:
         verdict.append(NOT_EVALUATED)
     record = {
         "command": command(),
@@ -65,7 +67,8 @@ def write_record(output_dir, trainer, results: dict, splits, problems: Sequence[
         "alarms": [for_reader(sentence) for sentence in raised],
         "evaluated_on": None if evaluated is None else "test" if splits.test is not None else "validation",
         "evaluated_images": evaluated,
-        "train_images": None if splits.train is None else len(splits.train),
+        # Of a stream it has the first ones alone.
+        "train_images": None if splits.train is None or splits.stream is not None else len(splits.train),
         "watched_images": monitored,
         "bad_images": splits.bad_images,
         "replaced_images": trainer.train_dataset.replaced_names(),

@@ -113,7 +113,8 @@ class ReproduceArguments:
         default=False,
         metadata={
             "help": "Keep the student of each reported run that this command trains, in students/ of --output_dir. "
-            "`student` of a row in the file of results is the name of its folder."
+            "`student` of a row in the file of results is the name of its folder; rows that an earlier version "
+            "finished have none."
         },
     )
     eval_at: list[float] | None = field(

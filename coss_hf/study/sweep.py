@@ -10,7 +10,7 @@ import signal
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from functools import partial
@@ -127,15 +127,25 @@ class Sweep:
 
     def _warn_of_rows_that_leave(self) -> None:
         """Name the rows of another study that this one takes out of the file of results, once its plan is complete."""
-        kept = {_without_command(row) for row in self._rows()}
-        leaving = Counter(row["method"] for row in self._earlier if _without_command(row) not in kept)
+        rows = self._rows()
+        # The path of a teacher may be spelled in another way; several pairs are told apart by it.
+        several = any(len({row["pair"] for row in found}) > 1 for found in (rows, self._earlier))
+        left_out = ("command", "loss") if several else ("command", "loss", "pair")
+        kept = {_without(row, left_out) for row in rows}
+        leaving = Counter(row["method"] for row in self._earlier if _without(row, left_out) not in kept)
         self._earlier = []
         if leaving:
             named = ", ".join(f"{count} of {method}" for method, count in leaving.items())
             logger.warning(
-                "--output_dir=%s: %d rows of another study leave %s (%s), and page and plot are replaced. Its trials "
+                "--output_dir=%s: %s of another study leave %s (%s), and page and plot are replaced. Its trials "
                 "stay in %s, and its command brings the rows back; to keep the results of both, give another folder.",
-                *(self.folder, leaving.total(), self.file, named, self.trials),
+                *(
+                    self.folder,
+                    "1 row" if leaving.total() == 1 else f"{leaving.total()} rows",
+                    self.file,
+                    named,
+                    self.trials,
+                ),
             )
 
     def _evaluations(self, trial: Trial, key: str, row: dict | None) -> list[dict]:
@@ -198,9 +208,9 @@ class Sweep:
         return self.trials / f"{key}.json"
 
 
-def _without_command(row: dict) -> str:
-    """Return a row as text, without what says which command has run it."""
-    return json.dumps({name: value for name, value in row.items() if name not in ("command", "loss")}, sort_keys=True)
+def _without(row: dict, names: Sequence[str]) -> str:
+    """Return a row as text without some of its entries, such as that which says which command has run it."""
+    return json.dumps({name: value for name, value in row.items() if name not in names}, sort_keys=True)
 
 
 def describe(row: dict) -> str:

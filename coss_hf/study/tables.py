@@ -166,7 +166,7 @@ def pair_section(
         parts += [
             f"On test images; scales chosen on {held_out:,} held-out images by {metric}.",
             comparison(rows, metric),
-            f"### The chosen scales, on held-out images: one seed, {tried}",
+            f"### The chosen scales, on held-out images: {', '.join(filter(None, ['one seed', tried]))}",
             markdown(chosen, metric),
             *extra_passes(chosen),
         ]

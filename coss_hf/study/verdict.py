@@ -29,6 +29,8 @@ def verdict(rows: list[dict], metric: str, costs: dict[str, dict]) -> list[str]:
         if measured:
             groups[name] = measured
     if "coss" not in groups:
+        if not any("failed" in row for row in rows if row["method"] == "coss"):
+            return [f"Whether it helped is not known: no run of CoSS has a value of {metric}."]
         reasons = {row.get("failed", f"no value of {metric}") for row in rows if row["method"] == "coss"}
         return [f"It did not help: every run of CoSS failed ({'; '.join(sorted(reasons))})."]
     return [_helped(groups, metric), *_parts(groups, metric), _saved(costs)]

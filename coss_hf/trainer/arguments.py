@@ -227,8 +227,8 @@ class DataArguments(SearchOptions):
         default="error",
         metadata={
             "help": "What to do with images that cannot be decoded. skip: those that are found before the training are "
-            "left out, and other images take the place of those that are found, or deleted, during it. All are read "
-            "before it with --neighbors_k or --teacher_cache, else a sample.",
+            "left out. During the training another image takes the place of one that cannot be decoded or was deleted. "
+            "With --neighbors_k or --teacher_cache all images are read before the training, else a sample.",
             "choices": ["error", "skip"],
         },
     )
@@ -248,6 +248,7 @@ class DataArguments(SearchOptions):
 
     # Whether images are held out where `validation_size` is not given, as a training does.
     holds_out_by_default = False
+    loaded = None  # what `load` returned last
     maybe_trained_on = ""  # why images that are held out of train now are perhaps no test of a student
 
     def follow(self, student: str, revision: str | None = None) -> "DataArguments":
@@ -281,13 +282,13 @@ class DataArguments(SearchOptions):
         followed.holds_out_by_default = True
         if self.validation_size is None:
             followed.validation_size = given.get("validation_size")
-        elif "evaluated_on" in run and not run["evaluated_on"]:
+        elif self.validation_size and "evaluated_on" in run and not run["evaluated_on"]:
             followed.maybe_trained_on = (
                 f"--validation_size {self.validation_size:g}: {student} was trained on all images of "
                 f"{self.dataset}, those that are held out now among them: they do not show what it does on other "
                 f"images. Give images of a test split."
             )
-        elif self.validation_size != given.get("validation_size"):
+        elif self.validation_size and self.validation_size != given.get("validation_size"):
             followed.maybe_trained_on = (
                 f"--validation_size {self.validation_size:g}: {student} was trained with "
                 f"{given.get('validation_size') or 'the default'}, perhaps on some of what is held out now."
@@ -348,6 +349,7 @@ class DataArguments(SearchOptions):
         )
         if self.maybe_trained_on and splits.test is None:
             logger.warning("%s", self.maybe_trained_on)
+        self.loaded = splits
         return splits
 
     def _load_stream(self, images, evaluated: bool) -> ImageSplits:

@@ -30,6 +30,8 @@ NOT_ALWAYS_KNOWN = (
     TEACHER_CODE,
     TRANSFORM_CODE,
     STEPS_OF_EPOCH,
+    "--data_seed",
+    "--train_sampling_strategy",
     "--learning_rate",
     "--weight_decay",
     "--momentum",
@@ -353,8 +355,7 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
     saved = json.loads(Path(checkpoint, RECORD).read_text())
     # Of runs of before these arguments.
     seed = saved.get("--seed")
-    saved = {"--view_epochs": "0", "--view_seed": seed, "--reduced_decoding": "False", "--data_seed": seed} | saved
-    saved.setdefault("--train_sampling_strategy", "random")
+    saved = {"--view_epochs": "0", "--view_seed": seed, "--reduced_decoding": "False"} | saved
     if "--augmentation" in saved:  # earlier versions named an object with its place in memory
         saved["--augmentation"] = without_addresses(saved["--augmentation"])
     saved = {name: identity.get(name) for name in NOT_ALWAYS_KNOWN} | saved

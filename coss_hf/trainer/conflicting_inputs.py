@@ -63,7 +63,7 @@ def check_data(train_dataset, eval_dataset, data: DataArguments) -> None:
     Raises:
         ValueError: the argument and its value.
     """
-    if not isinstance(train_dataset, (ImageSplits, ViewDataset)):
+    if not isinstance(train_dataset, (ImageSplits, ViewDataset)) or train_dataset is data.loaded:
         return
     columns = COLUMNS if isinstance(train_dataset, ImageSplits) and eval_dataset is None else ()
     names = OF_LOADING
@@ -71,12 +71,20 @@ def check_data(train_dataset, eval_dataset, data: DataArguments) -> None:
         names = tuple(name for name in names if name not in ("dataset_name", "dataset_revision"))
     for name in (*names, *columns):
         value = getattr(data, name)
-        if value != _default(DataArguments, name):
+        if value != _default(DataArguments, name) and not _agrees(train_dataset, name, value):
             call = "load_images" if isinstance(train_dataset, ImageSplits) else "the ViewDataset"
             raise ValueError(
                 f"--{name}={value}: the images of --train_dataset were read already; leave --{name} out, or give it "
                 f"to {call}."
             )
+
+
+def _agrees(images: ImageSplits | ViewDataset, name: str, value) -> bool:
+    """Whether an argument says what holds of the images that were read."""
+    if not isinstance(images, ImageSplits):
+        return False
+    nothing_held_out = name == "validation_size" and not value and images.validation is None
+    return nothing_held_out or (name in COLUMNS and value == getattr(images, name))
 
 
 def check_augmentation(args: DistillationArguments, transform: str | Callable | None) -> None:

@@ -296,7 +296,7 @@ class DistillationTrainer(Trainer):
         count = None if self.is_streaming else len(views)
         self.length = inputs.args.run_length(count)
         self.teacher = inputs.teacher
-        self._teacher_code = self.teacher.code()  # before any forward pass, which may leave something in a module
+        self._teacher_code = self.teacher.code()
         model = DistillationModel.from_args(student, self.teacher, inputs.args, count, inputs.criterion)
         if inputs.criterion is not None:
             try_criterion(model, self.teacher)

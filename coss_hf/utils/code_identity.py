@@ -6,6 +6,8 @@ import re
 import sys
 import sysconfig
 import types
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -40,18 +42,22 @@ def code_identity(*values, ignored: tuple[str, ...] = ()) -> str:
     return hashlib.blake2b("\n".join(description.parts).encode(), digest_size=8).hexdigest()
 
 
-def code_entry(name: str, code: str) -> dict[str, str]:
+def code_entry(name: str, code: str, packages: Sequence[str] = ()) -> dict[str, str]:
     """Return the entry of a run's identity that holds a hash of code, which each version of Python compiles otherwise.
 
     Args:
         name: of the entry.
         code: the hash; empty where there is no code of one's own, and then there is no entry.
+        packages: names of packages on whose versions the hash depends as well.
     """
-    return {name: f"{code}, Python {sys.version_info.major}.{sys.version_info.minor}"} if code else {}
+    if not code:
+        return {}
+    versions = "".join(f", {package} {version(package)}" for package in packages)
+    return {name: f"{code}, Python {sys.version_info.major}.{sys.version_info.minor}{versions}"}
 
 
 def is_of_another_python(first: str | None, second: str | None) -> bool:
-    """Whether two values of ``code_entry`` cannot be compared."""
+    """Whether two values of ``code_entry`` cannot be compared: their versions differ."""
     return bool(first and second) and first.partition(", ")[2] != second.partition(", ")[2]
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from coss_hf.cli.parser import parse
 from coss_hf.reporting.run_record import to_dict
+from coss_hf.study.single_run import OF_ONE_RUN
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.errors import bad_input_exits
@@ -82,6 +83,13 @@ def test_unknown_flag_suggests(tmp_path):
         parse(EVERYTHING, ["--neighbour_k", "3"])
     with pytest.raises(ValueError, match=r"Did you mean --per_device_train_batch_size\?$"):
         parse(EVERYTHING, ["--batch_size", "3"])
+
+
+@pytest.mark.parametrize("name", ["epochs", "resume", "loss"])
+def test_no_hint_leads_to_an_option_that_a_study_refuses(name):
+    with pytest.raises(ValueError, match=f"^--{name}=3 is no argument of this command. See --help") as error:
+        parse(EVERYTHING, [f"--{name}=3"], single_run=OF_ONE_RUN)
+    assert "Did you mean" not in str(error.value)
 
 
 def test_config_with_an_equals_sign(tmp_path):

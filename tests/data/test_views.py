@@ -195,6 +195,7 @@ def test_the_callers_generators_are_untouched(rows):
 
 def test_views_differ_by_seed_epoch_anchor_and_slot(rows):
     same_image = np.zeros((N, 1), np.int32)  # image 0 is everybody's neighbour
+    same_image[0] = -1  # and has none: it is seen in views of its own
     dataset = views(rows, k=1, neighbors=same_image)
     base = dataset.view(1, 1)[0]
     others = [

@@ -82,6 +82,8 @@ def test_every_run_failed():
     failed = [{"method": "coss", "seed": 1, "failed": "The loss is nan at step 3"}]
     said = verdict(failed + rows(random=[0.1], teacher=[0.8]), "linear", COSTS)
     assert said == ["It did not help: every run of CoSS failed (The loss is nan at step 3)."]
+    said = verdict([{"method": "coss", "seed": 1}, *rows(random=[0.1], teacher=[0.8])], "linear", COSTS)
+    assert said == ["Whether it helped is not known: no run of CoSS has a value of linear."]
 
 
 def test_baselines_see_equal_images_per_step():

@@ -312,8 +312,12 @@ def test_rows_of_another_study_that_leave_the_file_are_named(tmp_path, config, c
     first = sweep(trials[:1])
     sweep(trials, later=1)
     assert not caplog.text, "a study that grows, in two steps"
+    file = tmp_path / "study" / "first.jsonl"
+    file.write_text(file.read_text().replace(f'"pair": "{TRIAL.pair}"', f'"pair": "{TRIAL.pair}/."'))
+    sweep(trials)
+    assert not caplog.text, "the teacher's path spelled in another way"
     sweep(trials[1:])
-    assert "1 rows of another study leave" in caplog.text and "(1 of random)" in caplog.text
+    assert "1 row of another study leave" in caplog.text and "(1 of random)" in caplog.text
     assert sweep(trials[:1]) == first and "(1 of teacher)" in caplog.text
     sweep(trials[:1], replace(config, training=config.training | {"learning_rate": 0.02}))
     assert "(1 of random)" in caplog.text, "the same row of other arguments"

@@ -10,6 +10,7 @@ from coss_hf.evaluation.diagnostics import few_images
 from coss_hf.losses import CoSSLoss
 from coss_hf.reporting.closing import closing_summary, next_lines
 from coss_hf.trainer.callbacks.console import clock, evaluation_line
+from coss_hf.utils.messages import command_line
 
 
 @pytest.fixture
@@ -97,7 +98,9 @@ def test_closing_summary_says_what_to_do_next(monkeypatch):
 def test_closing_summary_says_how_to_measure_on_more_images(images, split, expected):
     """It said to hold more out of train where a test split was measured, and the card said so, too."""
     record = {"results": {}, "verdict": ["It learnt."], "evaluated_images": images, "evaluated_on": split}
-    first = closing_summary("out", record, in_teacher_space=True).split("\n\n")[0]
+    with command_line():
+        first = closing_summary("out", record, in_teacher_space=True).split("\n\n")[0]
+    assert "--" not in closing_summary("out", record, in_teacher_space=True).split("\n\n")[0]
     assert first == f"It learnt.\n{expected}".strip()
     assert "--" not in few_images(40) and few_images(4000) == ""
 

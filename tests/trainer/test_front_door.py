@@ -261,6 +261,10 @@ def test_arguments_about_images_that_were_read_are_refused(tmp_path, image_parqu
         DistillationTrainer(
             networks.teacher, networks.resnet, arguments(tmp_path), splits, data=data(tmp_path, **options)
         )
+    columns = {"image_column": splits.image_column, "label_column": splits.label_column}
+    loading = data(tmp_path, dataset=str(image_parquet), validation_size=8, test_split="test")
+    for images, agreeing in ((splits, data(tmp_path, **columns, validation_size=0)), (loading.load(), loading)):
+        DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images, data=agreeing)
     neighbors = np.arange(1, 49)[:, None] % 48
     args = arguments(tmp_path, neighbors_k=1, neighbors_pool=1)
     given = {"data": data(tmp_path), "neighbors": neighbors}

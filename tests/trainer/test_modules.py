@@ -174,6 +174,27 @@ TEACHERS = {
 }
 
 
+class Counting(Signed):
+    """Leaves in itself how often it was called, and with what."""
+
+    calls = 0
+
+    def forward(self, images):
+        self.calls += 1
+        self.last = super().forward(images)
+        return self.last
+
+
+def test_what_a_teacher_keeps_of_its_calls_is_no_code(tmp_path, images):
+    """The same teacher was refused in the next cell of a notebook."""
+    teacher = Backbone.from_module(Counting(1.0), **INPUT)
+    options = {"save_strategy": "steps", "save_steps": 2}
+    for resumed in (False, True):
+        trainer = DistillationTrainer(teacher, backbone("own", 2), arguments(tmp_path, **options), images)
+        trainer.train(resume_from_checkpoint=resumed)
+    assert teacher.code() == Backbone.from_module(Counting(1.0), **INPUT).code() != ""
+
+
 @pytest.mark.parametrize("kind", TEACHERS)
 def test_a_teacher_of_equal_weights_and_other_code_is_another(tmp_path, images, kind):
     first, second = TEACHERS[kind]

@@ -137,8 +137,8 @@ def test_checkpoints_of_before_these_entries_are_resumed(tmp_path, image_parquet
         del written[name]
     record.write_text(json.dumps(written))
     h.make_trainer(*arguments, **options).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="another data_seed .then 3, now 4"):
-        h.make_trainer(*arguments, **options, data_seed=4).train(resume_from_checkpoint=True)
+    # Of a run of before it is not known with which it was begun.
+    h.make_trainer(*arguments, **options, data_seed=4).train(resume_from_checkpoint=True)
 
 
 def test_epochs_that_a_callback_ends_are_counted_whatever_tells_the_views(

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import json
 import logging
 import signal
 from collections import Counter
@@ -151,6 +152,7 @@ def check_training(tmp_path, networks, shards, workers: int) -> None:
     seen = [key for batch in recorder.batches for key in batch["index"].tolist()]
     assert len(set(seen[:48])) == 48 and len(seen) == 72 and len(set(seen[48:])) == 24
     assert whole.state.epoch == 1 and whole.images_seen == 72
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["train_images"] is None
 
     short = make_trainer(tmp_path, networks, stream_of(shards), "parts", **options)
     before = h.Recorder(short)
