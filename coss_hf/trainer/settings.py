@@ -1,6 +1,7 @@
 """What the user left out, filled by what the student is, by its images and by the machine; each with its reason."""
 
 import copy
+import inspect
 import json
 import math
 import multiprocessing
@@ -12,6 +13,7 @@ import torch
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from coss_hf.losses.registry import LOSSES
 from coss_hf.models.architecture import family, is_trained
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer import default_settings as table
@@ -222,6 +224,7 @@ def fill(
         args.stood_in = (*args.stood_in, *left_out)
         for name in left_out:
             setattr(args, name, table.PAPER[name])
+        _warn_of_no_effect(args)
         check_resumed(args, recorded)
         return args, Settings("paper")
     left_out = args.stood_in = args.left_out
@@ -241,10 +244,27 @@ def fill(
     args.optim = OptimizerNames(args.optim)
     if "bf16" in filled and args.bf16:
         args.mixed_precision = "bf16"
-    if "momentum" in args.given and not _is_sgd(args.optim):
-        logger.warning("--momentum=%g has no effect with --optim %s.", args.momentum, args.optim.value)
+    _warn_of_no_effect(args)
     check_resumed(args, recorded)
     return args, Settings("auto", situation, filled)
+
+
+def _warn_of_no_effect(args) -> None:
+    """Name the options that were given and that this run does not read."""
+    optim = str(getattr(args.optim, "value", args.optim))
+    by_method = [inspect.signature(LOSSES[method.name]).parameters for method in args.methods]
+    unread = {
+        "momentum": not _is_sgd(optim) and f"with --optim {optim}",
+        **{name: _is_sgd(optim) and f"with --optim {optim}" for name in ("adam_beta1", "adam_beta2", "adam_epsilon")},
+        "lr_gamma": not args.lr_milestones and "without --lr_milestones",
+        "lr_scheduler_kwargs": bool(args.lr_milestones) and "with --lr_milestones",
+        "lambda_ss": not any("lambda_ss" in names for names in by_method) and f"with --method {args.method}",
+        "head_hidden_size": args.head not in ("auto", "mlp") and f"with --head {args.head}",
+        "teacher_cache_dtype": not args.teacher_cache and "without --teacher_cache",
+    }
+    for name, why in unread.items():
+        if why and name in args.given:
+            logger.warning("--%s=%s has no effect %s.", name, args.given[name], why)
 
 
 def _of_paper():

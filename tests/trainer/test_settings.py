@@ -350,6 +350,29 @@ def test_a_rate_near_the_filled_one_keeps_the_optimizer(family, parameters, trai
     assert values(args, "optim", "weight_decay_on") == values(auto, "optim", "weight_decay_on")
 
 
+@pytest.mark.parametrize("settings", ["auto", "paper"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"adam_beta1": 0.8, "optim": "sgd"}, "adam_beta1=0.8 has no effect with optim sgd."),
+        ({"lr_gamma": 0.3}, "lr_gamma=0.3 has no effect without lr_milestones."),
+        ({"method": "pkt", "lambda_ss": 0.5}, 'lambda_ss=0.5 has no effect with method="pkt".'),
+        ({"head": "none", "head_hidden_size": 64}, 'head_hidden_size=64 has no effect with head="none".'),
+        ({"teacher_cache_dtype": "float16"}, "teacher_cache_dtype=float16 has no effect without teacher_cache."),
+    ],
+)
+def test_options_without_effect_are_named(caplog, settings, options, message):
+    """They were accepted without a word."""
+    fill(arguments(settings=settings, **options), situation(**SMALL, size=32, views=128))
+    assert message in caplog.text
+    caplog.clear()
+    fill(
+        arguments(settings=settings, method="coss(beta=50) + pkt", lambda_ss=0.5),
+        situation(**SMALL, size=32, views=128),
+    )
+    assert "no effect" not in caplog.text
+
+
 def test_a_small_rate_is_one_of_adamw(caplog):
     """A MobileNet with ``--learning_rate 5e-4`` was trained by SGD at that rate, which teaches nothing."""
     args, settings = fill(arguments(learning_rate=5e-4), situation(**SMALL, size=32, views=128))
