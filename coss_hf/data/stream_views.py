@@ -16,7 +16,7 @@ from torch.utils.data import get_worker_info
 
 from coss_hf.data.decoding import Decoded, content_hash, decode_reduced
 from coss_hf.data.streams import Stream, is_shuffled, stream_bytes
-from coss_hf.data.transform_identity import transform_code
+from coss_hf.data.transform_identity import MAKING_VIEWS, transform_code
 from coss_hf.data.views import make_view, resolve_augmentation
 from coss_hf.utils.code_identity import code_entry
 from coss_hf.utils.errors import UnreadableImage
@@ -153,7 +153,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         return {
             "--dataset": f"stream {self._stream_identity}",
             "--augmentation": self.augmentation_name,
-            **code_entry("--transform", self._transform_code),
+            **code_entry("--transform", self._transform_code, MAKING_VIEWS),
             "--view_size": str(self.size),
             "--view_seed": str(self.view_seed),
             "--reduced_decoding": str(self.reduced_decoding),

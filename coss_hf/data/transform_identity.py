@@ -45,6 +45,10 @@ def transform_identity(transform: Callable, name: str, size: int) -> str:
     return f"{name} {digest.hexdigest()}"
 
 
+# On whose versions the views, and with them `transform_code`, depend.
+MAKING_VIEWS = ("pillow", "torch", "torchvision")
+
+
 def transform_code(transform: Callable, size: int) -> str:
     """Return a hash of what a transform does, for the record of a run: of its code, and of its views of test images.
 
@@ -58,9 +62,7 @@ def transform_code(transform: Callable, size: int) -> str:
     code = code_identity(transform)
     try:
         first, second = (_views(transform, size) for _ in range(2))
-    except (
-        Exception
-    ):  # of a transform that takes no image of noise: one of the training says what is wrong, if anything
+    except Exception:  # of one that takes no image of noise: the training says what is wrong, if anything is
         first, second = b"", b""
     if code_identity(transform) != code:
         code = code_identity(type(transform))

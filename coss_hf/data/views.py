@@ -14,7 +14,7 @@ from coss_hf.data import teacher_cache
 from coss_hf.data.checking import content_hashes
 from coss_hf.data.reading import ImageReader
 from coss_hf.data.teacher_cache import TeacherCache
-from coss_hf.data.transform_identity import transform_code
+from coss_hf.data.transform_identity import MAKING_VIEWS, transform_code
 from coss_hf.data.transforms import Fit, RandomCrop, augmentation
 from coss_hf.utils.code_identity import code_entry, without_addresses
 from coss_hf.utils.messages import get_logger
@@ -156,7 +156,7 @@ class ViewDataset(torch.utils.data.Dataset):
         return {
             "--dataset": _digest(hashes),
             "--augmentation": self.augmentation_name,
-            **code_entry("--transform", self._transform_code, ("pillow", "torch", "torchvision")),
+            **code_entry("--transform", self._transform_code, MAKING_VIEWS),
             "--view_size": str(self.size),
             "--neighbors_k": str(self.k),
             "--neighbors_pool": "none" if self.neighbors is None else _digest(self.neighbors),

@@ -184,9 +184,8 @@ def _cache_entry(
     dataset: datasets.Dataset, backbone: Backbone, k: int, options: SearchOptions, cache: Path
 ) -> CacheEntry:
     hashes = image_hashes(dataset).astype("<u8").tobytes()
-    fingerprint = (
-        f"{backbone.fingerprint()} {backbone.code()}".rstrip()
-    )  # as ever for networks without code of their own
+    # Networks without code of their own keep the key that they had.
+    fingerprint = f"{backbone.fingerprint()} {backbone.code()}".rstrip()
     kind = options.neighbors_search
     if kind == "auto":
         device = next(backbone.model.parameters()).device

@@ -248,7 +248,7 @@ class DataArguments(SearchOptions):
 
     # Whether images are held out where `validation_size` is not given, as a training does.
     holds_out_by_default = False
-    loaded = None  # what `load` returned last
+    loaded = None  # `id` of what `load` returned last; arguments are sent to the processes of a study without images
     maybe_trained_on = ""  # why images that are held out of train now are perhaps no test of a student
 
     def follow(self, student: str, revision: str | None = None) -> "DataArguments":
@@ -349,7 +349,7 @@ class DataArguments(SearchOptions):
         )
         if self.maybe_trained_on and splits.test is None:
             logger.warning("%s", self.maybe_trained_on)
-        self.loaded = splits
+        self.loaded = id(splits)
         return splits
 
     def _load_stream(self, images, evaluated: bool) -> ImageSplits:

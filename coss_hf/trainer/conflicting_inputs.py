@@ -63,7 +63,7 @@ def check_data(train_dataset, eval_dataset, data: DataArguments) -> None:
     Raises:
         ValueError: the argument and its value.
     """
-    if not isinstance(train_dataset, (ImageSplits, ViewDataset)) or train_dataset is data.loaded:
+    if not isinstance(train_dataset, (ImageSplits, ViewDataset)) or id(train_dataset) == data.loaded:
         return
     columns = COLUMNS if isinstance(train_dataset, ImageSplits) and eval_dataset is None else ()
     names = OF_LOADING
