@@ -14,6 +14,7 @@ from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import cached_file
 from transformers.utils import logging as hf_logging
 
@@ -452,20 +453,17 @@ def _load_config(name: str, argument: str, hub: dict):
         if "local_files_only" in hub and not is_checkpoint(name):
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
-        if checkpoints := _newest_checkpoints(name):
+        if checkpoint := _newest_checkpoint(name):
             raise ValueError(
                 f"{given} holds checkpoints and no saved student: trainer.save_model() writes it there; the student of "
-                f"a checkpoint is loaded by its own folder, {checkpoints[0]}."
+                f"a checkpoint is loaded by its own folder, {checkpoint}."
             ) from error
         raise ValueError(f"{given}: no config.json of a known network can be read ({first_line(error)}).") from error
 
 
-def _newest_checkpoints(name: str) -> list[Path]:
-    """Folders of checkpoints in the folder of a run without its student, the newest first."""
-    if Path(name, "config.json").exists():
-        return []
-    found = [path for path in Path(name).glob("checkpoint-*") if Path(path, "config.json").exists()]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+def _newest_checkpoint(name: str) -> str | None:
+    """Folder of the newest checkpoint in the folder of a run without its student."""
+    return get_last_checkpoint(name) if Path(name).is_dir() and not Path(name, "config.json").exists() else None
 
 
 def _check_packages(config, given: str) -> None:

@@ -3,7 +3,6 @@
 import multiprocessing
 import pickle
 from collections.abc import Callable
-from dataclasses import fields
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.views import ViewDataset
@@ -45,7 +44,7 @@ def check_views(args: DistillationArguments, views: ViewDataset) -> None:
     """
     for name, made in made_views(views).items():
         value = getattr(args, name)
-        if value not in (made, _default(DistillationArguments, name)):
+        if value not in (made, getattr(DistillationArguments, name)):
             raise ValueError(
                 f"--{name}={value}: the views of the ViewDataset were made with {made}; leave --{name} out, or make "
                 f"the ViewDataset with it."
@@ -71,7 +70,7 @@ def check_data(train_dataset, eval_dataset, data: DataArguments) -> None:
         names = tuple(name for name in names if name not in ("dataset_name", "dataset_revision"))
     for name in (*names, *columns):
         value = getattr(data, name)
-        if value != _default(DataArguments, name) and not _agrees(train_dataset, name, value):
+        if value != getattr(DataArguments, name) and not _agrees(train_dataset, name, value):
             call = "load_images" if isinstance(train_dataset, ImageSplits) else "the ViewDataset"
             raise ValueError(
                 f"--{name}={value}: the images of --train_dataset were read already; leave --{name} out, or give it "
@@ -93,7 +92,7 @@ def check_augmentation(args: DistillationArguments, transform: str | Callable | 
     Raises:
         ValueError: both were given.
     """
-    if transform is None or args.augmentation in (transform, _default(DistillationArguments, "augmentation")):
+    if transform is None or args.augmentation in (transform, DistillationArguments.augmentation):
         return
     raise ValueError(
         f"--augmentation={args.augmentation} next to --transform, which makes the views: leave one of them out."
@@ -121,7 +120,3 @@ def check_workers_load(args: DistillationArguments, transform: str | Callable | 
             f"({first_line(error)}); define it at the top of a module, or set --dataloader_multiprocessing_context "
             f"fork."
         ) from error
-
-
-def _default(kind: type, name: str):
-    return next(field.default for field in fields(kind) if field.name == name)

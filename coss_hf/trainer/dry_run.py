@@ -125,7 +125,7 @@ def _evaluation(trainer: DistillationTrainer, steps: int) -> str:
     often = "and after each epoch"
     if args.eval_strategy == "steps":
         interval = args.eval_steps if args.eval_steps >= 1 else math.ceil(args.eval_steps * steps)
-        often = f"and every {interval:,g} steps" if interval <= steps else "alone"
+        often = f"and every {round(interval):,} steps" if interval <= steps else "alone"
     return f"on {len(trainer.evaluator.test_images):,} images, before the first step {often}"
 
 

@@ -73,11 +73,15 @@ class TrainerInputs:
     prepared: Prepared | None
 
 
-class Networks(NamedTuple):
-    """The networks of a run."""
+class Known(NamedTuple):
+    """What is known of a run before its images."""
 
     teacher: Backbone
     student: Backbone
+    args: DistillationArguments
+    criterion: nn.Module | None
+    given: dict[str, object]
+    recorded: Mapping[str, object] | None
 
 
 @dataclass
@@ -145,25 +149,18 @@ def resolve_inputs(teacher, student, args: DistillationArguments | None, inputs:
     else:
         checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     recorded = recorded_settings(checkpoint)
-    networks = Networks(teacher, student)
+    known = Known(teacher, student, args, criterion, given, recorded)
     if isinstance(inputs.train_dataset, ViewDataset):
-        return _of_views(inputs, networks, args, criterion, given, recorded)
+        return _of_views(inputs, known)
     splits = _images(inputs, args, checkpoint)
-    return _of_images(inputs, networks, args, criterion, given, recorded, splits)
+    return _of_images(inputs, known, splits)
 
 
-def _of_views(
-    inputs: TrainerInputs,
-    networks: Networks,
-    args: DistillationArguments,
-    criterion: nn.Module | None,
-    given: dict[str, object],
-    recorded: Mapping[str, object] | None,
-) -> RunInputs:
+def _of_views(inputs: TrainerInputs, known: Known) -> RunInputs:
     """Inputs of a run whose views were made already."""
     if inputs.eval_dataset is not None:
         raise ValueError("--eval_dataset next to a ViewDataset: give evaluator=Evaluator(...) instead.")
-    teacher, student = networks
+    teacher, student, args, criterion, given, recorded = known
     views = inputs.train_dataset
     check_views(args, views)
     check_workers_load(args, views.augment)
@@ -175,17 +172,9 @@ def _of_views(
     return RunInputs(teacher, student, args, views, None, inputs.evaluator, criterion, given, settings)
 
 
-def _of_images(
-    inputs: TrainerInputs,
-    networks: Networks,
-    args: DistillationArguments,
-    criterion: nn.Module | None,
-    given: dict[str, object],
-    recorded: Mapping[str, object] | None,
-    splits: ImageSplits,
-) -> RunInputs:
+def _of_images(inputs: TrainerInputs, known: Known, splits: ImageSplits) -> RunInputs:
     """Inputs of a run of which the views are made here."""
-    teacher, student = networks
+    teacher, student, args, criterion, given, recorded = known
     evaluator = inputs.evaluator
     if splits.stream is not None:
         args = args.for_stream(criterion)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import logging
 import math
 import sys
 import traceback
@@ -22,6 +23,7 @@ from coss_hf.data.views import ViewDataset
 from coss_hf.features import Features
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import quiet_loading
+from coss_hf.trainer import settings
 from coss_hf.trainer.cached_teacher import check_cached
 from coss_hf.trainer.callbacks.epoch import EpochCallback
 from coss_hf.trainer.conflicting_inputs import made_views
@@ -182,10 +184,21 @@ def _quiet() -> Iterator[None]:
     # The end of a command by a signal is one, too, see ``utils.ending``.
     sys.unraisablehook = lambda one: hook(one) if isinstance(one.exc_value, SystemExit) else None
     try:
-        with quiet_loading(), warnings.catch_warnings(action="ignore"):
+        with quiet_loading(), _quiet_settings(), warnings.catch_warnings(action="ignore"):
             yield
     finally:
         sys.unraisablehook = hook
+
+
+@contextlib.contextmanager
+def _quiet_settings() -> Iterator[None]:
+    """The run itself says what its settings are."""
+    level = settings.logger.level
+    settings.logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        settings.logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -516,14 +516,14 @@ def _take_over_options(args: DistillationArguments, recorded: Mapping[str, objec
     """Put options of the optimizer of the run that is resumed in the place of defaults, in place; return them."""
     found = {}
     for name in OPTIONS_OF_OPTIMIZER:
-        if recorded is not None and name in recorded and recorded[name] != getattr(args, name) == _default(name):
+        if (
+            recorded is not None
+            and name in recorded
+            and recorded[name] != getattr(args, name) == getattr(DistillationArguments, name)
+        ):
             found[name] = recorded[name]
             setattr(args, name, recorded[name])
     return found
-
-
-def _default(name: str):
-    return DistillationArguments.__dataclass_fields__[name].default
 
 
 def take_over(

@@ -115,6 +115,12 @@ def test_a_dry_run_says_in_words_what_was_resolved(make, images, capsys):  # noq
     assert "images, before the first step alone" in capsys.readouterr().out
 
 
+def test_an_option_without_effect_is_named_once(make, caplog):
+    """The step that is tried on noise said so, too."""
+    make(method="pkt", lambda_ss=0.5)
+    assert caplog.text.count("lambda_ss=0.5 has no effect") == 1
+
+
 def test_a_repository_is_no_commit_message(make):
     """`trainer.push_to_hub("me/student")` pushed to another name, with this as the message of its commit."""
     with pytest.raises(ValueError, match="^commit_message='me/student' looks like a repository: .* hub_model_id"):
