@@ -280,17 +280,47 @@ def cifar100_pictures(folder: Path) -> None:
             published_plot(folder / cifar100_picture_name(table, pair), rows, "linear evaluation", title)
 
 
-def cifar100_teacher() -> str:
-    """How the teacher that is kept next to the results was trained, and what it reaches."""
-    if not (RESULTS / "cifar100-resnet56").is_dir():
-        return "It has not been trained yet."
-    record = json_record("cifar100-resnet56/run.json")
-    hours = f", in {record['hours']:g} hours" if "hours" in record else ""
-    return (
-        f"Its top-1 on the 10,000 test images is {100 * record['accuracy']:.1f} %, after {record['images_seen']:,} "
-        f"images (seed {record['seed']}{hours}). Tian et al. (ICLR 2020) report 72.3 % at 240 epochs. Its "
-        f"command: `{record['command']}`"
-    )
+def cifar100_teachers() -> str:
+    """How the teachers that are kept next to the results were trained, and what they reach."""
+    lines = [["folder", "images seen", "seed", "hours", "top-1"]]
+    commands = []
+    for folder in sorted(RESULTS.glob("cifar100-resnet56*/")):
+        record = json_record(f"{folder.name}/run.json")
+        hours = f"{record['hours']:.1f}" if "hours" in record else "not recorded"
+        top1 = percent([record["accuracy"]])
+        lines.append([f"`{folder.name}`", f"{record['images_seen']:,}", str(record["seed"]), hours, top1])
+        commands.append(f"The command of `{folder.name}`: `{record['command']}`")
+    return "\n\n".join([as_markdown(lines), *commands])
+
+
+def cifar100_longer_teacher() -> str:
+    """Runs with the teacher of 20 epochs: the student's figures, and their shares of the teacher's."""
+    rows = json_lines("cifar100-resnet56-20.jsonl") if (RESULTS / "cifar100-resnet56-20.jsonl").exists() else []
+    found = {cell.row: cell for cell in cells(rows) if cell.runs and cell.row not in ("lambda 0", "lambda 0.5")}
+    teacher = select(rows, method="teacher", split="test")
+    if not found or not teacher:
+        return "Not run."
+    head = ["row", "paper", "linear evaluation, here", "gap", "k-NN 20", "overlap 10", "share of linear evaluation"]
+    lines = [[*head, "share of k-NN 20", "seeds", "images seen", "scale"]]
+    measured = [score(teacher[:1], key) for key in ("linear", "knn20", "overlap10")]
+    lines.append(["teacher (resnet56)", "", measured[0], "", *measured[1:], "", "", "", "", ""])
+    for cell in sorted(found.values(), key=lambda cell: -statistics.fmean(cell.values("linear"))):
+        runs = [*cell.runs]
+        lines.append(
+            [
+                f"`{cell.row}`",
+                "" if cell.published is None else f"{cell.published:.2f}",
+                cell.text("linear"),
+                "" if cell.published is None else f"{cell.gap('linear'):+.1f}",
+                cell.text("knn20"),
+                cell.text("overlap10"),
+                *(share(runs, teacher[:1], key) for key in ("linear", "knn20")),
+                cell.seeds("linear"),
+                f"{runs[0]['images_seen']:,}",
+                f"{runs[0]['scale']:g}",
+            ]
+        )
+    return as_markdown(lines)
 
 
 def cifar100_kept() -> str:
@@ -718,7 +748,8 @@ TABLES = (
     cifar100,
     cifar100_kept,
     cifar100_paired,
-    cifar100_teacher,
+    cifar100_teachers,
+    cifar100_longer_teacher,
     gpu,
     report,
     export,
@@ -785,7 +816,8 @@ def results_of(name: str) -> str:
     if not texts:
         return "No results of this method are kept in the repository."
     listed = "\n".join(f"* {text}" for text in texts)
-    return f"resnet56 to resnet20. Short runs show how fast a method starts, not where it ends.\n\n{listed}"
+    weight = " These runs have `lambda_ss=0.5`, not the default." if name == "coss" else ""
+    return f"resnet56 to resnet20.{weight} Short runs show how fast a method starts, not where it ends.\n\n{listed}"
 
 
 def cifar10_result(name: str) -> str:

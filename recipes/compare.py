@@ -18,15 +18,15 @@ show_help(__name__, "compare")
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, log_to_console, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.reporting.plots import method_plot
 from coss_hf.reporting.run_record import command
 from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.single_run import OF_ONE_RUN
+from coss_hf.study.sweep import take_one_gpu
 from coss_hf.study.tables import comparison, images_seen, ranked
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.messages import command_line
 
 
 @dataclass
@@ -51,6 +51,7 @@ ARGUMENTS = (CompareArguments, ModelArguments, DataArguments, DistillationArgume
 
 def main() -> None:
     log_to_console()
+    take_one_gpu()  # before the arguments are checked, as of a training, which takes one
     with bad_input_exits():
         args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
         if training.method != "coss" or training.beta is not None:
@@ -68,7 +69,7 @@ def main() -> None:
         )
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)
-    with command_line():
+    with stopped_run_exits():
         rows = plan.run()
     metric = ranking_metric(rows)
     title = ", ".join(filter(None, [plan.pair, images_seen(rows)]))

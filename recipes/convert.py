@@ -13,6 +13,7 @@ import argparse
 
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from coss_hf.cli import bad_input_exits
 from coss_hf.cli.paths import path
 from coss_hf.models.cifar.convert import convert_akamaster
 from coss_hf.models.cifar.registry import cifar_image_processor
@@ -29,7 +30,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
-    model = convert_akamaster(args.folder)
+    with bad_input_exits():
+        model = convert_akamaster(args.folder)
     model.save_pretrained(args.output)
     cifar_image_processor(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).save_pretrained(args.output)
     print(f"resnet{model.config.depth}, {model.num_parameters():,} parameters, written to {args.output}")

@@ -69,7 +69,8 @@ def evaluate(models: ModelArguments, data: DataArguments, args: EvaluationArgume
     if test_images is None:
         raise ValueError(
             f"--dataset {data.dataset} has no test split: give images that the student was not trained on, with "
-            f"--test_split or another --dataset; or, where its run held images out, as many with --validation_size."
+            f"--test_split or another --dataset; or hold some of train out with --validation_size: as many as the "
+            f"student's run held out, or any number where it was not trained on these images."
         )
     if splits.test is None and data.holds_out_by_default:
         _warn_of_changed_images(models.student, splits)

@@ -65,6 +65,11 @@ class NeighborsArguments:
     )
     hub_private_repo: bool = field(default=False, metadata={"help": "Create a private dataset repository on the Hub."})
 
+    @property
+    def private(self) -> bool | None:
+        """Whether a new repository is private; None for what its owner's repositories are by default."""
+        return self.hub_private_repo or None  # False would make a public one where an organisation's are private
+
 
 def find_neighbors(
     models: ModelArguments, data: DataArguments, args: NeighborsArguments
@@ -85,7 +90,7 @@ def find_neighbors(
     with state.main_process_first():
         splits = data.load(hold_out_by_default=True)
     if args.push_to_hub and state.is_main_process:
-        check_repo(args.push_to_hub, "--push_to_hub", repo_type="dataset", private=args.hub_private_repo)
+        check_repo(args.push_to_hub, "--push_to_hub", repo_type="dataset", private=args.private)
     teacher = models.load_teacher()
     teacher.model.to(state.device)
     neighbors, meta = nearest_neighbors(
@@ -186,7 +191,7 @@ def main() -> None:
     print(f"Next: coss-hf distill --dataset {args.output} {pool} ...")
     if args.push_to_hub:
         with stopped_run_exits():
-            push_dataset(args.output, args.push_to_hub, private=args.hub_private_repo)
+            push_dataset(args.output, args.push_to_hub, private=args.private)
 
 
 if __name__ == "__main__":

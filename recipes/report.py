@@ -20,17 +20,18 @@ show_help(__name__, "report")
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from coss_hf.cli import bad_input_exits, log_to_console, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.reporting.run_record import command, versions
 from coss_hf.study.comparison import plan_comparison, ranking_metric
 from coss_hf.study.costs import costs, device_name
 from coss_hf.study.report import Report
 from coss_hf.study.single_run import OF_ONE_RUN
+from coss_hf.study.sweep import take_one_gpu
 from coss_hf.study.tables import images_seen, seen_by
 from coss_hf.study.trials import load
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.training_args import DistillationArguments
-from coss_hf.utils.messages import command_line, command_to
+from coss_hf.utils.messages import command_to
 
 
 @dataclass
@@ -68,13 +69,14 @@ def check(args: ReportArguments, training: DistillationArguments) -> None:
 
 def main() -> None:
     log_to_console()
+    take_one_gpu()  # before the arguments are checked, as of a training, which takes one
     with bad_input_exits():
         args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
         check(args, training)
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
     if plan.settings.filled:
         print(plan.settings.table(), flush=True)
-    with command_line():
+    with stopped_run_exits():
         rows = plan.run()
         _, teacher = load(plan.config, plan.pair)
         networks = {"student": models.load_student(teacher), "teacher": teacher}

@@ -14,10 +14,9 @@ from coss_hf.cli.help import show_help
 show_help(__name__, "reproduce")
 
 
-from coss_hf.cli import bad_input_exits, log_to_console, parse
+from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
 from coss_hf.study.reproduction import ReproduceArguments, plan_reproduction
 from coss_hf.trainer.arguments import DataArguments
-from coss_hf.utils.messages import command_line
 
 ARGUMENTS = (ReproduceArguments, DataArguments)
 
@@ -27,7 +26,7 @@ def main() -> None:
     with bad_input_exits():
         args, data = parse(ARGUMENTS)
         reproduction = plan_reproduction(args, data)
-    with command_line():
+    with stopped_run_exits():
         table = reproduction.run()
     print(table)
 

@@ -1,6 +1,8 @@
 """Whether a distillation is working, seen on held-out images without labels: a loss alone does not tell."""
 
 PREFIX = "eval_"  # of the evaluations' metrics in the log history of a run
+# Mark of an evaluation of images that the user gave, which cannot be compared with those of the run.
+OF_OTHER_IMAGES = "of_other_images"
 
 OVERLAP = "overlap10"
 RANK = "effective_rank"
@@ -26,8 +28,8 @@ SHORT_RUN = 50_000
 
 
 def has_diagnostics(entry: dict) -> bool:
-    """Whether an entry of ``trainer.state.log_history`` is an evaluation with diagnostics."""
-    return PREFIX + OVERLAP in entry and PREFIX + RANK in entry
+    """Whether an entry of ``trainer.state.log_history`` is an evaluation with diagnostics, of the run's own images."""
+    return PREFIX + OVERLAP in entry and PREFIX + RANK in entry and OF_OTHER_IMAGES not in entry
 
 
 def evaluations(history: list[dict]) -> list[dict]:

@@ -118,7 +118,8 @@ def write_pictures(
     if any("loss" in line for line in history):
         loss_curve(folder / "loss.png", history)
     if evaluations(history):
-        panel_curves(folder / "panel.png", evaluations(history), len(trainer.evaluator.test_images))
+        monitored = len(trainer.evaluator.test_images) if trainer.evaluator else None
+        panel_curves(folder / "panel.png", evaluations(history), monitored)
     if evaluator is None or len(evaluator.test_images) <= neighbors + 1:
         return None, None
     teacher = evaluator.teacher_test_features

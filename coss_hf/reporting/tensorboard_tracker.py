@@ -35,5 +35,10 @@ class TensorBoardTracker(TensorBoardCallback):
         for name, path in end.pictures.items():
             with Image.open(path) as picture:
                 self.tb_writer.add_image(name, np.array(picture.convert("RGB")), step, dataformats="HWC")
-        self.tb_writer.close()
+        self.end()
+
+    def end(self) -> None:
+        """Close the file, without a report where there was none."""
+        if self.tb_writer is not None:
+            self.tb_writer.close()
         self.tb_writer = None

@@ -33,6 +33,16 @@ def use_own_trackers(trainer) -> None:
             trainer.add_callback(own(trainer))
 
 
+def _own_trackers(trainer) -> list:
+    return [found for found in trainer.callback_handler.callbacks if isinstance(found, tuple(TRACKERS.values()))]
+
+
+def end_trackers(trainer) -> None:
+    """End the runs of a trainer's trackers, where no report does: another training follows in the same process."""
+    for tracker in _own_trackers(trainer):
+        tracker.end()
+
+
 def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) -> None:
     """Hand the end of a run to its trackers; on the first process alone.
 
@@ -42,10 +52,8 @@ def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) ->
         neighbors: see ``end_of_run``.
         projection: see ``end_of_run``.
     """
-    if not trainer.is_world_process_zero():
-        return
-    trackers = [c for c in trainer.callback_handler.callbacks if isinstance(c, tuple(TRACKERS.values()))]
-    if not trackers:
+    trackers = _own_trackers(trainer)
+    if not trackers or not trainer.is_world_process_zero():
         return
     end = end_of_run(trainer, record, neighbors, projection)
     for tracker in trackers:

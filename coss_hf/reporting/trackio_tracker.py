@@ -58,6 +58,12 @@ class TrackioTracker(TrackioCallback):
     def on_train_end(self, *args, **kwargs):
         """The run stays open until its report, see ``report``."""
 
+    def end(self) -> None:
+        """Finish the run, without a report where there was none."""
+        if self._initialized and self.trainer.is_world_process_zero():
+            self._trackio.finish()
+        self._initialized = False
+
     def report(self, end: EndOfRun) -> None:
         """The end of a run, which it finishes."""
         trainer = self.trainer
@@ -71,8 +77,7 @@ class TrackioTracker(TrackioCallback):
             rows = [[trackio.Image(cell) if isinstance(cell, Image) else cell for cell in row] for row in table.rows]
             logs[name] = trackio.Table(columns=table.columns, data=rows)
         trackio.log(logs, step=trainer.state.global_step)
-        trackio.finish()
-        self._initialized = False
+        self.end()
         if self._space_id:
             try:
                 self._freeze_space(trainer.args, trainer.student.model)

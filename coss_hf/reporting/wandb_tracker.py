@@ -167,5 +167,10 @@ class WandbTracker(WandbCallback):
             for name in published_folders(folder):
                 student.add_dir(str(folder / name), name=name)
             run.log_artifact(student, aliases=["final_model"])
-        run.finish()
+        self.end()
+
+    def end(self) -> None:
+        """Finish the run of W&B, without a report where there was none; another one may follow in this process."""
+        if self._initialized and self._wandb.run is not None:
+            self._wandb.run.finish()
         self._initialized = False  # what comes later belongs to this run, too

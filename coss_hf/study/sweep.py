@@ -1,6 +1,7 @@
 """Run the trials of a study in processes of their own, several in parallel, and keep the finished ones."""
 
 import contextlib
+import functools
 import json
 import logging
 import multiprocessing
@@ -12,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from coss_hf.study.trials import (
     rehearse_trial,
     run_trial,
 )
+from coss_hf.utils.errors import RunStopped
 from coss_hf.utils.messages import command_line, get_logger
 
 logger = get_logger(__name__)
@@ -51,7 +54,8 @@ class Sweep:
         header: entries put before each result: the command. A trial that an earlier command has run keeps that one.
 
     Raises:
-        ValueError: another sweep is using the folder, or a launcher has started several processes.
+        ValueError: another sweep is using the folder, it cannot be made or written, or a launcher has started several
+            processes.
     """
 
     def __init__(self, folder: Path, name: str, jobs: int, header: dict):
@@ -63,19 +67,20 @@ class Sweep:
         self.folder = Path(folder)
         self.file = self.folder / f"{name}.jsonl"
         self.trials = self.folder / "trials"
-        self.trials.mkdir(parents=True, exist_ok=True)
         self.jobs = jobs
         self.header = header
-        self._earlier = self._rows_of_file()
         # Trials with the keys of their results, in the order in which they were planned.
         self.plan: list[tuple[Trial, str]] = []
         self._lock = FileLock(self.folder / "lock")
         try:
+            self.trials.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise ValueError(f"--output_dir={folder}: another sweep is using it; give another folder.") from None
-        self.gpus = visible_gpus()
-        show_gpu(self.gpus, 0)  # one process does not take several
+        except OSError as error:
+            raise ValueError(f"--output_dir={folder} cannot be used ({error}); give another folder.") from error
+        self._earlier = self._rows_of_file()
+        self.gpus = take_one_gpu()
 
     def check(self, trials: list[Trial], config: StudyConfig) -> None:
         """Try the arguments of each pair, and build the trainer of each method, without training it.
@@ -200,7 +205,7 @@ class Sweep:
                     key = running.pop(future)
                     progress.update(todo[key].num_images - counted[key])
                     counted[key] = todo[key].num_images
-                    result = future.result()
+                    result = _result(future)
                     self.write()
                     progress.write(describe(result))
 
@@ -219,6 +224,29 @@ def describe(row: dict) -> str:
     words = ", ".join(f"{name} {100 * value:.1f} %" for name, value in scores.items())
     trial = Trial(**{name: row[name] for name in Trial.__dataclass_fields__})
     return f"{trial.name}: {row.get('failed') or words}"
+
+
+def _result(future: Future) -> dict:
+    """Return the result of a trial; where its process has died, say so in words."""
+    try:
+        return future.result()
+    except (BrokenProcessPool, SystemExit) as error:
+        raise RunStopped(
+            "A process that trains a trial was ended from outside, perhaps for want of memory: finished trials are "
+            "kept, and the same command continues the others; fewer --jobs need less memory."
+        ) from error
+
+
+@functools.cache
+def take_one_gpu() -> list[str]:
+    """Leave one GPU visible to this process, in which a study plans its trials.
+
+    Returns:
+        The names of all GPUs that were visible before the first call, for the processes that train.
+    """
+    gpus = visible_gpus()
+    show_gpu(gpus, 0)
+    return gpus
 
 
 def visible_gpus() -> list[str]:

@@ -14,16 +14,21 @@ from transformers import PreTrainedModel
 
 from coss_hf.models.cifar.classifier import load_classifier
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
+from coss_hf.neighbors.options import SearchOptions
 from coss_hf.reporting.run_record import write_json
 from coss_hf.study.paper_tables import EPOCHS, MILESTONES
 from coss_hf.study.sweep import end_with_parent
+from coss_hf.study.trials import OPERATION_OF_DATA
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.utils.errors import bad_input_exits
 from coss_hf.utils.messages import command_to
+from coss_hf.utils.paths import same_place
 
 # File of the arguments that a teacher was trained with, written before it is trained.
 TRAINED_WITH = "asked.json"
+# Arguments of the images that change no teacher.
+NO_MATTER = {*OPERATION_OF_DATA, *(option.name for option in fields(SearchOptions))}
 
 
 def save_untrained(name: str, folder: Path) -> str:
@@ -95,7 +100,12 @@ def check(folders: Iterable[Path], data: DataArguments, epochs: int, options: di
     for folder in folders:
         path = folder / TRAINED_WITH
         found = json.loads(path.read_text()) if path.exists() else wanted
-        differ = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+        differ = [
+            name
+            for name in {**found, **wanted}
+            if name not in NO_MATTER and found.get(name) != wanted.get(name)
+            if name != "dataset" or not same_place(found.get(name), wanted.get(name))
+        ]
         if differ:
             named = ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in differ)
             raise ValueError(
@@ -165,5 +175,6 @@ def _command(data: DataArguments, arguments: dict) -> str:
 def describe(folder: Path) -> str:
     """Return a sentence on a teacher that was trained for a table."""
     epochs = json.loads((folder / TRAINED_WITH).read_text())["num_train_epochs"]
-    accuracy = json.loads((folder / "run.json").read_text())["accuracy"]
-    return f"Its teacher was trained first, for {epochs} epochs: {100 * accuracy:.1f} % of test images right."
+    accuracy = json.loads((folder / "run.json").read_text()).get("accuracy")
+    measured = "" if accuracy is None else f": {100 * accuracy:.1f} % of test images right"
+    return f"Its teacher was trained first, for {epochs} epochs{measured}."

@@ -10,6 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, embedding_seconds, run_trial
+from coss_hf.utils.errors import NonFiniteLoss
 from coss_hf.utils.units import duration
 
 STEPS = 12  # steps that are timed, at most
@@ -62,7 +63,11 @@ def _time_steps(trial: Trial, config: StudyConfig, folder: Path, seconds: float)
     clock = _Clock(deadline)
     trainer.add_callback(clock)
     start = time.perf_counter()  # after the search for neighbours, which all trials share
-    trainer.train()
+    try:
+        trainer.train()
+    except NonFiniteLoss:  # as in its trials, which end there and are rows that say so
+        if not clock.times:
+            clock.times.append(time.perf_counter())
     return _Speed(
         before=clock.times[0] - start,
         per_step=clock.per_step(start),

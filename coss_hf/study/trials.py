@@ -24,6 +24,7 @@ from coss_hf.losses.combination import parse_methods
 from coss_hf.losses.registry import LOSSES
 from coss_hf.models.backbone import Backbone
 from coss_hf.reporting.run_record import write_json
+from coss_hf.reporting.trackers import end_trackers
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.callbacks.console import ConsoleCallback
 from coss_hf.trainer.callbacks.preemption import PATIENCE_TO_SAVE
@@ -352,6 +353,8 @@ def _training_arguments(
         "neighbors_k": trial.neighbors_k,
         "eval_strategy": "no",  # a trial is measured by its study
     }
+    # Trackers show the trials of a study next to each other.
+    arguments["run_name"] = "-".join(filter(None, [arguments.get("run_name"), trial.folder_name]))
     shared = arguments.copy()
     if trial.anchors:
         arguments["per_device_train_batch_size"] = trial.anchors
@@ -511,6 +514,8 @@ def _train_and_measure(trial: Trial, config: StudyConfig, folder: Path, report: 
         trainer.train(resume_from_checkpoint=trainer.find_checkpoint("auto"))
     except NonFiniteLoss as error:
         return result | _failed(trainer, error)
+    finally:
+        end_trackers(trainer)
     if config.students and trial.split == "test":
         result["student"] = config.folder_of(trial)
         trainer.save_model(str(config.students / result["student"]))

@@ -201,9 +201,9 @@ class DataArguments(SearchOptions):
         default=None,
         metadata={
             "help": "Number of images held out of train before anything else, or their share, below 1. Default of "
-            "distill, neighbors, compare and report: 2,000, a tenth of train at most and none below 200 images, "
-            "where the dataset brings no images to measure on; of other commands: those that the student's own run "
-            "held out, else none."
+            "distill, neighbors, compare and report, where the dataset brings no images to measure on: 2,000, a tenth "
+            "of train at most (distill and neighbors: none below 200 images). Default of evaluate, embed and export: "
+            "those that the student's own run held out, else none. Default of other commands: none."
         },
     )
     max_train_samples: int | None = field(
@@ -226,9 +226,10 @@ class DataArguments(SearchOptions):
     on_bad_image: str = field(
         default="error",
         metadata={
-            "help": "What to do with images that cannot be decoded. skip: those that are found before the training are "
-            "left out. During the training another image takes the place of one that cannot be decoded or was deleted. "
-            "With --neighbors_k or --teacher_cache all images are read before the training, else a sample.",
+            "help": "What to do with images that cannot be decoded. error: the command ends and names them. skip: "
+            "those that are found at the start are left out, and during a training another image takes the place of "
+            "one that cannot be decoded or was deleted. At the start distill reads a sample (with --neighbors_k or "
+            "--teacher_cache all images), train-teacher a sample, and other commands all images.",
             "choices": ["error", "skip"],
         },
     )

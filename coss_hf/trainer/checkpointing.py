@@ -158,9 +158,14 @@ def save_student(
         if parts[part]:
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
             save_file(tensors, path, metadata={"format": "pt"})
+    torch.save(without_token(args), os.path.join(folder, "training_args.bin"))
+
+
+def without_token(args: TrainingArguments) -> TrainingArguments:
+    """Return a copy of the arguments that may be written: no secret comes to the disk, or from there to the Hub."""
     args = copy.copy(args)
-    args.hub_token = None  # no secret on disk
-    torch.save(args, os.path.join(folder, "training_args.bin"))
+    args.hub_token = None
+    return args
 
 
 def save_training_state(trainer: Trainer, folder: str) -> None:

@@ -37,7 +37,7 @@ from coss_hf.trainer.checkpoint_files import (
     remove_earlier_run,
     shapes,
 )
-from coss_hf.trainer.checkpointing import CheckpointWriter, save_training_state
+from coss_hf.trainer.checkpointing import CheckpointWriter, save_training_state, without_token
 from coss_hf.trainer.engine import check_graphs, check_processes
 from coss_hf.trainer.given_arguments import (
     ENGINE,
@@ -268,6 +268,14 @@ class SupervisedTrainer(Trainer):
                 self.state.save_to_json(str(folder / "trainer_state.json"))
         if self.args.should_save:
             rotate_checkpoints(run_dir, self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=False)
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        args = self.args
+        self.args = without_token(args)  # Trainer writes its arguments, and pushes the file
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.args = args
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         with self._checkpoints.same_error_everywhere(output_dir or self.args.output_dir):

@@ -29,6 +29,7 @@ from coss_hf.data.loading import ImageSplits
 from coss_hf.data.run_images import RunImages
 from coss_hf.data.stream_views import StreamViews
 from coss_hf.data.views import ViewDataset, collate_views
+from coss_hf.evaluation.diagnostics import OF_OTHER_IMAGES
 from coss_hf.evaluation.evaluator import Evaluator
 from coss_hf.features import Features
 from coss_hf.hub.model_card import write_card
@@ -307,6 +308,7 @@ class DistillationTrainer(Trainer):
             has_unused_parameters=student.maps > 0 or uses_maps(model.criterion),
         )
         self.cached_teacher: CachedTeacher | None = None
+        self._evaluates_other_images = False
         if args.teacher_cache:
             epochs = getattr(views, "view_epochs", 0)
             maps = self.teacher.maps > 0
@@ -807,12 +809,17 @@ class DistillationTrainer(Trainer):
                 logs |= self._times.shares(seconds)
         logs["images_seen"] = self.images_seen
         super().log(logs, start_time)
+        if self._evaluates_other_images:
+            self.state.log_history[-1][OF_OTHER_IMAGES] = True
 
     # ---- evaluation ----
 
     @parameter_names()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Measure the student, and log it.
+
+        Figures of other images than the trainer's own are logged as well, and are left out of alarms, verdict and
+        report, which compare the student with itself before the training.
 
         Args:
             eval_dataset: images to measure it on instead of those that the trainer was made with: a ``Dataset``,
@@ -829,6 +836,7 @@ class DistillationTrainer(Trainer):
                 found |= self.evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
         before = self.evaluator, self.eval_dataset
+        self._evaluates_other_images = eval_dataset is not None
         if eval_dataset is not None:
             self.evaluator = evaluator_of(self, eval_dataset, self._given.data)
             self.eval_dataset = self.evaluator.test_images
@@ -836,6 +844,7 @@ class DistillationTrainer(Trainer):
             return super().evaluate(None, ignore_keys, metric_key_prefix)
         finally:
             self.evaluator, self.eval_dataset = before
+            self._evaluates_other_images = False
 
     @parameter_names()
     def predict(self, test_dataset, ignore_keys=None, metric_key_prefix: str = "test") -> PredictionOutput:

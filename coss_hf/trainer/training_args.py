@@ -67,7 +67,11 @@ class DistillationArguments(TrainingArguments):
     """
 
     output_dir: str = field(
-        default="student", metadata={"help": "Folder of the student, its checkpoints and its report."}
+        default="student",
+        metadata={
+            "help": "Folder of the student, its checkpoints and its report; of compare and report: of tables, plots "
+            "and finished trials."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew where --output_dir already holds a run, and replace it."}

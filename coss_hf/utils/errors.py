@@ -44,12 +44,18 @@ class LostWorker(RunStopped):
 
     def __init__(self, error: Exception | None, saved: str | None = None):
         self.elsewhere = error is None
+        self._given = (error, saved)
         text = str(error).strip() or type(error).__name__
         said = "in another process" if error is None else f"({text.splitlines()[-1].rstrip('.')})"
         super().__init__(
             f"A process that loads images ended {said}: {saved or 'nothing was saved; give the same command again'}. "
             f"If it was for want of memory or of shared memory (/dev/shm), lower --dataloader_num_workers."
         )
+
+    def __reduce__(self):
+        """As it was made: out of a process of a study it comes pickled."""
+        error, saved = self._given
+        return type(self), (error if error is None else RuntimeError(str(error) or type(error).__name__), saved)
 
 
 # Any of them may be what a lost worker looks like from its parent; see `is_lost_worker`.

@@ -8,11 +8,6 @@ import psutil
 INTERVAL = 0.002  # seconds between two looks
 
 
-def resident_bytes() -> int:
-    """Memory of this process that is in use, in bytes."""
-    return psutil.Process().memory_info().rss
-
-
 def peak_resident_bytes(work: Callable[[], object]) -> int:
     """Run ``work`` and return the most memory that this process had in use meanwhile, in bytes."""
     done = threading.Event()

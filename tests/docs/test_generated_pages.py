@@ -104,7 +104,7 @@ def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
     rows.append(row("at", 2, None, table=1))
     monkeypatch.setattr(generate, "cifar100_rows", lambda: rows)
     monkeypatch.setattr(generate, "RESULTS", tmp_path)
-    assert generate.cifar100_teacher() == "It has not been trained yet."
+    assert generate.cifar100_longer_teacher() == "Not run."
     assert "| CoSS | 100 | 2 | 30.0 ± 0.0 | 15.0 ± 0.0 | 50% | 50% |" in generate.cifar100_kept()
     files = {"resnet20/run": {"images_seen": 100}, "resnet20/results": {"student": {"linear": 0.4, "knn20": 0.2}}}
     files["resnet56/run"] = {"images_seen": 900, "accuracy": 0.6123, "seed": 0, "command": "train"}
@@ -112,7 +112,13 @@ def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
         path = tmp_path / f"cifar100-{name}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(record))
-    assert "is 61.2 %, after 900 images (seed 0)." in generate.cifar100_teacher()
+    text = generate.cifar100_teachers()
+    assert "| `cifar100-resnet56` | 900 | 0 | not recorded | 61.2 |" in text
+    assert "The command of `cifar100-resnet56`: `train`" in text
+    longer = [row | {"overlap10": 0.9} for row in rows if "failed" not in row]
+    (tmp_path / "cifar100-resnet56-20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
+    text = generate.cifar100_longer_teacher()
+    assert "| `coss` | 71.11 | 30.0 ± 0.0 | -41.1 | 15.0 ± 0.0 | 90.0 ± 0.0 | 50% | 50% | 2 | 100 |" in text
     table = generate.cifar100_kept().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "teacher (resnet56)",

@@ -14,6 +14,7 @@ from PIL import Image
 
 import tests.helpers.networks as networks
 import tests.helpers.runs as h
+from coss_hf.cli.pages import load_recipe
 from coss_hf.hub.export_folders import weights_digest
 from coss_hf.hub.push import _errors_as_problems, _images_seen, _Problem, _with_card, httpx
 from coss_hf.hub.snippets import LOADERS, Subject
@@ -337,6 +338,7 @@ def test_organization_default_visibility_is_kept(tmp_path, monkeypatch, words, p
     monkeypatch.setattr(recipe, "push", lambda *args, **options: given.update(options))
     recipe.main([h.save_resnet(tmp_path / "s"), "--repo_id=me/x", *words])
     assert given["private"] is private
+    assert load_recipe("neighbors").NeighborsArguments(hub_private_repo=bool(private)).private is private
 
 
 def answer(status: int) -> HfHubHTTPError:

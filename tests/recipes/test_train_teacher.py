@@ -52,6 +52,14 @@ def test_a_checkpoint_that_is_not_there_is_refused(train, tmp_path, capsys):
     assert "nowhere is not a complete checkpoint" in capsys.readouterr().err
 
 
+def test_no_file_holds_the_token(train):
+    """`Trainer` writes its arguments, and would push the file."""
+    folder = train("--hub_token=hf_abcdefghijklmnop", num_train_epochs=1)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert "training_args.bin" in [path.name for path in files]
+    assert not any(b"hf_abcdefghijklmnop" in path.read_bytes() for path in files)
+
+
 def test_checkpoints_are_complete_or_not_there(train, tmp_path, capsys, monkeypatch):
     """They were written in place, and a run of another seed went on from them."""
     options = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 4, "logging_steps": 50}

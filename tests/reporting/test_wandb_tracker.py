@@ -6,6 +6,7 @@ import json
 import logging
 import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -18,7 +19,9 @@ import tests.helpers.runs as h
 from coss_hf.reporting import wandb_tracker as tracking
 from coss_hf.reporting.tracked import grouped
 from coss_hf.reporting.trackers import report_end_of_run
-from tests.helpers.wandb_reader import artifacts, read, tables
+from coss_hf.study.trials import StudyConfig, Trial, run_trial
+from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from tests.helpers.wandb_reader import artifacts, read, records, tables
 
 SECRETS = ("hf_abcdefghijklmnop", "0123456789" * 4)
 
@@ -99,6 +102,27 @@ def test_an_offline_run_read_back(distill_command, wandb_folder, monkeypatch):
 
 
 @pytest.mark.slow
+def test_each_trial_of_a_study_is_a_run_of_its_own(tmp_path, image_parquet, networks, wandb_folder, monkeypatch):
+    """All trials that one process trains were drawn into the run of the first."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    data = DataArguments(dataset=str(image_parquet), validation_size=12)
+    models = {"pair": ModelArguments(teacher=networks.teacher, student=networks.resnet, student_init="random")}
+    training = {"settings": "paper", "use_cpu": True, "per_device_train_batch_size": 8, "augmentation": "cifar"}
+    config = StudyConfig(data, models, training | {"report_to": ["wandb"], "logging_steps": 2, "run_name": "mine"})
+    trial = Trial("pair", "coss", "coss(beta=50)", 1, 1, 32, "test")
+    for seed in (1, 2):
+        run_trial(replace(trial, seed=seed), config, tmp_path / "trial")
+        assert wandb.run is None
+    wandb.teardown()
+    runs = sorted(path.parent for path in wandb_folder.rglob("*.wandb"))
+    assert len(runs) == 2
+    for run in runs:
+        history, settings, _ = read(run)
+        assert [line["images_seen"] for line in history if "train/loss" in line] == [16, 32]
+    names = {record.run.display_name for run in runs for record in records(run) if record.HasField("run")}
+    assert names == {f"mine-{replace(trial, seed=seed).folder_name}" for seed in (1, 2)}
+
+
 def test_resumed_finished_run_still_logs_its_report(distill_command, wandb_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     distill_command.run(save_strategy="epoch")  # the process died in its last evaluation, say

@@ -103,8 +103,7 @@ def test_hours_count_for_each_gpu_that_a_job_has(
 
     monkeypatch.setattr(comparison, "run_images", run_images)
     monkeypatch.setattr(comparison.Sweep, "check", lambda *args: None)
-    monkeypatch.setattr("coss_hf.study.sweep.visible_gpus", lambda: [str(number) for number in range(gpus)])
-    monkeypatch.setattr("coss_hf.study.sweep.show_gpu", lambda *args: None)
+    monkeypatch.setattr("coss_hf.study.sweep.take_one_gpu", lambda: [str(number) for number in range(gpus)])
     models = ModelArguments(teacher=networks.teacher, student=networks.resnet)
     data = DataArguments(dataset=str(image_parquet), validation_size=12)
     training = DistillationArguments(

@@ -14,11 +14,11 @@ from coss_hf.losses.registry import LOSSES
 from coss_hf.study import baselines, timing
 from coss_hf.study import sweep as sweep_module
 from coss_hf.study import trials as trials_module
-from coss_hf.study.sweep import Sweep, show_gpu, visible_gpus
+from coss_hf.study.sweep import Sweep, show_gpu, take_one_gpu, visible_gpus
 from coss_hf.study.timing import images_within
 from coss_hf.study.trials import StudyConfig, Trial, build_trial_trainer, evaluations_path, run_trial
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
-from coss_hf.utils.errors import NonFiniteEmbedding
+from coss_hf.utils.errors import LostWorker, NonFiniteEmbedding, stopped_run_exits
 
 TRIAL = Trial("pair", "coss", "coss(beta=50)", 1, 1, 48, "test")
 
@@ -119,6 +119,8 @@ def test_logs_of_tensorboard_outlive_the_checkpoints(tmp_path, config, monkeypat
     run_trial(TRIAL, tracked, tmp_path / "trial")
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name == tracked.folder_of(TRIAL) and [*folder.glob("events.*")] and not (tmp_path / "trial").exists()
+    opened = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [path for path in opened if path.startswith(str(tmp_path / "runs"))], "the file is closed"
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
     run_trial(replace(TRIAL, seed=2), tracked, tmp_path / "trial")
     assert [path.parent.name for path in (tmp_path / "elsewhere").glob("*/events.*")] == [
@@ -337,6 +339,49 @@ def test_several_processes_are_not_one_sweep(tmp_path, monkeypatch):
     assert not (tmp_path / "study").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_bad_input(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="^--output_dir=.*file cannot be used .*; give another folder"):
+        Sweep(tmp_path / "file", "a", 1, {})
+
+
+def test_a_study_takes_one_gpu_and_knows_all(monkeypatch):
+    """Several visible GPUs were refused with the arguments, before a study could hand them out."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    take_one_gpu.cache_clear()
+    assert [take_one_gpu(), take_one_gpu()] == [["2", "3"]] * 2 and os.environ["CUDA_VISIBLE_DEVICES"] == "2"
+    take_one_gpu.cache_clear()
+
+
+def end_process(trial, config, folder, keep):
+    os._exit(9)  # as the kernel ends one for want of memory
+
+
+def end_by_signal(trial, config, folder, keep):
+    raise SystemExit(143)
+
+
+def lose_worker(trial, config, folder, keep):
+    raise LostWorker(RuntimeError("DataLoader worker (pid 1) is killed"), "step 3 is saved")
+
+
+@pytest.mark.usefixtures("forked")
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (end_process, "A process that trains a trial was ended from outside"),
+        (end_by_signal, "A process that trains a trial was ended from outside"),
+        (lose_worker, "A process that loads images ended (DataLoader worker (pid 1) is killed): step 3 is saved."),
+    ],
+)
+def test_what_ends_a_trial_is_said_in_words(tmp_path, config, monkeypatch, capsys, work, message):
+    """It was a traceback, or nothing."""
+    monkeypatch.setattr(sweep_module, "_run_in_worker", work)
+    with pytest.raises(SystemExit) as stop, stopped_run_exits():
+        Sweep(tmp_path, "a", 1, {}).run([TRIAL], config)
+    assert stop.value.code == 1 and f"error: {message}" in capsys.readouterr().err
+
+
 def test_parallel_trials_take_gpus_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
@@ -494,6 +539,8 @@ def test_run_length_fits_the_hours(config):
     assert images > 1000
     with pytest.raises(ValueError, match="--hours=.* too short .* give .* at least"):
         images_within(0.01, [TRIAL], others, config)
+    diverges = replace(TRIAL, method="diverges", expression="coss(beta=1e30)")
+    assert images_within(600, [TRIAL, diverges], others, config) > 1000, "a row that says so, as without --hours"
 
 
 def test_runs_on_devices_of_their_own_may_be_longer(config, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +27,19 @@ OPTIONS = {
 @pytest.fixture
 def data(image_parquet):
     return DataArguments(dataset=str(image_parquet), validation_size=12)
+
+
+def test_a_teacher_is_kept_where_nothing_changed_that_decides_its_weights(tmp_path, data, monkeypatch):
+    folder = tmp_path / "resnet20"
+    folder.mkdir()
+    (folder / teachers.TRAINED_WITH).write_text(json.dumps(teachers._trained_with(data, 1, OPTIONS)))
+    monkeypatch.chdir(Path(data.dataset).parent)
+    operation = {"preprocessing_num_workers": 3, "neighbors_cache": "c", "neighbors_recall": 0.9}
+    teachers.check([folder], replace(data, dataset=f"./{Path(data.dataset).name}", **operation), 1, OPTIONS)
+    with pytest.raises(ValueError, match="was trained with dataset .*, not elsewhere; give"):
+        teachers.check([folder], replace(data, dataset="elsewhere"), 1, OPTIONS)
+    (folder / "run.json").write_text("{}")  # of test images of which some have no label
+    assert teachers.describe(folder) == "Its teacher was trained first, for 1 epochs."
 
 
 @pytest.mark.slow

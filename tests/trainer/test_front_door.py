@@ -18,8 +18,10 @@ import coss_hf
 from coss_hf import DistillationArguments, DistillationTrainer, Student
 from coss_hf.cli import parse
 from coss_hf.data.views import ViewDataset
+from coss_hf.evaluation.diagnostics import evaluations
 from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
+from coss_hf.reporting.run_report import write_pictures
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.reloading import NotReloadable
@@ -372,6 +374,8 @@ def test_evaluation_on_other_images(tmp_path, images, networks):
     own = trainer.evaluate()
     others = images.select(range(12, 48)).rename_column("image", "photo")
     found = trainer.evaluate(others)
+    history = trainer.state.log_history
+    assert [entry["overlap10"] for entry in evaluations(history)] == [own["eval_overlap10"]], "not compared with others"
     assert found["eval_cosine"] != own["eval_cosine"] and found.keys() >= {"eval_knn10", "eval_overlap10"}
     expected = DistillationTrainer(networks.teacher, networks.resnet, arguments(tmp_path), images, others).evaluate()
     clocks = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
@@ -387,6 +391,8 @@ def test_evaluation_on_other_images(tmp_path, images, networks):
         networks.teacher, networks.resnet, arguments(tmp_path, augmentation="cifar"), trainer.train_dataset
     )
     assert without.evaluate(others)["eval_cosine"] == found["eval_cosine"]
+    write_pictures(tmp_path, without, None)
+    assert not Path(tmp_path, "panel.png").exists()
     with pytest.raises(ValueError, match="^eval_dataset is a int; give a datasets.Dataset"):
         trainer.evaluate(7)
 

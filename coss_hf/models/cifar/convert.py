@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .configuration_cifar_resnet import CifarResNetConfig
@@ -17,12 +18,15 @@ def convert_akamaster(folder: str | Path) -> CifarResNetForImageClassification:
     The depth is read off the keys; shortcuts are padding ones. Inputs are normalised with the ImageNet constants.
 
     Raises:
-        ValueError: a missing file, or tensors that are not exactly those of such a network.
+        ValueError: a missing or damaged file, or tensors that are not exactly those of such a network.
     """
     path = Path(folder) / "model.safetensors"
     if not path.is_file():
         raise ValueError(f"folder={str(folder)!r} has no model.safetensors: give the folder of the checkpoint")
-    weights = {rename(key): value for key, value in load_file(path).items()}
+    try:
+        weights = {rename(key): value for key, value in load_file(path).items()}
+    except SafetensorError as error:
+        raise ValueError(f"folder={str(folder)!r}: model.safetensors is damaged ({error}); get it again") from error
     blocks = {key.split(".")[3] for key in weights if key.startswith("resnet.stages.0.")}
     if not blocks:
         raise ValueError(f"folder={str(folder)!r}: no key starts with 'layer1.': give a checkpoint of that source")

@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+from coss_hf.cli.pages import load_recipe
 from coss_hf.models.cifar.convert import CIFAR10_LABELS, convert_akamaster
 
 RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "convert.py"
@@ -94,6 +95,13 @@ def test_other_checkpoints_are_refused(shared, tmp_path, change, message):
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=message):
         convert_akamaster(tmp_path)
+
+
+def test_a_damaged_file_is_bad_input(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(SystemExit) as stop:
+        load_recipe("convert").main([str(tmp_path), "--output", str(tmp_path / "out")])
+    assert stop.value.code == 2 and "model.safetensors is damaged" in capsys.readouterr().err
 
 
 def test_folder_without_weights_is_refused(shared, tmp_path):
