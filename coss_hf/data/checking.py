@@ -11,9 +11,9 @@ import numpy as np
 import PIL
 from datasets import Dataset, Features, Value
 
-from coss_hf.data.decoding import content_hash, decode, encoded_bytes
+from coss_hf.data.decoding import content_hash, decode, encoded_bytes, is_fault_of_image
 from coss_hf.data.encoded_files import EncodedFiles
-from coss_hf.data.rows import image_rows
+from coss_hf.data.rows import image_rows, without_selection
 from coss_hf.data.run_images import BAD, GOOD, NOT_CHECKED, CheckedSplit, RunImages
 from coss_hf.utils.messages import first_names, get_logger
 
@@ -108,7 +108,7 @@ class ImageCheck:
             _report_bad_images(names, total, split, self.on_bad_image, problem)
             self.bad_images += names
         column = CONTENT if self.by_content else FILE
-        images = images.add_column(column, found.hashes, feature=Value("uint64"))
+        images = without_selection(images).add_column(column, found.hashes, feature=Value("uint64"))
         return [self._good(images, split, part, found.states) for part in parts]
 
     def _by_content(self, checked: "_CheckedImages", rows: np.ndarray) -> CheckedSplit:
@@ -289,11 +289,20 @@ class _CheckedImages:
 
     def _save(self) -> None:
         file = self._file()
-        file.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"hashes": self.hashes, "states": self.states, "sizes": self.files.sizes, "times": self.files.times}
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".part", delete=False) as unfinished:
-            np.savez(unfinished, problems=json.dumps(self.problems), **arrays)
-        os.replace(unfinished.name, file)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=file.parent, prefix=".writing-") as temporary:
+                unfinished = Path(temporary, file.name)
+                np.savez(unfinished, problems=json.dumps(self.problems), **arrays)
+                os.replace(unfinished, file)
+        except OSError as error:
+            logger.warning(
+                "Which images were checked is not kept in %s (%s): they are read again each time. Free some space or "
+                "get the permission, or set HF_DATASETS_CACHE to another folder.",
+                file,
+                error,
+            )
 
 
 def _report_bad_images(names: list[str], total: int | str, split: str, on_bad_image: str, problem: str | None) -> None:
@@ -317,6 +326,8 @@ def _check_batch(records: list[dict | None]) -> dict[str, list]:
             data = encoded_bytes(record)
             decode({"bytes": data, "path": record["path"]})
         except (OSError, ValueError) as error:
+            if not is_fault_of_image(error):
+                raise
             problem = str(error)
         hashes.append(content_hash(data))
         problems.append(problem)

@@ -48,6 +48,11 @@ def encoded_bytes(record: dict | None) -> bytes:
     return Path(record["path"]).read_bytes()
 
 
+def is_fault_of_image(error: Exception) -> bool:
+    """Whether an error that an image was read with is the image's: not too many open files, nor a lack of memory."""
+    return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in NOT_OF_THE_IMAGE
+
+
 class Decoded(NamedTuple):
     """A decoded image.
 
@@ -99,7 +104,7 @@ def decode_reduced(record: dict, reduction: Callable[[tuple[int, int]], float] |
     try:
         return _decode(encoded_bytes(record), reduction)
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in NOT_OF_THE_IMAGE:
+        if not is_fault_of_image(error):
             raise
         path = (record or {}).get("path") or "without a path"
         raise ValueError(f"image {path} cannot be decoded ({type(error).__name__}: {error})") from error
@@ -146,7 +151,10 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     image.load()  # first, since Pillow turns TIFF by itself
     orientation = _orientation(image)
     image = to_rgb(image)
-    return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
+    if orientation in UPRIGHT:
+        image = image.transpose(UPRIGHT[orientation])
+        image.info.clear()  # of the copy: it would be turned again by whoever turns upright what was decoded here
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from coss_hf.data.rows import image_rows
+from coss_hf.data.rows import image_rows, without_selection
 
 URL = r"^([A-Za-z][A-Za-z0-9+.-]*://|data:)"
 
@@ -50,7 +50,7 @@ def resolve_paths(dataset: str, rows: Dataset, column: str, folders: list[str]) 
     if rows.column_names == [column]:  # without it `datasets` would lose the number of rows
         info = datasets.DatasetInfo(features=datasets.Features({column: feature}))
         return Dataset(pa.table({column: storage}), info, rows.split)
-    return rows.remove_columns(column).add_column(column, storage, feature=feature)
+    return without_selection(rows.remove_columns(column)).add_column(column, storage, feature=feature)
 
 
 def _find(dataset: str, path: str, folders: list[str]) -> str:

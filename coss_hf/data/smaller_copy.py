@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from coss_hf.data.columns import find_image_column
-from coss_hf.data.decoding import NOT_OF_THE_IMAGE, decode_reduced, encoded_bytes
+from coss_hf.data.decoding import decode_reduced, encoded_bytes, is_fault_of_image
 from coss_hf.data.encoded_files import EncodedFiles
 from coss_hf.data.relative_paths import resolve_paths
 from coss_hf.data.rows import image_rows
@@ -213,8 +213,8 @@ def _smaller_row(row: dict, column: str, side: int, quality: int) -> dict:
         data = encoded_bytes(record)
         copy = smaller_image({"bytes": data, "path": record["path"]}, side, quality)
     except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) in NOT_OF_THE_IMAGE:
-            raise  # too many open files, no memory: the image may be good
+        if not is_fault_of_image(error):
+            raise
         return {column: {"bytes": b"", "path": None}, BEFORE: 0, STATE: BAD}
     path = record["path"] and os.path.basename(record["path"])
     return {

@@ -14,7 +14,7 @@ from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from coss_hf.data.decoding import Decoded, content_hash, decode_reduced
+from coss_hf.data.decoding import Decoded, content_hash, decode_reduced, is_fault_of_image
 from coss_hf.data.streams import Stream, is_shuffled, stream_bytes
 from coss_hf.data.transform_identity import MAKING_VIEWS, transform_code
 from coss_hf.data.views import make_view, resolve_augmentation
@@ -248,6 +248,8 @@ class StreamViews(torch.utils.data.IterableDataset):
                 try:
                     data = stream_bytes(record)
                 except (OSError, ValueError) as error:
+                    if isinstance(error, UnreadableImage) or not is_fault_of_image(error):
+                        raise  # it cannot be downloaded, for instance, and may be good
                     left_out.append(self._left_out(name, error))
                     continue
                 key = content_hash(data)
@@ -268,7 +270,7 @@ class StreamViews(torch.utils.data.IterableDataset):
         def decoded(reduction: Callable | None) -> Decoded:
             try:
                 return decode_reduced({"bytes": data, "path": name}, reduction)
-            except (OSError, ValueError) as error:
+            except ValueError as error:
                 raise _Undecodable from error
 
         return make_view(self.augment, decoded, key, built_in=self._built_in, reduced_decoding=self.reduced_decoding)

@@ -169,13 +169,16 @@ def load_stream(
         )
     bad_images = first.bad_images
     if other is not None:
-        first = _First(_with_features(other), image_column, on_bad_image, "validation")
+        other = _with_features(other)
+        find_image_column(f"{dataset} (images held out)", other, image_column)
+        first = _First(other, image_column, on_bad_image, "validation")
         validation = first.checked(int(validation_size or HELD_OUT))
         bad_images = bad_images + first.bad_images
     identity = _digest([content_hash(_bytes(row[image_column])) for row in sample[:SAMPLE]], _shuffles(train), train)
     sample = _as_dataset(sample, train.features, image_column)
     label_column = find_label_column(dataset, sample, label_column)
-    validation = _as_dataset(validation, train.features, image_column) if validation else None
+    features = train.features if other is None else other.features
+    validation = _as_dataset(validation, features, image_column) if validation else None
     if validation is not None and label_column not in validation.column_names:
         label_column = None
     held_out = np.array([], np.uint64)
@@ -270,8 +273,13 @@ class _First:
         return found
 
     def unchecked(self, count: int) -> list[dict]:
-        """The next images."""
-        rows = list(itertools.islice(self._rows, count))
+        """The next images, with their bytes where they do not lie on this machine.
+
+        Raises:
+            UnreadableImage: one cannot be downloaded.
+        """
+        column = self._column
+        rows = [row | {column: _downloaded(row[column])} for row in itertools.islice(self._rows, count)]
         self._count += len(rows)
         return rows
 
@@ -292,22 +300,27 @@ def stream_bytes(record: dict | None) -> bytes:
         ValueError: there is no image.
         OSError: its file cannot be read.
     """
+    return encoded_bytes(_downloaded(record))
+
+
+def _downloaded(record: dict | None) -> dict | None:
+    """The record, with bytes where its path does not name a file on this machine."""
     path = (record or {}).get("path") or ""
     if record is None or record["bytes"] is not None or not ("://" in path or "::" in path):
-        return encoded_bytes(record)
+        return record
     try:
         with xopen(path, "rb") as file:
-            return file.read()
+            return record | {"bytes": file.read()}
     except Exception as error:  # of any file system
         raise UnreadableImage(
-            f"{path} cannot be read ({first_line(error)}); give the same command with --resume_from_checkpoint once it "
-            f"can be."
+            f"{path} cannot be read ({first_line(error)}); give the same command once it can be, with "
+            f"--resume_from_checkpoint where a checkpoint was written."
         ) from error
 
 
 def _bytes(record: dict | None) -> bytes:
     try:
-        return stream_bytes(record)
+        return encoded_bytes(record)
     except (OSError, ValueError):  # a damaged image, which is met again where it is read
         return b""
 

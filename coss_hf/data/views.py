@@ -112,8 +112,10 @@ class ViewDataset(torch.utils.data.Dataset):
         """
         if self._kept is not None:
             return True
-        fit, to_tensor, *_ = getattr(self.augment, "transforms", (None, None))
-        if not self._built_in or not isinstance(fit, Fit) or len(self) * 3 * self.size**2 > KEPT_BYTES:
+        if not self._built_in:  # a transform of one's own may have other things under the name `transforms`
+            return False
+        fit, to_tensor, *_ = self.augment.transforms
+        if not isinstance(fit, Fit) or len(self) * 3 * self.size**2 > KEPT_BYTES:
             return False
         self._kept = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
         for start in range(0, len(self), 1_000):
@@ -171,7 +173,7 @@ class ViewDataset(torch.utils.data.Dataset):
         Returns:
             A digest of the contents of all images. Where they are known by their files alone, these are read.
         """
-        hashes = self._hashes.with_format("numpy")[:]["hash"]
+        hashes = self._hashes.with_format("arrow")[:]["hash"].to_numpy()  # NumPy's format has no unsigned integers
         if self.is_by_file or hashes.dtype != np.uint64:  # names, or what somebody else calls a hash
             hashes = content_hashes(self.reader.rows, self.reader.column)
         self.reader.expect_contents(hashes)

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow
 import pyarrow.compute
 
+from coss_hf.data.rows import without_selection
 from coss_hf.utils.messages import command_to, parameter_names
 
 NEIGHBORS = "neighbors"
@@ -57,8 +58,7 @@ def with_columns(dataset: datasets.Dataset, neighbors: np.ndarray, folder: Path)
         {NEIGHBORS: datasets.List(datasets.Value("int32")), NEIGHBORS_HASH: datasets.Value("uint64")}
     )
     dataset = dataset.remove_columns([name for name in features if name in dataset.column_names])
-    if dataset._indices is not None:  # joining columns writes a selection out anew: here, not in the user's own folder
-        dataset = dataset.flatten_indices(cache_file_name=str(folder / f"{dataset._fingerprint}.arrow"))
+    dataset = without_selection(dataset, folder)
     # Mapped over one narrow column and joined, since a map over all of them would write every image's bytes once more.
     columns = dataset.select_columns([IMAGE_HASH]).map(
         lambda _, rows: {NEIGHBORS: neighbors[rows], NEIGHBORS_HASH: row_hashes[rows]},

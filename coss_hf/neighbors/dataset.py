@@ -6,6 +6,7 @@ import datasets
 import numpy as np
 
 from coss_hf.data.loading import ImageSplits
+from coss_hf.data.rows import without_selection
 from coss_hf.neighbors.columns import NEIGHBORS, NEIGHBORS_HASH, with_columns
 
 
@@ -24,6 +25,7 @@ def splits_with_neighbors(splits: ImageSplits, neighbors: np.ndarray, cache_dir:
     for name, split in (("validation", splits.validation), ("test", splits.test)):
         if split is None:
             continue
+        split = without_selection(split, cache_dir)
         for column in (NEIGHBORS, NEIGHBORS_HASH):
             if column in split.column_names:
                 split = split.remove_columns(column)

@@ -282,3 +282,13 @@ def test_missing_pixels_are_no_image_whatever_the_metadata(fmt):
     ]
     with pytest.raises(ValueError, match="cannot be decoded"):
         decode({"bytes": data[: len(data) // 2], "path": None})
+
+
+def test_what_is_upright_is_not_turned_again():
+    """Paths were turned twice by `embed`: as they were decoded, and as images."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.arange(36, dtype=np.uint8).reshape(3, 4, 3))
+    upright = decode(encoded(picture, exif=exif))
+    assert np.array_equal(upright, picture.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(upright_rgb(upright), upright)

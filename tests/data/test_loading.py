@@ -1,7 +1,9 @@
+import errno
 import logging
 import shutil
 from hashlib import blake2b
 from io import BytesIO
+from pathlib import Path
 
 import datasets
 import huggingface_hub
@@ -418,3 +420,35 @@ def test_a_validation_split_next_to_test_replaces_held_out_images(tmp_path):
     assert [len(rows) for rows in splits[:3]] == [6, 3, 2]
     carved = load_images(str(tmp_path / "d"), validation_size=2)
     assert [len(rows) for rows in carved[:3]] == [4, 2, 2]
+
+
+def test_a_selection_is_not_written_into_the_users_folder(tmp_path):
+    """The column of hashes was joined to a copy of all rows, next to the user's dataset; it may be read-only, too."""
+    write_parquet(tmp_path / "a.parquet", range(6))
+    Dataset.from_parquet(str(tmp_path / "a.parquet")).save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    found = load_images(datasets.load_from_disk(tmp_path / "saved").select([4, 1, 3])).train
+    assert hashes(found) == [content_hash(png(i)) for i in (4, 1, 3)] and found["label"][:] == [1, 1, 0]
+    assert sorted((tmp_path / "saved").iterdir()) == before
+
+
+def test_a_check_that_cannot_be_kept_ends_no_run(tmp_path, monkeypatch, caplog):
+    """It also left a file of its beginning behind."""
+
+    def full(file, **arrays):
+        Path(file).write_bytes(b"begun")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("coss_hf.data.checking.np.savez", full)
+    assert len(load_images(write_parquet(tmp_path / "a.parquet", range(20))).train) == 20
+    assert "Which images were checked is not kept in" in caplog.text and "No space left" in caplog.text
+    assert not list((tmp_path / "cache" / "coss_hf" / "checked").iterdir())
+
+
+def test_too_many_open_files_are_no_bad_image(tmp_path, monkeypatch):
+    def fails(record):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("coss_hf.data.checking.encoded_bytes", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        load_images(write_parquet(tmp_path / "a.parquet", range(4)), on_bad_image="skip")

@@ -81,3 +81,13 @@ def test_url_among_files_counts_as_bad_image(tmp_path):
         load_images(str(folder / "train.parquet"))
     splits = load_images(str(folder / "train.parquet"), on_bad_image="skip")
     assert len(splits.train) == 1 and splits.bad_images == ["s3://bucket/b.jpg"]
+
+
+def test_a_selection_is_not_written_into_the_users_folder(tmp_path, monkeypatch):
+    folder = write(tmp_path / "elsewhere", ["0.png", "1.png", "2.png"], ["0.png", "1.png", "2.png"])
+    datasets.Dataset.from_parquet(str(folder / "train.parquet")).save_to_disk(tmp_path / "saved")
+    before = sorted((tmp_path / "saved").iterdir())
+    train = load_images(datasets.load_from_disk(tmp_path / "saved").select([2, 0]), image_column="image").train
+    assert [decode(record).getpixel((0, 0))[0] for record in train["image"]] == train["number"][:] == [2, 0]
+    assert train["image"][0]["path"] == str(folder / "2.png")
+    assert sorted((tmp_path / "saved").iterdir()) == before

@@ -1,5 +1,6 @@
 """Images read as a stream: where it is opened, its first images, and what is held out."""
 
+import errno
 import io
 import os
 import random
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import tests.helpers.runs as h
-from coss_hf.data.decoding import content_hash
+from coss_hf.data.decoding import content_hash, decode
 from coss_hf.data.stream_views import MAX_KEY, StreamViews
 from coss_hf.data.streams import load_stream
 from coss_hf.data.transforms import augmentation
@@ -320,3 +321,68 @@ def test_views_of_a_transform_that_draws_from_any_global_generator(shards):
     assert before == (random.getstate(), str(np.random.get_state()))
     two = by_key(chunk_size=5, shuffle_buffer_size=16)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+def far_stream(monkeypatch, out_of_reach=(), damaged=()) -> datasets.IterableDataset:
+    """A stream of 40 images by path, on another machine."""
+
+    def xopen(path, mode):
+        seed = int(path.removeprefix("far://").removesuffix(".png"))
+        if seed in out_of_reach:
+            raise ConnectionError("no route to host")
+        return io.BytesIO(_png(seed)[: 20 if seed in damaged else None])
+
+    monkeypatch.setattr("coss_hf.data.streams.xopen", xopen)
+    rows = [{"image": {"bytes": None, "path": f"far://{seed}.png"}} for seed in range(40)]
+    features = datasets.Features({"image": datasets.Image(decode=False)})
+    return datasets.Dataset.from_list(rows, features=features).to_iterable_dataset()
+
+
+@pytest.mark.parametrize("out_of_reach", [3, 30])
+@pytest.mark.parametrize("on_bad_image", ["error", "skip"])
+def test_an_image_that_cannot_be_downloaded_is_not_left_out(monkeypatch, on_bad_image, out_of_reach):
+    """It counted as damaged: with "skip", images were missing where the network was."""
+    stream = far_stream(monkeypatch, {out_of_reach})
+    message = rf"^far://{out_of_reach}.png cannot be read \(no route to host\); give the same command once it can be"
+    with pytest.raises(UnreadableImage, match=message):
+        list(views(load_stream(stream, on_bad_image=on_bad_image), on_bad_image=on_bad_image))
+
+
+def test_a_stream_of_paths_is_evaluated(monkeypatch):
+    """What is held out was refused as URLs, which training reads."""
+    stream = far_stream(monkeypatch, damaged={2, 30})
+    with pytest.raises(ValueError, match=r"--on_bad_image error: image far://2\.png cannot be decoded"):
+        load_stream(stream, validation_size=4)
+    parts = load_stream(stream, validation_size=4, on_bad_image="skip")
+    assert parts.bad_images == ["far://2.png"] and len(parts.validation) == 4
+    for rows, seed in ((parts.validation, 0), (parts.first, 5)):
+        assert rows["image_hash"][0] == content_hash(_png(seed))
+        assert decode(rows["image"][0]).tobytes() == h.colour_images(1, seed)[0][0].tobytes()
+    chunks = list(views(parts, on_bad_image="skip"))
+    assert len(keys(chunks)) == 34
+    assert [name for chunk in chunks for name in chunk.left_out] == ["far://2.png", "far://30.png"]
+
+
+@pytest.mark.parametrize("reads", ["stream_bytes", "decode_reduced"])
+def test_too_many_open_files_are_no_damaged_image(shards, monkeypatch, reads):
+    def fails(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    given = views(load_stream(shards), on_bad_image="skip")
+    monkeypatch.setattr(f"coss_hf.data.stream_views.{reads}", fails)
+    with pytest.raises(OSError, match="Too many open files"):
+        list(given)
+
+
+def test_a_split_with_other_columns_is_held_out():
+    """A column that the training split lacks ended in a KeyError."""
+    images = [h.colour_images(1, seed)[0][0] for seed in range(20)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = datasets.Dataset.from_dict({"image": images, "label": [0, 1] * 10}, features=features)
+    more = rows.add_column("source", ["web"] * 20)
+    splits = {"train": rows.to_iterable_dataset(), "test": more.to_iterable_dataset()}
+    parts = load_stream(datasets.IterableDatasetDict(splits))
+    assert len(parts.validation) == 20 and parts.label_column == "label" and parts.validation["source"][0] == "web"
+    splits["test"] = more.rename_column("image", "photo").to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"--image_column image does not exist; .*images held out.*photo"):
+        load_stream(datasets.IterableDatasetDict(splits))

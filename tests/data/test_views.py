@@ -1,6 +1,7 @@
 import multiprocessing
 import pickle
 import random
+from hashlib import blake2b
 from io import BytesIO
 
 import datasets
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from coss_hf.data.checking import content_hashes
 from coss_hf.data.decoding import crop_long_side
+from coss_hf.data.loading import load_images
 from coss_hf.data.processed_images import ProcessedImages
 from coss_hf.data.transforms import AUGMENTATIONS, Fit, SeparableBlur, augmentation
 from coss_hf.data.views import ViewDataset, collate_views
@@ -391,3 +394,34 @@ def test_a_transform_with_a_generator_of_its_own_is_named(rows, caplog):
     assert not caplog.text
     views(rows, DrawsFromItsOwn())
     assert "DrawsFromItsOwn" in caplog.text and "gives another view when it is called again" in caplog.text
+
+
+class Composed:
+    """A transform with another one in an attribute named as those of torchvision's `Compose`."""
+
+    def __init__(self):
+        self.transforms = resized()
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        return self.transforms(image)
+
+
+def resized() -> v2.Compose:
+    return v2.Compose([v2.Lambda(lambda image: F.pil_to_tensor(image.resize((SIZE, SIZE))))])
+
+
+@pytest.mark.parametrize("transform", [Composed, resized])
+def test_images_are_not_kept_for_a_transform_of_ones_own(rows, transform):
+    """Its attribute `transforms` need not be a list, nor one of two steps: the training ended there."""
+    assert not views(rows, transform()).keep_images()
+
+
+def test_contents_that_are_known_are_not_read_again(rows, monkeypatch):
+    """NumPy's format of `datasets` turned the hashes into int64, so that they never counted as known."""
+    loaded = load_images(rows.cast_column("image", datasets.Image())).train
+    hashes = content_hashes(loaded, "image")
+    monkeypatch.setattr("coss_hf.data.views.content_hashes", None)
+    given = views(loaded)
+    assert given.know_contents() == blake2b(hashes.tobytes(), digest_size=8).hexdigest()
+    load(given)
+    assert not any(given.reader.is_other_image(range(N)))

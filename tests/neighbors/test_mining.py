@@ -9,7 +9,9 @@ import PIL.Image
 import pytest
 import torch
 
+from coss_hf.data.loading import ImageSplits
 from coss_hf.neighbors.columns import check_neighbors, image_hashes, neighbor_hashes
+from coss_hf.neighbors.dataset import splits_with_neighbors
 from coss_hf.neighbors.mining import add_neighbors, search
 from tests.helpers.neighbors import K, N, TinyBackbone, image_dataset
 
@@ -254,6 +256,19 @@ def test_nothing_is_written_beside_the_images(tmp_path):
     dataset = add_neighbors(on_disk.select([5, 3, 8, 1]), TinyBackbone(), "picture", k=2, cache_dir=tmp_path / "cache")
     assert check_neighbors(dataset).shape == (4, 2) and dataset["name"][:] == ["5.png", "3.png", "8.png", "1.png"]
     add_neighbors(on_disk, TinyBackbone(), "picture", k=2, cache_dir=tmp_path / "cache")
+    assert sorted(p for p in tmp_path.rglob("*") if (tmp_path / "cache") not in (p, *p.parents)) == before
+
+
+def test_nothing_is_written_next_to_images_of_other_splits(tmp_path):
+    """They get columns of nulls."""
+    on_disk = through_disk(image_dataset(range(N)), tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    splits = ImageSplits(
+        on_disk.select([5, 3, 8, 1]), on_disk.select([9, 7]), on_disk.select([2, 4]), "picture", None, []
+    )
+    result = splits_with_neighbors(splits, np.array([[1], [0], [3], [2]], np.int32), tmp_path / "cache")
+    assert [result[name]["name"][:] for name in ("validation", "test")] == [["9.png", "7.png"], ["2.png", "4.png"]]
+    assert result["test"]["neighbors"][:] == [None, None]
     assert sorted(p for p in tmp_path.rglob("*") if (tmp_path / "cache") not in (p, *p.parents)) == before
 
 
