@@ -16,7 +16,7 @@ from coss_hf.hub.push import COMPANIONS, PushFailed, push
 from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.hub.snippets import Subject, renewed
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.embedding import embed, read_path
+from coss_hf.models.embedding import as_image, check_batch_size, embed, naming_image
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.models.saving import save_network, save_processor
@@ -146,8 +146,7 @@ class Student(nn.Module):
         Raises:
             ValueError: an image that cannot be read, named by its path or position; no images; a row of a dataset.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: give 1 or more.")
+        check_batch_size(batch_size)
         if device is not None:
             self.to(device)
         images = _several(images)
@@ -156,7 +155,7 @@ class Student(nn.Module):
             if _are_pixels(images):
                 batch = images[start : start + batch_size]
             else:
-                batch = [read_path(images[i], i) for i in range(start, min(start + batch_size, len(images)))]
+                batch = [_image_at(images, i) for i in range(start, min(start + batch_size, len(images)))]
             rows[start : start + len(batch)] = self.embed(batch, batch_size)
         return l2_normalize(rows) if normalize else rows
 
@@ -188,8 +187,9 @@ class Student(nn.Module):
         written into that of a run, the card, record and pictures of that run are removed.
 
         Raises:
-            ValueError: ``folder`` is a file.
+            ValueError: ``folder`` is a file, or the backbone has no image processor.
         """
+        self.backbone.required_preprocessing()
         folder = Path(folder)
         if folder.is_file():
             raise ValueError(f"folder={folder} is a file; give the name of a folder.")
@@ -292,6 +292,11 @@ def _several(images):
     if not len(images):
         raise ValueError("images: got none; give one image or more.")
     return images
+
+
+def _image_at(images, position: int) -> Image.Image:
+    with naming_image(position):
+        return as_image(images[position])
 
 
 def _are_pixels(images) -> bool:

@@ -84,7 +84,7 @@ class Backbone:
         processor: its image processor; None where only pixel values will be embedded.
         pooling: ``auto``, ``cls``, ``mean``, ``pooler`` or ``gap``.
         missing: names of weights that its checkpoint did not contain.
-        size: side of the input in pixels; by default the image processor's. ``(h, w)`` where there is no processor.
+        size: side of the input in pixels, or ``(h, w)`` where there is no processor; by default the image processor's.
         interpolate_pos_encoding: whether to stretch position embeddings, where the network has them and can do it.
         argument: the command-line flag that errors name.
         space: of a network of images and text, such as CLIP: ``tower``, the embedding of the vision tower; or
@@ -146,7 +146,7 @@ class Backbone:
         self.full = None if self.has_texts or self.model is model else model
         self.preprocessing = None
         self.processor = None
-        self.size = size
+        self.size = _sides(size)
         if is_timm_processor(processor) and self.model.config.model_type != "timm_wrapper":
             processor = transformers_processor(processor, argument)
         if processor is not None:
@@ -160,6 +160,11 @@ class Backbone:
                 raise
             self.processor = self.preprocessing.processor
             self.size = self.preprocessing.size
+        if self.size is None:
+            raise ValueError(
+                f"{flag(argument, 'size')}={size}: {self.name} has no image processor that says the size of its input; "
+                f"give its side in pixels, or (h, w)."
+            )
         self.can_interpolate = "interpolate_pos_encoding" in _inputs(self.model)
         # Teacher and student get the same flag: a ResNet takes any size without it.
         interpolate = interpolate_pos_encoding or getattr(self.model.config, _INTERPOLATION_ENTRY, False)
@@ -458,11 +463,24 @@ class Backbone:
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:
         """Process RGB images to ``(b, 3, h, w)`` by the full image processor, as in evaluation and neighbour search."""
-        return self.preprocessing.full(images)
+        return self.required_preprocessing().full(images)
 
     def normalize(self, views: Tensor) -> Tensor:
         """Normalise views ``(b, 3, H, W)`` uint8 to this network's size, scale, mean and std; runs on any device."""
-        return self.preprocessing.normalize(views)
+        return self.required_preprocessing().normalize(views)
+
+    def required_preprocessing(self) -> Preprocessing:
+        """The use of the image processor.
+
+        Raises:
+            ValueError: the backbone was built without one.
+        """
+        if self.preprocessing is None:
+            raise ValueError(
+                f"processor=None: {self.name} was built without an image processor, which images and saving need; "
+                f"build it as Backbone(model, processor), or embed pixel values (b, 3, h, w)."
+            )
+        return self.preprocessing
 
     def freeze(self) -> "Backbone":
         """Set evaluation mode and switch gradients off, as for a teacher. ``unfreeze`` undoes it, also in copies."""
@@ -507,7 +525,7 @@ class Backbone:
             self.pooling,
             self.size,
             sorted(self.options),
-            self.processor.to_dict(),
+            self.required_preprocessing().processor.to_dict(),
         ]
         digest.update(json.dumps(entries, sort_keys=True, default=str).encode())
         # A pooler that the checkpoint lacks is drawn anew at each loading: what is unused stays out.

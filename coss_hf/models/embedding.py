@@ -1,5 +1,6 @@
 """Images to embeddings: `coss_hf.embed` by any vision network, and data sets and batches by a `Backbone`."""
 
+import contextlib
 import copy
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from coss_hf.data.decoding import decode, upright_rgb
+from coss_hf.data.decoding import decode, is_fault_of_image, upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
@@ -25,6 +26,7 @@ IMAGES = (
     "give PIL images, paths, uint8 arrays (h, w, 3), uint8 tensors (3, h, w), or pixel values as one float tensor "
     "(b, 3, h, w)"
 )
+END = object()  # of images that are handed over one by one
 NAMES_SHOWN = 5  # of images, in a message
 
 BAR_DELAY = 2  # seconds, below which no progress bar appears
@@ -64,6 +66,7 @@ def embed(
         ValueError: an image of another kind, or one that cannot be decoded; no image processor, a network without
             this pooling or space, or one whose embedding needs weights that its checkpoint did not contain.
     """
+    check_batch_size(batch_size)
     check_space(space, pooling, "")
     are_pixels = isinstance(images, Tensor) and images.is_floating_point()
     if not are_pixels:
@@ -90,6 +93,12 @@ def embed(
                 batch = backbone.preprocess(batch)
             rows.append(backbone.features(batch.to(first.device, first.dtype)).embedding)
     return torch.cat(rows)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raises ValueError unless a batch has at least one image."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: give 1 or more.")
 
 
 def _prepare(
@@ -128,31 +137,43 @@ def _as_images(images) -> list[Image.Image]:
         images = [images]
     if not hasattr(images, "__iter__"):
         raise ValueError(f"images: {_described(images)}; {IMAGES}.")
-    return [_as_image(read_path(image, i)) for i, image in enumerate(images)]
+    found = []
+    remaining = iter(images)
+    while True:
+        with naming_image(len(found)):  # a column of a dataset decodes an image as it hands it over
+            image = next(remaining, END)
+            if image is END:
+                return found
+            found.append(as_image(image))
 
 
-def read_path(image, position: int):
-    """Decode an image that is given by its path; everything else is returned as it is.
+@contextlib.contextmanager
+def naming_image(position: int):
+    """Name an image that cannot be decoded by its position.
 
     Raises:
-        ValueError: a file that cannot be decoded, with its position.
+        ValueError: what was raised, unless it is no fault of the image.
     """
-    if not isinstance(image, (str, Path)):
-        return image
     try:
+        yield
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        if not is_fault_of_image(error):
+            raise
+        reason = error if isinstance(error, ValueError) else f"cannot be decoded ({type(error).__name__}: {error})"
+        raise ValueError(f"images[{position}]: {reason}") from error
+
+
+def as_image(image) -> Image.Image:
+    """An image of any kind, upright and in RGB."""
+    if isinstance(image, (str, Path)):
         return decode({"bytes": None, "path": str(image)})
-    except ValueError as error:
-        raise ValueError(f"images[{position}]: {error}") from error
-
-
-def _as_image(image) -> Image.Image:
     if isinstance(image, Image.Image):
         return upright_rgb(image)
     if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.dim() == 3 and len(image) == 3:
         image = image.permute(1, 2, 0).cpu().numpy()
     if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
         return Image.fromarray(image)
-    raise ValueError(f"images: {_described(image)}; {IMAGES}.")
+    raise ValueError(f"{_described(image)}; {IMAGES}.")
 
 
 def _described(value) -> str:

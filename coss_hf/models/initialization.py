@@ -31,8 +31,15 @@ def rebuild_config(config, changes: dict, argument: str):
         raise ValueError(f"{given}={changes}: {type(config).__name__} refuses this ({reason}).") from error
 
 
-def build_from_layers(teacher: Backbone | None, overrides: dict, options: dict, argument: str) -> PreTrainedModel:
-    """Build a student from every n-th layer of a transformer teacher, with its embeddings and norms."""
+def build_from_layers(
+    teacher: Backbone | None, overrides: dict, options: dict, argument: str
+) -> tuple[PreTrainedModel, set[str]]:
+    """Build a student from every n-th layer of a transformer teacher, with its embeddings and norms.
+
+    Returns:
+        The student, and the names of weights that it does not have from a checkpoint: those that the teacher's lacks,
+        and those that the teacher lacks itself, such as the pooler of a classifier's tower.
+    """
     given = f"{flag(argument, 'init')}=teacher_layers"
     if teacher is None:
         raise ValueError(f"{given} needs a teacher to take layers from.")
@@ -59,10 +66,10 @@ def build_from_layers(teacher: Backbone | None, overrides: dict, options: dict, 
         depth = {"num_hidden_layers": kept}
     student = type(network)._from_config(rebuild_config(config, depth, argument), **options)
     chosen = torch.linspace(0, total - 1, kept).round().int().tolist()
-    student.load_state_dict(_chosen_layers(network.state_dict(), stacks[0], chosen))
+    unset = student.load_state_dict(_chosen_layers(network.state_dict(), stacks[0], chosen), strict=False).missing_keys
     student.name_or_path = f"{teacher.name}, layers {chosen}"
     logger.info("the student takes layers %s of the teacher's %d", chosen, total)
-    return student
+    return student, {name.removeprefix("tower.") for name in teacher.missing} | set(unset)
 
 
 def _chosen_layers(source: dict[str, torch.Tensor], stack: str, chosen: list[int]) -> dict[str, torch.Tensor]:

@@ -99,8 +99,7 @@ def load_backbone(
         )
         missing = set()
     else:
-        model = build_from_layers(teacher, config_overrides or {}, options, argument)
-        missing = {weight.removeprefix("tower.") for weight in teacher.missing}
+        model, missing = build_from_layers(teacher, config_overrides or {}, options, argument)
     if init == "teacher_layers":
         processor = teacher.processor
     else:

@@ -1,19 +1,24 @@
 """A student that replaces its teacher: one call loads backbone and head."""
 
 import json
+from io import BytesIO
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTModel
 
 import coss_hf
 import tests.helpers.runs as h
 from coss_hf.hub.student import Student
+from coss_hf.models.backbone import Backbone
 from coss_hf.models.heads import load_head
 from coss_hf.models.loading import load_backbone
+from tests.helpers.networks import SMALL, half
 
 IMAGES = h.colour_images(5, 7)[0]
 
@@ -155,3 +160,35 @@ def test_invalid_student_input_is_rejected(tmp_path, image_parquet, networks):
 
 def test_unknown_name_has_no_head(tmp_path):
     assert load_head(tmp_path) is None and load_head("nobody/nothing") is None
+
+
+def test_encode_names_the_position_of_an_image_that_cannot_be_decoded():
+    student = Student(Backbone(ViTModel(ViTConfig(**SMALL), add_pooling_layer=False), half()))
+    records = []
+    for image in IMAGES:
+        buffer = BytesIO()
+        image.save(buffer, "PNG")
+        records.append({"bytes": buffer.getvalue(), "path": None})
+    records[3]["bytes"] = records[3]["bytes"][: len(records[3]["bytes"]) // 2]
+    column = datasets.Dataset.from_dict({"image": records}).cast_column("image", datasets.Image())["image"]
+    opened = [Image.open(BytesIO(record["bytes"])) for record in records]
+    for given in (column, opened):
+        with pytest.raises(ValueError, match=r"^images\[3\]: cannot be decoded"):
+            student.encode(given, batch_size=2)
+
+
+def test_encode_turns_images_once(tmp_path):
+    student = Student(Backbone(ViTModel(ViTConfig(**SMALL), add_pooling_layer=False), half()))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    IMAGES[0].transpose(Image.Transpose.ROTATE_180).save(tmp_path / "turned.png", exif=exif)
+    expected = student.encode(IMAGES[0])
+    for given in (tmp_path / "turned.png", Image.open(tmp_path / "turned.png")):
+        torch.testing.assert_close(student.encode(given), expected)
+
+
+def test_a_student_without_processor_is_not_saved_in_part(tmp_path):
+    student = Student(Backbone(ViTModel(ViTConfig(**SMALL), add_pooling_layer=False), None, size=32))
+    with pytest.raises(ValueError, match="^processor=None: ViTModel "):
+        student.save_pretrained(tmp_path / "student")
+    assert not (tmp_path / "student").exists()

@@ -3,7 +3,9 @@
 import copy
 import functools
 from functools import partial
+from io import BytesIO
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -261,7 +263,7 @@ def test_embed_reads_every_kind_of_image(backbone):
     ],
 )
 def test_embed_rejects_values_other_than_images(wrong, named, backbone):
-    with pytest.raises(ValueError, match=f"^images: .*{named}"):
+    with pytest.raises(ValueError, match=rf"^images(\[0\])?: .*{named}"):
         embed(backbone("resnet"), wrong)
 
 
@@ -380,3 +382,47 @@ def test_images_without_finite_embeddings_are_named(checkpoint, tmp_path):
         embed_dataset(loaded, [*pixels], batch_size=7)
     with pytest.raises(ValueError, match="^Embedding for neighbours: .*photo2.jpg, photo5.jpg"):
         embed_shards(loaded, Named(pixels), tmp_path, batch_size=7)
+
+
+def test_embed_names_images_that_cannot_be_decoded(backbone, tmp_path):
+    """Those that `datasets` or Pillow decode when they are handed over ended in an OSError without a position."""
+    pictures = images()
+    data = [encoded(picture) for picture in pictures]
+    data[1] = data[1][: len(data[1]) // 2]
+    opened = [Image.open(BytesIO(one)) for one in data]
+    column = datasets.Dataset.from_dict({"image": [{"bytes": one, "path": None} for one in data]})
+    column = column.cast_column("image", datasets.Image())["image"]
+    for given in (opened, iter(opened), column):
+        with pytest.raises(ValueError, match=r"^images\[1\]: cannot be decoded \(\w+: "):
+            embed(backbone("resnet"), given)
+
+
+def encoded(picture: Image.Image, **options) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+def test_embed_turns_images_of_paths_once(backbone, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    (tmp_path / "turned.png").write_bytes(encoded(images()[0].transpose(Image.Transpose.ROTATE_180), exif=exif))
+    assert torch.equal(embed(backbone("resnet"), tmp_path / "turned.png"), embed(backbone("resnet"), images()[0]))
+
+
+def test_embed_checks_the_batch_size(backbone):
+    with pytest.raises(ValueError, match="^batch_size=0: give 1 or more"):
+        embed(backbone("resnet"), images(), batch_size=0)
+
+
+def test_a_backbone_without_processor_names_the_remedy():
+    """It takes pixel values alone."""
+    bare = Backbone(ViTModel(ViTConfig(**SMALL), add_pooling_layer=False), None, size=32)
+    assert embed(bare, torch.zeros(2, 3, 32, 32)).shape == embed(bare, images(2), processor=half()).shape == (2, 32)
+    assert bare.size == (32, 32)
+    with pytest.raises(ValueError, match="^size=None: ViTModel has no image processor that says the size"):
+        Backbone(bare.model, None)
+    views = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    for use in (lambda: embed(bare, images()), lambda: bare.normalize(views), bare.fingerprint):
+        with pytest.raises(ValueError, match=r"^processor=None: ViTModel .* build it as Backbone\(model, processor\)"):
+            use()

@@ -18,6 +18,8 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
     PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import coss_hf.models.loading
@@ -389,3 +391,14 @@ def test_unreadable_config_override_is_rejected():
     models = ModelArguments(student_config_overrides=["hidden_sizes=[4, 8"])
     with pytest.raises(ValueError, match=r"^--student_config_overrides hidden_sizes=\[4, 8: the value cannot be read"):
         models.overrides()
+
+
+def test_layers_of_the_tower_of_a_classifier():
+    """It has no pooler, and a network that is built alone has one."""
+    classifier = ViTForImageClassification(ViTConfig(**{**SMALL, "num_hidden_layers": 4}))
+    teacher = Backbone(classifier, half())
+    student = load_backbone(None, argument="student", init="teacher_layers", teacher=teacher)
+    assert student.pooling == "cls" and len(stack(student.model)) == 2
+    assert student.missing >= {"pooler.dense.weight"}
+    with pytest.raises(ValueError, match="weights are not in the checkpoint"):
+        load_backbone(None, argument="student", init="teacher_layers", teacher=teacher, pooling="pooler")
