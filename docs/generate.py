@@ -296,7 +296,8 @@ def cifar100_teachers() -> str:
 def cifar100_longer_teacher() -> str:
     """Runs with the teacher of 20 epochs: the student's figures, and their shares of the teacher's."""
     rows = json_lines("cifar100-resnet56-20.jsonl") if (RESULTS / "cifar100-resnet56-20.jsonl").exists() else []
-    found = {cell.row: cell for cell in cells(rows) if cell.runs and cell.row not in ("lambda 0", "lambda 0.5")}
+    others = ("lambda 0", "lambda 0.5")  # the same runs as L_co and coss
+    found = {cell.row: cell for cell in cells(rows) if cell.values("linear") and cell.row not in others}
     teacher = select(rows, method="teacher", split="test")
     if not found or not teacher:
         return "Not run."
@@ -305,7 +306,7 @@ def cifar100_longer_teacher() -> str:
     measured = [score(teacher[:1], key) for key in ("linear", "knn20", "overlap10")]
     lines.append(["teacher (resnet56)", "", measured[0], "", *measured[1:], "", "", "", "", ""])
     for cell in sorted(found.values(), key=lambda cell: -statistics.fmean(cell.values("linear"))):
-        runs = [*cell.runs]
+        runs = [row for row in cell.runs if row.get("linear") is not None]
         lines.append(
             [
                 f"`{cell.row}`",

@@ -49,7 +49,7 @@ def encoded_bytes(record: dict | None) -> bytes:
 
 
 def is_fault_of_image(error: Exception) -> bool:
-    """Whether an error that an image was read with is the image's: not too many open files, nor a lack of memory."""
+    """Whether the image itself caused an error, and not the machine, such as by too many open files or no memory."""
     return not isinstance(error, MemoryError) and getattr(error, "errno", None) not in NOT_OF_THE_IMAGE
 
 

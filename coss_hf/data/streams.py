@@ -3,6 +3,8 @@
 import glob
 import itertools
 import os
+import zipfile
+import zlib
 from collections.abc import Iterator
 from hashlib import blake2b
 from pathlib import Path
@@ -304,17 +306,19 @@ def stream_bytes(record: dict | None) -> bytes:
 
 
 def _downloaded(record: dict | None) -> dict | None:
-    """The record, with bytes where its path does not name a file on this machine."""
+    """The record, with bytes where its path does not name a file on this machine; none of a damaged archive member."""
     path = (record or {}).get("path") or ""
     if record is None or record["bytes"] is not None or not ("://" in path or "::" in path):
         return record
     try:
         with xopen(path, "rb") as file:
             return record | {"bytes": file.read()}
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return record | {"bytes": b""}  # as a damaged image
     except Exception as error:  # of any file system
         raise UnreadableImage(
             f"{path} cannot be read ({first_line(error)}); give the same command once it can be, with "
-            f"--resume_from_checkpoint where a checkpoint was written."
+            f"--resume_from_checkpoint where a checkpoint was written, or take the image out of the dataset."
         ) from error
 
 

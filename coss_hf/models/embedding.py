@@ -96,7 +96,11 @@ def embed(
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Raises ValueError unless a batch has at least one image."""
+    """Check that a batch has at least one image.
+
+    Raises:
+        ValueError: it has none.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: give 1 or more.")
 
@@ -164,7 +168,11 @@ def naming_image(position: int):
 
 
 def as_image(image) -> Image.Image:
-    """An image of any kind, upright and in RGB."""
+    """Return an image of any kind upright and in RGB.
+
+    Raises:
+        ValueError: something else, or a file that cannot be decoded.
+    """
     if isinstance(image, (str, Path)):
         return decode({"bytes": None, "path": str(image)})
     if isinstance(image, Image.Image):

@@ -43,7 +43,8 @@ class Sweep:
     ``trials/`` holds a file for each finished trial, which is never repeated, its evaluations during training with
     ``eval_at`` of the ``StudyConfig``, and the checkpoints of unfinished ones;
     ``name.jsonl`` has one line for each trial in the order of the plan, whatever the order in which they ended, so that
-    a sweep that was killed and started again leaves the same file as an uninterrupted one. Evaluations during training
+    a sweep that was killed and started again leaves the same file as an uninterrupted one (but for ``teacher_images``,
+    which depends on what parallel trials have left in a shared cache). Evaluations during training
     are lines of their own before that of their trial: they have a ``share`` and the split ``validation``. Several
     studies may share the folder, and then the trials that they have in common.
 
@@ -232,8 +233,8 @@ def _result(future: Future) -> dict:
         return future.result()
     except (BrokenProcessPool, SystemExit) as error:
         raise RunStopped(
-            "A process that trains a trial was ended from outside, perhaps for want of memory: finished trials are "
-            "kept, and the same command continues the others; fewer --jobs need less memory."
+            "A process that trains a trial ended before its time, perhaps by a signal or for want of memory: finished "
+            "trials are kept, and the same command continues the others; fewer --jobs need less memory."
         ) from error
 
 

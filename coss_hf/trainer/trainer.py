@@ -836,11 +836,11 @@ class DistillationTrainer(Trainer):
                 found |= self.evaluate(images, ignore_keys, f"{metric_key_prefix}_{name}")
             return found
         before = self.evaluator, self.eval_dataset
-        self._evaluates_other_images = eval_dataset is not None
         if eval_dataset is not None:
             self.evaluator = evaluator_of(self, eval_dataset, self._given.data)
             self.eval_dataset = self.evaluator.test_images
         try:
+            self._evaluates_other_images = eval_dataset is not None
             return super().evaluate(None, ignore_keys, metric_key_prefix)
         finally:
             self.evaluator, self.eval_dataset = before

@@ -53,7 +53,7 @@ class LostWorker(RunStopped):
         )
 
     def __reduce__(self):
-        """As it was made: out of a process of a study it comes pickled."""
+        """Pickle with the arguments of the constructor: trials of a study run in other processes."""
         error, saved = self._given
         return type(self), (error if error is None else RuntimeError(str(error) or type(error).__name__), saved)
 

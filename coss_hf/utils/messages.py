@@ -34,6 +34,7 @@ _PHRASES = {
     "give the same command with --resume_from_checkpoint": "call train(resume_from_checkpoint=True) in the same lines",
     "resume with --resume_from_checkpoint": "resume by train(resume_from_checkpoint=True)",
     "give the same command again": "run the same lines again",
+    "give the same command once it can be": "run the same lines once it can be",
     "--overwrite_output_dir": "overwrite_output_dir=True",
 }
 

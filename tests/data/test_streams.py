@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import zipfile
 
 import datasets
 import numpy as np
@@ -323,13 +324,13 @@ def test_views_of_a_transform_that_draws_from_any_global_generator(shards):
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
 
 
-def far_stream(monkeypatch, out_of_reach=(), damaged=()) -> datasets.IterableDataset:
+def far_stream(monkeypatch, out_of_reach=(), damaged=(), problem=None) -> datasets.IterableDataset:
     """A stream of 40 images by path, on another machine."""
 
     def xopen(path, mode):
         seed = int(path.removeprefix("far://").removesuffix(".png"))
         if seed in out_of_reach:
-            raise ConnectionError("no route to host")
+            raise problem or ConnectionError("no route to host")
         return io.BytesIO(_png(seed)[: 20 if seed in damaged else None])
 
     monkeypatch.setattr("coss_hf.data.streams.xopen", xopen)
@@ -346,6 +347,13 @@ def test_an_image_that_cannot_be_downloaded_is_not_left_out(monkeypatch, on_bad_
     message = rf"^far://{out_of_reach}.png cannot be read \(no route to host\); give the same command once it can be"
     with pytest.raises(UnreadableImage, match=message):
         list(views(load_stream(stream, on_bad_image=on_bad_image), on_bad_image=on_bad_image))
+
+
+def test_a_damaged_member_of_an_archive_is_a_damaged_image(monkeypatch):
+    stream = far_stream(monkeypatch, {3, 30}, problem=zipfile.BadZipFile("Bad CRC-32"))
+    assert len(keys(views(load_stream(stream, on_bad_image="skip"), on_bad_image="skip"))) == 38
+    with pytest.raises(ValueError, match="far://3.png"):
+        list(views(load_stream(stream)))
 
 
 def test_a_stream_of_paths_is_evaluated(monkeypatch):

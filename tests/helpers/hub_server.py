@@ -27,6 +27,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         commits: by ``models/me/name``, the newest last: (sha, message, {path: bytes}).
         private: which of them are.
+        created: what their creation asked for.
         break_uploads: answer 400 to file uploads, as if a connection was lost for good.
         requests: method and path of all.
     """
@@ -35,7 +36,7 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.commits, self.private, self.objects, self.requests = {}, {}, {}, []
+        self.commits, self.private, self.created, self.objects, self.requests = {}, {}, {}, {}, []
         self.break_uploads = False
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
@@ -144,6 +145,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(403, {"error": "not yours"}, X_Error_Message="not yours")
         if f"{kind}/{name}" in self.server.commits:
             return self.answer(409, {"url": url, "error": "exists"})
+        self.server.created[f"{kind}/{name}"] = given
         self.server.private[f"{kind}/{name}"] = given.get("visibility") == "private" or bool(given.get("private"))
         self.server.add(f"{kind}/{name}", "initial commit", {".gitattributes": b""})
         return self.answer(200, {"url": url, "name": name})

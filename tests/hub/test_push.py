@@ -261,6 +261,8 @@ def test_neighbours_make_the_round_trip(hub, run, tmp_path, world):
     words = ["recipes/neighbors.py", "--use_cpu", "--push_to_hub=me/neighbours", "--neighbors_pool=4"]
     done = run(words, output=out, **{k: v for k, v in world.items() if k != "student"})
     assert done.returncode == 0, done.stderr
+    # An organisation may have private repositories by default.
+    assert not {"visibility", "private"} & hub.created["datasets/me/neighbours"].keys()
     files = hub.files("datasets/me/neighbours")
     assert "neighbors.json" in files and any(name.endswith(".parquet") for name in files)
     teacher = {path.name: path.read_bytes() for path in Path(world["teacher"]).iterdir() if path.is_file()}

@@ -101,7 +101,6 @@ def test_an_offline_run_read_back(distill_command, wandb_folder, monkeypatch):
             assert not any(secret.encode() in path.read_bytes() for secret in SECRETS), path
 
 
-@pytest.mark.slow
 def test_each_trial_of_a_study_is_a_run_of_its_own(tmp_path, image_parquet, networks, wandb_folder, monkeypatch):
     """All trials that one process trains were drawn into the run of the first."""
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -123,6 +122,7 @@ def test_each_trial_of_a_study_is_a_run_of_its_own(tmp_path, image_parquet, netw
     assert names == {f"mine-{replace(trial, seed=seed).folder_name}" for seed in (1, 2)}
 
 
+@pytest.mark.slow
 def test_resumed_finished_run_still_logs_its_report(distill_command, wandb_folder, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     distill_command.run(save_strategy="epoch")  # the process died in its last evaluation, say

@@ -369,8 +369,8 @@ def lose_worker(trial, config, folder, keep):
 @pytest.mark.parametrize(
     ("work", "message"),
     [
-        (end_process, "A process that trains a trial was ended from outside"),
-        (end_by_signal, "A process that trains a trial was ended from outside"),
+        (end_process, "A process that trains a trial ended before its time"),
+        (end_by_signal, "A process that trains a trial ended before its time"),
         (lose_worker, "A process that loads images ended (DataLoader worker (pid 1) is killed): step 3 is saved."),
     ],
 )

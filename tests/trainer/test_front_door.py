@@ -18,7 +18,7 @@ import coss_hf
 from coss_hf import DistillationArguments, DistillationTrainer, Student
 from coss_hf.cli import parse
 from coss_hf.data.views import ViewDataset
-from coss_hf.evaluation.diagnostics import evaluations
+from coss_hf.evaluation.diagnostics import evaluations, has_diagnostics
 from coss_hf.losses import CoSSLoss
 from coss_hf.models.loading import load_backbone
 from coss_hf.reporting.run_report import write_pictures
@@ -393,6 +393,9 @@ def test_evaluation_on_other_images(tmp_path, images, networks):
     assert without.evaluate(others)["eval_cosine"] == found["eval_cosine"]
     write_pictures(tmp_path, without, None)
     assert not Path(tmp_path, "panel.png").exists()
+    without.state.log_history += [entry for entry in history if has_diagnostics(entry)]
+    write_pictures(tmp_path, without, None)
+    assert Path(tmp_path, "panel.png").exists()
     with pytest.raises(ValueError, match="^eval_dataset is a int; give a datasets.Dataset"):
         trainer.evaluate(7)
 
