@@ -69,7 +69,7 @@ def check(args: ReportArguments, training: DistillationArguments) -> None:
 
 def main() -> None:
     log_to_console()
-    take_one_gpu()  # before the arguments are checked, as of a training, which takes one
+    take_one_gpu()  # first: the arguments are those of a training, which refuses several GPUs in one process
     with bad_input_exits():
         args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
         check(args, training)

@@ -100,17 +100,19 @@ def check(folders: Iterable[Path], data: DataArguments, epochs: int, options: di
     for folder in folders:
         path = folder / TRAINED_WITH
         found = json.loads(path.read_text()) if path.exists() else wanted
-        differ = [
-            name
-            for name in {**found, **wanted}
-            if name not in NO_MATTER and found.get(name) != wanted.get(name)
-            if name != "dataset" or not same_place(found.get(name), wanted.get(name))
-        ]
+        differ = [name for name in {**found, **wanted} if _differs(name, found.get(name), wanted.get(name))]
         if differ:
             named = ", ".join(f"{name} {found.get(name)}, not {wanted.get(name)}" for name in differ)
             raise ValueError(
                 f"--output_dir: its teacher {folder} was trained with {named}; give another folder, or remove that one."
             )
+
+
+def _differs(name: str, one, other) -> bool:
+    """Whether two values of an argument make two teachers."""
+    if name == "dataset":
+        return not same_place(one, other)
+    return name not in NO_MATTER and one != other
 
 
 def train(folders: Iterable[Path], data: DataArguments, epochs: int, options: dict) -> None:

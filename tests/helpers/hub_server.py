@@ -36,7 +36,11 @@ class Hub(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.commits, self.private, self.created, self.objects, self.requests = {}, {}, {}, {}, []
+        self.commits = {}
+        self.private = {}
+        self.created = {}
+        self.objects = {}
+        self.requests = []
         self.break_uploads = False
         self.address = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, daemon=True).start()
