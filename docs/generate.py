@@ -15,9 +15,7 @@ from itertools import product
 from pathlib import Path
 
 from coss_hf.losses.registry import LOSSES, SHAPES
-from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
-from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
-from coss_hf.reporting.plots import method_plot, published_plot, quality_plot
+from coss_hf.reporting.plots import length_plot, method_plot, published_plot, quality_plot
 from coss_hf.study.paper_cells import Cell, at_usual_length, cells, cells_table, compared, ranking_sentence
 from coss_hf.study.paper_tables import own_pairs
 from coss_hf.study.tables import as_markdown, extra_passes, half_interval, ranked
@@ -32,7 +30,6 @@ PHOTOGRAPH_STUDENTS = {
     "vit-tiny": "ViT-tiny",
     "resnet18": "resnet18",
 }
-PADDED = "student (resnet20), 10 epochs"
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
 SECTION = re.compile(rf"^({TITLES})(?: \(when called\))?:[ \n]", re.MULTILINE)
@@ -78,61 +75,57 @@ def select(rows: list[dict], **wanted) -> list[dict]:
 # --- tables of figures -----------------------------------------------------------------------------------------------
 
 
-def front_rows() -> dict[str, tuple[str, list[dict]]]:
-    """Rows of the front page: the network whose costs were measured, or "" where its own were not, and its results."""
-    short = json_lines("cifar10_resnet56_resnet20.jsonl")
-    long = select(json_lines("gpu_cifar10.jsonl"), method="coss")
-    untrained = select(json_lines("table1_cifar10.jsonl"), split="test")
-    trained = select(short, run="trainer", config="cifar10_resnet56_resnet20")
-    longest = max(long, key=lambda row: row["images_seen"])
-    return {
-        "teacher (resnet56)": ("teacher", select(untrained, method="teacher")),
-        "student (resnet20), 100 epochs, one seed": ("student", [longest]),
-        PADDED: ("", trained),
-        "student at random weights": ("student", select(untrained, method="random")),
-    }
+def front_lengths() -> dict[int, list[dict]]:
+    """Results of resnet20 on CIFAR-10 by images seen, on test images; 0 are random weights."""
+    rows = [*json_lines("gpu_cifar10.jsonl"), *json_lines("table1_cifar10.jsonl")]
+    found: dict[int, dict[int, dict]] = {}
+    for row in select(rows, split="test"):
+        if row["method"] in ("coss", "random"):
+            found.setdefault(row["images_seen"], {})[row["seed"]] = row  # a seed of random weights is in both files
+    return {seen: [*by_seed.values()] for seen, by_seed in sorted(found.items())}
 
 
-def padded_parameters() -> int:
-    """Parameters of the resnet20 of 10 epochs, whose shortcuts are padded (recipes/configs/)."""
-    return CifarResNetModel(CifarResNetConfig(depth=20, shortcut="padding")).num_parameters()
+def front_teacher() -> list[dict]:
+    """The teacher's result on CIFAR-10, test images."""
+    return select(json_lines("table1_cifar10.jsonl"), split="test", method="teacher")
 
 
 def front_page() -> str:
-    """Teacher, students and random weights, with what they cost."""
+    """Teacher, students by length and random weights, with what they cost."""
     costs = json_record("report_cifar10.json")["costs"]
-    lines = [["CIFAR-10, test images", "k-NN 20, %", "parameters", "file, MB", "one image, ms", "images/s"]]
-    for name, (network, found) in front_rows().items():
-        accuracy = score(found, "knn20", statistics.stdev)
-        if not network:
-            lines.append([name, accuracy, f"{padded_parameters():,}", "", "", ""])
-            continue
+    lines = [["CIFAR-10, test images", "images seen", "k-NN 20", "seeds", "parameters", "file, MB", "one image, ms"]]
+    rows = [("teacher (resnet56)", "teacher", "", front_teacher())]
+    for seen, found in sorted(front_lengths().items(), reverse=True):
+        name = "student (resnet20)" if seen else "student at random weights"
+        rows.append((name, "student", f"{seen:,}" if seen else "", found))
+    for name, network, seen, found in rows:
         cost = costs[network]
-        cells = [
-            accuracy,
-            f"{cost['parameters']:,}",
-            f"{cost['bytes'] / 1e6:.1f}",
-            f"{cost['batch_1']['ms']:.1f}",
-            f"{cost['batch_64']['images_per_second']:.0f}",
-        ]
-        lines.append([name, *cells])
+        sizes = [f"{cost['parameters']:,}", f"{cost['bytes'] / 1e6:.1f}", f"{cost['batch_1']['ms']:.1f}"]
+        seeds = "" if network == "teacher" else str(len(found))
+        lines.append([name, seen, score(found, "knn20", statistics.stdev), seeds, *sizes])
     return as_markdown(lines)
 
 
 def front_picture(path: Path) -> None:
-    """Accuracy against latency: the rows of the front page whose latency was measured, as a picture."""
+    """Accuracy against length, of the two tables of the front page."""
     check_extra("matplotlib", needed_by="docs/images/front_page.png")
-    costs = json_record("report_cifar10.json")["costs"]
-    points = {
-        name.replace(" (resnet56)", "").replace(" (resnet20)", ""): (
-            costs[network]["batch_1"]["ms"],
-            [row["knn20"] for row in found],
-        )
-        for name, (network, found) in front_rows().items()
-        if network
+    cifar = {"CoSS": {seen: [row["knn20"] for row in found] for seen, found in front_lengths().items()}}
+    photographs: dict[str, dict[int, list[float]]] = {}
+    settings = chosen_settings("mobilenetv3")
+    rows = [(found[0], [row["knn20"] for row in found]) for _, found, _ in photograph_rows()]
+    rows = [(row, values) for row, values in rows if row["student"] == "mobilenetv3"]
+    untrained = next(values for row, values in rows if row["method"] == "random weights")
+    for row, values in rows:
+        if row["settings"] == settings:
+            name = row["method"].replace("coss", "CoSS")
+            photographs.setdefault(name, {0: untrained})[row["images_seen"]] = values
+    teachers = [front_teacher()[0]["knn20"], next(photograph_rows())[1][0]["knn20"]]
+    plots = {
+        "CIFAR-10: resnet20 from resnet56": (cifar, teachers[0]),
+        "Photographs: mobilenetv3 from EfficientNet-Lite1": (photographs, teachers[1]),
     }
     path.parent.mkdir(exist_ok=True)
-    quality_plot(path, points, "k-NN 20", "CIFAR-10: resnet56 as teacher, resnet20 as student without labels")
+    length_plot(path, plots, "k-NN 20")
 
 
 def quickstart_digits() -> str:
@@ -360,8 +353,18 @@ def share(rows: list[dict], others: list[dict], metric: str) -> str:
 
 
 def cifar100_paired() -> str:
+    """CoSS minus the others, with the teacher of the tables."""
+    return coss_minus_others(cifar100_counting("resnet20/resnet56"))
+
+
+def cifar100_longer_paired() -> str:
+    """CoSS minus the others, with the teacher of 20 epochs."""
+    found = cells(json_lines("cifar100-resnet56-20.jsonl"))
+    return coss_minus_others([row | {"method": cell.row} for cell in found for row in cell.runs])
+
+
+def coss_minus_others(rows: list[dict]) -> str:
     """CoSS minus the cosine alone and other methods with several seeds, in points with 95 % t-intervals, by seed."""
-    rows = cifar100_counting("resnet20/resnet56")
     groups: dict[int, dict[str, dict[int, dict]]] = {}
     for row in rows:
         name = {"coss": "lambda 0.5", "L_co": "lambda 0"}.get(row["method"], row["method"])
@@ -552,12 +555,12 @@ def decoding() -> str:
 def config_runs() -> str:
     """Each YAML file for photographs, run once."""
     names = {"vit_photographs": "ViT-tiny", "small_set_pretrained": "resnet56, trained on CIFAR-100"}
-    lines = [["file", "student", "images seen", "k-NN 20: random weights", "student", "teacher"]]
-    lines[0] += ["linear probe: random weights", "student", "teacher", "verdict of the run"]
+    lines = [["file", "student", "images seen", "k-NN 20: random weights / student / teacher"]]
+    lines[0] += ["linear probe: random weights / student / teacher", "verdict of the run"]
     for row in json_lines("configs.jsonl"):
         results = row["results"]
         networks = ("random", "student", "teacher")
-        scores = [f"{100 * results[name][key]:.1f}" for key in ("knn20", "probe") for name in networks]
+        scores = [" / ".join(f"{100 * results[name][key]:.1f}" for name in networks) for key in ("knn20", "probe")]
         student = names.get(row["config"], "resnet18")
         verdict = row["verdict"][0].split(":")[0].removesuffix(", see below")
         if any("collapsed" in sentence for sentence in row["verdict"][1:]):
@@ -610,8 +613,10 @@ def photographs() -> str:
 
 
 def photographs_front() -> str:
-    """The same of each student's longest training by the settings that were chosen for it."""
-    rows = list(photograph_rows())
+    """The longest training of the student that is smaller than its teacher, by the settings that were chosen for it."""
+    rows = [
+        row for row in photograph_rows() if row[1][0]["student"] == "mobilenetv3" or row[1][0]["method"] == "teacher"
+    ]
     longest: dict[str, int] = {}
     rows = [row for row in rows if row[1][0]["settings"] in ("", chosen_settings(row[1][0]["student"]))]
     for _, found, _ in rows:
@@ -712,17 +717,17 @@ def paired(found: list[tuple[dict, dict]], key: str) -> str:
 
 
 def photograph_picture(path: Path) -> None:
-    """Accuracy against latency on photographs: the teacher, each student at random weights and its best by length."""
+    """Accuracy against latency on photographs: the teacher, and each student's best row from random weights."""
     check_extra("matplotlib", needed_by="docs/images/photographs.png")
     points: dict[str, tuple[float, list[float]]] = {}
     kept = set()
     for name, found, cost in photograph_rows():
+        student = found[0]["student"] if found[0]["method"] != "teacher" else "teacher"
         seen = found[0]["images_seen"]
-        kind = found[0]["student"], seen, found[0]["method"] if not seen else ""
-        if kind not in kept:
-            label = name.partition(" (")[0] + (f", {seen:,} images" if seen else "")
+        if student not in kept and student != "mobilenetv3, warm start":
+            label = name.partition(":")[0].partition(" (")[0] + (f", {seen:,} images seen:" if seen else "")
             points[label] = (cost["batch_1"]["ms"], [row["knn20"] for row in found])
-        kept.add(kind)
+        kept.add(student)
     path.parent.mkdir(exist_ok=True)
     quality_plot(path, points, "k-NN 20", "Photographs of ten classes: EfficientNet-Lite1 as teacher, no labels")
 
@@ -749,6 +754,7 @@ TABLES = (
     cifar100_paired,
     cifar100_teachers,
     cifar100_longer_teacher,
+    cifar100_longer_paired,
     gpu,
     report,
     export,
@@ -854,8 +860,11 @@ def cifar100_result(name: str) -> str:
         )
     if not parts:
         return ""
+    rows = select(cifar100_rows(), pair="resnet20/resnet56", split="test")
+    teacher, untrained = (score(select(rows, method=kind)[:1], "linear") for kind in ("teacher", "random"))
     return (
-        f"CIFAR-100, test images: {'; '.join(parts)}; the paper's figures are next to them in "
+        f"CIFAR-100, test images: {'; '.join(parts)}; by linear evaluation the teacher has {teacher} %, random weights "
+        f"have {untrained} %. The paper's figures are next to them in "
         f"[The paper's tables on CIFAR-100](../paper-cifar100.md)."
     )
 

@@ -53,7 +53,7 @@ def main() -> None:
     log_to_console()
     take_one_gpu()  # first: the arguments are those of a training, which refuses several GPUs in one process
     with bad_input_exits():
-        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
+        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN, command="compare")
         if training.method != "coss" or training.beta is not None:
             raise ValueError("--method and --beta: give --methods 'coss(beta=50)' 'rkd(beta=2)' ... to be compared.")
         plan = plan_comparison(

@@ -114,13 +114,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="Seeds; each trains one teacher and one student."
+        "--seeds", type=int, nargs="+", default=[0], help="Seeds; each trains one teacher and one student. Default: 0."
     )
     parser.add_argument(
         "--output",
         type=path,
         default=Path("quickstart"),
-        help="Folder to which images, networks and results are written.",
+        help="Folder to which images, networks and results are written. Default: quickstart.",
     )
     return parser
 

@@ -71,7 +71,7 @@ def main() -> None:
     log_to_console()
     take_one_gpu()  # first: the arguments are those of a training, which refuses several GPUs in one process
     with bad_input_exits():
-        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN)
+        args, models, data, training = parse(ARGUMENTS, single_run=OF_ONE_RUN, command="report")
         check(args, training)
         plan = plan_comparison("report", models, data, training, seeds=args.seeds, hours=args.hours, jobs=args.jobs)
     if plan.settings.filled:

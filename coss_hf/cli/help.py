@@ -11,11 +11,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
-from coss_hf.cli.options import GROUPS, LAUNCH_OPTIONS, LAUNCHED, NOT_OFFERED, NOT_READ, SENTENCES
+from coss_hf.cli.options import COMMAND_SENTENCES, GROUPS, LAUNCH_OPTIONS, LAUNCHED, NOT_OFFERED, NOT_READ, SENTENCES
 
 PAGES = Path(__file__).parent / "help_texts"
 WIDTH = 100
 INDENT = 34
+TRAINING_GROUPS = ("Method and neighbours", "Length and batch", "Optimizer")
 # How docstrings of scripts name scripts.
 RECIPE = re.compile(
     r"(?:python |accelerate launch (?:--config_file accelerate_configs/(\w+)\.yaml )?)?recipes/(\w+)\.py"
@@ -103,14 +104,20 @@ def _groups(command: str, dataclass_types: Iterable[type], everything: bool) -> 
     hidden = {*NOT_OFFERED, *NOT_READ.get(command, ())}
     own = []
     shared = {name for names in GROUPS.values() for name in names}
+    # What a command declares itself under a name of these groups is something else there: `--seed` of an evaluation.
+    of_training = {name for title in TRAINING_GROUPS for name in GROUPS[title]}
     for kind in dataclass_types:
         found = {field.name: field for field in dataclasses.fields(kind) if field.init}
         fields |= found
         texts |= {name: own_help(kind, field) for name, field in found.items()}
-        if not kind.__module__.startswith("coss_hf.trainer") or kind.__name__ == "TeacherArguments":
-            declared = kind.__dict__.get("__annotations__", {})
+        declared = kind.__dict__.get("__annotations__", {})
+        if kind.__name__ == "TeacherArguments":
             own += [name for name in found if name in declared and name not in shared | hidden]
-    groups = {"Options of this command": own, **GROUPS}
+        elif not kind.__module__.startswith("coss_hf.trainer"):
+            own += [name for name in found if name in declared and name not in (shared - of_training) | hidden]
+    texts |= {name: COMMAND_SENTENCES[command, name] for name in fields if (command, name) in COMMAND_SENTENCES}
+    groups = {"Options of this command": own}
+    groups |= {title: [name for name in names if name not in own] for title, names in GROUPS.items()}
     if everything:
         seen = {name for names in groups.values() for name in names}
         groups["All other options"] = [name for name in fields if name not in seen | hidden]
@@ -175,6 +182,6 @@ def _default(field: dataclasses.Field, text: str) -> str:
         value = value.value
     if isinstance(value, (list, tuple)):
         value = " ".join(map(str, value))
-    if value in (None, "", False) or value is dataclasses.MISSING or "default" in text.lower():
+    if value is None or value is False or value == "" or value is dataclasses.MISSING or "default" in text.lower():
         return ""
     return f" Default: {str(value).lower() if value is True else value}."

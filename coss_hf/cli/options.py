@@ -96,9 +96,11 @@ SENTENCES = {
     "bf16": "Train under bfloat16 autocast; weights and loss stay float32.",
     "config": "YAML file with any of these options; the command line overrides it.",
     "dataloader_num_workers": "Number of processes that load and augment images, for each training process.",
+    "eval_steps": "Number of optimizer steps between two evaluations. Default: that of --logging_steps.",
     "fp16": "Train under float16 autocast with loss scaling; needs a GPU.",
     "gradient_accumulation_steps": "Number of batches whose gradients are added up before each optimizer step.",
     "hub_model_id": "Repository on the Hub to push to, as USER/NAME.",
+    "logging_steps": "Number of optimizer steps between two log lines.",
     "num_processes": "Number of processes on this machine: one for each GPU.",
     "num_train_epochs": "Number of passes over the training images.",
     "push_to_hub": "Push the finished network to the Hub.",
@@ -108,6 +110,44 @@ SENTENCES = {
     "torch_compile": "Compile all networks of the run with torch.compile.",
     "use_cpu": "Run on the CPU, even where there is a GPU.",
     "warmup_steps": "Number of steps during which the learning rate rises from 0; below 1, a share of all steps.",
+}
+
+# Defaults of one command that are not those of the others.
+DEFAULTS = {"compare": {"output_dir": "compared"}, "report": {"output_dir": "report"}}
+
+_HELD_OUT = "Number of images held out of train before anything else, or their share, below 1. Default: "
+_DAMAGED = "What to do with images that cannot be decoded. error: end and name them. skip: "
+_RESULTS = "Folder of the tables, the plots and the finished trials. Default: "
+_BY_COMMAND = {
+    "validation_size": {
+        ("distill", "neighbors"): f"{_HELD_OUT}2,000, a tenth of train at most; none below 200 images, or where the "
+        "dataset brings images to measure on.",
+        ("compare", "report"): f"{_HELD_OUT}2,000, a tenth of train at most; none where the dataset brings images to "
+        "measure on.",
+        ("evaluate", "embed", "export"): f"{_HELD_OUT}those that the student's own run held out, else none.",
+        ("reproduce", "train-teacher"): f"{_HELD_OUT}none.",
+    },
+    "on_bad_image": {
+        ("distill",): f"{_DAMAGED}leave out those that are found at the start, and take another image in the place of "
+        "one that cannot be decoded during the training. At the start a sample is read, with --neighbors_k or "
+        "--teacher_cache all images. Default: error.",
+        ("train-teacher",): f"{_DAMAGED}leave out those that are found at the start, where a sample is read, and take "
+        "another image in the place of one that cannot be decoded during the training. Default: error.",
+        ("neighbors", "compare", "report", "reproduce", "evaluate", "embed", "export"): f"{_DAMAGED}leave them out. "
+        "All images are read at the start. Default: error.",
+    },
+    "output_dir": {
+        ("distill",): "Folder of the student, its checkpoints and its report.",
+        ("compare",): f"{_RESULTS}compared.",
+        ("report",): f"{_RESULTS}report.",
+    },
+}
+# The same by command and option.
+COMMAND_SENTENCES = {
+    (command, option): text
+    for option, texts in _BY_COMMAND.items()
+    for names, text in texts.items()
+    for command in names
 }
 
 # Options of language models, deprecated ones, and those that must keep one value.

@@ -11,6 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from coss_hf.cli.help import as_launched, render
+from coss_hf.cli.options import DEFAULTS
 from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.study.single_run import refusal
@@ -54,7 +55,7 @@ class _Parser(HfArgumentParser):
 
 
 @command_line()
-def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[str] = ()) -> tuple:
+def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[str] = (), command: str = "") -> tuple:
     """Parse ``--config FILE.yaml`` and the command line, which overrides the file, to dataclasses.
 
     Args:
@@ -62,6 +63,7 @@ def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[s
         argv: the command line's words; by default ``sys.argv[1:]``.
         single_run: names of options that the dataclasses have and the command, a study, does not take. Errors about
             them say so: none of their values is right.
+        command: name of the command, where it has ``options.DEFAULTS`` of its own.
 
     Raises:
         ValueError: unknown keys (similar ones are suggested), values of the wrong type, unreadable files.
@@ -69,6 +71,7 @@ def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[s
     """
     _answer_help(dataclass_types, sys.argv[1:] if argv is None else argv)
     parser = _Parser(dataclass_types, allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS.get(command, {}))
     parser.add_argument("--config", help="YAML file of these arguments; the command line overrides it.")
     known = {option.lstrip("-") for action in parser._actions for option in action.option_strings}
     argv = _bare_resume(list(sys.argv[1:] if argv is None else argv))

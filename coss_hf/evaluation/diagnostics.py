@@ -79,7 +79,7 @@ def alarms(history: list[dict], images: int, *, finished: bool = False, gentle: 
             f"The student has collapsed: its embeddings have effective rank {last[RANK]:.1f} (teacher "
             f"{last[TEACHER_RANK]:.1f}), {100 * last['dead_dimensions']:.0f} % of their dimensions are dead, "
             f"{100 * last['duplicates']:.0f} % of the images are embedded as another one. Lower "
-            f"--learning_rate or --beta."
+            f"--learning_rate, or start from trained weights."
         )
     if (len(seen) > 3 or finished) and _stagnated(seen, images):
         found["no_progress"] = (
@@ -140,7 +140,7 @@ def _so_short(last: dict) -> str:
     seen = last.get("images_seen")
     if seen is None or seen >= SHORT_RUN:
         return ""
-    return f" The run is short: {seen:,} images seen so far, where students mostly need {SHORT_RUN:,} to show progress."
+    return f" The run is short: {seen:,} images seen so far."
 
 
 def _stagnated(seen: list[dict], images: int) -> bool:

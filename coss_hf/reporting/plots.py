@@ -356,10 +356,60 @@ def quality_plot(path: str | Path, points: dict[str, tuple[float, list[float]]],
         heights = [unit.factor * value for value in values]
         axes.plot([ms] * len(values), heights, "o", color=color, alpha=0.55, markeredgewidth=0)
         axes.plot([ms - 0.012 * widest, ms + 0.012 * widest], [unit.factor * mean] * 2, color=color, linewidth=1.5)
-        place = (ms + 0.03 * widest, places[name])
-        axes.annotate(f"{name} {unit.text(mean)}", place, fontsize=8.5, color=color, va="center")
-    axes.set_xlim(0, 1.35 * widest)
+        # Names of slow networks stand on their left: on the right they would leave the picture.
+        side, align = (-1, "right") if ms > 0.6 * widest else (1, "left")
+        place = (ms + side * 0.03 * widest, places[name])
+        axes.annotate(f"{name} {unit.text(mean)}", place, fontsize=8.5, color=color, va="center", ha=align)
+    axes.set_xlim(0, 1.1 * widest)
     axes.margins(y=0.12)
     _dress(axes, title, x="milliseconds for one image", y=unit.axis(metric), grid="both")
     figure.tight_layout()
     figure.savefig(path, format="png")
+
+
+@_where_it_can_be_drawn
+def length_plot(
+    path: str | Path, plots: dict[str, tuple[dict[str, dict[int, list[float]]], float]], metric: str
+) -> None:
+    """Write a PNG of a metric against images seen, a plot a comparison, with the teacher as a broken line.
+
+    Args:
+        path: of the PNG.
+        plots: by title, the values of each seed by method and images seen (0: before training), and the teacher's.
+        metric: its name, for the axis, too.
+    """
+    figure = _figure(4.6 * len(plots), 3.6)
+    for axes, (title, (methods, teacher)) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots.items()):
+        _lengths(axes, methods, teacher, metric)
+        _dress(axes, title, x="images seen in training", y=unit_of(metric).axis(metric))
+    figure.tight_layout(w_pad=3)
+    figure.savefig(path, format="png")
+
+
+def _lengths(axes, methods: dict[str, dict[int, list[float]]], teacher: float, metric: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    unit = unit_of(metric)
+    longest = max(max(by_length) for by_length in methods.values())
+    axes.axhline(unit.factor * teacher, color=TEXT, linewidth=1, linestyle="--")
+    above = {"textcoords": "offset points", "fontsize": 8.5}
+    axes.annotate(f"teacher {unit.text(teacher)}", (0, unit.factor * teacher), (0, 4), color=TEXT, **above)
+    ends = {
+        name: sum(by_length[max(by_length)]) / len(by_length[max(by_length)]) for name, by_length in methods.items()
+    }
+    lowest = -1e9
+    for name, color in zip(sorted(ends, key=ends.get), STUDENTS * len(ends)):
+        by_length = dict(sorted(methods[name].items()))
+        for seen, some in by_length.items():
+            heights = [unit.factor * value for value in some]
+            axes.plot([seen] * len(some), heights, "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
+        means = [unit.factor * sum(some) / len(some) for some in by_length.values()]
+        axes.plot(list(by_length), means, color=color, linewidth=1.5)
+        # Names stand on the right of the last dots; those that are close to each other are moved apart, upwards.
+        lowest = max(unit.factor * ends[name], lowest + 5.5)
+        place = (1.03 * longest, lowest - 3 if abs(ends[name] - teacher) < 0.02 else lowest)
+        axes.annotate(f"{name} {unit.text(ends[name])}", place, fontsize=8.5, color=color, va="center")
+    axes.set_ylim(0, 105)
+    axes.set_xlim(-0.04 * longest, 1.75 * longest)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    _thousands(axes)

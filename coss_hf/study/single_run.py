@@ -9,7 +9,7 @@ OF_ONE_RUN = (
     "eval_delay",
     "eval_on_start",
     "eval_sample_size",
-    "eval_bank_size",
+    "eval_train_size",
     "load_best_model_at_end",
     "metric_for_best_model",
     "greater_is_better",

@@ -63,7 +63,7 @@ RANGES = {
     "dataloader_num_workers": (0, math.inf),
     "neighbors_k": (0, math.inf),
     "head_hidden_size": (1, math.inf),
-    "eval_bank_size": (1, math.inf),
+    "eval_train_size": (1, math.inf),
     "eval_sample_size": (1, math.inf),
     "save_total_limit": (1, math.inf),
     "learning_rate": (0, math.inf),

@@ -516,7 +516,7 @@ def build_evaluator(
         test_images,
         splits.image_column,
         label_column=splits.label_column,
-        train_images=sample(splits.train, args.eval_bank_size if during_training else None),
+        train_images=sample(splits.train, args.eval_train_size if during_training else None),
         batch_size=args.per_device_eval_batch_size,
         num_workers=args.dataloader_num_workers or 0,  # None where it is left out
         diagnostics=during_training,

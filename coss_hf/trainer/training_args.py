@@ -68,10 +68,7 @@ class DistillationArguments(TrainingArguments):
 
     output_dir: str = field(
         default="student",
-        metadata={
-            "help": "Folder of the student, its checkpoints and its report; of compare and report: of tables, plots "
-            "and finished trials."
-        },
+        metadata={"help": "Folder of the student, its checkpoints and its report."},
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew where --output_dir already holds a run, and replace it."}
@@ -285,7 +282,7 @@ class DistillationArguments(TrainingArguments):
     eval_sample_size: int = field(
         default=2_000, metadata={"help": "Largest number of held-out images of an evaluation during training."}
     )
-    eval_bank_size: int = field(
+    eval_train_size: int = field(
         default=2_000,
         metadata={"help": "Number of training images whose labels k-NN votes with in evaluations during training."},
     )

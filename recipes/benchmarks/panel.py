@@ -64,7 +64,7 @@ def measure(options: argparse.Namespace, splits: ImageSplits) -> dict:
             settings="paper",
             augmentation="cifar",
             seed=0,
-            eval_bank_size=2000,
+            eval_train_size=2000,
             per_device_train_batch_size=BATCH,
             max_steps=INTERVAL * (options.panels + 1),
             eval_steps=INTERVAL,

@@ -63,7 +63,7 @@ def test_the_front_page_shows_the_longest_training_by_the_chosen_settings(genera
     cost = {"parameters": 10, "bytes": 1e6, "batch_1": {"ms": 2.0}}
 
     def row(method, settings, seen, value, split="test"):
-        found = {"student": "resnet18", "method": method, "settings": settings, "seed": 1, "split": split}
+        found = {"student": "mobilenetv3", "method": method, "settings": settings, "seed": 1, "split": split}
         scores = dict.fromkeys(("knn20", "linear", "overlap10", "asymmetric_map"), value)
         return found | {"images_seen": seen, "num_images": seen} | scores | cost
 
@@ -71,15 +71,38 @@ def test_the_front_page_shows_the_longest_training_by_the_chosen_settings(genera
     rows += [row("teacher", "", 0, 0.9), row("random weights", "", 0, 0.1)]
     rows += [row("coss", settings, seen, 0.5) for settings in ("sgd", "paper") for seen in (100, 200)]
     rows += [row("cosine alone", "sgd", seen, 0.3) for seen in (100, 200)]
-    monkeypatch.setattr(generate, "json_lines", lambda name: rows)
+    larger = [one | {"student": "resnet18"} for one in rows if one["method"] != "teacher"]
+    monkeypatch.setattr(generate, "json_lines", lambda name: rows + larger)
     found = [[cell.strip() for cell in line.split("|")[1:4]] for line in generate.photographs_front().splitlines()[2:]]
     assert found == [
         ["teacher (EfficientNet-Lite1)", "", "90.0"],
-        ["resnet18: coss", "200", "50.0"],
-        ["resnet18: cosine alone", "200", "30.0"],
-        ["resnet18: random weights", "", "10.0"],
+        ["mobilenetv3_small_100: coss", "200", "50.0"],
+        ["mobilenetv3_small_100: cosine alone", "200", "30.0"],
+        ["mobilenetv3_small_100: random weights", "", "10.0"],
     ]
-    assert len(generate.photographs().splitlines()) == 2 + 8
+    assert len(generate.photographs().splitlines()) == 2 + 8 + 7
+
+
+def test_the_front_page_has_a_seed_of_random_weights_once(generate, monkeypatch):
+    """It is in both files of results."""
+
+    def row(method, seed, seen, value, split="test"):
+        return {"method": method, "seed": seed, "images_seen": seen, "knn20": value, "split": split}
+
+    files = {
+        "gpu_cifar10.jsonl": [row("coss", 1, 900, 0.8), row("random", 1, 0, 0.3)],
+        "table1_cifar10.jsonl": [row("coss", seed, 100, 0.6) for seed in (1, 2)]
+        + [row("random", 1, 0, 0.3), row("random", 2, 0, 0.2), row("coss", 1, 50, 0.9, "validation")]
+        + [row("at", 1, 100, 0.1), row("teacher", 1, 0, 0.85)],
+    }
+    monkeypatch.setattr(generate, "json_lines", files.get)
+    found = [[cell.strip() for cell in line.split("|")[1:5]] for line in generate.front_page().splitlines()[2:]]
+    assert found == [
+        ["teacher (resnet56)", "", "85.0", ""],
+        ["student (resnet20)", "900", "80.0", "1"],
+        ["student (resnet20)", "100", "60.0 ± 0.0", "2"],
+        ["student at random weights", "", "25.0 ± 7.1", "2"],
+    ]
 
 
 def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
@@ -118,6 +141,10 @@ def test_what_a_student_of_cifar100_keeps(generate, monkeypatch, tmp_path):
     (tmp_path / "cifar100-resnet56-20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer))
     text = generate.cifar100_longer_teacher()
     assert "| `coss` | 71.11 | 30.0 ± 0.0 | -41.1 | 15.0 ± 0.0 | 90.0 ± 0.0 | 50% | 50% | 2 | 100 |" in text
+    other = [row("lambda 0", seed, value) | {"overlap10": 0.8} for seed, value in ((1, 0.29), (2, 0.27))]
+    (tmp_path / "cifar100-resnet56-20.jsonl").write_text("".join(json.dumps(row) + "\n" for row in longer + other))
+    text = generate.cifar100_longer_paired()
+    assert "| the cosine alone | 100 | 2 | +2.0 ± 12.7 | +1.0 ± 6.4 | +10.0 ± 0.0 |" in text
     table = generate.cifar100_kept().splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == [
         "teacher (resnet56)",

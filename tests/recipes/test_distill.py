@@ -133,7 +133,7 @@ def test_the_record_keeps_no_secret(distill_command):
 def test_the_bank_during_training_is_drawn_from_all_classes(distill_command):
     splits = load_images(distill_command.images, validation_size=4)
     by_class = splits._replace(train=splits.train.sort("label"))
-    args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0, eval_bank_size=16)
+    args = SimpleNamespace(per_device_eval_batch_size=4, dataloader_num_workers=0, eval_train_size=16)
     chosen = build_evaluator(by_class, None, args, splits.validation, during_training=True).train_images
     assert len(chosen) == 16 and len(set(chosen["label"])) > 2
 

@@ -6,6 +6,7 @@ from coss_hf.reporting import plots
 from coss_hf.reporting.plots import (
     SHARED,
     STUDENTS,
+    length_plot,
     loss_curve,
     neighbor_picture,
     panel_curves,
@@ -124,6 +125,36 @@ def test_each_student_has_its_own_colour(tmp_path):
         wanted = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)])
         assert (np.abs(picture - wanted).max(1) < 6).sum() > 20, color
     assert len(set(STUDENTS)) == 8
+
+
+def test_names_of_slow_networks_stay_in_the_picture(tmp_path, monkeypatch):
+    """They stood on the right of their dots, and two ran past the axes."""
+    figures = []
+    make = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    name = "a network with a rather long name"
+    quality_plot(tmp_path / "a.png", {f"{name} {ms}": (ms, [0.5]) for ms in (1.0, 9.0, 10.0)}, "probe", "title")
+    axes = figures[0].axes[0]
+    figures[0].canvas.draw()
+    edges = figures[0].bbox
+    texts = [text.get_window_extent() for text in axes.texts]
+    assert len(texts) == 3 and all(edges.x0 <= text.x0 and text.x1 <= edges.x1 for text in texts)
+
+
+def test_the_length_plot_shows_seeds_means_and_the_teacher(tmp_path, monkeypatch):
+    figures = []
+    make = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda *size: figures.append(make(*size)) or figures[-1])
+    methods = {"CoSS": {0: [0.1], 300: [0.6, 0.8], 100: [0.4]}, "other": {0: [0.1], 300: [0.69]}}
+    length_plot(tmp_path / "a.png", {"first": (methods, 0.9), "second": (methods, 0.5)}, "probe")
+    read(tmp_path / "a.png")
+    for axes, title, teacher in zip(figures[0].axes, ("first", "second"), (90, 50)):
+        assert axes.get_title(loc="left") == title and axes.get_ylim() == (0, 105)
+        assert [text.get_text() for text in axes.texts] == [f"teacher {teacher}.0", "other 69.0", "CoSS 70.0"]
+        heights = [text.get_position()[1] for text in axes.texts[1:]]
+        assert heights[1] - heights[0] >= 5, "names that are close to each other are moved apart"
+        means = [line for line in axes.lines if len(line.get_xdata()) == 3][0]
+        assert [*means.get_xdata()] == [0, 100, 300] and [*means.get_ydata()] == pytest.approx([10, 40, 70])
 
 
 def test_both_spaces_have_one_scale_and_titles_at_one_height(tmp_path, monkeypatch):

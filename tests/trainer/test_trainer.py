@@ -209,7 +209,7 @@ def test_labels_are_never_used(tmp_path, image_parquet, networks):
         ({"lr_milestones": [3, 1]}, "must rise"),
         ({"dataloader_drop_last": False}, "dataloader_drop_last"),
         ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, "batch of one image"),
-        ({"eval_bank_size": 0}, "eval_bank_size"),
+        ({"eval_train_size": 0}, "eval_train_size"),
     ],
 )
 def test_arguments_that_are_refused(tmp_path, options, message):
