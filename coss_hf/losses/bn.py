@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from coss_hf.features import Features
 from coss_hf.losses.base import DistillationLoss
-from coss_hf.losses.common import check_weights, embeddings_of_one_shape, full_precision
+from coss_hf.losses.common import FullPrecisionBuffers, check_weights, embeddings_of_one_shape, full_precision
 from coss_hf.losses.coss import CoSSLoss
 from coss_hf.utils.distributed import all_reduce_sum, world_size
 
@@ -13,7 +13,7 @@ EPS = 1e-5
 MOMENTUM = 0.1
 
 
-class BNLoss(DistillationLoss):
+class BNLoss(FullPrecisionBuffers, DistillationLoss):
     """Squared error between the batch-normalised embedding of the student and the embedding of the teacher as it is.
 
     ``loss = beta * mean (gamma_j (S_ij - mu_j) / sqrt(var_j + 1e-5) + delta_j - T_ij)^2``. The mean

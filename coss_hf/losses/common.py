@@ -24,6 +24,13 @@ def check_positive(**values: float) -> None:
             raise ValueError(f"{name}={value} must be a finite number > 0.")
 
 
+def check_shares(**shares: float) -> None:
+    """Raise ValueError for a share, such as a momentum, that does not lie between 0 and 1."""
+    for name, value in shares.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name}={value} must be a number from 0 to 1.")
+
+
 def whole_numbers(**counts: float) -> list[int]:
     """Return the counts as integers. Raise ValueError for a count that is not a whole number."""
     for name, value in counts.items():
@@ -39,10 +46,31 @@ def full_precision(device: torch.device):
         yield
 
 
+def wide(x: Tensor) -> Tensor:
+    """Convert what a layer gives to float32 where it is in half precision, as the layer then is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def widen(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """Convert both tensors to their common type, float32 at least. The teacher's comes without gradient."""
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     return student.to(dtype), teacher.detach().to(dtype)
+
+
+class FullPrecisionBuffers(nn.Module):
+    """Base of losses whose own buffers stay in float32 where the module is cast to half precision.
+
+    Half precision would lose the small steps of running statistics, and rounds what is divided by a small temperature.
+    """
+
+    def _apply(self, fn, recurse: bool = True):
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, after in self.named_buffers(recurse=False):
+            dtype = torch.promote_types(after.dtype, torch.float32)
+            if after.is_floating_point() and dtype != after.dtype:
+                self._buffers[name] = before[name].to(after.device, dtype)
+        return self
 
 
 def embeddings_of_one_shape(method: str, student: Features, teacher: Features) -> tuple[Tensor, Tensor]:

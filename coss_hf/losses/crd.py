@@ -1,11 +1,23 @@
 """CRD: contrastive representation distillation."""
 
+import math
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
 
 from coss_hf.features import Features
 from coss_hf.losses.base import Citation, DistillationLoss
-from coss_hf.losses.common import check_positive, check_weights, full_precision, whole_numbers, widen
+from coss_hf.losses.common import (
+    FullPrecisionBuffers,
+    check_positive,
+    check_shares,
+    check_weights,
+    full_precision,
+    whole_numbers,
+    wide,
+    widen,
+)
 from coss_hf.losses.memory_bank import products, uniform_rows, update_rows, weighted_sums
 from coss_hf.utils.distributed import all_reduce_sum, rank, world_size
 from coss_hf.utils.vectors import l2_normalize
@@ -14,7 +26,7 @@ EPS = 1e-7
 MOST_NEGATIVES = 16_384
 
 
-class CRDLoss(DistillationLoss):
+class CRDLoss(FullPrecisionBuffers, DistillationLoss):
     """Contrastive representation distillation: tell an image from others by its embedding in the other network.
 
     Negatives are drawn by image, since there are no labels. Both embeddings are projected to unit
@@ -23,7 +35,8 @@ class CRDLoss(DistillationLoss):
     e) + sum_j log c / (p_nj + c + e)]``, and ``loss_t`` is the same for ``v_t`` against ``M_s``.
     ``loss = beta * (loss_s + loss_t)``. ``Z`` is ``N`` times the mean ``E`` of the first call.
     Afterwards, in training, ``M[y] <- normalize(m M[y] + (1 - m) v)`` for the images ``y`` of the
-    batch.
+    batch. ``E``, ``p`` and ``Z`` are kept as logarithms: at a small ``T`` they leave the range of
+    float32.
 
     Shapes: embeddings ``(b, d)``, whose dimensions may differ, and ``index`` ``(b,)``. A call may
     give ``candidates`` ``(b, 1 + K)``, the image itself first, instead of drawn ones.
@@ -42,13 +55,13 @@ class CRDLoss(DistillationLoss):
         negatives: Number ``K`` of other images; by default 16,384, or all others of a smaller
             training set.
         temperature: Temperature ``T``.
-        momentum: Weight ``m`` of the old row of a memory.
+        momentum: Weight ``m`` of the old row of a memory, from 0 to 1.
         feature_dim: Dimension of ``v_s`` and ``v_t``.
 
     Returns (when called): ``loss``; ``loss_s`` and ``loss_t`` without ``beta``.
 
     Raises:
-        ValueError: More negatives than other images; an invalid weight or temperature.
+        ValueError: More negatives than other images; an invalid weight, temperature or momentum.
 
     Example:
         >>> import torch
@@ -91,7 +104,8 @@ class CRDLoss(DistillationLoss):
         feature_dim: int = 128,
     ):
         super().__init__()
-        check_weights(beta=beta, momentum=momentum)
+        check_weights(beta=beta)
+        check_shares(momentum=momentum)
         check_positive(temperature=temperature, feature_dim=feature_dim)
         if negatives is None:
             negatives = min(MOST_NEGATIVES, num_images - 1)
@@ -106,7 +120,8 @@ class CRDLoss(DistillationLoss):
         self.embed_t = _Projection(teacher_dim, feature_dim)
         self.register_buffer("memory_s", uniform_rows(num_images, feature_dim))
         self.register_buffer("memory_t", uniform_rows(num_images, feature_dim))
-        self.register_buffer("Z", torch.zeros(2))  # of student and teacher; 0 until the first call
+        # Of student and teacher; that of 0 until the first call.
+        self.register_buffer("log_Z", torch.full((2,), -math.inf))
 
     def extra_repr(self) -> str:
         return f"beta={self.beta}, negatives={self.negatives}, temperature={self.temperature}"
@@ -120,12 +135,12 @@ class CRDLoss(DistillationLoss):
             v_t = self.embed_t(t)
             if candidates is None:
                 candidates = self.draw(index)
-            e_s = (products(v_s, self.memory_t, candidates) / self.temperature).exp()
-            e_t = (products(v_t, self.memory_s, candidates) / self.temperature).exp()
-            self._set_constants(e_s, e_t)
-            z_s, z_t = self.Z
-            loss_s = self._contrast(e_s / z_s, v_s, self.memory_t, candidates)
-            loss_t = self._contrast(e_t / z_t, v_t, self.memory_s, candidates)
+            log_e_s = products(v_s, self.memory_t, candidates) / self.temperature
+            log_e_t = products(v_t, self.memory_s, candidates) / self.temperature
+            self._set_constants(log_e_s, log_e_t)
+            log_z_s, log_z_t = self.log_Z
+            loss_s = self._contrast(log_e_s - log_z_s, v_s, self.memory_t, candidates)
+            loss_t = self._contrast(log_e_t - log_z_t, v_t, self.memory_s, candidates)
             if self.training:
                 updates = [(self.memory_s, v_s.detach()), (self.memory_t, v_t.detach())]
                 update_rows(updates, index, self.momentum)
@@ -140,23 +155,34 @@ class CRDLoss(DistillationLoss):
         return torch.cat([index[:, None], others], 1)
 
     @torch.no_grad()
-    def _set_constants(self, e_s: Tensor, e_t: Tensor) -> None:
+    def _set_constants(self, log_e_s: Tensor, log_e_t: Tensor) -> None:
         """Set ``Z`` at the first call."""
-        total = all_reduce_sum(torch.stack([e_s.sum(), e_t.sum(), e_s.new_full((), e_s.numel())]))
-        first = len(self.memory_s) * total[:2] / total[2]
-        self.Z.copy_(torch.where(self.Z > 0, self.Z, first))
+        count = log_e_s.new_full((), log_e_s.numel())
+        sums = log_e_s.new_zeros(world_size(), 3)
+        sums[rank()] = torch.stack([log_e_s.flatten().logsumexp(0), log_e_t.flatten().logsumexp(0), count.log()])
+        total = all_reduce_sum(sums).logsumexp(0)
+        first = math.log(len(self.memory_s)) + total[:2] - total[2]
+        self.log_Z.copy_(torch.where(self.log_Z.isfinite(), self.log_Z, first))
 
-    def _contrast(self, p: Tensor, v: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
-        """Compute the loss of one network from ``p`` ``(b, 1 + K)``, with a gradient for ``v``."""
-        c = (p.shape[1] - 1) / len(memory)
+    def _contrast(self, log_p: Tensor, v: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
+        """Compute the loss of one network from the logarithm of ``p`` ``(b, 1 + K)``, with a gradient for ``v``."""
+        c = (log_p.shape[1] - 1) / len(memory)
         with torch.no_grad():
-            total = p + (c + EPS)
-            value = -((p[:, 0] / total[:, 0]).log() + (c / total[:, 1:]).log().sum(1)).mean()
+            # Of a = log(p / (c + e)), p / (p + c + e) is the sigmoid, and (c + e) / (p + c + e) that of -a.
+            a = log_p - math.log(c + EPS)
+            others = logsigmoid(-a[:, 1:]) + math.log(c / (c + EPS))
+            value = -(logsigmoid(a[:, 0]) + others.sum(1)).mean()
             # The gradient is taken here: the graph would have to keep what is read of the memory, which is written to.
-            slope = p / total
-            slope[:, 0] -= 1
-            gradient = weighted_sums(slope / (len(p) * self.temperature), memory, candidates)
+            slope = torch.cat([-(-a[:, :1]).sigmoid(), a[:, 1:].sigmoid()], 1)
+            gradient = weighted_sums(slope / (len(slope) * self.temperature), memory, candidates)
         return value + ((v - v.detach()) * gradient).sum()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args) -> None:
+        # Checkpoints of earlier versions hold Z itself.
+        constants = state_dict.pop(f"{prefix}Z", None)
+        if constants is not None:
+            state_dict[f"{prefix}log_Z"] = constants.log()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _Projection(nn.Module):
@@ -167,4 +193,4 @@ class _Projection(nn.Module):
         self.linear = nn.Linear(dim, feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return l2_normalize(self.linear(x.to(self.linear.weight.dtype)))
+        return l2_normalize(wide(self.linear(x.to(self.linear.weight.dtype))))

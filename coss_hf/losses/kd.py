@@ -1,6 +1,5 @@
 """KD: soft labels of a classifier."""
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
@@ -99,7 +98,7 @@ class KDLoss(DistillationLoss):
 def _logits(features: Features, layer: nn.Linear | None) -> Tensor | None:
     if features.logits is not None or layer is None:
         return features.logits
-    return layer(features.embedding.to(torch.promote_types(layer.weight.dtype, torch.float32)))
+    return layer(features.embedding.to(layer.weight.dtype))
 
 
 def _check_logits(s: Tensor | None, t: Tensor | None) -> None:

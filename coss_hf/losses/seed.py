@@ -8,6 +8,7 @@ from torch import Tensor
 from coss_hf.features import Features
 from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.common import (
+    FullPrecisionBuffers,
     check_positive,
     check_weights,
     embeddings_of_one_shape,
@@ -20,7 +21,7 @@ from coss_hf.utils.vectors import l2_normalize
 LARGEST_QUEUE = 65_536
 
 
-class SEEDLoss(DistillationLoss):
+class SEEDLoss(FullPrecisionBuffers, DistillationLoss):
     """SEED: student and teacher see the same similarities to a queue of teacher embeddings.
 
     With unit rows ``s``, ``t`` and the queue's unit columns ``Q`` ``(d, K)``, own teacher embedding

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from coss_hf.features import Features
 from coss_hf.losses.base import Citation, DistillationLoss
-from coss_hf.losses.common import check_weights, frozen, full_precision, last_maps, widen
+from coss_hf.losses.common import check_weights, frozen, full_precision, last_maps, wide, widen
 
 
 class SRRLLoss(DistillationLoss):
@@ -106,9 +106,11 @@ class SRRLLoss(DistillationLoss):
             parts = {"loss_fm": (s - t).square().mean()}
             loss = parts["loss_fm"]
             if self.teacher_fc is not None:
-                dtype = self.teacher_fc.weight.dtype
                 with torch.no_grad():
-                    expected = self.teacher_fc(t.to(dtype))
-                parts["loss_sr"] = (self.teacher_fc(s.to(dtype)) - expected).square().mean()
+                    expected = self._logits(t)
+                parts["loss_sr"] = (self._logits(s) - expected).square().mean()
                 loss = loss + self.weight * parts["loss_sr"]
         return {"loss": self.beta * loss, **parts}
+
+    def _logits(self, pooled: Tensor) -> Tensor:
+        return wide(self.teacher_fc(pooled.to(self.teacher_fc.weight.dtype)))

@@ -233,6 +233,57 @@ def test_the_teacher_gets_no_gradient_and_the_student_does(name):
 
 
 @every_loss
+def test_zeros_in_features_have_a_finite_gradient(name):
+    """As ReLU leaves them: single entries, a channel, an image."""
+    s, t = ([x.relu() for x in (features.embedding, *features.maps)] for features in (student(), teacher()))
+    for tensor in s + t:
+        tensor[:, 1] = 0
+        tensor[3] = 0
+    for tensor in s:
+        tensor.requires_grad_()
+    torch.manual_seed(0)
+    loss = build(name, student(), teacher())
+    loss(*(Features(embedding, tuple(maps)) for embedding, *maps in (s, t)), INDEX)["loss"].backward()
+    gradients = [x.grad for x in (*s, *loss.parameters()) if x.grad is not None]
+    assert gradients and all(gradient.isfinite().all() for gradient in gradients)
+    assert max(gradient.abs().max() for gradient in gradients) < 1e5
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_layers_in_half_precision(name, dtype):
+    """DeepSpeed casts all that is trained, the loss with it: layers compute in bfloat16, all else in float32."""
+    values = []
+    for cast in (torch.float32, torch.bfloat16):
+        features = [
+            Features(x.embedding.to(dtype), tuple(one.to(dtype) for one in x.maps)) for x in (student(), teacher())
+        ]
+        for x in (features[0].embedding, *features[0].maps):
+            x.requires_grad_()
+        loss = build(name, student(), teacher()).to(cast)
+        torch.manual_seed(1)
+        for _ in range(2):
+            out = loss(*features, INDEX)
+        assert all(part.dtype == torch.float32 and part.isfinite() for part in out.values()), out
+        out["loss"].backward()
+        gradients = [x.grad for x in (features[0].embedding, *features[0].maps, *loss.parameters())]
+        assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
+        values.append(out["loss"].detach())
+    torch.testing.assert_close(values[1], values[0], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bn", "crd", "seed"])
+def test_what_a_loss_keeps_stays_in_float32(name):
+    loss = build(name, student(), teacher())
+    before = {key: buffer.clone() for key, buffer in loss.named_buffers()}
+    loss.bfloat16()
+    assert all(p.dtype == torch.bfloat16 for p in loss.parameters())
+    for key, buffer in loss.named_buffers():
+        assert torch.equal(buffer, before[key]) and buffer.dtype == before[key].dtype, key
+    assert {buffer.dtype for buffer in loss.double().buffers()} <= {torch.float64, torch.long}
+
+
+@every_loss
 def test_the_docstring_has_its_parts(name):
     text = inspect.getdoc(LOSSES[name])
     for part in (

@@ -32,7 +32,7 @@ def test_two_steps_equal_the_reference(shared, monkeypatch, dtype, dense):
         out["loss"].backward()
         rtol = TOLERANCES[dtype][0]
         torch.testing.assert_close(out["loss"].double(), x[f"out.loss_step{step}"].reshape(()), rtol=rtol, atol=0)
-        torch.testing.assert_close(loss.Z.double(), x[f"out.Z_step{step}"], rtol=rtol, atol=0)
+        torch.testing.assert_close(loss.log_Z.exp().double(), x[f"out.Z_step{step}"], rtol=rtol, atol=0)
         got = {f"in.f_s{step}": s.grad} | {f"param.{name}": p.grad for name, p in loss.named_parameters()}
         assert_gradients(got, x, f"grad_step{step}.")
         assert t.grad is None
@@ -85,6 +85,42 @@ def test_stays_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         value = loss(Features(s.bfloat16()), Features(t.bfloat16()), torch.arange(3))["loss"]
     assert value.dtype == torch.float32
+
+
+def test_a_small_temperature_stays_in_the_range_of_float32():
+    """exp(1 / 0.01) does not."""
+    found = []
+    for dtype in (torch.float64, torch.float32):
+        loss = build(temperature=0.01).to(dtype)
+        torch.manual_seed(1)
+        s, t = (x.to(dtype).requires_grad_() for x in draw((4, 3), (4, 4)))
+        for _ in range(2):
+            out = loss(Features(s), Features(t), torch.tensor([7, 2, 0, 9]))
+        out["loss"].backward()
+        found.append([out["loss"].detach().double(), s.grad.double(), loss.embed_t.linear.weight.grad.double()])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+    assert found[0][1].any()
+
+
+def test_the_constants_of_earlier_checkpoints_are_read():
+    loss, s, t = build(), *draw((4, 3), (4, 4))
+    loss(Features(s), Features(t), torch.arange(4))
+    saved = loss.state_dict()
+    earlier = {name: value for name, value in saved.items() if name != "log_Z"} | {"Z": saved["log_Z"].exp()}
+    again = build()
+    again.load_state_dict(earlier)
+    torch.testing.assert_close(again.log_Z, loss.log_Z)
+    assert "Z" in earlier
+    again.load_state_dict(earlier | {"Z": torch.zeros(2)})
+    again(Features(s), Features(t), torch.arange(4))
+    assert again.log_Z.isfinite().all(), "0 was that of no call yet"
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.5, float("nan"), float("inf")])
+def test_momentum_is_a_share(momentum):
+    with pytest.raises(ValueError, match=f"momentum={momentum} must be a number from 0 to 1"):
+        build(momentum=momentum)
+    assert [build(momentum=share).momentum for share in (0, 1)] == [0, 1]
 
 
 def test_bad_options_are_refused():
