@@ -37,13 +37,13 @@ class ATLoss(DistillationLoss):
 
     Args:
         beta: Scale of the loss.
-        p: Exponent of the activations.
+        p: Exponent of the activations, at least 1.
 
     Returns (when called): ``loss``, and ``loss_pair0``, ``loss_pair1``, ... without ``beta``.
 
     Raises:
-        ValueError: A weight that is negative or not finite; numbers of maps that differ, or no
-            maps.
+        ValueError: A weight that is negative or not finite; an exponent below 1, whose gradient
+            is not finite where a map is zero; numbers of maps that differ, or no maps.
 
     Example:
         >>> import torch
@@ -73,7 +73,11 @@ class ATLoss(DistillationLoss):
 
     def __init__(self, beta: float = 1000.0, p: float = 2.0):
         super().__init__()
-        check_weights(beta=beta, p=p)
+        check_weights(beta=beta)
+        if not 1 <= p < float("inf"):
+            raise ValueError(
+                f"p={p} must be a finite number >= 1: below, |x|^p has no finite slope where a map is zero."
+            )
         self.beta = beta
         self.p = p
 

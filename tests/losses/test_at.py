@@ -42,6 +42,20 @@ def test_full_precision_under_autocast():
     assert_full_precision_under_autocast(ATLoss(), draw(*MAPS), draw(*MAPS, seed=1))
 
 
+@pytest.mark.parametrize("p", [1, 1.5, 3])
+def test_zeros_of_a_map_have_a_gradient(p):
+    s, t = (x.relu() for x in draw(MAPS[0], MAPS[0]))
+    s.requires_grad_()
+    ATLoss(p=p)(features([s]), features([t]))["loss"].backward()
+    assert (s == 0).any() and s.grad.isfinite().all() and s.grad.any()
+
+
+@pytest.mark.parametrize("p", [0, 0.5, -1, float("nan"), float("inf")])
+def test_exponents_without_a_slope_at_zero_are_refused(p):
+    with pytest.raises(ValueError, match=f"p={p} must be a finite number >= 1"):
+        ATLoss(p=p)
+
+
 def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="beta=-1"):
         ATLoss(beta=-1.0)
