@@ -9,14 +9,23 @@ from coss_hf.losses.common import check_positive, check_weights, embeddings_of_o
 from coss_hf.utils.distributed import all_gather
 
 VARIANTS = ("features_raw", "softmax", "coss_authors")
+ROUNDING = 16  # by how many roundings the mean of equal values may be off, relative to them
 
 
 def _correlation(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Compute Pearson's correlation along ``dim``; a constant student vector has none, and gets no gradient."""
-    x = x - x.mean(dim, keepdim=True)
-    y = y - y.mean(dim, keepdim=True)
-    norm = x.norm(dim=dim)
-    return torch.where(norm == 0, 0.0, (x * y).sum(dim) / (norm * y.norm(dim=dim) + 1e-8))
+    """Compute Pearson's correlation along ``dim``; a constant vector has none: it counts as 0, without gradient."""
+    x, x_norm, x_constant = _centred(x, dim)
+    y, y_norm, y_constant = _centred(y, dim)
+    return torch.where(x_constant | y_constant, 0.0, (x * y).sum(dim) / (x_norm * y_norm + 1e-8))
+
+
+def _centred(x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``x`` less its mean along ``dim``, the norms of that, and whether it is nothing but rounding noise."""
+    centred = x - x.mean(dim, keepdim=True)
+    norm = centred.norm(dim=dim)
+    with torch.no_grad():
+        constant = norm <= ROUNDING * torch.finfo(x.dtype).eps * x.norm(dim=dim)
+    return centred, norm, constant
 
 
 def pixels_as_rows(x: Tensor) -> Tensor:

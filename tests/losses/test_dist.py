@@ -68,6 +68,32 @@ def test_a_dead_dimension_does_not_blow_up_the_gradient():
     assert gradient.isfinite().all() and gradient.abs().max() < 1e3
 
 
+def mean_correlation(a, b):
+    """Of the rows, in float64; 0 for those that are constant."""
+    found = [
+        0.0 if (x == x[0]).all() or (y == y[0]).all() else torch.corrcoef(torch.stack([x, y]).double())[0, 1].item()
+        for x, y in zip(a, b)
+    ]
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("constant", [0.1, 1e3, 1e-3, -7.3])
+@pytest.mark.parametrize("images", [7, 300])
+def test_a_constant_image_or_dimension_has_no_correlation(images, constant, dtype):
+    """Its mean is rounded: what is left is noise, by whose length the gradient was divided."""
+    s, t = pair((images, 40), (images, 40), dtype=dtype)
+    for one in (s, t):  # of the student, then of both
+        one[:, 1] = constant
+        one[2] = constant
+        out, gradient = run(s, t)
+        expected = torch.tensor([1 - mean_correlation(s, t), 1 - mean_correlation(s.T, t.T)])
+        got = torch.stack([out["loss_inter"], out["loss_intra"]]).detach().float()
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+        assert gradient.isfinite().all() and gradient.abs().max() < 1
+        assert not gradient[2, 1].any(), "the entry of nothing but constants"
+
+
 def test_stays_float32_under_autocast():
     s, t = pair((6, 4), (6, 4), dtype=torch.float32)
     expected, _ = run(s.bfloat16().float(), t, variant="softmax")
