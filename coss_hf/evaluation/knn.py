@@ -82,6 +82,21 @@ def _check(train_features: Tensor, train_labels: Tensor, temperature: float) -> 
         raise ValueError(f"temperature={temperature} must be above 0.")
 
 
+def _width(train_labels: Tensor, num_classes: int | None) -> int:
+    """Return the number of classes to vote for: ``num_classes``, or by default as many as the train labels need."""
+    needed = int(train_labels.max()) + 1 if len(train_labels) else 0
+    if num_classes is None:
+        if needed > MAX_CLASSES:
+            raise ValueError(f"train_labels reach {needed - 1:,}: number the classes from 0 on.")
+        return needed
+    if not needed <= num_classes <= MAX_CLASSES:
+        raise ValueError(
+            f"num_classes={num_classes} must be between {needed}, the largest of train_labels plus one, and "
+            f"{MAX_CLASSES:,}; leave it out to take the former."
+        )
+    return num_classes
+
+
 def knn_predict(
     train_features: Tensor,
     train_labels: Tensor,
@@ -101,7 +116,7 @@ def knn_predict(
         test_features: ``(m, d)`` embeddings of the test images, normalised here.
         k: Number of train images that vote.
         temperature: Above 0; the smaller, the more the nearest images decide.
-        num_classes: Width of the result; the largest train label plus one by default, which then must not exceed
+        num_classes: Width of the result, by default the largest train label plus one, and never less. At most
             1,000,000: number classes from 0 on.
         chunk: Test images compared at once.
 
@@ -110,16 +125,15 @@ def knn_predict(
         (float32 at least).
 
     Raises:
-        ValueError: k above the number of train images, a temperature that is not positive, shapes that do not match.
+        ValueError: k above the number of train images, a temperature that is not positive, shapes that do not match,
+            a number of classes that leaves out train labels or is above 1,000,000.
 
     References:
         Wu et al., CVPR 2018 (arXiv:1805.01978); Caron et al., DINO, ICCV 2021 (arXiv:2104.14294), eval_knn.py.
     """
     _check(train_features, train_labels, temperature)
+    num_classes = _width(train_labels, num_classes)
     similarity, index = nearest(test_features, train_features, k, chunk=chunk)
-    num_classes = num_classes or int(train_labels.max()) + 1
-    if num_classes > MAX_CLASSES:
-        raise ValueError(f"train_labels reach {num_classes - 1:,}: number the classes from 0 on.")
     shares = _vote(similarity, train_labels[index].long(), temperature, num_classes)
     return shares.argmax(1), shares
 

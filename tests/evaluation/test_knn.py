@@ -102,6 +102,9 @@ def test_knn_ignores_scale_even_of_extreme_values():
         ({"train_labels": torch.full((20,), -1)}, "train_labels.*unlabelled"),
         ({"train_labels": torch.zeros(20)}, "train_labels.*float32"),
         ({"test_features": torch.zeros(3, 9)}, r"\(3, 9\) and \(20, 8\)"),
+        ({"num_classes": 0}, "num_classes=0 must be between 1, the largest of train_labels plus one, and 1,000,000"),
+        ({"num_classes": 4, "train_labels": torch.full((20,), 4)}, "num_classes=4 must be between 5,"),
+        ({"num_classes": 1_000_001}, "num_classes=1000001 must be between 1,"),
     ],
 )
 def test_invalid_knn_input_is_rejected(change, message):
@@ -109,6 +112,14 @@ def test_invalid_knn_input_is_rejected(change, message):
     arguments |= {"test_features": torch.randn(3, 8), "k": 5} | change
     with pytest.raises(ValueError, match=message):
         knn_predict(**arguments)
+
+
+def test_classes_without_train_images_get_no_votes():
+    train, labels = clusters(20)
+    assert labels.max() == 3
+    shares = [knn_predict(train, labels, train, k=5, num_classes=number)[1] for number in (None, 4, 7)]
+    assert torch.equal(shares[0], shares[1]) and torch.equal(shares[0], shares[2][:, :4])
+    assert shares[2].shape == (20, 7) and not shares[2][:, 4:].any()
 
 
 def test_accuracy_without_test_images_is_rejected():
