@@ -36,11 +36,11 @@ def linear_evaluation(
         train_labels: ``(n,)`` class numbers of the train images.
         test_features: ``(m, d)`` embeddings of the test images.
         test_labels: ``(m,)`` class numbers of the test images.
-        epochs: Passes over the train features; 100 in the paper.
+        epochs: Passes over the train features, at least 1; 100 in the paper.
         seed: Seed of the layer's weights and of the order of the batches.
 
     Raises:
-        ValueError: rows, dimensions or labels that do not match.
+        ValueError: rows, dimensions or labels that do not match; less than one epoch.
 
     References:
         Singh & Wang, ECCV 2024 (arXiv:2409.13939), supplementary document, settings of CIFAR-100.
@@ -48,6 +48,8 @@ def linear_evaluation(
     check_pair(train_features, test_features, "train_features and test_features")
     check_labels(train_labels, train_features, "train_labels")
     check_labels(test_labels, test_features, "test_labels")
+    if epochs < 1:
+        raise ValueError(f"epochs={epochs} must be 1 or more: the layer learns from passes over the train features.")
     classes, train_labels = train_labels.unique(return_inverse=True)
     test_labels = numbered(test_labels, classes)
     x, x_test = standardise(train_features, test_features)
@@ -59,7 +61,8 @@ def linear_evaluation(
     layer.to(x.device, x.dtype)
     train_labels = train_labels.to(x.device).long()
     optimizer = torch.optim.SGD(layer.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
-    drops = [epochs * drop // EPOCHS for drop in DROPS]
+    # Not at the start, where a thousandth of the rate would be left for all of a few epochs.
+    drops = [max(1, epochs * drop // EPOCHS) for drop in DROPS]
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
     with torch.enable_grad():
         for _ in range(epochs):

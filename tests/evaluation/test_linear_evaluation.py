@@ -57,6 +57,20 @@ def test_constant_dimensions_do_not_change_the_result():
     assert accuracy((torch.ones(400, 3), labels), (torch.ones(200, 3), test_labels)) <= 0.4
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_few_epochs_are_trained_too(epochs):
+    """All drops of the rate were before the first of them."""
+    train, test = clusters(4000), clusters(200, seed=1)
+    assert linear_evaluation(*train, *test, epochs=epochs) == pytest.approx(accuracy(train, test), abs=0.05)
+
+
+@pytest.mark.parametrize("epochs", [0, -3])
+def test_no_epochs_are_refused(epochs):
+    train, test = clusters(40), clusters(20, seed=1)
+    with pytest.raises(ValueError, match=f"epochs={epochs} must be 1 or more"):
+        linear_evaluation(*train, *test, epochs=epochs)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_linear_evaluation_accepts_half_and_double_precision(dtype):
     train, test = clusters(400), clusters(200, seed=1)
