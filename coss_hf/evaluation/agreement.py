@@ -134,8 +134,13 @@ def dead_share(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def duplicate_share(embeddings: Tensor, cosine: float = 1 - 1e-6) -> float:
-    """Share of ``(n, d)`` embeddings that have another one in the same direction, up to rounding."""
+    """Share of ``(n, d)`` embeddings that have another one in the same direction, up to rounding.
+
+    All-zero embeddings have no direction, and are duplicates of each other.
+    """
     if len(embeddings) < 2:
         return 0.0
     found, _ = nearest(embeddings.double(), embeddings.double(), 1, exclude_self=True)
-    return (found[:, 0] >= cosine).double().mean().item()
+    zero = (embeddings == 0).all(1)
+    duplicates = (found[:, 0] >= cosine) | (zero & (zero.sum() > 1))
+    return duplicates.double().mean().item()

@@ -4,6 +4,7 @@ import torch
 from coss_hf.evaluation.agreement import (
     dead_share,
     dimension_cosine,
+    duplicate_share,
     effective_rank,
     linear_cka,
     mean_cosine,
@@ -100,6 +101,19 @@ def test_effective_rank_counts_directions():
     assert effective_rank(x[:, :1] @ torch.ones(1, 7).double()) == pytest.approx(1, abs=1e-6)
     assert effective_rank(torch.full((300, 7), 0.1)) == 0.0
     assert effective_rank(x * torch.tensor([1, 1, 1, 1, 1e-3, 1e-3, 1e-3, 1e-3])) < 4.1
+
+
+def test_duplicates_share_a_direction_or_have_none():
+    x = embeddings(50)
+    assert duplicate_share(x) == 0
+    x[[3, 7]] = 2 * x[[4, 8]]
+    assert duplicate_share(x) == pytest.approx(4 / 50)
+    x[20] = 0
+    assert duplicate_share(x) == pytest.approx(4 / 50), "one without a direction is like no other"
+    x[30:35] = 0
+    assert duplicate_share(x) == pytest.approx(10 / 50)
+    assert duplicate_share(torch.zeros(6, 3)) == 1.0, "a collapsed network"
+    assert duplicate_share(torch.zeros(1, 3)) == 0.0
 
 
 def test_dead_dimensions_are_constant_ones():
