@@ -26,7 +26,7 @@ from coss_hf.neighbors.columns import check_pool, image_hashes, some, summary, w
 from coss_hf.neighbors.embedding_store import Vectors, embed_shards, unit_rows, unwritable
 from coss_hf.neighbors.exact_search import CHUNK, ExactSearch, search_all
 from coss_hf.neighbors.faiss_index import FAISS_VERSION, IndexSearch
-from coss_hf.neighbors.options import SearchOptions
+from coss_hf.neighbors.options import ROUNDING, SearchOptions
 from coss_hf.neighbors.recall import raise_probes
 from coss_hf.utils.messages import get_logger, parameter_names
 from coss_hf.utils.process_group import Processes
@@ -47,7 +47,8 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: flo
     Args:
         embeddings: (n, d) tensor or array. Rows of zeros are allowed; their similarity to everything is 0.
         k: Number of neighbours per row, 1 <= k < n.
-        max_similarity: Rows as similar as this or more are left out.
+        max_similarity: Rows as similar as this or more are left out; 1e-6 less, which rounding may take from the
+            similarity of equal rows, counts as this.
 
     Returns:
         (n, k) int32 array, the most similar first; -1 where `max_similarity` leaves fewer. A row never holds its own
@@ -66,7 +67,8 @@ def search(embeddings: torch.Tensor | np.ndarray, k: int, *, max_similarity: flo
             f"float32, and look at these images if that does not help."
         )
     units = torch.cat([unit_rows(chunk) for chunk in embeddings.split(CHUNK)])
-    return search_all(ExactSearch(Vectors([units.numpy()]), embeddings.device), k, max_similarity)
+    searcher = ExactSearch(Vectors([units.numpy()]), embeddings.device)
+    return search_all(searcher, k, max_similarity - ROUNDING["float32"])
 
 
 @parameter_names(neighbors_pool="k", neighbors_cache="cache_dir")

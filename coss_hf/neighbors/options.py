@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from coss_hf.utils.messages import parameter_names
 
 SEARCHES = ("auto", "exact", "ivf", "hnsw")
+# By the data type of unit rows: what rounding may take from the cosine of equal images.
+ROUNDING = {"float32": 1e-6, "float16": 2e-4}
 
 
 @dataclass
@@ -61,5 +63,4 @@ class SearchOptions:
         """The cosine from which others are left out, less what rounding may take from that of equal images."""
         if self.neighbors_max_similarity is None:
             return float("inf")
-        rounding = 1e-6 if self.neighbors_dtype == "float32" else 2e-4
-        return self.neighbors_max_similarity - rounding
+        return self.neighbors_max_similarity - ROUNDING[self.neighbors_dtype]

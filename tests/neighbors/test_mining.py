@@ -72,6 +72,21 @@ def test_search_among_duplicates_leaves_out_the_row_itself(k):
     assert (twins == np.minimum(copies, k)).all()  # identical images are each other's nearest
 
 
+@pytest.mark.parametrize("limit, left", [(1.0, 1), (0.999, 0)])
+def test_search_leaves_out_duplicates_whose_product_is_rounded(limit, left):
+    """The product of a unit row with itself is below 1 as often as not."""
+    rows = np.random.default_rng(0).standard_normal((200, 64)).astype(np.float32)
+    units = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    near = units + 0.01 * np.roll(units, 1, axis=1)  # cosines of 0.9999 or so
+    embeddings = np.concatenate([rows, rows, near])
+    found = search(embeddings, 3, max_similarity=limit)
+    similarity, _, _ = brute_force(embeddings, 3)
+    assert (found >= 0).all()
+    of_found = np.take_along_axis(similarity, found, axis=1)
+    assert of_found.max() < limit - 1e-6
+    assert ((of_found > 0.999).any(axis=1) == left).all()
+
+
 def test_search_all_rows_equal():
     assert_exact(np.ones((1500, 4), dtype=np.float32), 10)  # more ties than k + 1, over two chunks of queries
 
