@@ -24,14 +24,15 @@ def learners(criterion: nn.Module) -> list[nn.Module]:
 
 
 def pretraining_images(trainer) -> int:
-    """Images that pass through the teacher before a run's first step."""
+    """Images that pass through the teacher before a run's first step; neighbours count, as in training."""
     steps = sum(part.pretraining_steps for part in learners(trainer.model.criterion))
-    return steps * trainer.args.per_device_train_batch_size
+    return steps * trainer.args.per_device_train_batch_size * (1 + trainer.args.neighbors_k)
 
 
 def pretrain(trainer) -> None:
     """Trains the ``pretraining_module`` of a run's losses on views of the training images, and freezes it.
 
+    A batch is one of a device in training: ``per_device_train_batch_size`` anchors, each with its neighbours.
     Every process does the same on the same images; the first one's result counts.
     """
     args = trainer.args
@@ -44,7 +45,7 @@ def pretrain(trainer) -> None:
         module = part.pretraining_module()
         generator = torch.Generator().manual_seed(args.seed)
         options = {"num_workers": args.dataloader_num_workers, "collate_fn": collate_views, "drop_last": True}
-        loader = DataLoader(dataset, _groups(trainer), shuffle=True, generator=generator, **options)
+        loader = DataLoader(dataset, args.per_device_train_batch_size, shuffle=True, generator=generator, **options)
         optimizer = torch.optim.Adam(module.requires_grad_(True).parameters(), LEARNING_RATE)
         batches = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), part.pretraining_steps)
         quiet = args.disable_tqdm or args.process_index > 0
@@ -60,8 +61,3 @@ def pretrain(trainer) -> None:
                 dist.broadcast(tensor, 0)
         name = type(part).__name__
         logger.info("%s pre-trained on %d batches, error %.4f", name, part.pretraining_steps, error.detach())
-
-
-def _groups(trainer) -> int:
-    """Anchors of a batch of about as many views as the training's, neighbours included."""
-    return max(1, trainer.args.per_device_train_batch_size // (1 + trainer.args.neighbors_k))

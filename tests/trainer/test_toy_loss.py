@@ -1,6 +1,7 @@
 """A loss that this file defines is a method like those of the package, and nothing else knows of it."""
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from coss_hf import DistillationTrainer
 from coss_hf.losses.base import Citation, DistillationLoss
 from coss_hf.losses.combination import SumLoss
 from coss_hf.losses.coss import CoSSLoss
-from coss_hf.trainer.pretraining import pretraining_images
+from coss_hf.trainer.pretraining import pretrain, pretraining_images
 from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.loss_registry import losses_of_a_test
 
@@ -64,6 +65,16 @@ def test_trains_and_resumes(tmp_path, image_parquet, networks):
         assert not torch.equal(start[f"criterion.{name}"], states[0][f"criterion.{name}"]), name
     assert pretraining_images(trainer) == 2 * 8
     assert trainer.model.head is None, "maps need no head"
+
+
+@pytest.mark.parametrize("k", [0, 2])
+def test_the_teacher_embeds_as_many_images_in_the_pretraining_as_are_counted(tmp_path, image_parquet, networks, k):
+    """With neighbours it embedded fewer than a batch of the training has, and others were counted."""
+    neighbors = (np.arange(48)[:, None] + np.arange(1, 6)) % 48
+    options = {"method": "toy(pretraining_steps=3)", "neighbors_k": k, "neighbors_pool": 5, "neighbors": neighbors}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.small, **options)
+    pretrain(trainer)
+    assert trainer.teacher_images == pretraining_images(trainer) == 3 * 8 * (1 + k)
 
 
 def test_is_a_summand_with_logged_parts(tmp_path, image_parquet, networks):
