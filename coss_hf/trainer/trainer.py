@@ -398,14 +398,21 @@ class DistillationTrainer(Trainer):
         waiting = args.waiting_for_evaluations()
         if wanted == "overlap10" and not waiting:
             return  # the default, which few images do not have
-        names = self.evaluator.metric_names()
-        if self._loss_needs_embeddings_alone() and len(self.evaluator.test_images) >= args.world_size:
-            names.append("loss")
+        names = self._names_of_metrics()
         if wanted not in names:
             remedy = f"choose one of {', '.join(names)}"
             if wanted == "overlap10":
                 remedy = f"{waiting} waits for it: hold out 11 images or more, or {remedy}"
             raise ValueError(f"--metric_for_best_model={wanted} is not measured during this training; {remedy}.")
+
+    def _names_of_metrics(self) -> list[str]:
+        """What evaluations during training measure."""
+        names = self.evaluator.metric_names()
+        if self.full_model.head is None and self.student.dim != self.teacher.dim:
+            names = [name for name in names if name not in ("cosine", "dimension_cosine")]
+        if self._loss_needs_embeddings_alone() and self._size_of_eval_batch(len(self.evaluator.test_images)):
+            names.append("loss")
+        return names
 
     def _check_shared_memory(
         self,
@@ -899,15 +906,18 @@ class DistillationTrainer(Trainer):
     def _eval_loss(self, projected: Tensor) -> float | None:
         """Mean loss over held-out batches of the training size, un-augmented, of which each process takes its part.
 
+        The images are in one random order, the same on all processes and at every evaluation: folders are sorted by
+        class, and a loss that compares the images of a batch would be that of batches of one class.
+
         None with fewer readable images than processes.
         """
         criterion = self.full_model.criterion
         rows = self.evaluator.test_readable.nonzero().flatten()
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
         rank = self.args.process_index
         world = self.args.world_size
-        size = min(self.args.images_per_batch, len(rows)) // world * world
-        compares = any(getattr(part, "couples_images", False) for part in summands(criterion))
-        if size < 1 + compares:  # a batch of one image has nothing to be compared with
+        size = self._size_of_eval_batch(len(rows))
+        if not size:
             return None
         tensors = projected[rows], self.evaluator.teacher_test_features[rows], rows
         batches = [x.to(self.args.device).split(size) for x in tensors]
@@ -921,6 +931,14 @@ class DistillationTrainer(Trainer):
         criterion.train(training)
         # Of a loss of single images, each process knows its own part; of others, each knows that of the full batch.
         return self.accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+
+    def _size_of_eval_batch(self, images: int) -> int:
+        """Images of a held-out batch, of all processes; 0 where these are too few for a loss."""
+        world = self.args.world_size
+        size = min(self.args.images_per_batch, images) // world * world
+        # A batch of one image has nothing to be compared with.
+        compares = any(getattr(part, "couples_images", False) for part in summands(self.full_model.criterion))
+        return size if size >= 1 + compares else 0
 
     @parameter_names()
     def compare(self) -> dict[str, dict]:

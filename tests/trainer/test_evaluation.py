@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -6,6 +7,7 @@ from transformers import AutoModel
 import tests.helpers.runs as h
 from coss_hf.data.loading import load_images
 from coss_hf.evaluation.evaluator import Evaluator
+from coss_hf.losses.coss import CoSSLoss
 
 
 def make_evaluator(splits, teacher):
@@ -110,6 +112,55 @@ def test_training_is_compared_with_an_evaluation_before_its_first_step(tmp_path,
     resumed = [line for line in again.state.log_history if "eval_overlap10" in line]
     assert [line["step"] for line in resumed] == [line["step"] for line in lines]
     assert resumed[0] == lines[0]
+
+
+def test_the_loss_of_held_out_images_is_that_of_mixed_batches(tmp_path, image_parquet, networks):
+    """Folders are sorted by class: batches in their order were of one class, and the last one was left out."""
+
+    class Recording(CoSSLoss):
+        name = None
+        batches = []
+
+        def forward(self, student, teacher, index=None):
+            if not self.training:
+                self.batches.append(index.tolist())
+            return super().forward(student, teacher, index)
+
+    def sorted_by_class(splits, teacher):
+        rows = splits.test.select(np.argsort(splits.test["label"][:], kind="stable"))
+        return Evaluator(teacher, rows, splits.image_column)
+
+    options = {"evaluator": sorted_by_class, "criterion": Recording(), "per_device_train_batch_size": 7}
+    trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, **options)
+    first = trainer.evaluate()["eval_loss"]
+    labels = trainer.evaluator.test_images["label"][:]
+    batches = Recording.batches.copy()
+    assert [len(batch) for batch in batches] == [7, 7, 7], "an incomplete batch has another loss"
+    assert all(len({labels[row] for row in batch}) > 2 for batch in batches)
+    assert {labels[row] for batch in batches for row in batch} == set(labels)
+    assert len({row for batch in batches for row in batch}) == 21
+    assert trainer.evaluate()["eval_loss"] == first and Recording.batches == 2 * batches
+
+
+@pytest.mark.parametrize(("student", "is_measured"), [("small", False), ("resnet", True)])
+@pytest.mark.parametrize("metric", ["cosine", "dimension_cosine"])
+def test_a_cosine_is_no_metric_of_other_dimensions(tmp_path, image_parquet, networks, student, is_measured, metric):
+    """Without a head; the first evaluation ended in a KeyError."""
+
+    def diagnosing(splits, teacher):
+        return Evaluator(teacher, splits.test, splits.image_column, diagnostics=True)
+
+    options = {"evaluator": diagnosing, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    arguments = tmp_path, image_parquet, networks.teacher, getattr(networks, student)
+    if is_measured:
+        trainer = h.make_trainer(*arguments, method="rkd", metric_for_best_model=metric, **options)
+        trainer.train()
+        assert any(f"eval_{metric}" in line for line in trainer.state.log_history)
+        return
+    with pytest.raises(ValueError, match=f"metric_for_best_model={metric} is not measured .* one of overlap10, cka,"):
+        h.make_trainer(*arguments, method="rkd", metric_for_best_model=metric, **options)
+    trainer = h.make_trainer(*arguments, method="coss", metric_for_best_model=metric, **options)  # with a head
+    assert f"eval_{metric}" in trainer.evaluate()
 
 
 def test_evaluation_needs_held_out_images(tmp_path, image_parquet, networks):

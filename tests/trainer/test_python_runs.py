@@ -98,6 +98,11 @@ def test_the_loss_is_no_metric_of_fewer_images_than_processes(make, images, monk
         trainer._check_evaluations()
 
 
+def test_the_loss_of_a_batch_is_no_metric_of_one_image(make, images):  # noqa: F811
+    with pytest.raises(ValueError, match="^metric_for_best_model=loss is not measured"):
+        make(eval_dataset=images.select(range(1)), metric_for_best_model="loss", eval_strategy="steps")
+
+
 def test_a_dry_run_trains_nothing(make, tmp_path, capsys):
     """It trained, with neighbours that were made up."""
     make(dry_run=True, neighbors_k=1, neighbors_pool=4).train()
