@@ -123,6 +123,11 @@ class CRDLoss(FullPrecisionBuffers, DistillationLoss):
         # Of student and teacher; that of 0 until the first call.
         self.register_buffer("log_Z", torch.full((2,), -math.inf))
 
+    @property
+    def Z(self) -> Tensor:
+        """Constants ``Z`` of student and teacher, ``(2,)``; 0 until the first call."""
+        return self.log_Z.exp()
+
     def extra_repr(self) -> str:
         return f"beta={self.beta}, negatives={self.negatives}, temperature={self.temperature}"
 
