@@ -37,10 +37,6 @@ COMPANIONS = ["README.md", "run.json", "report.html", "loss.png", "neighbors.png
 REPLACED = [PROCESSOR, *CODE, *WEIGHTS]
 # Nothing else of a run's folder: training_args.bin, checkpoints and the loss's weights are not published.
 PUBLISHED = ["config.json", PROCESSOR, *WEIGHTS, *COMPANIONS, *sentence_modules.FILES]
-OLD_STUDENT = (
-    "%s was written by an earlier version: its pooler_output may be noise, and sentence-transformers and timm cannot "
-    "load it. coss_hf.Student.from_pretrained('%s').push_to_hub('%s') pushes it with what they need."
-)
 # Transport errors of the library, and what sockets raise below it.
 NETWORK_ERRORS = (httpx.TransportError, ConnectionError, TimeoutError, socket.gaierror, ssl.SSLError)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN, with a token that may write"
@@ -142,9 +138,6 @@ def push(
         if card.is_file():  # its snippet loads the student by name
             text = card.read_text()
             new = renamed(text, repo_id, on_hub=True)
-            is_old = "## Use" in text and "### coss_hf" not in text  # of before cards named each library
-            if is_old and not (folder / sentence_modules.MODULES_FILE).is_file():
-                logger.warning(OLD_STUDENT, folder, folder, repo_id)
         with _errors_as_problems(repo_id), _with_card(folder, new) as place:
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)

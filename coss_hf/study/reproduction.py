@@ -27,13 +27,6 @@ NOT_NEGATIVE = ("finalists", "seeds_of_others", "view_epochs", "dataloader_num_w
 LISTS = ("pairs", "methods", "scales", "eval_at")
 
 
-class MetricNames(tuple):
-    """Names of metrics that also contain their former spelling, ``eval_linear``, without listing it in help."""
-
-    def __contains__(self, name) -> bool:
-        return super().__contains__(str(name).removeprefix("eval_"))
-
-
 @dataclass
 class ReproduceArguments:
     """What to run, and how much of it."""
@@ -80,7 +73,7 @@ class ReproduceArguments:
         default="linear",
         metadata={
             "help": "Metric that chooses the scales and ranks the rows.",
-            "choices": MetricNames(METRICS),
+            "choices": list(METRICS),
         },
     )
     batch_size: int = field(default=128, metadata={"help": "Number of images per step, of students and teachers."})
@@ -144,9 +137,6 @@ class ReproduceArguments:
     save_steps: int = field(
         default=500, metadata={"help": "Number of optimizer steps between the checkpoints of a trial."}
     )
-
-    def __post_init__(self):
-        self.metric = self.metric.removeprefix("eval_")
 
     @property
     def table_pairs(self) -> list[str]:

@@ -4,7 +4,6 @@ import ast
 import base64
 import io
 import json
-import logging
 import re
 import sys
 from importlib import metadata
@@ -247,22 +246,3 @@ def test_files_of_another_student_do_not_stay(tmp_path, monkeypatch):
         "a.md",
     ]
     assert {*filter_repo_objects(there, allow_patterns=given["delete_patterns"])} == {*there[:4]}
-
-
-def test_a_push_of_an_earlier_versions_student_says_what_it_lacks(tmp_path, monkeypatch, caplog):
-    Student(student("vit")).save_pretrained(tmp_path)
-    answers = {
-        "upload_folder": lambda self, **options: type("Commit", (), {"repo_url": "", "oid": ""}),
-        "list_repo_files": lambda self, repo_id, revision: [],
-    }
-    api = type("Api", (), answers)
-    monkeypatch.setattr(pushing, "HfApi", lambda **options: api())
-    monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
-    for use, warns in (("name = 'a'", False), ("### coss_hf", False), ("name = 'a'", True)):
-        if warns:
-            (tmp_path / "modules.json").unlink()
-        (tmp_path / "README.md").write_text(f"# Student\n\n## Use\n\n{use}\n")
-        caplog.clear()
-        with caplog.at_level(logging.WARNING):
-            pushing.push(tmp_path, "me/it")
-        assert ("push_to_hub('me/it')" in caplog.text) == warns

@@ -11,10 +11,8 @@ import datasets
 import pytest
 
 import tests.helpers.runs as h
-from coss_hf.cli import parse
 from coss_hf.cli.pages import load_recipe
 from coss_hf.study.comparison import held_out_size
-from coss_hf.study.reproduction import ReproduceArguments
 from coss_hf.study.trials import UNTRAINED
 from coss_hf.trainer.arguments import DataArguments
 from tests.helpers.processes import Program
@@ -68,14 +66,6 @@ def refused(tmp_path, image_parquet, networks, monkeypatch, capsys):
 def test_reproduce_rejects_invalid_arguments(refused, options, message):
     """Before a teacher is trained."""
     assert message in refused(reproduce, **{"validation_size": 8, "batch_size": 8} | options)
-
-
-@pytest.mark.parametrize("spelling", ["knn20", "eval_knn20"])
-def test_metrics_may_still_be_named_as_in_earlier_versions(monkeypatch, spelling):
-    monkeypatch.setattr(sys, "argv", ["reproduce.py", f"--metric={spelling}", "--validation_size=8"])
-    args, _ = parse((ReproduceArguments, DataArguments))
-    assert args.metric == "knn20"
-    assert ReproduceArguments().metric == "linear"
 
 
 @pytest.mark.parametrize(
