@@ -12,6 +12,7 @@ from types import UnionType
 from typing import Literal, Union, get_args, get_origin
 
 from coss_hf.cli.options import COMMAND_SENTENCES, GROUPS, LAUNCH_OPTIONS, LAUNCHED, NOT_OFFERED, NOT_READ, SENTENCES
+from coss_hf.utils.messages import command_to
 
 PAGES = Path(__file__).parent / "help_texts"
 WIDTH = 100
@@ -42,14 +43,7 @@ def as_launched(page: str, command: str) -> str:
     if not os.environ.get("COSS_HF_COMMAND"):
         for name in LAUNCH_OPTIONS:
             page = re.sub(rf"  --{name} .*\n(?: {{{INDENT}}}.*\n)*", "", page)
-    return page.replace(f"coss-hf {command}", launched_as(command))
-
-
-def launched_as(command: str) -> str:
-    """How the user started this command: ``coss-hf distill`` or ``python recipes/distill.py``."""
-    if os.environ.get("COSS_HF_COMMAND"):
-        return f"coss-hf {command}"
-    return f"python {sys.argv[0]}"
+    return page.replace(f"coss-hf {command}", command_to(command))
 
 
 def render(command: str, document: str, dataclass_types: Iterable[type], everything: bool = False) -> str:
