@@ -343,8 +343,6 @@ class DistillationTrainer(Trainer):
         use_own_trackers(self)
         self.preemption = Preemption()
         self._step_seed = StepSeed(args.seed, args.device)
-        if not args.teacher_cache:  # else where it embeds: it may never have to
-            self.teacher.model.to(args.device)
         if args.torch_compile:
             self._compile_teacher()
         if self.is_fsdp_enabled:
