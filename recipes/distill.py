@@ -36,7 +36,7 @@ def main() -> None:
     with bad_input_exits():
         models, data, args = parse(ARGUMENTS)
         run = build_run(models, data, args)
-    text = describe(run.trainer, run.splits, measure=args.dry_run)
+    text = describe(run.trainer, measure=args.dry_run)
     if args.process_index == 0:
         print(text, flush=True)
     if args.dry_run:

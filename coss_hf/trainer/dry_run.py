@@ -19,12 +19,11 @@ from coss_hf.utils.units import duration, size_in_bytes
 PROBE_IMAGES = 16
 
 
-def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = False) -> str:
+def describe(trainer: DistillationTrainer, measure: bool = False) -> str:
     """Return everything that was resolved, one line each.
 
     Args:
         trainer: not yet started.
-        splits: its images.
         measure: also run a few steps on noise for an estimate of memory and time; weights are left as they were.
     """
     args = trainer.args
@@ -36,8 +35,8 @@ def describe(trainer: DistillationTrainer, splits: ImageSplits, measure: bool = 
         "student": repr(trainer.student),
         "head": _head(trainer.model.head),
         "loss": f"{trainer.method}: {' + '.join(map(repr, summands(trainer.model.criterion)))}",
-        "images": _images(splits),
-        "bad images": _bad_images(splits, args.dry_run),
+        "images": _images(trainer.splits),
+        "bad images": _bad_images(trainer.splits, args.dry_run),
         "views": f"{size}x{size}, augmentation {trainer.train_dataset.augmentation_name}",
         "neighbours": _neighbors(trainer),
         "cache": _cache(trainer),
@@ -66,7 +65,9 @@ def _step(args: DistillationArguments) -> str:
     )
 
 
-def _images(splits: ImageSplits) -> str:
+def _images(splits: ImageSplits | None) -> str:
+    if splits is None:
+        return "those of the views that were given"
     counts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     numbers = {name: f"{len(rows):,}" for name, rows in counts.items() if rows is not None}
     if splits.stream is not None:
@@ -84,7 +85,9 @@ def _head(head: nn.Module | None) -> str:
     return f"{'linear' if len(layers) == 1 else 'mlp'}, {' -> '.join(f'{number:,}' for number in numbers)} numbers"
 
 
-def _bad_images(splits: ImageSplits, dry_run: bool) -> str:
+def _bad_images(splits: ImageSplits | None, dry_run: bool) -> str:
+    if splits is None:
+        return ""
     if not splits.bad_images:
         return f"none among those that were decoded, {DRY_RUN_SAMPLE} of each split at most" if dry_run else ""
     return f"{len(splits.bad_images)} left out: {', '.join(splits.bad_images[:5])}"

@@ -589,7 +589,7 @@ class DistillationTrainer(Trainer):
         from coss_hf.trainer.dry_run import describe  # measures trainers
 
         if self.is_world_process_zero():
-            print(for_reader(describe(self, self.splits, measure=True)), flush=True)
+            print(for_reader(describe(self, measure=True)), flush=True)
         return TrainOutput(0, 0.0, {})
 
     def _claims_output_dir(self) -> bool:

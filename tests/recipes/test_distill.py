@@ -152,9 +152,9 @@ def test_dry_run_resolves_everything_and_writes_nothing(distill_command, capsys)
 def test_dry_run_estimate_leaves_the_weights_alone(distill_command, monkeypatch):
     kept = {}
 
-    def spy(trainer, splits, measure):
+    def spy(trainer, measure):
         before = h.state(trainer)
-        text = describe(trainer, splits, measure)
+        text = describe(trainer, measure)
         kept["same"] = all(torch.equal(before[n], t) for n, t in h.state(trainer).items())
         return text
 

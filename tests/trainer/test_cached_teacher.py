@@ -323,7 +323,7 @@ def test_a_dry_run_says_how_large_it_would_be_and_writes_nothing(world, tmp_path
     networks = str(world / "teacher"), str(world / "vit")
     options = {"teacher_cache": str(tmp_path / "cache"), "view_epochs": 10, "dry_run": True}
     trainer = h.make_trainer(tmp_path, world / "images", *networks, **options)
-    assert f"{tmp_path / 'cache'}: 34.6 kB for 480 views, 10 epochs, float32" in describe(trainer, trainer.splits)
+    assert f"{tmp_path / 'cache'}: 34.6 kB for 480 views, 10 epochs, float32" in describe(trainer)
     assert not (tmp_path / "cache").exists()
 
 

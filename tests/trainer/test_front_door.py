@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -250,6 +251,15 @@ def test_views_that_were_made_otherwise_are_refused(tmp_path, image_parquet, net
     )
     names = ("neighbors_k", "view_size", "augmentation", "view_seed", "view_epochs")
     assert [trainer.arguments[name] for name in names] == [0, 16, "none", 5, 2]
+
+
+def test_a_dry_run_of_views_that_were_given_describes_it(tmp_path, image_parquet, networks, capsys):
+    """It ended in an AttributeError: there are no splits."""
+    views = ViewDataset(coss_hf.load_images(str(image_parquet)).train, "image", "none", 16)
+    args = arguments(tmp_path, augmentation="none", dry_run=True)
+    DistillationTrainer(networks.teacher, networks.resnet, args, views).train()
+    out = capsys.readouterr().out
+    assert re.search(r"\nimages +those of the views that were given\n", out) and "estimate" in out
 
 
 @pytest.mark.parametrize(

@@ -553,7 +553,7 @@ def test_students_of_every_kind(tmp_path, image_parquet, networks, kind, family,
     assert (found.family, found.trained, found.size, found.views) == (family, False, 32, 16)
     assert values(trainer.args, "optim") == (optim,) and trainer.args.num_train_epochs == 100
     assert trainer.arguments["learning_rate"] == trainer.args.learning_rate and args.learning_rate is None
-    assert trainer.settings.table() in describe(trainer, trainer.splits) and trainer.settings.shown
+    assert trainer.settings.table() in describe(trainer) and trainer.settings.shown
     assert trainer.create_optimizer().param_groups[0]["lr"] == trainer.args.learning_rate
 
 

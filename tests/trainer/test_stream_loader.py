@@ -297,7 +297,7 @@ def test_a_dry_run_says_that_it_is_a_stream(tmp_path, networks, monkeypatch):
         str(tmp_path / "out"), num_images=4_000, dry_run=True, use_cpu=True, per_device_train_batch_size=8
     )
     run = build_run(ModelArguments(networks.teacher, networks.resnet), data, args)
-    text = describe(run.trainer, run.splits)
+    text = describe(run.trainer)
     assert "train a stream of 4 shards, validation 8; column 'png', labels 'cls'" in text
     assert "500 steps, 4,000 images seen" in text
 

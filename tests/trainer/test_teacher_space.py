@@ -53,7 +53,7 @@ def prepared(tmp_path, images, teacher: str, student: str, name: str = "out", **
 
 def test_student_in_the_space_of_texts(tmp_path, image_parquet, networks, teacher, monkeypatch, capsys):
     run = prepared(tmp_path, image_parquet, teacher, networks.small, teacher_space="projected")
-    assert "CLIPVisionModel with projection" in describe(run.trainer, run.splits)
+    assert "CLIPVisionModel with projection" in describe(run.trainer)
     run.train()
     record = run.report().record
     assert record["arguments"]["teacher_space"] == "projected"
