@@ -50,7 +50,7 @@ def build_run(models: ModelArguments, data: DataArguments, args: DistillationArg
     trainer.arguments = to_dict(models, data, trainer.args)
     if not args.dry_run:
         trainer.check_checkpoint(checkpoint)
-    return DistillationRun(trainer, splits, checkpoint)
+    return DistillationRun(trainer, checkpoint)
 
 
 @command_line()

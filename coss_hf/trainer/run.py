@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from coss_hf.data.loading import ImageSplits
 from coss_hf.reporting.trackers import report_end_of_run
 from coss_hf.trainer.checkpoint_files import remove_earlier_run
-from coss_hf.trainer.reloading import check_reload
 from coss_hf.trainer.run_results import RunReport
 from coss_hf.trainer.trainer import DistillationTrainer
 from coss_hf.utils.distributed import leave
@@ -20,12 +18,10 @@ class DistillationRun:
 
     Attributes:
         trainer: ready for the first step.
-        splits: the images.
         checkpoint: the one to resume from, checked; None for a fresh start.
     """
 
     trainer: DistillationTrainer
-    splits: ImageSplits
     checkpoint: str | None = None
 
     @command_line()
@@ -49,9 +45,7 @@ class DistillationRun:
         then = "give the same command with --resume_from_checkpoint" if resumable else f"use {command_to('evaluate')}"
         ENDING.remedy = f"The student is saved in {args.output_dir}, but was not evaluated to the end: {then}."
         ENDING.heed()  # a signal of the last step
-        if args.process_index == 0:
-            head = trainer.full_model.head
-            check_reload(args.output_dir, trainer.student, head, self.splits.train, self.splits.image_column)
+        trainer.check_reload(args.output_dir)
 
     @command_line()
     def report(self) -> RunReport:

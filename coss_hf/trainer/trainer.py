@@ -1017,7 +1017,7 @@ class DistillationTrainer(Trainer):
                 super().save_model(output_dir, _internal_call=True)
         if not _internal_call:
             self._write_first_record(output_dir or self.args.output_dir)
-            self._check_reload(output_dir or self.args.output_dir)
+            self.check_reload(output_dir or self.args.output_dir)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
@@ -1032,8 +1032,15 @@ class DistillationTrainer(Trainer):
             write_json(Path(folder, "run.json"), self.record)
         self._recorded_in.add(folder)
 
-    def _check_reload(self, folder: str) -> None:
-        """Load what was saved as anybody would, on the first process, and compare it with the student."""
+    def check_reload(self, folder: str) -> None:
+        """Load what was saved as anybody would, on the first process, and compare it with the student.
+
+        Args:
+            folder: that the student was saved to.
+
+        Raises:
+            NotReloadable: what was saved does not load as the student.
+        """
         if self.is_world_process_zero():
             if self.is_streaming:
                 rows = self.splits.train

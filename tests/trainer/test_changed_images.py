@@ -129,7 +129,7 @@ def test_skip_reaches_the_search_for_neighbours(world, tmp_path, monkeypatch, da
         world(neighbors_k=1, neighbors_pool=3)
     lost.write_bytes(whole["05.png"])
     run = world("skip", neighbors_k=1, neighbors_pool=3)
-    reader = ImageReader(run.splits.train, "image", "skip")
+    reader = ImageReader(run.trainer.splits.train, "image", "skip")
     (stand_in,) = {row for i, row in enumerate(reader.rows_to_read()) if i != row}
     assert run.trainer.train_dataset.neighbors[5][0] == stand_in, "the same image is in both rows"
     run.train()

@@ -340,7 +340,7 @@ def test_a_folder_that_does_not_load_ends_the_run(finished, tmp_path, case):
     damage, message = DAMAGE[case]
     copied = tmp_path / "student"
     shutil.copytree(folder / "out", copied, ignore=shutil.ignore_patterns("_lock"))
-    rest = (run.trainer.student, run.trainer.full_model.head, run.splits.train, run.splits.image_column)
+    rest = (run.trainer.student, run.trainer.full_model.head, run.trainer.splits.train, run.trainer.splits.image_column)
     check_reload(copied, *rest)
     damage(copied)
     before = {path.name: path.read_bytes() for path in copied.iterdir() if path.is_file()}
@@ -358,7 +358,7 @@ def test_missing_images_do_not_fail_the_reload_check(finished, monkeypatch):
 
     run, folder = finished
     monkeypatch.setattr(reloading, "decode", gone)
-    rest = (run.trainer.student, run.trainer.full_model.head, run.splits.train, run.splits.image_column)
+    rest = (run.trainer.student, run.trainer.full_model.head, run.trainer.splits.train, run.trainer.splits.image_column)
     reloading.check_reload(folder / "out", *rest)
 
 
