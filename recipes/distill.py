@@ -21,8 +21,6 @@ if __name__ == "__main__":
     ENDING.install()  # before the imports that take seconds
 
 from coss_hf.cli import bad_input_exits, log_to_console, parse, stopped_run_exits
-from coss_hf.models.loading import has_own_code
-from coss_hf.reporting.closing import closing_summary
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.factory import build_run
@@ -45,10 +43,7 @@ def main() -> None:
         run.train()
         if args.process_index == 0:
             report = run.report()
-            config = run.trainer.student.model.config
-            in_teacher_space = config.teacher_space is not None
-            own_code = has_own_code(config)
-            print(closing_summary(args.output_dir, report.record, in_teacher_space, own_code=own_code), flush=True)
+            print(run.trainer.closing_summary(report.record), flush=True)
             run.publish(report)
 
 

@@ -966,18 +966,19 @@ class DistillationTrainer(Trainer):
         made = self.write_report()
         if made is not None:
             if self.args.log_format == "text":
-                print(self._closing_summary(made.record), flush=True)
+                print(self.closing_summary(made.record, in_python=True), flush=True)
             report_end_of_run(self, made.record, made.neighbors, made.projection)
         return made
 
-    def _closing_summary(self, record: dict) -> str:
+    def closing_summary(self, record: dict, *, in_python: bool = False) -> str:
+        """What is printed at the end of a run: see ``reporting.closing``."""
         return closing_summary(
             self.args.output_dir,
             record,
             in_teacher_space=self.student.model.config.teacher_space is not None,
             from_module=isinstance(self.student.model, ModuleNetwork),
             own_code=has_own_code(self.student.model.config),
-            in_python=True,
+            in_python=in_python,
         )
 
     def write_report(self) -> RunReport | None:

@@ -101,7 +101,7 @@ def test_the_lines_that_use_the_student_run(tmp_path, images, method, call):
     trainer = DistillationTrainer(backbone("own", 1), backbone("own", 2), args, images)
     trainer.train()
     trainer.save_model()
-    text = trainer._closing_summary({"results": {}, "verdict": []})
+    text = trainer.closing_summary({"results": {}, "verdict": []}, in_python=True)
     lines = textwrap.dedent(text.split("Use the student:\n")[1].split("\n\n")[0])
     assert call in lines
     names = {"images": images["image"][:2], "build": NEW["own"]}
