@@ -76,26 +76,24 @@ class EndOfRun:
     tables: dict[str, Table] = field(default_factory=dict)
 
 
-def end_of_run(trainer, record: dict, neighbors=None, projection=None) -> EndOfRun:
+def end_of_run(trainer, report) -> EndOfRun:
     """Collect what trackers keep of a run that has written its report.
 
     Args:
         trainer: a ``DistillationTrainer``.
-        record: what ``run.json`` holds.
-        neighbors: a ``NeighborExamples``.
-        projection: ``teacher`` and ``student`` coordinates ``(n, 2)``, and ``labels`` or None.
+        report: its ``RunReport``.
     """
     folder = Path(trainer.args.output_dir)
     end = EndOfRun(trainer.images_seen)
-    for network, row in record["results"].items():
+    for network, row in report.record["results"].items():
         end.results |= {f"final/{network}/{name}": value for name, value in row.items()}
     end.pictures = {f"pictures/{Path(name).stem}": folder / name for name in PICTURES if (folder / name).is_file()}
     if (folder / "report.html").is_file():
         end.pages["report"] = folder / "report.html"
-    if neighbors is not None:
-        end.tables["neighbors"] = _neighbor_table(neighbors)
-    if projection is not None:
-        end.tables["projection"] = _projection_table(projection)
+    if report.neighbors is not None:
+        end.tables["neighbors"] = _neighbor_table(report.neighbors)
+    if report.projection is not None:
+        end.tables["projection"] = _projection_table(report.projection)
     return end
 
 

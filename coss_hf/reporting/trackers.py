@@ -43,18 +43,16 @@ def end_trackers(trainer) -> None:
         tracker.end()
 
 
-def report_end_of_run(trainer, record: dict, neighbors=None, projection=None) -> None:
+def report_end_of_run(trainer, report) -> None:
     """Hand the end of a run to its trackers; on the first process alone.
 
     Args:
         trainer: a ``DistillationTrainer``.
-        record: what ``run.json`` holds.
-        neighbors: see ``end_of_run``.
-        projection: see ``end_of_run``.
+        report: its ``RunReport``.
     """
     trackers = _own_trackers(trainer)
     if not trackers or not trainer.is_world_process_zero():
         return
-    end = end_of_run(trainer, record, neighbors, projection)
+    end = end_of_run(trainer, report)
     for tracker in trackers:
         tracker.report(end)

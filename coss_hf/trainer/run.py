@@ -65,4 +65,4 @@ class DistillationRun:
             if self.trainer.args.push_to_hub:
                 self.trainer.push_output_dir()
         finally:
-            report_end_of_run(self.trainer, report.record, report.neighbors, report.projection)
+            report_end_of_run(self.trainer, report)

@@ -967,7 +967,7 @@ class DistillationTrainer(Trainer):
         if made is not None:
             if self.args.log_format == "text":
                 print(self.closing_summary(made.record, in_python=True), flush=True)
-            report_end_of_run(self, made.record, made.neighbors, made.projection)
+            report_end_of_run(self, made)
         return made
 
     def closing_summary(self, record: dict, *, in_python: bool = False) -> str:

@@ -21,6 +21,7 @@ from coss_hf.reporting.tracked import grouped
 from coss_hf.reporting.trackers import report_end_of_run
 from coss_hf.study.trials import StudyConfig, Trial, run_trial
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
+from coss_hf.trainer.run_results import RunReport
 from tests.helpers.wandb_reader import artifacts, read, records, tables
 
 SECRETS = ("hf_abcdefghijklmnop", "0123456789" * 4)
@@ -264,7 +265,7 @@ def test_training_continues_without_a_server(
         trainer = h.make_trainer(tmp_path, image_parquet, networks.teacher, networks.resnet, report_to="wandb")
         with caplog.at_level(logging.WARNING):
             trainer.train()
-        report_end_of_run(trainer, {"results": {}})
+        report_end_of_run(trainer, RunReport({"results": {}}, None, None))
         wandb.teardown()
     assert trainer.state.global_step == 6
     (warning,) = [entry.getMessage() for entry in caplog.records if "W&B" in entry.getMessage()]
@@ -286,7 +287,7 @@ def test_a_server_that_is_lost_ends_no_run(tmp_path, image_parquet, networks, wa
     trainer.add_callback(Lose)
     trainer.train()
     assert wandb.run.settings.mode == "online"
-    report_end_of_run(trainer, {"results": {}})
+    report_end_of_run(trainer, RunReport({"results": {}}, None, None))
     assert wandb.run is None and trainer.state.global_step == 6
     wandb.teardown()
     assert [line["train/loss"] for line in read(wandb_folder)[0] if "train/loss" in line]
