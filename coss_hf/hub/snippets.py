@@ -7,6 +7,7 @@ embedding of one image as ``embedding``, and has a line ``name = "..."`` that ``
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -66,6 +67,11 @@ class Subject:
         """What ``config.json`` says of the teacher's space; None where the student is not in it."""
         return getattr(self.student.model.config, "teacher_space", None)
 
+    @cached_property
+    def builder(self) -> str | None:
+        """The function of torchvision that builds the plain module; None where there is none. Networks are built."""
+        return torchvision_name(self.student.model.module) if self.is_module else None
+
 
 @dataclass(frozen=True)
 class Loader:
@@ -76,14 +82,14 @@ class Loader:
         why_not: the reason why it does not give this student's embedding, as a clause; empty where it does;
             ``NOT_MENTIONED`` where the card does not speak of it.
         code: the code, for the card.
-        remark: a sentence or more above the code.
+        remark: a sentence or more above the code, of the student and the code.
         language: of the code.
     """
 
     title: str
     why_not: Callable[[Subject], str | None]
     code: Callable[[Subject], str]
-    remark: Callable[[Subject], str]
+    remark: Callable[[Subject, str], str]
     language: str = "python"
 
 
@@ -100,8 +106,9 @@ def usage(subject: Subject) -> str:
     for loader in LOADERS:
         reason = loader.why_not(subject)
         if reason == "":
-            code = f"```{loader.language}\n{loader.code(subject)}\n```"
-            parts.append(f"### {loader.title}\n\n{loader.remark(subject)}\n\n{code}")
+            code = loader.code(subject)
+            remark = loader.remark(subject, code)
+            parts.append(f"### {loader.title}\n\n{remark}\n\n```{loader.language}\n{code}\n```")
         elif reason is not NOT_MENTIONED:
             reasons.append(f"* {loader.title}: {reason}.")
     if reasons:
@@ -216,8 +223,8 @@ def _pooled(student: Backbone, hidden: str) -> str:
     return f"{hidden}.mean({(1, 2) if layout.channels_last else (2, 3)})"
 
 
-def _transformers_remark(subject: Subject) -> str:
-    text = f"{_needs(_transformers_code(subject), _is_of_timm(subject))}.{_own_space(subject)}"
+def _transformers_remark(subject: Subject, code: str) -> str:
+    text = f"{_needs(code, _is_of_timm(subject))}.{_own_space(subject)}"
     trust = _trust(subject)
     return f"{text} Its code is in this repository (`trust_remote_code`)." if trust else text
 
@@ -242,8 +249,8 @@ extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust(su
 embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)}'''.lstrip()
 
 
-def _pipeline_remark(subject: Subject) -> str:
-    needs = _needs(_pipeline_code(subject), _is_of_timm(subject))
+def _pipeline_remark(subject: Subject, code: str) -> str:
+    needs = _needs(code, _is_of_timm(subject))
     text = f"{needs}. The same embedding from the pipeline of Transformers"
     if _trust(subject):
         return f"{text}. Inference Endpoints do not run its code by themselves: they need a handler of your own."
@@ -292,8 +299,8 @@ embedding = model.encode([image]{options})  # (1, {dim})
 similarity = model.similarity(embedding, embedding)  # cosines'''
 
 
-def _sentence_remark(subject: Subject) -> str:
-    text = _needs(_sentence_code(subject), _is_of_timm(subject))
+def _sentence_remark(subject: Subject, code: str) -> str:
+    text = _needs(code, _is_of_timm(subject))
     if sentence_modules.needs_code(subject.student):
         text += f", and trust in the few lines of `{sentence_modules.CODE_FILE}`, which leave out what is no patch"
     text += f"; {_described_space(subject)}"
@@ -345,8 +352,8 @@ with torch.no_grad():
     embedding = model({pixels})  # {_shape(subject)}'''
 
 
-def _timm_remark(subject: Subject) -> str:
-    return f"{_needs(_timm_code(subject))}; `{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
+def _timm_remark(subject: Subject, code: str) -> str:
+    return f"{_needs(code)}; `{LOCAL}` loads a folder, `{HUB}` from the Hub.{_own_space(subject)}"
 
 
 def _why_no_timm(subject: Subject) -> str | None:
@@ -362,13 +369,12 @@ def _why_no_timm(subject: Subject) -> str | None:
 
 def _module_code(subject: Subject) -> str:
     student = subject.student
-    builder = _torchvision_builder(subject)
     config = student.model.config
     imports = "import torch\n"
     build = f"module = ...  # a {config.architecture}, built as the trained one was"
-    if builder is not None:
+    if subject.builder is not None:
         imports += "import torchvision\n"
-        build = f"module = torchvision.models.{builder}()"
+        build = f"module = torchvision.models.{subject.builder}()"
     without = removal_of_classifier(student.model.module)
     without = f"{without}  # no classifier\n" if without else ""
     return f'''{imports}from PIL import Image
@@ -416,10 +422,10 @@ def _module_expression(student: Backbone) -> str:
     return f"{value}.flatten(1)" if name == "pooler_output" else _pooled(student, value)
 
 
-def _module_remark(subject: Subject) -> str:
+def _module_remark(subject: Subject, code: str) -> str:
     config = subject.student.model.config
     return (
-        f"{_needs(_module_code(subject))}. The student is a state dict in the keys of "
+        f"{_needs(code)}. The student is a state dict in the keys of "
         f"`{config.architecture}`, the module that it was trained from (`model.safetensors`), with its image "
         f"processor.{_own_space(subject)}"
     )
@@ -439,8 +445,7 @@ def _own_trust(subject: Subject) -> str:
 
 def _own_code(subject: Subject) -> str:
     trust = _own_trust(subject)
-    builder = _torchvision_builder(subject)
-    imports = "" if builder is None else "import torchvision\n"
+    imports = "" if subject.builder is None else "import torchvision\n"
     return f'''import coss_hf
 {imports}from PIL import Image
 
@@ -449,10 +454,6 @@ name = "{subject.name}"
 
 {_image(subject)}
 embedding = {"student.encode([image])" if subject.space else f"coss_hf.embed(student, [image]{trust})"}'''
-
-
-def _torchvision_builder(subject: Subject) -> str | None:
-    return torchvision_name(subject.student.model.module) if subject.is_module else None
 
 
 def _own_loading(subject: Subject) -> str:
@@ -471,14 +472,13 @@ def _own_loading(subject: Subject) -> str:
     if subject.space is None:
         load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
     line = f"module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced"
-    builder = _torchvision_builder(subject)
-    if builder is not None:
-        line = f"module = torchvision.models.{builder}()  # its weights are replaced"
+    if subject.builder is not None:
+        line = f"module = torchvision.models.{subject.builder}()  # its weights are replaced"
     return f"{line}{_reading(subject)}\nstudent = {load}"
 
 
-def _own_remark(subject: Subject) -> str:
-    needs = _needs(_own_code(subject), _is_of_timm(subject))
+def _own_remark(subject: Subject, code: str) -> str:
+    needs = _needs(code, _is_of_timm(subject))
     text = f"{needs}; pooling and pre-processing are looked after, many images at once"
     if subject.space is None:
         return f"{text}."
@@ -491,7 +491,7 @@ def _own_remark(subject: Subject) -> str:
 
 
 def _text_code(subject: Subject) -> str:
-    torchvision = "" if _torchvision_builder(subject) is None else "import torchvision\n"
+    torchvision = "" if subject.builder is None else "import torchvision\n"
     revision = subject.space.get("revision")
     given = f', revision="{revision}"' if revision else ""
     return f'''import coss_hf
@@ -517,8 +517,8 @@ embedding = student.encode([image])
 print(student.similarity(embedding, text_embeddings))  # cosines (1, 2)'''
 
 
-def _text_remark(subject: Subject) -> str:
-    needs = _needs(_text_code(subject), _is_of_timm(subject))
+def _text_remark(subject: Subject, code: str) -> str:
+    needs = _needs(code, _is_of_timm(subject))
     return f"{needs}. The teacher embeds the texts, and the student the images."
 
 
@@ -595,9 +595,9 @@ processor = AutoImageProcessor.from_pretrained(name)
 embedding = model(**processor(image, return_tensors="pt")).last_hidden_state  # (1, d), and no tokens'''
 
 
-def _optimum_remark(subject: Subject) -> str:
+def _optimum_remark(subject: Subject, code: str) -> str:
     return (
-        f"{_needs(_optimum_code(subject))}, in releases that Optimum supports; {_exported_space(subject, 'onnx')}. "
+        f"{_needs(code)}, in releases that Optimum supports; {_exported_space(subject, 'onnx')}. "
         f"Optimum knows no output of the name `embedding` and returns it as `last_hidden_state`."
     )
 
@@ -610,7 +610,7 @@ const extractor = await pipeline("image-feature-extraction", name, {{ dtype: "fp
 const embedding = await extractor("photo.jpg"); // (1, d)'''
 
 
-def _transformers_js_remark(subject: Subject) -> str:
+def _transformers_js_remark(subject: Subject, code: str) -> str:
     return (
         f"Needs `@huggingface/transformers`; {_exported_space(subject, 'onnx')}. It takes a name on the Hub; for a "
         f"folder, set `env.localModelPath` to the folder that contains it and `name` to the last part of its path. Its "
@@ -629,9 +629,9 @@ def _exported_space(subject: Subject, kind: str) -> str:
     return _described_space(subject) if exported_with_head(subject.folder, kind) else "the student's own embedding"
 
 
-def _exported_remark(kind: str, code: Callable[[Subject], str]) -> Callable[[Subject], str]:
-    def remark(subject: Subject) -> str:
-        needs = _needs(code(subject), with_timm=is_timm_processor(subject.student.processor))
+def _exported_remark(kind: str) -> Callable[[Subject, str], str]:
+    def remark(subject: Subject, code: str) -> str:
+        needs = _needs(code, with_timm=is_timm_processor(subject.student.processor))
         return f"{needs}; {_exported_space(subject, kind)}."
 
     return remark
@@ -654,9 +654,9 @@ LOADERS = [
     Loader("PyTorch", _only_module, _module_code, _module_remark),
     Loader("coss_hf", lambda subject: "", _own_code, _own_remark),
     Loader("Search by text", _no_text, _text_code, _text_remark),
-    Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx", _onnx_code)),
+    Loader("ONNX Runtime", _exported("onnx"), _onnx_code, _exported_remark("onnx")),
     Loader("Optimum", _why_no_optimum, _optimum_code, _optimum_remark),
     Loader("Transformers.js", _why_no_transformers_js, _transformers_js_code, _transformers_js_remark, "javascript"),
-    Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino", _openvino_code)),
-    Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch", _executorch_code)),
+    Loader("OpenVINO", _exported("openvino"), _openvino_code, _exported_remark("openvino")),
+    Loader("ExecuTorch", _exported("executorch"), _executorch_code, _exported_remark("executorch")),
 ]

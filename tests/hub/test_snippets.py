@@ -36,6 +36,10 @@ def student(network: str, pooling: str = "auto") -> Backbone:
     return Backbone(n.build(network), n.half(), pooling=pooling).freeze()
 
 
+def remark(title: str, given: Subject) -> str:
+    return CODE[title].remark(given, CODE[title].code(given))
+
+
 def subject(made: Backbone, name: str = "me/it", **options) -> Subject:
     return Subject(name, made, None, Path(name), **options)
 
@@ -116,7 +120,7 @@ def test_remarks_name_all_packages_that_their_code_needs(tmp_path, network):
             needed.add("torch")
         if "timm" in network:
             needed.add("timm")
-        sentence = re.match(r"Needs (`[^`]+`(, | and )?)+", loader.remark(given))[0]
+        sentence = re.match(r"Needs (`[^`]+`(, | and )?)+", loader.remark(given, code))[0]
         told = named(re.findall("`([^`]+)`", sentence))
         assert needed <= told | (brought if "coss-hf" in told else set()), loader.title
         assert told <= needed | {"torch"}, loader.title
@@ -137,9 +141,9 @@ def test_an_image_in_base64_as_endpoints_send_it(tmp_path):
 def test_endpoints_are_not_promised_where_they_need_code_or_timm(tmp_path):
     made = student("cifar_resnet")
     made.model.config.auto_map = {"AutoModel": "modeling_cifar_resnet.CifarResNetModel"}
-    text = CODE["Pipeline"].remark(subject(made))
+    text = remark("Pipeline", subject(made))
     assert "Endpoints do not run its code by themselves" in text and "default handler" not in text
-    text = CODE["Pipeline"].remark(subject(timm_student(tmp_path, "timm_resnet")))
+    text = remark("Pipeline", subject(timm_student(tmp_path, "timm_resnet")))
     assert "with `timm` installed" in text and "default handler" not in text
 
 
@@ -197,11 +201,9 @@ def test_a_pushed_card_loads_from_the_hub_whatever_lies_here(tmp_path, monkeypat
 
 def test_the_mean_without_one_token_names_its_size():
     """The number of patches is in the weights of a dense layer."""
-    assert "for images of 32 x 32 pixels alone" in CODE["sentence-transformers"].remark(
-        subject(student("dinov2", "mean"))
-    )
+    assert "for images of 32 x 32 pixels alone" in remark("sentence-transformers", subject(student("dinov2", "mean")))
     for made in (student("dinov2"), student("dinov2_registers", "mean"), student("resnet")):
-        assert "alone" not in CODE["sentence-transformers"].remark(subject(made))
+        assert "alone" not in remark("sentence-transformers", subject(made))
 
 
 def test_a_map_whose_mean_is_pooler_output_needs_no_code(tmp_path):
