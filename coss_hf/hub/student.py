@@ -8,18 +8,16 @@ from pathlib import Path
 import torch
 from huggingface_hub import CommitInfo
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from coss_hf.hub.export_folders import copy_exports, warn_of_stale_exports
 from coss_hf.hub.push import COMPANIONS, PushFailed, push
-from coss_hf.hub.sentence_modules import write_modules
 from coss_hf.hub.snippets import Subject, renewed
+from coss_hf.hub.student_folder import write_student
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import as_image, check_batch_size, embed, naming_image
 from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
 from coss_hf.models.loading import load_backbone
-from coss_hf.models.saving import save_network, save_processor
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.vectors import l2_normalize
 
@@ -194,14 +192,7 @@ class Student(nn.Module):
         if folder.is_file():
             raise ValueError(f"folder={folder} is a file; give the name of a folder.")
         folder.mkdir(parents=True, exist_ok=True)
-        save_network(self.backbone, folder)
-        save_processor(self.backbone.processor, folder)
-        if self.head is None:
-            (folder / HEAD_FILE).unlink(missing_ok=True)  # of another student
-        else:
-            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.head.state_dict().items()}
-            save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt"})
-        write_modules(folder, self.backbone, self.head)
+        write_student(folder, self.backbone, self.head)
         if self._source is not None:
             self._copy_files_of_source(folder)
         warn_of_stale_exports(folder)

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from coss_hf.hub.sentence_modules import write_modules
+from coss_hf.hub.student_folder import write_student, write_tensors
 from coss_hf.models.heads import HEAD_FILE
 from coss_hf.models.modules import ModuleNetwork
-from coss_hf.models.saving import save_network, save_processor
 from coss_hf.trainer.checkpoint_files import newest_complete, publish, staging
 from coss_hf.trainer.distillation_model import DistillationModel
 from coss_hf.trainer.fsdp import load_weights
@@ -127,14 +126,13 @@ class CheckpointWriter:
 
 
 def save_student(
-    folder: str, model: DistillationModel, processor, args: TrainingArguments, state: dict[str, Tensor], step: int
+    folder: str, model: DistillationModel, args: TrainingArguments, state: dict[str, Tensor], step: int
 ) -> None:
     """Write the student with its image processor and, in files of their own, its head and what the loss has learnt.
 
     Args:
         folder: made where it is missing.
         model: what is trained.
-        processor: the student's image processor.
         args: of the training; kept without the Hub's token.
         state: full state dict of ``model``.
         step: number of optimizer steps so far, for the message.
@@ -149,15 +147,8 @@ def save_student(
         parts[part][name] = tensor
         if not tensor.isfinite().all():
             raise NonFiniteLoss(f"{key} is not finite at step {step}: nothing was saved.")
-    save_network(model.student, folder, parts["network"])
-    save_processor(processor, folder)
-    write_modules(folder, model.student, model.head, parts["head"])
-    for part, file in (("head", HEAD_FILE), ("criterion", CRITERION_FILE)):
-        path = Path(folder, file)
-        path.unlink(missing_ok=True)  # of an earlier run in this folder
-        if parts[part]:
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in parts[part].items()}
-            save_file(tensors, path, metadata={"format": "pt"})
+    write_student(folder, model.student, model.head, network_state=parts["network"], head_state=parts["head"])
+    write_tensors(Path(folder, CRITERION_FILE), parts["criterion"])
     torch.save(without_token(args), os.path.join(folder, "training_args.bin"))
 
 

@@ -997,7 +997,6 @@ class DistillationTrainer(Trainer):
         save_student(
             output_dir or self.args.output_dir,
             model,
-            self.processing_class,
             self.args,
             model.state_dict() if state_dict is None else state_dict,
             self.state.global_step,
