@@ -7,7 +7,7 @@ from huggingface_hub import HfApi, metadata_load
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from coss_hf.models.heads import find_student_file
+from coss_hf.models.files import find_file
 from coss_hf.utils.messages import get_logger
 
 logger = get_logger(__name__)
@@ -109,7 +109,7 @@ def _by_text(name: str, revision: str | None) -> tuple[str | None, str | None]:
 
 def _file(name: str, file: str, revision: str | None) -> str | None:
     try:
-        return find_student_file(name, file, revision)
+        return find_file(name, file, revision)
     except (OSError, ValueError) as error:  # no folder, no repository, no network
         logger.debug("%s of %s: %s", file, name, error)
         return None

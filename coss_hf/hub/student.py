@@ -16,7 +16,8 @@ from coss_hf.hub.snippets import Subject, renewed
 from coss_hf.hub.student_folder import write_student
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import as_image, check_batch_size, embed, naming_image
-from coss_hf.models.heads import HEAD_FILE, find_student_file, load_head
+from coss_hf.models.files import find_file
+from coss_hf.models.heads import HEAD_FILE, load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.utils.messages import get_logger
 from coss_hf.utils.vectors import l2_normalize
@@ -205,7 +206,7 @@ class Student(nn.Module):
         source, revision = self._source
 
         def find(name: str) -> str | None:
-            return find_student_file(source, name, revision)
+            return find_file(source, name, revision)
 
         if _has_another_run(folder, source):
             _remove_companions(folder)

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import nn
-from transformers.utils import cached_file
 
+from coss_hf.models.files import find_file
 from coss_hf.utils.messages import first_line
 
 HEADS = ("auto", "none", "linear", "mlp")
@@ -45,28 +44,6 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
     return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
 
 
-def find_student_file(name: str | Path, file: str, revision: str | None = None) -> str | None:
-    """Path of a file in a student's folder or repository on the Hub; None where there is none.
-
-    Raises:
-        ValueError: whether there is one cannot be found out: the Hub does not answer, or refuses.
-    """
-    try:
-        return cached_file(
-            str(name),
-            file,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            # Who works without network means the cache.
-            _raise_exceptions_for_connection_errors=not constants.HF_HUB_OFFLINE,
-        )
-    except OSError as error:
-        raise ValueError(
-            f"{file} of {name} cannot be looked up ({first_line(error)}); try again, or set HF_HUB_OFFLINE=1 to use "
-            f"what is in the cache."
-        ) from error
-
-
 def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:
     """Load the projection head in a student's folder, in evaluation mode; None where there is none.
 
@@ -77,7 +54,7 @@ def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None
     Raises:
         ValueError: the file contains no head of ``projection_head``.
     """
-    path = find_student_file(name, HEAD_FILE, revision)
+    path = find_file(name, HEAD_FILE, revision)
     if path is None:
         return None
     try:

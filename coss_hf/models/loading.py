@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from coss_hf.models.backbone import Backbone, backbone_classes
 from coss_hf.models.cifar.registry import CIFAR_NETWORKS, cifar_config
+from coss_hf.models.files import find_file
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
@@ -589,22 +590,8 @@ def find_processor(
 def _processor_file(name: str, argument: str, hub: dict) -> str | None:
     """Name of the file that describes a checkpoint's image processor; None where it has none."""
     for file in PROCESSOR_FILES:
-        try:
-            found = cached_file(
-                name,
-                file,
-                revision=hub.get("revision"),
-                local_files_only=hub.get("local_files_only", False),
-                _raise_exceptions_for_missing_entries=False,
-                # Who works without network means the cache.
-                _raise_exceptions_for_connection_errors=not constants.HF_HUB_OFFLINE,
-            )
-        except OSError as error:
-            raise ValueError(
-                f"{flag(argument)}={name}: whether it has a {file} cannot be found out ({first_line(error)}); try "
-                f"again, or set HF_HUB_OFFLINE=1 to use what is in the cache."
-            ) from error
-        if found is not None:
+        options = {"local_files_only": hub.get("local_files_only", False), "given": f"{flag(argument)}={name}"}
+        if find_file(name, file, hub.get("revision"), **options) is not None:
             return file
     return None
 

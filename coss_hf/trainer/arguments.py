@@ -12,7 +12,7 @@ from coss_hf.data.loading import ImageSplits, load_images
 from coss_hf.data.run_images import RunImages
 from coss_hf.data.streams import load_stream
 from coss_hf.models.backbone import Backbone
-from coss_hf.models.heads import find_student_file
+from coss_hf.models.files import find_file
 from coss_hf.models.loading import DTYPES, INITS, load_backbone
 from coss_hf.models.towers import SPACES
 from coss_hf.neighbors.options import SearchOptions
@@ -121,7 +121,7 @@ class ModelArguments:
 
         What was given stands, and of the teacher nothing is taken over where it is another one.
         """
-        record = find_student_file(self.student, "run.json", self.student_revision)
+        record = find_file(self.student, "run.json", self.student_revision)
         run = read_json(record).get("arguments", {}) if record else {}
         names = ["student_size", "student_pooling", "student_dtype", "interpolate_pos_encoding"]
         if same_place(run.get("teacher"), self.teacher):
@@ -265,7 +265,7 @@ class DataArguments(SearchOptions):
         Raises:
             ValueError: the run's record is there and cannot be read.
         """
-        record = find_student_file(student, "run.json", revision)
+        record = find_file(student, "run.json", revision)
         run = read_json(record) if record else {}
         given = run.get("arguments", {})
         followed = copy.copy(self)

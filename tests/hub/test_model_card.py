@@ -192,7 +192,7 @@ def test_a_licence_that_the_hub_does_not_give_is_not_stated(tmp_path, monkeypatc
     def lost(*arguments):
         raise ValueError("LICENSE cannot be read: the Hub does not answer")
 
-    monkeypatch.setattr("coss_hf.hub.licences.find_student_file", lost)
+    monkeypatch.setattr("coss_hf.hub.licences.find_file", lost)
     assert model_card.licence_of(str(tmp_path))[0] is None
 
 

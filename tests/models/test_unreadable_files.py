@@ -12,12 +12,13 @@ import pytest
 import transformers.utils.hub
 from transformers import AutoModel
 
-import coss_hf.models.heads
+import coss_hf.models.files
 import tests.helpers.runs as h
 from coss_hf.cli.parser import parse
 from coss_hf.models.cifar.classifier import load_classifier
 from coss_hf.models.classifier_head import find_classifier
-from coss_hf.models.heads import find_student_file, load_head
+from coss_hf.models.files import find_file
+from coss_hf.models.heads import load_head
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 
@@ -71,10 +72,10 @@ def test_unreachable_hub_is_not_reported_as_missing_file(monkeypatch, networks):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", no_answer)
-    monkeypatch.setattr(coss_hf.models.heads.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(coss_hf.models.files.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises((ValueError, ConnectionError), match="no route"):
-        find_student_file("somebody/student", "head.safetensors")
-    assert find_student_file(networks.small, "head.safetensors") is None
+        find_file("somebody/student", "head.safetensors")
+    assert find_file(networks.small, "head.safetensors") is None
 
 
 def test_a_broken_head_is_refused(tmp_path):
