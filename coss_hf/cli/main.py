@@ -13,6 +13,7 @@ import coss_hf
 from coss_hf.cli.options import LAUNCHED, STUDIES
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.reporting.run_record import hide_secrets
+from coss_hf.utils.messages import did_you_mean
 
 COMMANDS = {
     "distill": "Distil a teacher into a student, without labels.",
@@ -54,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     command = argv.pop(0)
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(difflib.get_close_matches(command, COMMANDS, n=1))
         _fail(f"{command!r} is no command of coss-hf.{hint} See coss-hf --help.")
     if command == "env":
         from coss_hf.cli.environment import environment

@@ -15,7 +15,7 @@ from coss_hf.cli.options import DEFAULTS
 from coss_hf.cli.paths import expand_word
 from coss_hf.cli.shipped import find_yaml, folder
 from coss_hf.study.single_run import refusal
-from coss_hf.utils.messages import command_line
+from coss_hf.utils.messages import command_line, did_you_mean
 
 # What other libraries call an argument.
 OTHER_NAMES = {
@@ -93,7 +93,7 @@ def parse(dataclass_types, argv: list[str] | None = None, single_run: Sequence[s
         raise
     for word in unknown:
         close = _meant(word.lstrip("-").split("=")[0], known, single_run)
-        hint = f" Did you mean --{' or --'.join(close)}?" if close else " See --help."
+        hint = did_you_mean(f"--{name}" for name in close) or " See --help."
         raise ValueError(f"{word} is no argument of this command.{hint}")
     return tuple(parsed)
 

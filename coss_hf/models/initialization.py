@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.towers import ProjectedTower
-from coss_hf.utils.messages import flag, get_logger
+from coss_hf.utils.messages import did_you_mean, flag, get_logger
 
 logger = get_logger(__name__)
 
@@ -19,9 +19,8 @@ def rebuild_config(config, changes: dict, argument: str):
     known = config.to_dict()
     for key in changes:
         if key not in known and key not in config.attribute_map:
-            close = difflib.get_close_matches(key, known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else "."
-            raise ValueError(f"{given}: {type(config).__name__} has no entry {key!r}{hint}")
+            hint = did_you_mean(difflib.get_close_matches(key, known, n=3))
+            raise ValueError(f"{given}: {type(config).__name__} has no entry {key!r}.{hint}")
     # Stages are named and numbered by depth, for uses other than as a backbone.
     kept = {key: value for key, value in known.items() if key not in ("stage_names", "out_features", "out_indices")}
     try:

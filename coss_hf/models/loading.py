@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -25,7 +25,8 @@ from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
 from coss_hf.models.towers import check_space, find_tower, vision_config_of, without_shared_space
-from coss_hf.utils.messages import first_line, flag, get_logger, parameter_names
+from coss_hf.utils.hub_lookup import cached_names, search, similar_names
+from coss_hf.utils.messages import did_you_mean, first_line, flag, get_logger, parameter_names
 from coss_hf.utils.packages import MissingPackage, check_extra
 
 logger = get_logger(__name__)
@@ -175,7 +176,7 @@ def _build(name: str, config, overrides: dict, argument: str, options: dict) -> 
 
             close = difflib.get_close_matches(str(config.architecture), timm.list_models(), n=3)
             if config.architecture not in close:
-                hint = f" Did you mean architecture={' or '.join(close)}?" if close else ""
+                hint = did_you_mean(f"architecture={found}" for found in close)
         raise ValueError(
             f"{given}: {type(config).__name__} cannot be built so ({first_line(error)}); correct the values.{hint}"
         ) from error
@@ -474,8 +475,6 @@ def _check_packages(config, given: str) -> None:
 
 def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> ValueError:
     """An error that suggests names of this package, the parent folder, the local cache and, if it answered, the Hub."""
-    from coss_hf.utils.hub_lookup import similar_names  # imports `datasets`
-
     text = f"{flag(argument)}={name} {reason}."
     if _is_architecture(name):
         return ValueError(
@@ -491,13 +490,10 @@ def _unknown(name: str, argument: str, reason: str, ask_hub: bool = False) -> Va
     parent = Path(name).parent
     if parent.is_dir():
         names += [str(parent / entry.name) for entry in parent.iterdir() if entry.is_dir()]
-    cached = Path(constants.HF_HUB_CACHE).glob("models--*")
-    names += [folder.name.removeprefix("models--").replace("--", "/") for folder in cached]
+    names += cached_names("models")
     if ask_hub:
-        names += _search_hub(name)
-    similar = similar_names(name, names)
-    hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
-    return ValueError(text + hint)
+        names += search("models", name)
+    return ValueError(text + did_you_mean(similar_names(name, names)))
 
 
 def _timm_architecture(name: str) -> str:
@@ -508,14 +504,6 @@ def _timm_architecture(name: str) -> str:
 
     found = re.sub(r"^(hf[-_]hub:|timm[:/])+", "", name).split(".")[0]
     return found if found in timm.list_models() else ""
-
-
-def _search_hub(name: str) -> list[str]:
-    try:
-        return [model.id for model in HfApi().list_models(search=Path(name).name, limit=20)]
-    except Exception as error:  # a suggestion is not worth another error
-        logger.debug("no suggestions from the Hub: %s", error)
-        return []
 
 
 def _is_architecture(name: str) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from coss_hf.features import Features
 from coss_hf.models.pooling import is_channels_last
-from coss_hf.utils.messages import first_line, first_names, flag, get_logger
+from coss_hf.utils.messages import did_you_mean, first_line, first_names, flag, get_logger
 
 logger = get_logger(__name__)
 
@@ -108,8 +108,7 @@ class ModuleNetwork(nn.Module):
         names = dict(self.module.named_modules())
         for name in self.maps or ():
             if name not in names:
-                close = difflib.get_close_matches(name, names, n=3)
-                hint = f" Did you mean {' or '.join(close)}?" if close else ""
+                hint = did_you_mean(difflib.get_close_matches(name, names, n=3))
                 raise ValueError(f"maps: {self.name_or_path} has no submodule {name!r}.{hint}")
 
     @property

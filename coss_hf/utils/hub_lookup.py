@@ -1,13 +1,12 @@
-"""Whether the Hub has a dataset, before `datasets` loads it, and similar names where it has not."""
+"""Whether the Hub has a dataset, before `datasets` loads it; similar names of datasets and models."""
 
 from difflib import SequenceMatcher
 from pathlib import Path
 
-import datasets
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
-from coss_hf.utils.messages import get_logger
+from coss_hf.utils.messages import did_you_mean, get_logger
 
 logger = get_logger(__name__)
 
@@ -25,7 +24,7 @@ def find_dataset(dataset: str, revision: str | None) -> list[str]:
     Raises:
         ValueError: an unknown dataset (similar names from its folder, the cache and the Hub are given), or no network.
     """
-    cached = _cached_datasets()
+    cached = cached_names("datasets")
     parent = Path(dataset).expanduser().parent
     names = list(cached)
     if parent.is_dir():
@@ -42,7 +41,7 @@ def find_dataset(dataset: str, revision: str | None) -> list[str]:
         raise _unknown(dataset, "no such file or folder", names) from error
     except RepositoryNotFoundError as error:
         reason = "no such file or folder, nor a dataset on the Hub (if it is private: `hf auth login`)"
-        raise _unknown(dataset, reason, names + _search_hub(dataset)) from error
+        raise _unknown(dataset, reason, names + search("datasets", dataset)) from error
     except Exception as error:  # no network, in the words of whichever HTTP library huggingface_hub uses
         if dataset not in cached:
             reason = f"no such file or folder, and the Hub cannot be asked for it ({str(error).splitlines()[0]})"
@@ -52,25 +51,40 @@ def find_dataset(dataset: str, revision: str | None) -> list[str]:
     return [file.rfilename for file in getattr(info, "siblings", None) or []]
 
 
-def _cached_datasets() -> list[str]:
-    hub_cache = Path(constants.HF_HUB_CACHE)
-    cache = Path(datasets.config.HF_DATASETS_CACHE)
-    names = [folder.name.removeprefix("datasets--").replace("--", "/") for folder in hub_cache.glob("datasets--*")]
-    return names + [folder.name.replace("___", "/") for folder in cache.glob("*___*")]
+def cached_names(kind: str) -> list[str]:
+    """Names of what is in the caches.
+
+    Args:
+        kind: ``models`` or ``datasets``.
+    """
+    folders = Path(constants.HF_HUB_CACHE).glob(f"{kind}--*")
+    names = [folder.name.removeprefix(f"{kind}--").replace("--", "/") for folder in folders]
+    if kind == "datasets":
+        import datasets  # takes a second
+
+        prepared = Path(datasets.config.HF_DATASETS_CACHE).glob("*___*")
+        names += [folder.name.replace("___", "/") for folder in prepared]
+    return names
 
 
-def _search_hub(dataset: str) -> list[str]:
+def search(kind: str, name: str) -> list[str]:
+    """Names that the Hub's search finds for the last part of a name; none where it does not answer.
+
+    Args:
+        kind: ``models`` or ``datasets``.
+        name: the name that is not there.
+    """
     try:
-        return [found.id for found in HfApi().list_datasets(search=dataset.split("/")[-1], limit=20)]
+        api = HfApi()
+        ask = api.list_models if kind == "models" else api.list_datasets
+        return [found.id for found in ask(search=Path(name).name, limit=20)]
     except Exception as error:  # a suggestion is not worth another error
         logger.debug("No suggestions from the Hub: %s", error)
         return []
 
 
 def _unknown(dataset: str, reason: str, names: list[str]) -> ValueError:
-    similar = similar_names(dataset, names)
-    hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
-    return ValueError(f"--dataset {dataset}: {reason}.{hint}")
+    return ValueError(f"--dataset {dataset}: {reason}.{did_you_mean(similar_names(dataset, names))}")
 
 
 def similar_names(wanted: str, names: list[str], count: int = 3) -> list[str]:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from coss_hf.utils.errors import RunStopped
@@ -171,6 +171,17 @@ def check_present(**values) -> None:
     if missing:
         listed = " and ".join(part for part in (", ".join(missing[:-1]), missing[-1]) if part)
         raise ValueError(f"{listed} {'is' if len(missing) == 1 else 'are'} missing; see --help.")
+
+
+def did_you_mean(names: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the names that it may mean; empty without any.
+
+    Example:
+        >>> did_you_mean(["cifar10", "cifar100"])
+        ' Did you mean cifar10 or cifar100?'
+    """
+    listed = " or ".join(names)
+    return f" Did you mean {listed}?" if listed else ""
 
 
 def first_line(error: Exception) -> str:

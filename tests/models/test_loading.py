@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import coss_hf.models.loading
+import coss_hf.utils.hub_lookup
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetModel
 from coss_hf.models.cifar.registry import cifar_config
@@ -144,7 +145,7 @@ def test_random_weights_of_a_checkpoints_architecture(world):
 def test_overrides_are_checked(world):
     both = {"init": "random", "config_overrides": {"hidden_sise": 8}}
     message = refused("^--student_config_overrides: ViTConfig has no entry 'hidden_sise'", world / "vit", **both)
-    assert "did you mean hidden_size" in message
+    assert "Did you mean hidden_size" in message
     both["config_overrides"] = {"hidden_size": "wide"}
     refused("^--student_config_overrides=.*ViTConfig refuses this", world / "vit", **both)
     both = {"config_overrides": {"hidden_size": 64}}
@@ -283,7 +284,8 @@ def test_what_the_hub_answers(error, revision, match, monkeypatch, caplog):
         def list_models(self, search, limit):
             return [type("Model", (), {"id": "google/vit-base-patch16-224"}), type("Model", (), {"id": "vit-base"})]
 
-    monkeypatch.setattr(coss_hf.models.loading, "HfApi", Hub)
+    for module in (coss_hf.models.loading, coss_hf.utils.hub_lookup):
+        monkeypatch.setattr(module, "HfApi", Hub)
     message = refused(match, "google/vit-bse", revision=revision)
     # A Hub that did not answer is not asked again: its client would retry for half a minute.
     assert ("Did you mean vit-base" in message) == (error is RepositoryNotFoundError)
@@ -375,7 +377,7 @@ def test_a_network_of_timm_without_weights_is_named(name):
 @pytest.mark.parametrize(
     ("name", "overrides", "message"),
     [
-        ("vit", {"hiden_size": 16}, "has no entry 'hiden_size'; did you mean hidden_size"),
+        ("vit", {"hiden_size": 16}, "has no entry 'hiden_size'. Did you mean hidden_size"),
         ("vit", {"hidden_size": "large"}, "^--student_config_overrides={'hidden_size': 'large'}"),
         ("vit", {"patch_size": 0}, "^--student_config_overrides={'patch_size': 0}: ViTConfig cannot be built"),
         ("timm_wrapper", {"architecture": "mobilenetv3_smal_050"}, "Did you mean architecture=.*mobilenetv3_small_050"),
