@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from coss_hf.evaluation.diagnostics import overlap_on
+
 
 class Unit(NamedTuple):
     """How values of a metric are written.
@@ -78,3 +80,15 @@ def table(results: dict[str, dict]) -> str:
     ]
     rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def sample_of_overlap(record: dict) -> str:
+    """A sentence, after a space, on how many images the overlap of a table was measured; empty where none was.
+
+    The evaluations during training may use others.
+
+    Args:
+        record: what ``run.json`` holds.
+    """
+    images = record.get("evaluated_images")
+    return f" {overlap_on(images)}" if images else ""

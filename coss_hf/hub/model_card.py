@@ -5,9 +5,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
-from coss_hf.evaluation.diagnostics import overlap_on
 from coss_hf.evaluation.retrieval import MAX_QUERIES
-from coss_hf.evaluation.tables import table
+from coss_hf.evaluation.tables import sample_of_overlap, table
 from coss_hf.hub.export_folders import warn_of_stale_exports
 from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.hub.snippets import Subject, is_loaded_by, usage
@@ -183,11 +182,6 @@ def _training(trainer, arguments: dict, record: dict, revision: str | None, lice
     return f"| | |\n|---|---|\n{rows}"
 
 
-def _sample(record: dict) -> str:
-    images = record.get("evaluated_images")
-    return f" {overlap_on(images)}" if images else ""
-
-
 def _evaluation(record: dict, folder: Path) -> list[str]:
     results = record.get("results")
     if not results:
@@ -196,7 +190,8 @@ def _evaluation(record: dict, folder: Path) -> list[str]:
     parts = [
         f"## Evaluation\n\nOf images that were not trained on{split}, in %; `random` is the student at random "
         f"weights, `overlap` the share of an image's nearest neighbours that the teacher has, too, `mAP` of "
-        f"{MAX_QUERIES:,} of the images at most.{_sample(record)} More figures in `run.json`.\n\n{table(results)}"
+        f"{MAX_QUERIES:,} of the images at most.{sample_of_overlap(record)} More figures in `run.json`.\n\n"
+        f"{table(results)}"
     ]
     if (folder / "neighbors.png").is_file():
         parts.append("![Images with their nearest neighbours in both spaces](neighbors.png)")

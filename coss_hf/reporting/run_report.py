@@ -13,7 +13,7 @@ from coss_hf.evaluation.diagnostics import MIN_IMAGES, alarms, evaluations, few_
 from coss_hf.evaluation.knn import nearest
 from coss_hf.evaluation.projection import planes
 from coss_hf.evaluation.retrieval import MAX_QUERIES
-from coss_hf.evaluation.tables import cells
+from coss_hf.evaluation.tables import cells, sample_of_overlap
 from coss_hf.reporting.html_page import code, heading, html_table, image, page, paragraph
 from coss_hf.reporting.plots import loss_curve, neighbor_picture, panel_curves, projection_picture
 from coss_hf.reporting.run_record import command, versions, write_json
@@ -217,12 +217,6 @@ def summary(
     return [f"{first}: {measured}.", *([few] if few else []), *found]
 
 
-def _sample(record: dict) -> str:
-    """On how many images the overlap of a table was measured: the evaluations during training may use others."""
-    images = record.get("evaluated_images")
-    return f" {overlap_on(images)}" if images else ""
-
-
 def write_page(output_dir, trainer, record: dict) -> None:
     """Write ``report.html``: what ``run.json`` and the pictures hold, on one page that needs no other file.
 
@@ -242,7 +236,7 @@ def write_page(output_dir, trainer, record: dict) -> None:
         parts.append(
             paragraph(
                 f"On images that were not trained on (split {record['evaluated_on']}), in %, cosine in [-1, 1]; mAP: "
-                f"of {MAX_QUERIES:,} of them at most; random: the student at random weights.{_sample(record)}"
+                f"of {MAX_QUERIES:,} of them at most; random: the student at random weights.{sample_of_overlap(record)}"
             )
         )
     for name, title, caption in PICTURES:
