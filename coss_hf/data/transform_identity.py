@@ -1,6 +1,5 @@
 """What tells two augmentations apart: their code and options, and what they make of a few images."""
 
-import re
 from collections.abc import Callable
 from hashlib import blake2b
 
@@ -8,7 +7,7 @@ import numpy as np
 from datasets.fingerprint import Hasher
 from PIL import Image
 
-from coss_hf.utils.code_identity import code_identity
+from coss_hf.utils.code_identity import code_identity, without_addresses
 from coss_hf.utils.randomness import keeping_generators, seed_generators
 
 TRIES = 6  # draws for each test image
@@ -90,4 +89,4 @@ def _state(transform: Callable) -> str:
     try:
         return Hasher.hash(transform)
     except Exception:  # of objects that cannot be pickled
-        return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(transform))
+        return without_addresses(repr(transform))

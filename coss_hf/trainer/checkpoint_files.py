@@ -40,6 +40,7 @@ NOT_ALWAYS_KNOWN = (
     "--adam_epsilon",
 )
 CODE = (TEACHER_CODE, TRANSFORM_CODE)
+BEST = "best"
 LOCK = "_lock"
 STAGING = "unfinished-"
 REPLACED = "replaced-"
@@ -97,7 +98,7 @@ def lock_output_dir(output_dir: str | Path) -> None:
 def recover(output_dir: str | Path) -> None:
     """Puts a run's folder in order after a crash: what was half written goes, what was half replaced comes back."""
     folder = Path(output_dir)
-    names = ("checkpoint-*", "best")
+    names = ("checkpoint-*", BEST)
     for replaced in [path for name in names for path in folder.glob(REPLACED + name)]:
         checkpoint = replaced.with_name(replaced.name.removeprefix(REPLACED))
         if checkpoint.exists():
@@ -165,7 +166,7 @@ def remove_earlier_run(args: TrainingArguments, asked: str | bool | None) -> Non
     The newest checkpoint would be resumed from, and an ONNX file would be taken for the new student's.
     """
     if args.overwrite_output_dir and not asked and args.process_index == 0:
-        for name in ("checkpoint-*", "best"):
+        for name in ("checkpoint-*", BEST):
             for old in Path(args.output_dir).glob(name):
                 shutil.rmtree(old)
         remove_exports(args.output_dir)

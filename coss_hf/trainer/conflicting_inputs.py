@@ -1,12 +1,12 @@
 """Inputs of a trainer of which one would take the place of another without a word; and what workers cannot load."""
 
-import multiprocessing
 import pickle
 from collections.abc import Callable
 
 from coss_hf.data.loading import ImageSplits
 from coss_hf.data.views import ViewDataset
 from coss_hf.trainer.arguments import DataArguments
+from coss_hf.trainer.settings import start_method
 from coss_hf.trainer.training_args import DistillationArguments
 from coss_hf.utils.messages import first_line
 
@@ -106,7 +106,7 @@ def check_workers_load(args: DistillationArguments, transform: str | Callable | 
         ValueError: workers are not forked, and the transform cannot be pickled.
     """
     context = getattr(args, "dataloader_multiprocessing_context", None)  # not in versions at the floor
-    method = context or multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    method = context or start_method()
     # Left out, their number becomes 0 where they are not forked by default.
     has_workers = args.dataloader_num_workers or (args.dataloader_num_workers is None and context)
     if not callable(transform) or method == "fork" or not has_workers:

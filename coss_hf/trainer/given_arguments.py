@@ -168,7 +168,12 @@ def _same(value, default) -> bool:
 
 
 def _text(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(getattr(value, "value", value))
+    return " ".join(map(str, value)) if isinstance(value, list) else str(plain(value))
+
+
+def plain(value):
+    """The value of a member of an enumeration; anything else as it is."""
+    return getattr(value, "value", value)
 
 
 def refused(given: dict[str, object], names: tuple[str, ...], problem: str, error: Exception) -> ValueError:

@@ -18,6 +18,7 @@ from coss_hf.models.architecture import family, is_trained
 from coss_hf.models.backbone import Backbone
 from coss_hf.trainer import default_settings as table
 from coss_hf.trainer.checkpoint_files import RECORD
+from coss_hf.trainer.given_arguments import plain
 from coss_hf.trainer.training_args import BY_METRIC, DistillationArguments
 from coss_hf.utils.cores import processes_on_machine, usable_cores
 from coss_hf.utils.messages import get_logger
@@ -251,7 +252,7 @@ def fill(
 
 def _warn_of_no_effect(args) -> None:
     """Name the options that were given and that this run does not read."""
-    optim = str(getattr(args.optim, "value", args.optim))
+    optim = _optimizer_name(args.optim)
     by_method = [inspect.signature(LOSSES[method.name]).parameters for method in args.methods]
     unread = {
         "momentum": not _is_sgd(optim) and f"with --optim {optim}",
@@ -324,7 +325,7 @@ def _like_adam(usual: table.StartingValues) -> table.StartingValues:
 
 
 def _optimizer_name(optim) -> str:
-    return str(getattr(optim, "value", optim))
+    return str(plain(optim))
 
 
 def _rate(usual: table.StartingValues, situation: Situation) -> Filled:
@@ -411,14 +412,17 @@ def _of_loader(args, situation: Situation) -> dict[str, Filled]:
     return found
 
 
+def start_method() -> str:
+    """How this process starts others; asked so that the caller can still choose another way."""
+    return multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+
+
 def _workers(args, situation: Situation) -> Filled:
     least = 1 if args.dataloader_persistent_workers or args.dataloader_prefetch_factor else 0
     if situation.images is None:
         return Filled(least, "the order of a stream depends on the workers, and must not depend on the machine")
-    # Asked so that the caller can still choose another one.
-    method = multiprocessing.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     # Versions of Transformers at the floor do not have this option.
-    if method != "fork" and not getattr(args, "dataloader_multiprocessing_context", None):
+    if start_method() != "fork" and not getattr(args, "dataloader_multiprocessing_context", None):
         return Filled(least, "workers of this system are not forked, and may not be able to load these images")
     count = max(most_workers(args, situation), least)
     cores = f"{situation.cores} core{'s' if situation.cores > 1 else ''}"
@@ -492,7 +496,7 @@ def recorded_settings(checkpoint: str | Path | None) -> dict[str, object] | None
 
 def values_to_record(args: DistillationArguments) -> dict[str, object]:
     """The values of all settings of a run, given or filled, for its checkpoints; JSON can hold them."""
-    values = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in table.PAPER}
+    values = {name: plain(getattr(args, name)) for name in table.PAPER}
     if args.max_steps > 0 or args.num_images is not None:
         values["num_train_epochs"] = None  # decides nothing
     values |= {name: getattr(args, name, None) for name in OPTIONS_OF_OPTIMIZER}

@@ -50,6 +50,7 @@ from coss_hf.trainer.callbacks.epoch import EpochCallback, StreamCallback
 from coss_hf.trainer.callbacks.preemption import Preemption
 from coss_hf.trainer.callbacks.waiting import WaitingCallback
 from coss_hf.trainer.checkpoint_files import (
+    BEST,
     RECORD,
     STEPS_OF_EPOCH,
     TEACHER_CODE,
@@ -73,7 +74,7 @@ from coss_hf.trainer.conflicting_inputs import check_data
 from coss_hf.trainer.distillation_model import DistillationModel, loss_argument, try_criterion, uses_maps
 from coss_hf.trainer.engine import synchronise_batch_norm, use_channels_last, use_precision
 from coss_hf.trainer.fsdp import broadcast_buffers, gather, is_sharded, name_blocks, unsharded_copy, unshare
-from coss_hf.trainer.given_arguments import instead_of_arguments
+from coss_hf.trainer.given_arguments import instead_of_arguments, plain
 from coss_hf.trainer.given_optimizer import complete_optimizer
 from coss_hf.trainer.gradient_accumulation import attach_other_totals, check_deterministic_forward, scale_gradient
 from coss_hf.trainer.inputs import Prepared, RunInputs, TrainerInputs, evaluator_of, find_neighbors, resolve_inputs
@@ -105,8 +106,6 @@ from coss_hf.utils.randomness import StepSeed
 from coss_hf.utils.shared_memory import check_shared_memory
 
 logger = get_logger(__name__)
-
-BEST = "best"
 
 
 class DistillationTrainer(Trainer):
@@ -552,7 +551,7 @@ class DistillationTrainer(Trainer):
     def _take_recorded_settings(self, checkpoint: str | None) -> None:
         """Those of the run to be resumed; before its checkpoint is compared, since a stream's workers have places."""
         taken = take_over(self.args, self.settings, recorded_settings(checkpoint))
-        self.arguments |= {name: getattr(value, "value", value) for name, value in taken.items()}
+        self.arguments |= {name: plain(value) for name, value in taken.items()}
         if self.is_streaming and self.train_dataset.workers != self.args.dataloader_num_workers:
             self.train_dataset.workers = self.args.dataloader_num_workers
             self._identity = None

@@ -25,6 +25,7 @@ from coss_hf.trainer.given_arguments import (
     check_order_of_images,
     check_unused,
     given,
+    plain,
     recording_derived,
     refused,
     resolve_saving,
@@ -365,7 +366,7 @@ class DistillationArguments(TrainingArguments):
         left_out = self.stood_in = self.left_out
         self._stand_in(left_out)
         resolve_saving(self, "epoch")
-        strategy = str(getattr(self.eval_strategy, "value", self.eval_strategy))
+        strategy = str(plain(self.eval_strategy))
         # How often is decided where the images are known; without held-out images there is no evaluation.
         self.evaluates_by_default = strategy == "steps" and not self.eval_steps
         if self.evaluates_by_default and self.load_best_model_at_end:
@@ -398,7 +399,7 @@ class DistillationArguments(TrainingArguments):
     def _check_settings(self) -> None:
         if self.settings not in SETTINGS:
             raise ValueError(f"--settings={self.settings!r} is unknown: choose one of {', '.join(SETTINGS)}.")
-        optim = str(getattr(self.optim, "value", self.optim or PAPER["optim"]))
+        optim = str(plain(self.optim or PAPER["optim"]))
         if self.deepspeed and "sgd" not in optim and self.learning_rate is None:
             raise ValueError(
                 f"--deepspeed with --optim={optim}: DeepSpeed is set up before the student is known, with a learning "

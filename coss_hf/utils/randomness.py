@@ -57,10 +57,7 @@ class StepSeed:
         # A hash, so that neighbouring steps start unrelated streams; 32 bits are all that the CPU's generators take.
         packed = struct.pack("<3q", self._seed, step, self._micro_batch)
         key = int.from_bytes(blake2b(packed, digest_size=4).digest(), "little")
-        random.seed(key)
-        np.random.seed(key)
-        # Not torch.manual_seed, which also goes to all other devices, initialised or not.
-        torch.default_generator.manual_seed(key)
+        seed_generators(key)
         if self._device.type != "cpu":
             torch.get_device_module(self._device).manual_seed(key)
 

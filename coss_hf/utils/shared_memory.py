@@ -1,8 +1,9 @@
 """Shared memory, through which loader workers hand over their batches."""
 
-import os
 import shutil
 from pathlib import Path
+
+from coss_hf.utils.cores import processes_on_machine
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFETCH = 2  # batches that each worker loads ahead, as PyTorch's default
@@ -24,7 +25,7 @@ def check_shared_memory(workers: int, batches: dict[str, int], prefetch: int | N
     free = room()
     if not workers or free is None or needed(workers, batches, prefetch) <= free:
         return
-    processes = _processes()
+    processes = processes_on_machine()
     shown = ", ".join(f"{purpose} {_megabytes(size)}" for purpose, size in batches.items())
     raise ValueError(
         f"--dataloader_num_workers={workers}: loader workers hand over their batches in shared memory, of which "
@@ -38,7 +39,7 @@ def check_shared_memory(workers: int, batches: dict[str, int], prefetch: int | N
 
 def room() -> int | None:
     """Return the bytes of shared memory that are free for each process of this machine; None where it has none."""
-    return shutil.disk_usage(SHARED_MEMORY).free // _processes() if SHARED_MEMORY.is_dir() else None
+    return shutil.disk_usage(SHARED_MEMORY).free // processes_on_machine() if SHARED_MEMORY.is_dir() else None
 
 
 def needed(workers: int, batches: dict[str, int], prefetch: int | None = None) -> int:
@@ -50,10 +51,6 @@ def needed(workers: int, batches: dict[str, int], prefetch: int | None = None) -
         prefetch: number of batches that each worker loads ahead; None for PyTorch's default.
     """
     return _ahead(workers, prefetch) * sum(batches.values())
-
-
-def _processes() -> int:
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _ahead(workers: int, prefetch: int | None) -> int:
