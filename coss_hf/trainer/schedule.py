@@ -23,6 +23,11 @@ class RunLength(NamedTuple):
         """Optimiser steps of one pass over the anchors."""
         return -(-self.batches // self.accumulation)
 
+    @property
+    def images_per_step(self) -> int:
+        """Images of an optimiser step, unless it is the last one of an epoch."""
+        return self.accumulation * self.images
+
     def images_after(self, steps: int) -> int:
         """Images seen after ``steps`` optimiser steps."""
         epochs, rest = divmod(steps, self.steps_per_epoch)

@@ -49,6 +49,7 @@ from coss_hf.trainer.given_arguments import (
     resolve_saving,
 )
 from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
+from coss_hf.trainer.schedule import RunLength
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
 from coss_hf.utils.randomness import StepSeed
@@ -324,7 +325,7 @@ class SupervisedRun:
         if not trainer.is_world_process_zero():
             return None
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
-        record["images_seen"] = trainer.state.global_step * images_per_step(args)
+        record["images_seen"] = run_length(args, len(trainer.train_dataset)).images_after(trainer.state.global_step)
         record |= times
         queries = self.splits.test or self.splits.validation
         found = None
@@ -396,14 +397,16 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     return SupervisedRun(trainer, backbone, splits, checkpoint)
 
 
-def images_per_step(args: TeacherArguments) -> int:
-    """Return the number of images of an optimizer step, on all devices together."""
-    return args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+def run_length(args: TeacherArguments, images: int) -> RunLength:
+    """Return the length of one pass over the training images."""
+    size = args.train_batch_size * args.world_size
+    batches = images // size if args.dataloader_drop_last else math.ceil(images / size)
+    return RunLength(batches, args.gradient_accumulation_steps, size)
 
 
 def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: TeacherArguments) -> dict[str, str]:
     """What must be the same for a run to be resumed; each entry under the argument that decides it."""
-    step = images_per_step(args)
+    length = run_length(args, len(views))
     no_options = ("--neighbors", "--view_")
     of_views = {name: value for name, value in views.identity().items() if not name.startswith(no_options)}
     # A resumed optimizer has these from its checkpoint, whatever the arguments say.
@@ -412,20 +415,13 @@ def supervised_identity(model: PreTrainedModel, views: ViewDataset, args: Teache
     return {
         "--model": f"{type(model).__name__} {shapes(model)}",
         "--seed": str(args.seed),
-        "--per_device_train_batch_size": f"{step} images per step",
+        "--per_device_train_batch_size": f"{length.images_per_step} images per step",
         **of_views,
         "--data_seed": str(args.seed if args.data_seed is None else args.data_seed),
         "--train_sampling_strategy": str(args.train_sampling_strategy),
-        STEPS_OF_EPOCH: f"{steps_per_epoch(args, len(views))} steps per epoch",
+        STEPS_OF_EPOCH: f"{length.steps_per_epoch} steps per epoch",
         **of_optimizer,
     }
-
-
-def steps_per_epoch(args: TeacherArguments, images: int) -> int:
-    """Return the number of optimizer steps of one pass over the training images."""
-    batches = images / (args.train_batch_size * args.world_size)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    return math.ceil(batches / args.gradient_accumulation_steps)
 
 
 def build_supervised_trainer(
@@ -449,7 +445,8 @@ def build_supervised_trainer(
     Raises:
         ValueError: fewer images than one step, or milestones that the run does not reach.
     """
-    step = images_per_step(args)
+    length = run_length(args, len(views))
+    step = length.images_per_step
     if len(views) < step:
         raise ValueError(f"--per_device_train_batch_size: a step takes {step} images, of {len(views)}; lower it.")
     optimizer = scheduler = None
@@ -463,7 +460,7 @@ def build_supervised_trainer(
             raise ValueError(
                 f"--warmup_steps={args.warmup_steps:g}: --lr_milestones has no warm-up; leave one of them out."
             )
-        drops = [round(epoch * steps_per_epoch(args, len(views))) for epoch in args.lr_milestones]
+        drops = [round(epoch * length.steps_per_epoch) for epoch in args.lr_milestones]
         scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops)
 
     def collate(items: list[dict]) -> dict[str, torch.Tensor]:

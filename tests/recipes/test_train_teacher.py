@@ -225,6 +225,12 @@ def test_milestones_count_epochs_of_accumulated_steps(tmp_path, image_parquet, b
     assert sorted(trainer.lr_scheduler.milestones) == [steps, 3 * steps]
 
 
+def test_images_seen_are_those_of_the_batches_that_were_accumulated(train):
+    """Of 3 batches, the second step of an epoch has one: the images were counted as if it had two."""
+    folder = train("--gradient_accumulation_steps=2", num_train_epochs=2)
+    assert json.loads((folder / "run.json").read_text())["images_seen"] == 2 * 48
+
+
 def test_accumulated_gradient_is_the_mean(tmp_path, image_parquet):
     trainer = make(tmp_path, image_parquet, max_steps=1, gradient_accumulation_steps=3)
     assert not trainer.model_accepts_loss_kwargs
