@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from coss_hf.hub.export_folders import remove_exports
 from coss_hf.losses.registry import summands
 from coss_hf.trainer.manifest import MANIFEST, find_damage
-from coss_hf.utils.code_identity import is_of_another_python, without_addresses
+from coss_hf.utils.code_identity import is_of_another_python
 from coss_hf.utils.messages import for_reader
 from coss_hf.utils.process_group import Processes
 
@@ -24,21 +24,6 @@ CLASSIFIER = "--teacher's classifier"
 TEACHER_CODE = "--teacher's code"
 TRANSFORM_CODE = "--transform"  # of `ViewDataset.identity`
 STEPS_OF_EPOCH = "--gradient_accumulation_steps"
-# Entries that runs of earlier versions lack: they are not known, and whatever they were is accepted.
-NOT_ALWAYS_KNOWN = (
-    CLASSIFIER,
-    TEACHER_CODE,
-    TRANSFORM_CODE,
-    STEPS_OF_EPOCH,
-    "--data_seed",
-    "--train_sampling_strategy",
-    "--learning_rate",
-    "--weight_decay",
-    "--momentum",
-    "--adam_beta1",
-    "--adam_beta2",
-    "--adam_epsilon",
-)
 CODE = (TEACHER_CODE, TRANSFORM_CODE)
 BEST = "best"
 LOCK = "_lock"
@@ -203,17 +188,13 @@ def classifier_identity(criterion: nn.Module) -> dict[str, str]:
     return {CLASSIFIER: hashlib.blake2b(b"".join(tensors), digest_size=8).hexdigest()}
 
 
-def read_state(folder: str | Path, files: tuple[str, ...] = ("config.json", RECORD)) -> dict | None:
-    """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse.
-
-    Args:
-        files: that must be there, too.
-    """
+def read_state(folder: str | Path) -> dict | None:
+    """Trainer state of a complete checkpoint, else None: it is written last, and a half-written one does not parse."""
     try:
         state = json.loads((Path(folder) / "trainer_state.json").read_text())
     except (OSError, ValueError):
         return None
-    complete = all((Path(folder) / name).is_file() for name in files)
+    complete = all((Path(folder) / name).is_file() for name in ("config.json", RECORD))
     return state if "global_step" in state and complete else None
 
 
@@ -224,27 +205,21 @@ def finished(state: dict, args) -> bool:
     return state["global_step"] >= state["max_steps"] and state["epoch"] >= args.num_train_epochs
 
 
-def incomplete(folder: str | Path, **options) -> str | None:
-    """Say why a folder is not a complete checkpoint; None where it is one.
-
-    Args:
-        folder: of the checkpoint.
-        options: of ``read_state``.
-    """
+def incomplete(folder: str | Path) -> str | None:
+    """Say why a folder is not a complete checkpoint; None where it is one."""
     folder = Path(folder)
     if not folder.is_dir():
         return "there is no such folder"
-    if read_state(folder, **options) is None:
+    if read_state(folder) is None:
         return "it is not complete: trainer_state.json or another of its records is missing or cannot be read"
     return find_damage(folder)
 
 
-def newest_complete(output_dir: str | Path, **options) -> tuple[str | None, dict[str, str]]:
+def newest_complete(output_dir: str | Path) -> tuple[str | None, dict[str, str]]:
     """Find the newest complete checkpoint of a run.
 
     Args:
         output_dir: of the run.
-        options: of ``read_state``.
 
     Returns:
         The checkpoint, or None; and the newer ones that are not complete, each with the reason.
@@ -252,21 +227,20 @@ def newest_complete(output_dir: str | Path, **options) -> tuple[str | None, dict
     passed_over = {}
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.name[11:].isdigit()]
     for folder in sorted(folders, key=lambda folder: int(folder.name[11:]), reverse=True):
-        reason = incomplete(folder, **options)
+        reason = incomplete(folder)
         if reason is None:
             return str(folder), passed_over
         passed_over[str(folder)] = reason
     return None, passed_over
 
 
-def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str | None:
+def find_checkpoint(output_dir: str, asked: str | bool | None) -> str | None:
     """Find the checkpoint to resume from, and say which ones are damaged. All processes of a run call together.
 
     Args:
         output_dir: of the run.
         asked: None or False for a fresh start; True, ``"auto"`` or ``"True"`` for the newest complete checkpoint, None
             if there is none at all; else a checkpoint folder.
-        options: of ``read_state``.
 
     Raises:
         ValueError: a folder that is not a complete checkpoint, or a run of which no checkpoint is complete any more.
@@ -278,17 +252,15 @@ def find_checkpoint(output_dir: str, asked: str | bool | None, **options) -> str
     with processes.together():
         if processes.rank == 0:  # one decides: files may change, and each process would read all of them
             automatic = asked is True or str(asked).lower() in ("auto", "true")
-            found = _choose(output_dir, **options) if automatic else _check(asked, **options)
+            found = _choose(output_dir) if automatic else _check(asked)
     return processes.gather(found)[0]
 
 
-def _choose(output_dir: str, **options) -> str | None:
-    found, passed_over = newest_complete(output_dir, **options)
+def _choose(output_dir: str) -> str | None:
+    found, passed_over = newest_complete(output_dir)
     reasons = "; ".join(f"{folder}: {reason}" for folder, reason in passed_over.items())
     # What was never complete, since a run was killed while it wrote its first checkpoint, is no reason to stop.
-    once_complete = [
-        folder for folder in passed_over if Path(folder, MANIFEST).exists() or read_state(folder, **options)
-    ]
+    once_complete = [folder for folder in passed_over if Path(folder, MANIFEST).exists() or read_state(folder)]
     if found is None and once_complete:
         raise ValueError(
             f"--resume_from_checkpoint: no checkpoint in {output_dir} is complete ({reasons}). Put back what is "
@@ -297,30 +269,19 @@ def _choose(output_dir: str, **options) -> str | None:
         )
     if passed_over:
         _say_once(f"Damaged, and passed over for {found or 'a fresh start'}: {reasons}.")
-    if found is not None:
-        _say_if_unchecked(found)
     return found
 
 
-def _check(asked: str, **options) -> str:
-    reason = incomplete(asked, **options)
+def _check(asked: str) -> str:
+    reason = incomplete(asked)
     if reason is not None:
         folder = Path(asked)
         runs = [folder, folder.parent] if folder.is_dir() else [folder.parent]
-        others = [newest_complete(run, **options)[0] for run in runs]
+        others = [newest_complete(run)[0] for run in runs]
         other = next((found for found in others if found), None)
         hint = f"Give {other}, which is." if other else "Give --resume_from_checkpoint auto for the newest."
         raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint: {reason}. {hint}")
-    _say_if_unchecked(asked)
     return str(Path(asked))
-
-
-def _say_if_unchecked(checkpoint: str) -> None:
-    if not Path(checkpoint, MANIFEST).is_file():
-        _say_once(
-            f"{checkpoint} was written without {MANIFEST}, as by earlier versions: only some damage to its files would "
-            f"be noticed."
-        )
 
 
 @functools.cache
@@ -354,21 +315,14 @@ def check_identity(checkpoint: str, identity: dict[str, str]) -> None:
         ValueError: it had another student, teacher, dataset, ...
     """
     saved = json.loads(Path(checkpoint, RECORD).read_text())
-    # Of runs of before these arguments.
-    seed = saved.get("--seed")
-    saved = {"--view_epochs": "0", "--view_seed": seed, "--reduced_decoding": "False"} | saved
-    if "--augmentation" in saved:  # earlier versions named an object with its place in memory
-        saved["--augmentation"] = without_addresses(saved["--augmentation"])
-    saved = {name: identity.get(name) for name in NOT_ALWAYS_KNOWN} | saved
     unclear = [name for name in CODE if is_of_another_python(saved.get(name), identity.get(name))]
     other = [key for key in identity if key not in unclear and saved.get(key) != identity[key]]
     if not other:
         return
     shown = [f"{key} (then {saved.get(key)}, now {identity[key]})" for key in other if len(str(identity[key])) < 40]
-    decoding = "--reduced_decoding False (images were decoded at full size)" if "--reduced_decoding" in other else ""
     raise ValueError(
-        f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown or other)}. Give "
-        f"{decoding or 'what it was written with'}, or start afresh in another --output_dir."
+        f"--resume_from_checkpoint: {checkpoint} was written with another {', '.join(shown or other)}. Give what it "
+        f"was written with, or start afresh in another --output_dir."
     )
 
 

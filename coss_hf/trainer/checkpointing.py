@@ -112,7 +112,7 @@ class CheckpointWriter:
         if isinstance(error, CheckpointError):
             error = error.__cause__
         reason = full_disk(error) or error or "another process failed"
-        earlier, _ = newest_complete(self.args.output_dir, files=("config.json",))
+        earlier, _ = newest_complete(self.args.output_dir)
         if earlier:
             then = f"{earlier} is complete; free some space or mend what is wrong, and give the same command with "
             then += "--resume_from_checkpoint"

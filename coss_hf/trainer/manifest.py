@@ -1,12 +1,9 @@
 """What tells a damaged checkpoint from a complete one: its files with their sizes and checksums."""
 
 import json
-import zipfile
 import zlib
 from functools import lru_cache
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 MANIFEST = "manifest.json"
 CHUNK = 2**24  # bytes that are read at a time
@@ -24,9 +21,6 @@ def write_manifest(folder: Path) -> None:
 def find_damage(folder: Path) -> str | None:
     """Say which file of a checkpoint is not as it was written.
 
-    A checkpoint without a manifest, of an earlier version of this package, is checked as far as its files check
-    themselves: PyTorch's hold checksums, those of safetensors their length.
-
     Args:
         folder: of the checkpoint.
 
@@ -41,7 +35,7 @@ def find_damage(folder: Path) -> str | None:
 @lru_cache(maxsize=64)
 def _find_damage(folder: Path, stamps: tuple) -> str | None:
     if not (folder / MANIFEST).is_file():
-        return _find_damage_without_manifest(folder)
+        return f"{MANIFEST} is missing"
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         expected = {name: (entry["bytes"], entry["crc32"]) for name, entry in files.items()}
@@ -59,28 +53,6 @@ def _find_damage(folder: Path, stamps: tuple) -> str | None:
             return f"{name} cannot be read ({error.strerror})"
         if not same:
             return f"{name} does not hold what was written (its checksum differs)"
-    return None
-
-
-def _find_damage_without_manifest(folder: Path) -> str | None:
-    if any(folder.glob("rng_state*.pth")) and not any(folder.glob("global_step*")):  # DeepSpeed keeps all in a folder
-        for name, pattern in (("optimizer.pt", "optimizer*"), ("scheduler.pt", "scheduler.pt")):
-            if not any(folder.glob(pattern)):
-                return f"{name} is missing"
-    for path in sorted([*folder.glob("*.pt"), *folder.glob("*.pth"), *folder.glob("*.bin")]):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip() is not None
-        except zipfile.BadZipFile:
-            damaged = True
-        if damaged:
-            return f"{path.name} is damaged"
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except SafetensorError as error:
-            return f"{path.name} is damaged ({error})"
     return None
 
 

@@ -485,13 +485,10 @@ def loader_batches(args: DistillationArguments, size: int, pixels_to_embed: int)
 
 
 def recorded_settings(checkpoint: str | Path | None) -> dict[str, object] | None:
-    """Return the settings that a checkpoint was trained with; None without one.
-
-    Runs of before settings were filled had the paper's where nothing was given.
-    """
+    """Return the settings that a checkpoint was trained with; None without one, or of a run that is none of these."""
     if checkpoint is None:
         return None
-    return json.loads(Path(checkpoint, RECORD).read_text()).get(RECORDED) or table.PAPER
+    return json.loads(Path(checkpoint, RECORD).read_text()).get(RECORDED)
 
 
 def values_to_record(args: DistillationArguments) -> dict[str, object]:
@@ -572,7 +569,7 @@ def check_resumed(args: DistillationArguments, recorded: Mapping[str, object] | 
         ValueError: another optimizer, which cannot read the state of the run's own, or an option of it that would have
             no effect; float16 no longer; or another value of ``--settings paper``.
     """
-    if recorded is None or recorded is table.PAPER:  # what it was trained with is not known
+    if recorded is None:
         return
     if recorded.get("fp16") and args.mixed_precision != "fp16":
         raise ValueError(

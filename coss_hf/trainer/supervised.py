@@ -33,7 +33,6 @@ from coss_hf.trainer.checkpoint_files import (
     enter_output_dir,
     find_checkpoint,
     holds_run,
-    read_state,
     remove_earlier_run,
     shapes,
 )
@@ -65,12 +64,10 @@ class TrainingTime:
 
     Attributes:
         seconds: time of the parts before this one, up to the checkpoint that it was resumed from.
-        since_step: step from which the time is known: 0, but for a checkpoint of a version that kept no time.
         started: when this part began, on the clock of ``time.monotonic``.
     """
 
     seconds: float = 0.0
-    since_step: int = 0
     started: float = 0.0
 
     @classmethod
@@ -82,10 +79,8 @@ class TrainingTime:
         """
         if checkpoint is None:
             return cls(started=monotonic())
-        path = Path(checkpoint, TRAINING_TIME)
-        if path.exists():
-            return cls(**json.loads(path.read_text()), started=monotonic())
-        return cls(since_step=read_state(checkpoint, files=())["global_step"], started=monotonic())
+        kept = json.loads(Path(checkpoint, TRAINING_TIME).read_text())
+        return cls(kept["seconds"], started=monotonic())
 
     def total(self) -> float:
         """Return the seconds of all parts, up to now."""
@@ -93,15 +88,7 @@ class TrainingTime:
 
     def save(self, folder: Path) -> None:
         """Write the time so far next to the state of the training."""
-        content = {"seconds": self.total(), "since_step": self.since_step}
-        Path(folder, TRAINING_TIME).write_text(json.dumps(content))
-
-    def record(self) -> dict:
-        """Return the entries of ``run.json``: ``hours``; where a part is unknown, those since a step instead."""
-        hours = round(self.total() / 3600, 2)
-        if self.since_step:
-            return {"hours_since_step": {"step": self.since_step, "hours": hours}}
-        return {"hours": hours}
+        Path(folder, TRAINING_TIME).write_text(json.dumps({"seconds": self.total()}))
 
 
 @dataclass
@@ -307,8 +294,7 @@ class SupervisedRun:
 
         Returns:
             On the first process what ``run.json`` holds: command, seed, versions, ``images_seen``, ``accuracy`` where
-            there are images to measure it on, and ``hours``, those of all parts of a training that was resumed. Where
-            a part is unknown, ``hours_since_step`` says from which step they are known.
+            there are images to measure it on, and ``hours``, those of all parts of a training that was resumed.
         """
         trainer = self.trainer
         args = trainer.args
@@ -317,7 +303,7 @@ class SupervisedRun:
         if self.splits.run_images is not None and trainer.is_world_process_zero():
             self.splits.run_images.save(args.output_dir, replace=self.checkpoint is None)
         trainer.train(resume_from_checkpoint=self.checkpoint)
-        times = trainer.time.record()
+        hours = round(trainer.time.total() / 3600, 2)
         trainer.model.to(getattr(torch, args.save_dtype))
         trainer.save_model()
         trainer.model.float()  # the rounded weights, which are measured
@@ -326,7 +312,7 @@ class SupervisedRun:
             return None
         record = {"command": launched_as or command(), "seed": args.seed, "versions": versions()}
         record["images_seen"] = run_length(args, len(trainer.train_dataset)).images_after(trainer.state.global_step)
-        record |= times
+        record["hours"] = hours
         queries = self.splits.test or self.splits.validation
         found = None
         if queries is not None:
@@ -354,7 +340,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     """
     if Path(args.output_dir).exists():  # bad input makes no folder
         enter_output_dir(args, args.resume_from_checkpoint)
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint, files=("config.json",))
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     check_processes(args)
     check_graphs(args)
     if not args.model:
@@ -389,7 +375,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     )
     (labels,), _ = class_numbers(splits.label_column, splits.train)
     identity = supervised_identity(model, views, args)
-    if checkpoint is not None and Path(checkpoint, RECORD).exists():  # earlier versions kept none
+    if checkpoint is not None:
         check_identity(checkpoint, identity)
         check_training_state(checkpoint, args)
     rehearse_supervised(model, backbone, args)

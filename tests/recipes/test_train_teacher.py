@@ -129,20 +129,9 @@ def test_a_resumed_training_records_the_hours_of_all_parts(train, monkeypatch):
     """Looks at the clock: at the start, at checkpoints 2 and 4; at the start, at 6, 8, 10 and 12, at the end."""
     interrupt_after(4, train, monkeypatch)
     record = json.loads((train("--resume_from_checkpoint", **STEPS) / "run.json").read_text())
-    assert record["hours"] == 2 + 5 and "hours_since_step" not in record
+    assert record["hours"] == 2 + 5
     uninterrupted = json.loads((train("--overwrite_output_dir", **STEPS) / "run.json").read_text())
     assert uninterrupted["hours"] == 7
-
-
-@pytest.mark.usefixtures("hours")
-def test_a_part_of_unknown_length_is_named(train, monkeypatch):
-    """Checkpoints of earlier versions keep no time; resumed twice, so that it is passed on."""
-    with monkeypatch.context() as patch:
-        patch.setattr(supervised.TrainingTime, "save", lambda *args: None)
-        interrupt_after(4, train, monkeypatch)
-    interrupt_after(8, train, monkeypatch, "--resume_from_checkpoint")
-    record = json.loads((train("--resume_from_checkpoint", **STEPS) / "run.json").read_text())
-    assert record["hours_since_step"] == {"step": 4, "hours": 2 + 3} and "hours" not in record
 
 
 def test_learns_and_reloads(train, capsys):

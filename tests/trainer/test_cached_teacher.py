@@ -24,7 +24,6 @@ from coss_hf.models.backbone import Backbone
 from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments
 from coss_hf.trainer.cached_teacher import CachedTeacher, libraries, teacher_identity
-from coss_hf.trainer.checkpoint_files import check_identity
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.rehearsal import rehearse
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -328,7 +327,6 @@ def test_a_dry_run_says_how_large_it_would_be_and_writes_nothing(world, tmp_path
 
 
 def test_a_checkpoint_of_other_views_is_refused(world, tmp_path):
-    """One of before --view_epochs is of views that never come back, with the seed of the run."""
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
     Run(world, tmp_path, **saving)
     for change in ({"view_epochs": 0}, {"view_epochs": 3}, {"view_seed": 4}):
@@ -605,14 +603,6 @@ def test_building_a_trainer_writes_nothing(world, tmp_path):
         tmp_path, world / "images", str(world / "teacher"), str(world / "vit"), neighbors=NEIGHBORS, **options
     )
     assert not (tmp_path / "cache").exists()
-
-
-def test_a_checkpoint_from_before_reduced_decoding_was_of_images_at_full_size(tmp_path):
-    saved = {"--seed": "3"}
-    (tmp_path / "distillation.json").write_text(json.dumps(saved))
-    check_identity(str(tmp_path), saved | {"--reduced_decoding": "False"})
-    with pytest.raises(ValueError, match=r"then False, now True\)\. Give --reduced_decoding False"):
-        check_identity(str(tmp_path), saved | {"--reduced_decoding": "True"})
 
 
 @pytest.mark.parametrize(

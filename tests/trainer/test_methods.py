@@ -1,7 +1,5 @@
 """Every method through the trainer, alone and summed, and the maps that some of them read."""
 
-import json
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -17,7 +15,6 @@ from coss_hf.models.cifar.configuration_cifar_resnet import CifarResNetConfig
 from coss_hf.models.cifar.modeling_cifar_resnet import CifarResNetForImageClassification
 from coss_hf.models.classifier_head import find_classifier
 from coss_hf.models.loading import load_backbone
-from coss_hf.trainer.checkpoint_files import check_identity
 from coss_hf.trainer.inputs import as_backbone
 from coss_hf.trainer.pretraining import pretraining_images
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -127,14 +124,10 @@ def test_a_run_is_not_resumed_with_another_classifier(tmp_path, image_parquet, n
     network = ViTForImageClassification.from_pretrained(networks.vit)
     images = str(image_parquet)
     DistillationTrainer(network, networks.small, args, images).train()
-    record = json.loads((tmp_path / "checkpoint-1" / "distillation.json").read_text())
     nn.init.normal_(network.classifier.weight)
     again = DistillationTrainer(network, networks.small, args, images)
     with pytest.raises(ValueError, match="was written with another --teacher's classifier"):
         again.find_checkpoint(True)
-    del record["--teacher's classifier"]  # of an earlier version
-    (tmp_path / "checkpoint-1" / "distillation.json").write_text(json.dumps(record))
-    check_identity(tmp_path / "checkpoint-1", again.identity())
 
 
 def test_srrl_takes_a_classifier_only_of_its_own_features(tmp_path, image_parquet, networks):

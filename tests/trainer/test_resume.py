@@ -1,5 +1,4 @@
 import errno
-import json
 import shutil
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 import tests.helpers.runs as h
-from coss_hf.trainer.checkpoint_files import RECORD, STEPS_OF_EPOCH, recover
+from coss_hf.trainer.checkpoint_files import recover
 from coss_hf.utils.errors import CheckpointError
 
 
@@ -124,21 +123,6 @@ def test_another_number_of_steps_in_an_epoch_is_refused(tmp_path, image_parquet,
     with pytest.raises(ValueError, match=changed):
         run(5, 4, resume_from_checkpoint=True)
     run(10, 2, resume_from_checkpoint=True)
-
-
-def test_checkpoints_of_before_these_entries_are_resumed(tmp_path, image_parquet, networks):
-    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
-    arguments = (tmp_path, image_parquet, networks.teacher, networks.resnet)
-    h.make_trainer(*arguments, **options).train()
-    record = tmp_path / "out" / "checkpoint-2" / RECORD
-    record.with_name("manifest.json").unlink()
-    written = json.loads(record.read_text())
-    for name in ("--data_seed", "--train_sampling_strategy", STEPS_OF_EPOCH):
-        del written[name]
-    record.write_text(json.dumps(written))
-    h.make_trainer(*arguments, **options).train(resume_from_checkpoint=True)
-    # Of a run of before it is not known with which it was begun.
-    h.make_trainer(*arguments, **options, data_seed=4).train(resume_from_checkpoint=True)
 
 
 def test_epochs_that_a_callback_ends_are_counted_whatever_tells_the_views(

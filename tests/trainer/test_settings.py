@@ -22,7 +22,7 @@ from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.dry_run import describe
 from coss_hf.trainer.engine import use_precision
 from coss_hf.trainer.factory import build_run
-from coss_hf.trainer.settings import RECORDED, Situation, fill, recorded_settings, values_to_record
+from coss_hf.trainer.settings import Situation, fill, recorded_settings, values_to_record
 from coss_hf.trainer.supervised import TeacherArguments
 from coss_hf.utils import shared_memory
 from coss_hf.utils.shared_memory import needed
@@ -643,25 +643,6 @@ def test_a_resumed_run_keeps_what_it_began_with(tmp_path, image_parquet, network
     assert resumed.settings.filled["optim"].reason == "as in the run that is resumed"
     assert resumed.args.dataloader_num_workers == 2, "of this machine"
     assert resumed.state.global_step == 6
-
-
-def test_checkpoints_of_before_had_the_papers(tmp_path, image_parquet, networks):
-    interrupted(tmp_path, image_parquet, networks, settings="paper", learning_rate=0.01)
-    record = tmp_path / "out" / "checkpoint-2" / "distillation.json"
-    (tmp_path / "out" / "checkpoint-2" / "manifest.json").unlink()
-    written = json.loads(record.read_text())
-    del written[RECORDED]
-    record.write_text(json.dumps(written))
-    resumed = h.make_trainer(
-        tmp_path,
-        image_parquet,
-        networks.teacher,
-        networks.vit,
-        settings="auto",
-        learning_rate=0.01,
-        resume_from_checkpoint="auto",
-    )
-    assert values(resumed.args, *OPTIMIZER) == ("sgd", 0.01, 5e-4, "all", 0, 0.0)
 
 
 def test_another_optimizer_is_refused(tmp_path, image_parquet, networks):
