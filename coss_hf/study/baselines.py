@@ -300,13 +300,9 @@ def run_images(
     """
     path = folder / "length.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    if known.get("hours") == hours:  # of before it was known what was measured
-        return known["num_images"]
-    first = replace(trained[0], num_images=0)
-    measured = config.key(first)  # teacher, student, images and arguments
+    measured = config.key(replace(trained[0], num_images=0))  # teacher, student, images and arguments
     name = f"{hours:g} h, {measured}" if parallel == 1 else f"{hours:g} h on {parallel} devices, {measured}"
-    former = [f"{hours:g} h, {key}" for key in config.former_keys(first)]  # for any number of devices
-    found = next((known[one] for one in (*former, name) if one in known), None)
+    found = known.get(name)
     if found is None:
         found = {"num_images": images_within(3600 * hours, trained, others, config, parallel), "runs": len(trained)}
         write_json(path, known | {name: found})

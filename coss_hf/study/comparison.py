@@ -161,14 +161,7 @@ def fill_for_trials(
         share_of_cores=jobs,
         length_is_known=True,
     )
-    kept = _kept(training)
-    keys = [
-        _key(training, situation),
-        _key(training, situation, with_operation=False),
-        # A folder of an earlier version has one student, and a key without the number of its parameters.
-        _key(training, situation, with_parameters=False),
-    ]
-    return fill(training, situation, next((kept[key] for key in keys if key in kept), None))
+    return fill(training, situation, _kept(training).get(_key(training, situation)))
 
 
 def keep_filled(given: DistillationArguments, filled: DistillationArguments, settings: Settings) -> None:
@@ -182,9 +175,9 @@ def keep_filled(given: DistillationArguments, filled: DistillationArguments, set
     if not settings.filled:
         return
     kept = _kept(given)
-    keys = [_key(given, settings.situation), _key(given, settings.situation, with_operation=False)]
-    if found := {key: values_to_record(filled) for key in keys if key not in kept}:
-        write_json(Path(given.output_dir, FILLED), kept | found)
+    key = _key(given, settings.situation)
+    if key not in kept:
+        write_json(Path(given.output_dir, FILLED), kept | {key: values_to_record(filled)})
 
 
 def _kept(given: DistillationArguments) -> dict[str, dict]:
@@ -192,23 +185,22 @@ def _kept(given: DistillationArguments) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _key(
-    given: DistillationArguments, situation: Situation, *, with_parameters: bool = True, with_operation: bool = True
-) -> str:
-    """Of what was given, of the networks and of the images, not of the machine.
+def _key(given: DistillationArguments, situation: Situation) -> str:
+    """Of what was given, of the networks and of the images; not of the machine, nor of what changes no result.
 
     Args:
         given: arguments of every run, as they were given.
         situation: networks and images.
-        with_parameters: whether the number of the student's parameters counts.
-        with_operation: whether arguments count that change no result; see ``OPERATION``.
     """
-    networks_and_images = [situation.family, situation.trained, situation.size, situation.images, situation.views]
-    if with_parameters:
-        networks_and_images.append(situation.parameters)
-    changed = changed_arguments(given)
-    if not with_operation:
-        changed = {name: value for name, value in changed.items() if name not in OPERATION}
+    networks_and_images = [
+        situation.family,
+        situation.trained,
+        situation.size,
+        situation.images,
+        situation.views,
+        situation.parameters,
+    ]
+    changed = {name: value for name, value in changed_arguments(given).items() if name not in OPERATION}
     text = json.dumps([networks_and_images, changed], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

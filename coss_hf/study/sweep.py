@@ -96,13 +96,6 @@ class Sweep:
             with tempfile.TemporaryDirectory() as folder:
                 build_trial_trainer(trial, config, Path(folder))
 
-    def _key(self, trial: Trial, config: StudyConfig) -> str:
-        """Return the key of a trial; a former one where an earlier version has finished or begun it under that."""
-        for key in config.former_keys(trial):
-            if self._path(key).exists() or (self.trials / key).exists():
-                return key
-        return config.key(trial)
-
     def result(self, trial: Trial, key: str) -> dict | None:
         """Return the result of a finished trial; None for any other."""
         path = self._path(key)
@@ -169,7 +162,7 @@ class Sweep:
             config: what they share.
             later: number of images of trials still to come, for the remaining time that is displayed.
         """
-        keyed = [(trial, self._key(trial, config)) for trial in trials]
+        keyed = [(trial, config.key(trial)) for trial in trials]
         self.plan += [one for one in dict.fromkeys(keyed) if one not in self.plan]
         if not later:
             self._warn_of_rows_that_leave()

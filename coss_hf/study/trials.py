@@ -8,7 +8,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,16 +39,13 @@ from coss_hf.utils.errors import NonFiniteEmbedding, NonFiniteLoss
 from coss_hf.utils.randomness import keeping_generators
 
 # Arguments that say how a trial is run and do not change its result.
-FORMER_OPERATION = (
+OPERATION = (
     "save_strategy",
     "save_steps",
     "dataloader_num_workers",
     "dataloader_persistent_workers",
     "dataloader_prefetch_factor",
     "teacher_cache",
-)
-OPERATION = (
-    *FORMER_OPERATION,
     "save_total_limit",
     "save_on_each_node",
     "logging_strategy",
@@ -192,36 +189,16 @@ class StudyConfig:
         """
         data = asdict(replace(self.data, **dict.fromkeys(OPERATION_OF_DATA)))
         models = asdict(self.models[trial.pair])
-        if not self.identity.get(trial.pair):
-            return self._hash(trial, trial, data, models, OPERATION)
-        del data["dataset"]
-        # The classifier of a teacher is not in the hash.
-        needs_classifier = any(LOSSES[name].classifier != "unused" for name in _losses(trial))
-        models["teacher"] = _path(models["teacher"]) if needs_classifier else None
-        # The weights that a student starts from are in the hash, but not a network at random weights.
-        models["student"] = _network(models["student"]) if models["student_init"] == "random" else None
-        return self._hash(trial, replace(trial, pair=""), data, models, OPERATION)
-
-    def former_keys(self, trial: Trial) -> list[str]:
-        """Return the keys that earlier versions gave the same trial: as it is, and with the defaults of operation."""
-        models = asdict(self.models[trial.pair])
-        usual = replace(self.data, **dict.fromkeys(OPERATION_OF_DATA))
-        return [
-            self._hash(trial, trial, asdict(self.data), models, FORMER_OPERATION),
-            self._hash(trial, trial, asdict(usual), models, OPERATION),
-        ]
-
-    def _hash(self, trial: Trial, named: Trial, data: dict, models: dict, operation: Sequence[str]) -> str:
-        """Return the hash of a trial.
-
-        Args:
-            trial: the trial.
-            named: the same, with the name of its pair that is hashed.
-            data: what of the images is hashed.
-            models: what of the networks is hashed.
-            operation: names of the arguments of training that are not.
-        """
-        training = {name: value for name, value in self.training_of(trial).items() if name not in operation}
+        named = trial
+        if self.identity.get(trial.pair):
+            named = replace(trial, pair="")
+            del data["dataset"]
+            # The classifier of a teacher is not in the hash.
+            needs_classifier = any(LOSSES[name].classifier != "unused" for name in _losses(trial))
+            models["teacher"] = _path(models["teacher"]) if needs_classifier else None
+            # The weights that a student starts from are in the hash, but not a network at random weights.
+            models["student"] = _network(models["student"]) if models["student_init"] == "random" else None
+        training = {name: value for name, value in self.training_of(trial).items() if name not in OPERATION}
         if training.setdefault("settings", "auto") == "paper":
             del training["settings"]  # as before there were others
         if models["teacher_space"] == ModelArguments.teacher_space:
@@ -383,24 +360,20 @@ class _Progress(TrainerCallback, ExportableState):
         self.trainer = trainer
         self.report = report
         self.reported = 0
-        self.earlier: int | None = 0  # of the teacher, before the checkpoint that the run continues from
+        self.earlier = 0  # of the teacher, before the checkpoint that the run continues from
 
     @property
-    def teacher_images(self) -> int | None:
-        """Views that the teacher embedded so far, without those of evaluations and of the neighbour search.
-
-        None where the run began with a version that did not count them.
-        """
-        return None if self.earlier is None else self.earlier + self.trainer.teacher_images
+    def teacher_images(self) -> int:
+        """Views that the teacher embedded so far, without those of evaluations and of the neighbour search."""
+        return self.earlier + self.trainer.teacher_images
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {"teacher_images": self.teacher_images}}
 
     def continue_from(self, state) -> None:
         """Take what a checkpoint says of the steps before it; a training that has ended does not begin again."""
-        saved = state.stateful_callbacks.get(type(self).__name__)
         if state.global_step:
-            self.earlier = saved["attributes"]["teacher_images"] if saved else None
+            self.earlier = state.stateful_callbacks[type(self).__name__]["attributes"]["teacher_images"]
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.continue_from(state)

@@ -44,7 +44,7 @@ def test_a_study_goes_on_with_what_it_began_with(image_parquet, networks, tmp_pa
     assert logged.optim == "adamw_torch", "what changes no result fills nothing anew"
     other, _ = fill_and_keep(max_grad_norm=2.0)
     assert other.optim == "sgd", "other trials, filled by the rules of today"
-    assert len(json.loads((tmp_path / "settings.json").read_text())) == 3
+    assert len(json.loads((tmp_path / "settings.json").read_text())) == 2
 
 
 def test_each_student_of_a_folder_is_filled_by_its_own_size(image_parquet, networks, tmp_path, monkeypatch):
@@ -67,12 +67,6 @@ def test_each_student_of_a_folder_is_filled_by_its_own_size(image_parquet, netwo
     assert fill_and_keep() == "adamw_torch"
     kept = json.loads((tmp_path / "settings.json").read_text())
     assert len(kept) == 2
-    monkeypatch.setattr(module, "find_situation", find)
-    path = tmp_path / "settings.json"  # of an earlier version, without the size of the student
-    situation = fill_for_trials(given, models, data, 1)[1].situation
-    old = module._key(given, situation, with_parameters=False)
-    path.write_text(json.dumps({old: kept[module._key(given, situation)]}))
-    assert fill_and_keep() == "sgd"
 
 
 @pytest.mark.parametrize("options", [{}, {"learning_rate": 0.03}])

@@ -157,7 +157,6 @@ def test_a_measured_length_is_that_of_its_own_networks_and_arguments(tmp_path, c
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300]
     assert [length(8, [TRIAL]), length(8, [TRIAL], other), length(4, [TRIAL])] == [100, 200, 300] and not caplog.text
     assert length(8, [TRIAL, replace(TRIAL, seed=2)]) == 100 and "2 runs take about 16 h" in caplog.text
-    assert baselines.run_images(tmp_path, 8, [TRIAL], [], config, 2) == 100, "of before devices were counted"
 
 
 def test_resumed_trial_equals_uninterrupted_trial(tmp_path, config):
@@ -421,8 +420,6 @@ def test_key_does_not_depend_on_how_a_trial_is_run(config):
     for change in ({"neighbors_cache": "x"}, {"preprocessing_num_workers": 2}):
         found.add(replace(config, data=replace(config.data, **change)).key(TRIAL))
     assert found == {config.key(TRIAL)}
-    training = {name: value for name, value in config.training.items() if name != "logging_steps"}
-    assert config.key(TRIAL) == replace(config, training=training).former_keys(TRIAL)[0]
 
 
 def test_key_does_not_depend_on_how_paths_are_spelled(config, networks, monkeypatch):
@@ -447,17 +444,6 @@ def test_key_does_not_depend_on_how_paths_are_spelled(config, networks, monkeypa
         for one in (config.models["pair"], other)
     ]
     assert students[0] != students[1], "a network at random weights is known by its configuration"
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_results_under_former_keys_are_found(tmp_path, config, which):
-    """Of the same arguments, and of the defaults of those that change no result."""
-    study = Sweep(tmp_path, "first", 1, {})
-    config = replace(config, training=config.training | {"report_to": ["tensorboard"]}, identity={"pair": "contents"})
-    former = config.former_keys(TRIAL)
-    assert len({*former, config.key(TRIAL)}) == 3 and study._key(TRIAL, config) == config.key(TRIAL)
-    (tmp_path / "trials" / f"{former[which]}.json").write_text('{"linear": 0.5}')
-    assert study.run([TRIAL], config)[0]["linear"] == 0.5
 
 
 def test_a_loss_whose_value_changed_is_another_trial(config, monkeypatch):
