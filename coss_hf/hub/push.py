@@ -111,7 +111,7 @@ def push(
     token: str | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    message: str | None = None,
+    commit_message: str | None = None,
 ) -> CommitInfo:
     """Push a student's folder as one commit: the student, its head, its card, its figures and pictures.
 
@@ -124,7 +124,7 @@ def push(
         token: access token; by default that of ``HF_TOKEN`` or ``hf auth login``.
         private: whether a new repository is private; an existing public one is then refused.
         revision: a branch, created if it does not exist; by default main.
-        message: the commit message; by default it names the number of images seen.
+        commit_message: the commit message; by default it names the number of images seen.
 
     Raises:
         PushFailed: the push failed; the folder is unchanged.
@@ -147,7 +147,7 @@ def push(
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=place,
-                commit_message=message or f"Student{_images_seen(folder)}",
+                commit_message=commit_message or f"Student{_images_seen(folder)}",
                 revision=revision,
                 allow_patterns=[*PUBLISHED, *code, *(f"{name}/*" for name in folders)],
                 ignore_patterns=[f"{path.name}/*" for path in folder.iterdir() if path.name not in folders],

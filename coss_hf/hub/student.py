@@ -243,7 +243,8 @@ class Student(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             try:
-                return push(folder, repo_id, token=token, private=private, revision=revision, message=commit_message)
+                options = {"token": token, "private": private, "revision": revision, "commit_message": commit_message}
+                return push(folder, repo_id, **options)
             except PushFailed as error:
                 # The folder that its message names is gone in a moment.
                 raise PushFailed(f"Not pushed to {repo_id}: {error.__cause__}; call push_to_hub again.") from error

@@ -12,7 +12,7 @@ HEADS = ("auto", "none", "linear", "mlp")
 HEAD_FILE = "head.safetensors"
 
 
-def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: int = 2048) -> nn.Module | None:
+def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_size: int = 2048) -> nn.Module | None:
     """Build a head from the student's to the teacher's dimension; it is not part of the published student.
 
     Args:
@@ -20,7 +20,7 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
             batch norm; ``none``; ``auto``: ``none`` where the dimensions are equal, else ``mlp``.
         student_dim: dimension s of the student's embedding.
         teacher_dim: dimension t of the teacher's embedding.
-        hidden_dim: dimension of the hidden layer of ``mlp``.
+        hidden_size: dimension of the hidden layer of ``mlp``.
 
     Returns:
         The head; None for ``none``.
@@ -41,7 +41,9 @@ def projection_head(kind: str, student_dim: int, teacher_dim: int, hidden_dim: i
         return None
     if kind == "linear":
         return nn.Linear(student_dim, teacher_dim)
-    return nn.Sequential(nn.Linear(student_dim, hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, teacher_dim))
+    return nn.Sequential(
+        nn.Linear(student_dim, hidden_size), nn.ReLU(inplace=True), nn.Linear(hidden_size, teacher_dim)
+    )
 
 
 def load_head(name: str | Path, revision: str | None = None) -> nn.Module | None:

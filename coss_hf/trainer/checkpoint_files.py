@@ -114,14 +114,16 @@ def may_be_refused(args: TrainingArguments) -> bool:
     return any(Processes().gather(found or locked))
 
 
-def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_run: bool = False) -> str | None:
+def claim_output_dir(
+    args: TrainingArguments, resume_from_checkpoint: str | bool | None, *, dry_run: bool = False
+) -> str | None:
     """Lock the output folder and return the checkpoint to resume from; None for a fresh start.
 
     All processes of a run call together.
 
     Args:
         args: of the training.
-        asked: what to resume from, see ``find_checkpoint``.
+        resume_from_checkpoint: what to resume from, see ``find_checkpoint``.
         dry_run: only look.
 
     Raises:
@@ -130,11 +132,11 @@ def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_r
     """
     output = Path(args.output_dir)
     if not dry_run:
-        enter_output_dir(args, asked)
-    checkpoint = find_checkpoint(str(output), asked)
+        enter_output_dir(args, resume_from_checkpoint)
+    checkpoint = find_checkpoint(str(output), resume_from_checkpoint)
     if holds_run(output) and checkpoint is None and not (args.overwrite_output_dir or dry_run):
         resume = "continue it with --resume_from_checkpoint"
-        if asked:
+        if resume_from_checkpoint:
             resume = "it has no complete checkpoint to resume from"
         raise ValueError(
             f"--output_dir={output} already holds a run: {resume}, replace it with --overwrite_output_dir, or give "
@@ -143,21 +145,21 @@ def claim_output_dir(args: TrainingArguments, asked: str | bool | None, *, dry_r
     return checkpoint
 
 
-def remove_earlier_run(args: TrainingArguments, asked: str | bool | None) -> None:
+def remove_earlier_run(args: TrainingArguments, resume_from_checkpoint: str | bool | None) -> None:
     """Remove what ``--overwrite_output_dir`` replaces and no step may write anew.
 
     Checkpoints, the best student, exported files.
 
     The newest checkpoint would be resumed from, and an ONNX file would be taken for the new student's.
     """
-    if args.overwrite_output_dir and not asked and args.process_index == 0:
+    if args.overwrite_output_dir and not resume_from_checkpoint and args.process_index == 0:
         for name in ("checkpoint-*", BEST):
             for old in Path(args.output_dir).glob(name):
                 shutil.rmtree(old)
         remove_exports(args.output_dir)
 
 
-def enter_output_dir(args: TrainingArguments, asked: str | bool | None) -> None:
+def enter_output_dir(args: TrainingArguments, resume_from_checkpoint: str | bool | None) -> None:
     """Lock a run's folder and put it in order. All processes of a run call together.
 
     Raises:
@@ -168,7 +170,7 @@ def enter_output_dir(args: TrainingArguments, asked: str | bool | None) -> None:
             lock_output_dir(args.output_dir)
             remove_temporary_files(args.output_dir)
             # Only where the run is to be resumed: a refusal changes nothing.
-            if asked or args.overwrite_output_dir:
+            if resume_from_checkpoint or args.overwrite_output_dir:
                 recover(args.output_dir)
 
 
@@ -234,25 +236,25 @@ def newest_complete(output_dir: str | Path) -> tuple[str | None, dict[str, str]]
     return None, passed_over
 
 
-def find_checkpoint(output_dir: str, asked: str | bool | None) -> str | None:
+def find_checkpoint(output_dir: str, resume_from_checkpoint: str | bool | None) -> str | None:
     """Find the checkpoint to resume from, and say which ones are damaged. All processes of a run call together.
 
     Args:
         output_dir: of the run.
-        asked: None or False for a fresh start; True, ``"auto"`` or ``"True"`` for the newest complete checkpoint, None
-            if there is none at all; else a checkpoint folder.
+        resume_from_checkpoint: None or False for a fresh start; True, ``"auto"`` or ``"True"`` for the newest complete
+            checkpoint, None if there is none at all; else a checkpoint folder.
 
     Raises:
         ValueError: a folder that is not a complete checkpoint, or a run of which no checkpoint is complete any more.
     """
-    if not asked or str(asked).lower() in ("false", "none"):
+    if not resume_from_checkpoint or str(resume_from_checkpoint).lower() in ("false", "none"):
         return None
     processes = Processes()
     found = None
     with processes.together():
         if processes.rank == 0:  # one decides: files may change, and each process would read all of them
-            automatic = asked is True or str(asked).lower() in ("auto", "true")
-            found = _choose(output_dir) if automatic else _check(asked)
+            automatic = resume_from_checkpoint is True or str(resume_from_checkpoint).lower() in ("auto", "true")
+            found = _choose(output_dir) if automatic else _check(resume_from_checkpoint)
     return processes.gather(found)[0]
 
 
@@ -272,16 +274,18 @@ def _choose(output_dir: str) -> str | None:
     return found
 
 
-def _check(asked: str) -> str:
-    reason = incomplete(asked)
+def _check(resume_from_checkpoint: str) -> str:
+    reason = incomplete(resume_from_checkpoint)
     if reason is not None:
-        folder = Path(asked)
+        folder = Path(resume_from_checkpoint)
         runs = [folder, folder.parent] if folder.is_dir() else [folder.parent]
         others = [newest_complete(run)[0] for run in runs]
         other = next((found for found in others if found), None)
         hint = f"Give {other}, which is." if other else "Give --resume_from_checkpoint auto for the newest."
-        raise ValueError(f"--resume_from_checkpoint={asked} is not a complete checkpoint: {reason}. {hint}")
-    return str(Path(asked))
+        raise ValueError(
+            f"--resume_from_checkpoint={resume_from_checkpoint} is not a complete checkpoint: {reason}. {hint}"
+        )
+    return str(Path(resume_from_checkpoint))
 
 
 @functools.cache

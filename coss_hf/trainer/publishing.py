@@ -64,7 +64,7 @@ class HubPublisher:
             token=self.args.hub_token,
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
-            message=f"Training in progress, {images_seen:,} images seen",
+            commit_message=f"Training in progress, {images_seen:,} images seen",
         )
         self._running.add_done_callback(_warn_of_failure)
 
@@ -76,7 +76,7 @@ class HubPublisher:
     def push_output_dir(
         self,
         repo_id: str,
-        message: str,
+        commit_message: str,
         token: str | None = None,
         revision: str | None = None,
         private: bool | None = None,
@@ -85,7 +85,7 @@ class HubPublisher:
 
         Args:
             repo_id: full name of the repository.
-            message: of the commit.
+            commit_message: message of the commit.
             token: default: ``--hub_token``, or that of ``hf auth login``.
             revision: a branch; default: ``--hub_revision``, or main.
             private: whether a new repository is private; default: ``--hub_private_repo``.
@@ -101,7 +101,7 @@ class HubPublisher:
             token=token or args.hub_token,
             private=args.hub_private_repo if private is None else private,
             revision=revision or args.hub_revision,
-            message=message,
+            commit_message=commit_message,
         )
 
 

@@ -521,7 +521,7 @@ class DistillationTrainer(Trainer):
             if finished(state, self.args):
                 return self._load_finished_run(checkpoint)
         else:
-            self._start_afresh(asked=resume_from_checkpoint)
+            self._start_afresh(resume_from_checkpoint)
         use_precision(self.args)
         self._position = self._position_in(checkpoint)
         self._keep_list_of_images(checkpoint)
@@ -569,11 +569,11 @@ class DistillationTrainer(Trainer):
         prints = any(type(one).__name__ in shows for one in self.callback_handler.callbacks)
         return prints and self.is_world_process_zero() and self.args.log_format == "text"
 
-    def _start_afresh(self, asked: str | bool | None) -> None:
+    def _start_afresh(self, resume_from_checkpoint: str | bool | None) -> None:
         if self.args.overwrite_output_dir and self.args.process_index == 0:
             remove_pictures(self.args.output_dir)
         pretrain(self)
-        if asked and self.args.process_index == 0:
+        if resume_from_checkpoint and self.args.process_index == 0:
             print(f"No complete checkpoint in {self.args.output_dir}: starting afresh.", flush=True)
 
     def _keep_list_of_images(self, checkpoint: str | None) -> None:

@@ -76,7 +76,7 @@ coss_hf.Student.from_pretrained(folder).push_to_hub("me/exported")
 there = coss_hf.Student.from_pretrained("me/exported")
 there.push_to_hub("me/exported-copy")
 shutil.rmtree(folder / "onnx")
-push(folder, "me/exported", message="from a folder without them")
+push(folder, "me/exported", commit_message="from a folder without them")
 there.push_to_hub("me/exported", commit_message="from the Hub")
 print("CHANGED", file=sys.stderr)
 with torch.no_grad():
