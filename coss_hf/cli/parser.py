@@ -1,4 +1,4 @@
-"""Command lines and YAML files to dataclasses, and errors to exit codes."""
+"""Command lines and YAML files to dataclasses."""
 
 import copy
 import difflib

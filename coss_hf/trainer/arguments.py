@@ -1,4 +1,4 @@
-"""Arguments of a run, with the method's defaults, from YAML files and the command line."""
+"""Arguments of a run about its networks and images, with their defaults, and what they load."""
 
 import copy
 from dataclasses import dataclass, field, replace

@@ -1,4 +1,4 @@
-"""What engines ask of the networks: FSDP2's shards, channels-last memory, batch norm over all processes."""
+"""Checks of the arguments of engines, channels-last memory, batch norm over all processes, and the precision."""
 
 import os
 
