@@ -587,8 +587,9 @@ class DistillationTrainer(Trainer):
         """What ``--dry_run`` prints, instead of a training with neighbours that were made up."""
         from coss_hf.trainer.dry_run import describe  # measures trainers
 
+        text = describe(self, measure=True)  # on all processes: a loss may add up over them
         if self.is_world_process_zero():
-            print(for_reader(describe(self, measure=True)), flush=True)
+            print(for_reader(text), flush=True)
         return TrainOutput(0, 0.0, {})
 
     def _claims_output_dir(self) -> bool:
