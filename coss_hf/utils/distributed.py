@@ -1,5 +1,6 @@
 """Rank and number of the processes of a run, and differentiable reductions over them."""
 
+from datetime import timedelta
 from functools import lru_cache
 
 import torch
@@ -87,7 +88,14 @@ def all_gather(x: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1)
 def _gloo_group(default) -> dist.ProcessGroup:
-    return dist.new_group(backend="gloo")
+    # torch's own timeout of half an hour ends a run whose first process measures or uploads for longer.
+    return dist.new_group(backend="gloo", timeout=timedelta(days=100))
+
+
+def patient_group() -> dist.ProcessGroup:
+    """The group of all processes in which one may wait long for another, over gloo; all must call."""
+    # One for each start of torch.distributed: tests start it anew.
+    return _gloo_group(dist.group.WORLD)
 
 
 def any_process(flag: bool) -> bool:
@@ -95,6 +103,5 @@ def any_process(flag: bool) -> bool:
     if world_size() == 1:
         return flag
     value = torch.tensor(float(flag))
-    # One group for each start of torch.distributed: tests start it anew.
-    dist.all_reduce(value, group=_gloo_group(dist.group.WORLD))
+    dist.all_reduce(value, group=patient_group())
     return bool(value)

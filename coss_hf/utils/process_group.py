@@ -1,9 +1,10 @@
 """The processes of a run where one may wait long for another: over gloo, and without a timeout."""
 
 import contextlib
-from datetime import timedelta
 
 import torch.distributed as dist
+
+from coss_hf.utils.distributed import patient_group
 
 
 class Processes:
@@ -26,7 +27,7 @@ class Processes:
         if not alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             self.rank = dist.get_rank()
             self.count = dist.get_world_size()
-            self._group = dist.new_group(backend="gloo", timeout=timedelta(days=100))
+            self._group = patient_group()
 
     def gather(self, value) -> list:
         """The values of all processes by rank, on every process. They are pickled: keep them small."""
