@@ -886,8 +886,14 @@ class DistillationTrainer(Trainer):
         self.collect()
         with self.teacher_in_place():
             metrics, projected = self.evaluator(self.student, self.project)
+            processes = Processes()
             if self._loss_needs_embeddings_alone():
+                # Another process may have failed to read an image: each takes its part of the same batches.
+                readable = processes.gather(self.evaluator.test_readable)
+                self.evaluator.test_readable = torch.stack(readable).all(0)
                 metrics["loss"] = self._eval_loss(projected)
+        # They decide what all do together (the best student, the rate, the end), and devices round differently.
+        metrics = processes.gather(metrics)[0]
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items() if value is not None}
         self.monitor.stop_clock()
         return EvalLoopOutput(

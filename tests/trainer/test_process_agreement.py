@@ -1,0 +1,78 @@
+"""What two processes must find out alike, since it decides what they do together."""
+
+import contextlib
+import io
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+import tests.helpers.runs as h
+from coss_hf.evaluation.evaluator import Evaluator
+from coss_hf.utils.distributed import any_process, patient_group
+from coss_hf.utils.process_group import Processes
+from tests.helpers.processes import spawn
+
+
+class UnequalEvaluator(Evaluator):
+    """As of processes whose devices round differently, and of which one cannot read an image."""
+
+    def __call__(self, student, project=None):
+        rank = torch.distributed.get_rank()
+        self.test_readable[rank] = rank == 0
+        metrics, projected = super().__call__(student, project)
+        return metrics | {"overlap10": 0.5 + rank / 10}, projected
+
+
+def unequal(splits, teacher) -> Evaluator:
+    return UnequalEvaluator(teacher, splits.test, splits.image_column)
+
+
+def work(rank: int, folder: Path) -> None:
+    """One of two processes: an evaluation, a dry run, and how long the others may be waited for."""
+    paths = [str(folder / name) for name in ("images", "teacher", "small")]
+    trainer = h.make_trainer(folder, *paths, evaluator=unequal)
+    metrics = trainer.evaluate()
+    found = {
+        "overlap": metrics["eval_overlap10"],
+        "loss": metrics["eval_loss"],
+        "readable": trainer.evaluator.test_readable,
+    }
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        h.make_trainer(folder, *paths, dry_run=True).train()
+    found["dry run"] = out.getvalue()
+    found["any"] = any_process(rank == 1)
+    found["gathered"] = Processes().gather(rank)
+    found["timeout"] = patient_group()._get_backend(torch.device("cpu")).options._timeout
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def found(saved, tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("processes")
+    for name in ("images", "teacher", "small"):
+        (folder / name).symlink_to(saved / name)
+    spawn(work, folder, folder, processes=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_metrics_that_steer_the_training_are_those_of_the_first_process(found):
+    """Each had its own: one process wrote the best student, or ended, while the other waited for it in the next step."""
+    assert [one["overlap"] for one in found] == [0.5, 0.5]
+
+
+def test_the_loss_of_held_out_images_is_that_of_images_which_all_processes_read(found):
+    assert [int((~one["readable"]).sum()) for one in found] == [1, 1] and not found[0]["readable"][1]
+    assert found[0]["loss"] == found[1]["loss"]
+
+
+def test_a_dry_run_of_several_processes_ends_and_is_printed_once(found):
+    """The first one waited for the others, which had ended, in the loss."""
+    assert "estimate" in found[0]["dry run"] and not found[1]["dry run"]
+
+
+def test_processes_wait_for_one_that_measures_or_uploads(found):
+    """They gave up after half an hour."""
+    assert all(one["timeout"] > timedelta(days=30) and one["any"] and one["gathered"] == [0, 1] for one in found)
