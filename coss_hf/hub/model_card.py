@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCardData
 
 from coss_hf.evaluation.retrieval import MAX_QUERIES
 from coss_hf.evaluation.tables import sample_of_overlap, table
@@ -12,6 +12,7 @@ from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone, class_name
+from coss_hf.models.revision import commit_of
 from coss_hf.utils.messages import get_logger
 
 logger = get_logger(__name__)
@@ -34,13 +35,8 @@ METRICS = {
 
 
 def revision_of(network: Backbone, given: str | None = None) -> str | None:
-    """The commit that a network of the Hub was loaded from; ``given`` where that is not known."""
-    if not on_hub(network.name):
-        return None
-    # Not every configuration keeps it; the cache has what was loaded.
-    file = try_to_load_from_cache(network.name, "config.json", revision=given)
-    kept = Path(file).parent.name if isinstance(file, str) else given
-    return getattr(network.model.config, "_commit_hash", None) or kept
+    """The commit that a network of the Hub was loaded from; that of ``given`` or of main where it is not known."""
+    return (network.revision or commit_of(network.name, given)) if on_hub(network.name) else None
 
 
 def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None:

@@ -25,6 +25,7 @@ from coss_hf.models.pooling import (
     pool,
     token_layout,
 )
+from coss_hf.models.revision import commit_in_memory
 from coss_hf.models.towers import (
     ProjectedTower,
     check_space,
@@ -113,6 +114,7 @@ class Backbone:
         classifier: the linear layer on the embedding that was left out of a plain module; None where none is known.
         full: the network in memory that the tower was taken out of, with its classifier; None where it was given alone.
         checkpoint: Hub name or folder that the network was loaded from by name; None for one given in memory.
+        revision: the commit on the Hub that its weights are of, else what was asked for; None where neither is known.
 
     Raises:
         ValueError: a network that reads no images, a pooling, size or space that it does not support, missing weights.
@@ -135,6 +137,7 @@ class Backbone:
         self.maps = 0
         self.classifier: nn.Linear | None = None
         self.checkpoint: str | None = None
+        self.revision = commit_in_memory(model)
         self.missing = set(missing)
         self.has_texts = callable(getattr(model, "get_text_features", None))
         if space == "projected":

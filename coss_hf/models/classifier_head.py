@@ -36,15 +36,14 @@ def find_classifier(backbone: Backbone) -> nn.Linear | None:
 
 
 def _classifier_of_checkpoint(backbone: Backbone) -> nn.Linear | None:
-    revision = getattr(backbone.model.config, "_commit_hash", None)
     try:
         with quiet_loading():
             network, info = AutoModelForImageClassification.from_pretrained(
-                backbone.checkpoint, revision=revision, trust_remote_code=False, output_loading_info=True
+                backbone.checkpoint, revision=backbone.revision, trust_remote_code=False, output_loading_info=True
             )
     except Exception as error:  # damaged files of every format
         no_such_head = isinstance(error, ValueError)  # of this kind of network, or by code of its own
-        if no_such_head or not is_checkpoint(backbone.checkpoint):
+        if no_such_head or not is_checkpoint(backbone.checkpoint, backbone.revision):
             return None
         raise ValueError(
             f"--teacher={backbone.name}: whether its checkpoint has a classifier cannot be read ({first_line(error)}); "

@@ -17,6 +17,7 @@ from coss_hf.data.decoding import decode, is_fault_of_image, upright_rgb
 from coss_hf.models.backbone import Backbone, evaluating, vision_tower
 from coss_hf.models.image_processor import Preprocessing
 from coss_hf.models.loading import find_processor, load_network, missing_weights
+from coss_hf.models.revision import commit_in_memory
 from coss_hf.models.towers import check_space, without_shared_space
 from coss_hf.utils.errors import NonFiniteEmbedding
 from coss_hf.utils.messages import parameter_names
@@ -123,7 +124,9 @@ def _prepare(
         raise ValueError(f"model: {_described(network)}; give a Backbone, a PreTrainedModel, a Hub name or a folder.")
     tower = vision_tower(network, "")
     if missing is None:
-        missing = missing_weights(tower if space == "tower" else network, network.name_or_path)
+        missing = missing_weights(
+            tower if space == "tower" else network, network.name_or_path, commit_in_memory(network)
+        )
     entries = dict(vars(tower.config))
     try:
         if pixel_size is not None:

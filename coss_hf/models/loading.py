@@ -24,6 +24,7 @@ from coss_hf.models.files import find_file
 from coss_hf.models.image_processor import is_timm_processor
 from coss_hf.models.initialization import build_from_layers, rebuild_config
 from coss_hf.models.modules import WEIGHTS_FILE, ModuleConfig
+from coss_hf.models.revision import commit_in_memory, commit_of
 from coss_hf.models.towers import check_space, find_tower, vision_config_of, without_shared_space
 from coss_hf.utils.hub_lookup import cached_names, search, similar_names
 from coss_hf.utils.messages import did_you_mean, first_line, flag, get_logger, parameter_names
@@ -90,7 +91,9 @@ def load_backbone(
     is_checkpoint = init != "teacher_layers" and not (init == "random" and _is_architecture(name))
     hub = _hub_arguments(name, argument, revision, trust_remote_code) if is_checkpoint else {}
     if module is not None:
-        return _load_saved_module(name, argument, hub, module, pooling, size)
+        backbone = _load_saved_module(name, argument, hub, module, pooling, size)
+        backbone.revision = commit_of(name, revision)
+        return backbone
     if space == "projected":
         model, missing = _load_with_projection(name, argument, hub, options)
     elif init == "pretrained":
@@ -122,6 +125,7 @@ def load_backbone(
         space=space,
     )
     backbone.checkpoint = name if init == "pretrained" else None
+    backbone.revision = commit_of(name, revision) if init == "pretrained" else None
     if init == "pretrained" and backbone.space is not None:
         backbone.has_texts |= vision_config_of(_load_config(name, argument, hub)) is not None
     if is_timm_processor(backbone.processor):
@@ -293,7 +297,7 @@ def _load_tower(name: str, config, hub: dict, options: dict) -> tuple[PreTrained
     return tower, missing
 
 
-def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
+def missing_weights(model: PreTrainedModel, name: str, revision: str | None = None) -> set[str]:
     """Names of weights that the checkpoint of a network in memory did not contain, and that were not trained since.
 
     Found without reading weights. Of a module that the checkpoint lacks altogether, all weights count as trained where
@@ -302,12 +306,14 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
     Args:
         model: the network.
         name: Hub name or folder of its checkpoint.
+        revision: commit of the checkpoint; by default that of the network, as far as it is known.
 
     Returns:
         The names; none where there is no such checkpoint.
     """
     if not name:
         return set()
+    revision = revision or commit_in_memory(model)
     try:
         with quiet_loading():
             _, info = type(model).from_pretrained(
@@ -316,11 +322,11 @@ def missing_weights(model: PreTrainedModel, name: str) -> set[str]:
                 device_map="meta",
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                revision=getattr(model.config, "_commit_hash", None),
+                revision=revision,
                 local_files_only=True,
             )
     except Exception as error:  # each format and network fails in its own way
-        if is_checkpoint(name):
+        if is_checkpoint(name, revision):
             logger.warning("Which weights the checkpoint %s lacks cannot be found out: %s", name, first_line(error))
         return set()
     missing = _missing_names(info)
@@ -366,12 +372,12 @@ def _module_of_missing(name: str, state: dict[str, torch.Tensor], missing: set[s
     return name
 
 
-def is_checkpoint(name: str) -> bool:
+def is_checkpoint(name: str, revision: str | None = None) -> bool:
     """Whether a folder, or a model of the Hub in the cache, has a configuration; whether it can be read or not."""
     if Path(name).is_dir():
         return Path(name, "config.json").exists()
     try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+        return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     except HFValidationError:  # a class, or whatever else a network in memory is called
         return False
 
@@ -451,7 +457,7 @@ def _load_config(name: str, argument: str, hub: dict):
             raise ValueError(
                 f"{given} brings code of its own; read it, then allow it with --trust_remote_code."
             ) from error
-        if "local_files_only" in hub and not is_checkpoint(name):
+        if "local_files_only" in hub and not is_checkpoint(name, hub["revision"]):
             reason = "is no folder, nor in the local cache, and the Hub cannot be reached to look for it there"
             raise _unknown(name, argument, reason) from error
         if checkpoint := _newest_checkpoint(name):
@@ -561,7 +567,7 @@ def find_processor(
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
     absent = "it is not from a checkpoint"
     if name and not _is_architecture(name):
-        hub = hub or _hub_arguments(name, argument, getattr(model.config, "_commit_hash", None), trust_remote_code)
+        hub = hub or _hub_arguments(name, argument, commit_in_memory(model), trust_remote_code)
         file = _processor_file(name, argument, hub)
         if file is not None:
             return _load_processor(name, argument, hub, file)

@@ -53,7 +53,6 @@ class ProjectedTower(nn.Module):
         self.projection = getattr(full, _PROJECTION, None) or nn.Identity()
         self.name_or_path = full.name_or_path
         self.config = copy.deepcopy(tower.config)
-        self.config._commit_hash = getattr(full.config, "_commit_hash", None)
         path = next(path for path, module in full.named_modules() if module is tower)
         self._own = {f"{path}.": "tower.", f"{_PROJECTION}.": "projection."}
 

@@ -319,7 +319,7 @@ def _teacher_space(teacher: Backbone, head: nn.Module | None) -> dict:
     """What ``Student.from_pretrained`` needs to know, and of a teacher of images and text which of its spaces it is."""
     space = {
         "teacher": teacher.name,
-        "revision": getattr(teacher.model.config, "_commit_hash", None),
+        "revision": teacher.revision,
         "pooling": teacher.pooling,
         "dim": teacher.dim,
         "head": head is not None,

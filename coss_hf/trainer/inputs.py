@@ -26,6 +26,7 @@ from coss_hf.models.backbone import Backbone, vision_tower
 from coss_hf.models.from_module import backbone_from_module, refuse_untrained
 from coss_hf.models.loading import find_processor, load_backbone, missing_weights
 from coss_hf.models.modules import module_name
+from coss_hf.models.revision import commit_in_memory
 from coss_hf.models.towers import ProjectedTower
 from coss_hf.neighbors.columns import check_neighbors, check_pool
 from coss_hf.trainer.arguments import DataArguments
@@ -340,7 +341,8 @@ def as_backbone(network, argument: str, teacher: Backbone | None = None) -> Back
     if isinstance(network, PreTrainedModel):
         tower = vision_tower(network, argument)
         processor = find_processor(network, teacher, argument)
-        return Backbone(network, processor, missing=missing_weights(tower, network.name_or_path), argument=argument)
+        missing = missing_weights(tower, network.name_or_path, commit_in_memory(network))
+        return Backbone(network, processor, missing=missing, argument=argument)
     if isinstance(network, nn.Module):
         return backbone_from_module(network, teacher=teacher, argument=argument)
     raise ValueError(

@@ -28,6 +28,7 @@ class Hub(ThreadingHTTPServer):
         commits: by ``models/me/name``, the newest last: (sha, message, {path: bytes}).
         private: which of them are.
         created: what their creation asked for.
+        tags: names of commits, by repository.
         break_uploads: answer 400 to file uploads, as if a connection was lost for good.
         requests: method and path of all.
     """
@@ -39,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.commits = {}
         self.private = {}
         self.created = {}
+        self.tags = {}
         self.objects = {}
         self.requests = []
         self.break_uploads = False
@@ -50,6 +52,7 @@ class Hub(ThreadingHTTPServer):
 
     def find(self, repo: str, revision: str):
         commits = self.commits[repo]
+        revision = self.tags.get(repo, {}).get(revision, revision)
         return commits[-1] if revision == "main" else next(c for c in commits if c[0] == revision)
 
     def add(self, repo: str, message: str, files: dict[str, bytes]) -> str:

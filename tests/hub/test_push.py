@@ -11,6 +11,7 @@ import pytest
 import torch
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image
+from transformers import ResNetConfig, ResNetForImageClassification
 
 import tests.helpers.networks as networks
 import tests.helpers.runs as h
@@ -282,6 +283,62 @@ def test_neighbours_make_the_round_trip(hub, run, tmp_path, world):
     # The teacher's revision and licence are those of its page.
     assert "base_model: some/teacher" in card and f"`{old}`" in card and "no commercial use" in card
     assert "no commercial use" in done.stderr
+
+
+VERSIONS = """
+import json, os
+from transformers import AutoModel
+from coss_hf.hub.model_card import revision_of
+from coss_hf.models.classifier_head import find_classifier
+from coss_hf.models.loading import is_checkpoint, load_backbone
+from coss_hf.trainer.distillation_model import _teacher_space
+from coss_hf.trainer.inputs import as_backbone
+name = "some/versions"
+found = {}
+def note(key, backbone):
+    classifier = find_classifier(backbone)
+    found[key] = [
+        backbone.revision,
+        revision_of(backbone),
+        _teacher_space(backbone, None)["revision"],
+        backbone.processor.image_mean[0],
+        None if classifier is None else float(classifier.bias[0]),
+    ]
+note("tag", load_backbone(name, argument="teacher", revision="v1"))
+note("in memory", as_backbone(AutoModel.from_pretrained(name, revision="v1"), "teacher"))
+found["looked up"] = [is_checkpoint(name, "v1"), is_checkpoint(name)]
+note("main", load_backbone(name, argument="teacher"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+note("commit", load_backbone(name, argument="teacher", revision=found["tag"][0]))
+print("FOUND", json.dumps(found))
+"""
+
+
+def test_a_teacher_of_a_revision_is_read_of_that_commit_alone(hub, run, tmp_path):
+    """Its classifier was that of main, and so was the commit that the card and the student name."""
+    commits = []
+    for number, mean in enumerate((0.25, 0.75), start=1):
+        config = ResNetConfig(hidden_sizes=[4, 8], depths=[1, 1], embedding_size=4, layer_type="basic", num_labels=3)
+        torch.manual_seed(0)
+        network = ResNetForImageClassification(config)
+        with torch.no_grad():
+            network.classifier[1].bias.fill_(number)
+        network.save_pretrained(tmp_path / "versions")
+        networks.half(16).from_dict({"image_mean": [mean] * 3, "size": {"height": 16, "width": 16}}).save_pretrained(
+            tmp_path / "versions"
+        )
+        files = {path.name: path.read_bytes() for path in (tmp_path / "versions").iterdir()}
+        commits.append(hub.add("models/some/versions", "", files))
+    hub.private["models/some/versions"] = False
+    hub.tags["models/some/versions"] = {"v1": commits[0]}
+    done = run(["-c", VERSIONS])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.partition("FOUND ")[2])
+    first = [commits[0]] * 3
+    assert found["tag"] == found["commit"] == [*first, 0.25, 1]
+    assert found["in memory"] == [*first, 0.25, None]
+    assert found["looked up"] == [True, False]
+    assert found["main"] == [commits[1]] * 3 + [0.75, 2]
 
 
 CHECKS = """

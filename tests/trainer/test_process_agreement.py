@@ -59,7 +59,7 @@ def found(saved, tmp_path_factory) -> list[dict]:
 
 
 def test_metrics_that_steer_the_training_are_those_of_the_first_process(found):
-    """Each had its own: one process wrote the best student, or ended, while the other waited for it in the next step."""
+    """Each had its own: one wrote the best student, or ended, while the other waited for it in the next step."""
     assert [one["overlap"] for one in found] == [0.5, 0.5]
 
 
