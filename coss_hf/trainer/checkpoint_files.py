@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import sort_checkpoints
 
 from coss_hf.hub.export_folders import remove_exports
 from coss_hf.losses.registry import summands
@@ -51,6 +52,25 @@ def publish(unfinished: Path, checkpoint: Path) -> None:
         os.replace(checkpoint, replaced)
     os.replace(unfinished, checkpoint)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def rotate(run_dir: str | Path, limit: int | None, best: str | None, pushed: set[str]) -> None:
+    """Delete the oldest checkpoints beyond ``limit``, as ``Trainer`` does, but those that are being pushed.
+
+    Args:
+        run_dir: folder of the checkpoints.
+        limit: number of checkpoints to keep; None for all.
+        best: a checkpoint that stays, next to the newest.
+        pushed: checkpoints that are being pushed; a later call deletes them.
+    """
+    if not limit:
+        return
+    found = sort_checkpoints(str(run_dir))
+    kept = {*found[-1:], *([str(Path(best))] if best else [])}
+    count = len(found) - max(limit, len(kept))
+    for folder in [one for one in found if one not in kept][: max(count, 0)]:
+        if folder not in pushed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def lock_output_dir(output_dir: str | Path) -> None:

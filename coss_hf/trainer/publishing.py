@@ -26,7 +26,8 @@ class HubPublisher:
 
     def __init__(self, args: TrainingArguments):
         self.args = args
-        self._running: Future | None = None
+        self._api = HfApi()  # one for all pushes in the background, which it does one after another
+        self._running: dict[Future, str] = {}
 
     def open_repo(self, token: str | None = None, private: bool | None = None) -> str:
         """Create the repository, where it is not there, and return its full name.
@@ -46,8 +47,12 @@ class HubPublisher:
 
     def wants_checkpoints(self) -> bool:
         """Whether a checkpoint that is written now should be pushed: one push in the background at a time."""
-        busy = self._running is not None and not self._running.done() and not self.args.hub_always_push
+        busy = self.pushed_folders() and not self.args.hub_always_push
         return self.args.hub_strategy != HubStrategy.END and not busy
+
+    def pushed_folders(self) -> set[str]:
+        """The checkpoints whose push in the background is not done, and which must stay."""
+        return {folder for job, folder in self._running.items() if not job.done()}
 
     def push_checkpoint(self, folder: str, repo_id: str, images_seen: int) -> None:
         """Push the student of a checkpoint in the background; a push that fails is a warning.
@@ -57,7 +62,7 @@ class HubPublisher:
             repo_id: full name of the repository.
             images_seen: number of images seen so far, for the message of the commit.
         """
-        self._running = HfApi().run_as_future(
+        job = self._api.run_as_future(
             push,
             folder,
             repo_id,
@@ -66,12 +71,14 @@ class HubPublisher:
             revision=self.args.hub_revision,
             commit_message=f"Training in progress, {images_seen:,} images seen",
         )
-        self._running.add_done_callback(_warn_of_failure)
+        self._running[job] = str(Path(folder))
+        job.add_done_callback(_warn_of_failure)
 
     def wait(self) -> None:
-        """Wait for a push in the background; of its failure there was a warning."""
-        if self._running is not None:
-            self._running.exception()
+        """Wait for all pushes in the background; of a failure there was a warning."""
+        for job in self._running:
+            job.exception()
+        self._running.clear()
 
     def push_output_dir(
         self,

@@ -22,7 +22,6 @@ from transformers.trainer_utils import (
     IntervalStrategy,
     PredictionOutput,
     TrainOutput,
-    rotate_checkpoints,
 )
 
 from coss_hf.data.loading import ImageSplits
@@ -66,6 +65,7 @@ from coss_hf.trainer.checkpoint_files import (
     newest_complete,
     read_state,
     remove_earlier_run,
+    rotate,
     set_damaged_aside,
     shapes,
 )
@@ -1061,9 +1061,12 @@ class DistillationTrainer(Trainer):
         limit = self.args.save_total_limit
         self.args.save_total_limit = None
         try:
-            return super()._finalize_training(*args, **kwargs)
+            result = super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+        if self.args.push_to_hub:  # what stayed while it was pushed
+            self._rotate(Path(self._get_output_dir(trial=None)))
+        return result
 
     def _save_checkpoint(self, model, trial) -> None:
         """Like ``Trainer``'s, which writes in place: a run killed there would leave half a checkpoint."""
@@ -1074,9 +1077,12 @@ class DistillationTrainer(Trainer):
             self._write_checkpoint(str(folder), final)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
+        self._rotate(run_dir)
+
+    def _rotate(self, run_dir: Path) -> None:
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(run_dir), self.args.save_total_limit, best, use_mtime=False)
+            rotate(run_dir, self.args.save_total_limit, best, self.publisher.pushed_folders())
 
     def _write_checkpoint(self, folder: str, final: Path) -> None:
         self.save_model(folder, _internal_call=True)

@@ -1,5 +1,7 @@
 import logging
 import re
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -243,6 +245,26 @@ def test_unsafe_hub_strategies_are_rejected(trainer, monkeypatch, caplog):
             else [(f"checkpoint-{step}", f"Training in progress, {8 * step} images seen") for step in (3, 6)]
         )
     assert "Training continues. broken" in caplog.text
+
+
+def test_pushes_in_the_background_keep_their_order_and_their_checkpoints(trainer, tmp_path, monkeypatch):
+    """They ran at once, so that an older one could end last, and a checkpoint was removed while it was pushed."""
+    pushed = []
+    last = tmp_path / "out" / "checkpoint-3"
+
+    def push(folder, name, **options):
+        end = time.monotonic() + 300
+        while not last.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(0.05 if folder.endswith("1") else 0)
+        pushed.append((Path(folder).name, Path(folder, "model.safetensors").exists()))
+
+    monkeypatch.setattr(publishing, "push", push)
+    options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "hub_always_push": True}
+    options |= {"hub_strategy": "every_save", "push_to_hub": True, "hub_model_id": "me/x", "hub_token": "t"}
+    trainer(max_steps=3, **options).train()
+    assert pushed == [(f"checkpoint-{step}", True) for step in (1, 2, 3)]
+    assert [path.name for path in last.parent.glob("checkpoint-*")] == [last.name]
 
 
 def test_an_invalid_name_is_refused_at_the_start(trainer):
