@@ -230,7 +230,10 @@ def fill(
         return args, Settings("paper")
     left_out = args.stood_in = args.left_out
     if args.deepspeed_plugin is not None:
+        args.check_deepspeed()
         values = {name: Filled(value, "DeepSpeed is set up before the student is known") for name, value in _of_paper()}
+        if _has_precision(args):
+            del values["bf16"]
     else:
         values = _of_optimizer(args, situation, left_out) | _of_length(args, situation)
         values |= _of_precision(args, situation)
@@ -387,9 +390,13 @@ def _epochs(args, situation: Situation, values: dict[str, Filled]) -> float | No
     return values["num_train_epochs"].value
 
 
+def _has_precision(args) -> bool:
+    return args.fp16 or args.mixed_precision != "no"
+
+
 def _of_precision(args, situation: Situation) -> dict[str, Filled]:
     """Nothing where a precision was given, to the training or to its launcher."""
-    if args.fp16 or args.mixed_precision != "no":
+    if _has_precision(args):
         return {}
     if situation.bf16:
         return {"bf16": Filled(True, "this GPU computes in bfloat16; weights and loss stay float32")}

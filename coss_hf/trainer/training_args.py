@@ -6,6 +6,7 @@ import sys
 from dataclasses import InitVar, dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
@@ -399,17 +400,31 @@ class DistillationArguments(TrainingArguments):
     def _check_settings(self) -> None:
         if self.settings not in SETTINGS:
             raise ValueError(f"--settings={self.settings!r} is unknown: choose one of {', '.join(SETTINGS)}.")
-        optim = str(plain(self.optim or PAPER["optim"]))
-        if self.deepspeed and "sgd" not in optim and self.learning_rate is None:
-            raise ValueError(
-                f"--deepspeed with --optim={optim}: DeepSpeed is set up before the student is known, with a learning "
-                f"rate of SGD; give --learning_rate, too."
-            )
+        self.check_deepspeed()
+        optim = self._optimizer()
         if self.settings == "paper" and "sgd" not in optim and self.learning_rate is None:
             raise ValueError(
                 f"--settings=paper: its learning rate of {PAPER['learning_rate']:g} is one of SGD, and --optim={optim} "
                 f"was given; give --learning_rate, too, or leave --settings out."
             )
+
+    def _optimizer(self) -> str:
+        return str(getattr(self.optim, "value", self.optim or PAPER["optim"]))
+
+    def check_deepspeed(self) -> None:
+        """Refuse another optimizer than SGD without a rate under DeepSpeed, whoever has asked for that.
+
+        Raises:
+            ValueError: the optimizer would train at a rate of SGD.
+        """
+        by_launcher = getattr(self, "deepspeed_plugin", None) or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
+        if not (self.deepspeed or by_launcher) or "sgd" in self._optimizer() or self.learning_rate is not None:
+            return
+        given = "--deepspeed" if self.deepspeed else "DeepSpeed, of the launcher,"
+        raise ValueError(
+            f"{given} with --optim={self._optimizer()}: DeepSpeed is set up before the student is known, with a "
+            f"learning rate of SGD; give --learning_rate, too."
+        )
 
     def _stand_in(self, left_out: tuple[str, ...]) -> None:
         """Put the paper's values in the place of what was left out: ``Trainer`` checks and derives what it is given."""

@@ -427,6 +427,23 @@ def test_bad_settings(options, message):
         assert arguments(**options, learning_rate=1e-3).learning_rate == 1e-3
 
 
+def test_deepspeed_of_the_launcher_has_the_same_rules(monkeypatch):
+    """By `accelerate launch` AdamW was trained at 0.05, and the table said bf16 False where the launcher had said so."""
+    args = arguments()
+    args.deepspeed_plugin = object()
+    args.mixed_precision = "bf16"
+    found, settings = fill(args, situation())
+    assert "bf16" not in settings.filled and settings.filled["learning_rate"].value == 0.05
+    args.mixed_precision = "no"
+    assert fill(args, situation())[1].filled["bf16"].value is False
+    args.optim = "adamw_torch"
+    with pytest.raises(ValueError, match="^DeepSpeed, of the launcher, with --optim=adamw_torch: .*--learning_rate"):
+        fill(args, situation())
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match="^DeepSpeed, of the launcher, with optim=adamw_torch: .*learning_rate"):
+        arguments(optim="adamw_torch")
+
+
 # ---- the machine ----
 
 
