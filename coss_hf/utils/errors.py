@@ -3,8 +3,14 @@
 import contextlib
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
+
+from coss_hf.utils.ending import ENDING
+
+# Seconds in which a launcher ends the other processes of a run after one has ended with an error.
+LAUNCHER_ENDS = 3.0
 
 
 class RunStopped(RuntimeError):
@@ -97,8 +103,7 @@ def bad_input_exits():
         with stopped_run_exits():
             yield
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # every process of a machine finds the same
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        _print_error(error, os.environ.get("LOCAL_RANK", "0") == "0")  # mostly, every process of a machine has the same
         raise SystemExit(2) from None
 
 
@@ -116,7 +121,24 @@ def stopped_run_exits():
                 raise
             raise LostWorker(error) from error
     except RunStopped as error:
-        is_first = os.environ.get("RANK", "0") == "0" and not getattr(error, "elsewhere", False)
-        if is_first or error.__cause__ or getattr(error, "found", False):
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        own = bool(error.__cause__) or getattr(error, "found", False)
+        if own or not getattr(error, "elsewhere", False):
+            _print_error(error, own or os.environ.get("RANK", "0") == "0")
         raise SystemExit(1) from None
+
+
+def _print_error(error: Exception, at_once: bool) -> None:
+    """Print an error in one paragraph; one that all processes have by the first of them alone.
+
+    Another process waits: where the first one has the same error, it ends, and the launcher then ends all others. Who is
+    still there has an error of its own.
+    """
+    named = ""
+    if not at_once:
+        end = time.monotonic() + LAUNCHER_ENDS
+        while time.monotonic() < end:
+            if ENDING.received is not None:
+                return
+            time.sleep(0.05)
+        named = f"process {os.environ.get('RANK', '?')}: "
+    print(f"error: {named}" + " ".join(str(error).split()), file=sys.stderr, flush=True)

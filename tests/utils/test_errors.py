@@ -1,0 +1,26 @@
+"""What a command of several processes says of an error."""
+
+import pytest
+
+from tests.helpers.processes import run
+
+PROGRAM = """
+import os, sys, time
+from coss_hf.utils.errors import RunStopped, bad_input_exits
+kind = {"ValueError": ValueError, "RunStopped": RunStopped}[sys.argv[1]]
+with bad_input_exits():
+    if sys.argv[2] == "common" or os.environ["RANK"] == "1":
+        raise kind("--x=1: it is wrong.")
+    time.sleep(200)
+"""
+
+
+@pytest.mark.parametrize("kind", ["ValueError", "RunStopped"])
+@pytest.mark.parametrize(
+    ("whose", "expected"), [("common", "error: --x=1: it is wrong."), ("own", "error: process 1: --x=1: it is wrong.")]
+)
+def test_an_error_is_printed_once_whichever_process_has_it(kind, whose, expected):
+    """One of another process than the first ended the run without a word."""
+    done = run(["-c", PROGRAM, kind, whose], processes=2)
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if "error:" in line] == [expected]
