@@ -5,6 +5,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -449,9 +450,21 @@ class Backbone:
         if not self.maps:
             output = self.model(pixel_values=pixel_values, **self.options)
             return Features(pool(output, self.pooling, self.layout))
-        output = self.model(pixel_values=pixel_values, output_hidden_states=True, **self.options)
+        output = self._with_maps(pixel_values)
         maps = feature_maps(output, self.layout, self.size)
         return Features(pool(output, self.pooling, self.layout), evenly_spaced(maps, self.maps))
+
+    def _with_maps(self, pixel_values: Tensor):
+        options = dict(self.options)
+        if self.model.config.model_type == "vit_mae":  # it shuffles patches by noise, also where it hides none
+            patches = torch.arange(math.prod(self._grid()), dtype=torch.float32, device=pixel_values.device)
+            options["noise"] = patches.expand(len(pixel_values), -1)
+        return self.model(pixel_values=pixel_values, output_hidden_states=True, **options)
+
+    def _grid(self) -> tuple[int, int]:
+        """Number of rows and columns of patches."""
+        patch = _sides(self.model.config.patch_size)
+        return self.size[0] // patch[0], self.size[1] // patch[1]
 
     @torch.no_grad()
     def example(self, maps: bool = False) -> Features:
@@ -461,7 +474,7 @@ class Backbone:
         with evaluating(self.model):
             if not maps:
                 return self.features(images)
-            output = self.model(pixel_values=images, output_hidden_states=True, **self.options)
+            output = self._with_maps(images)
         return Features(pool(output, self.pooling, self.layout), feature_maps(output, self.layout, self.size))
 
     def preprocess(self, images: list[Image.Image]) -> Tensor:

@@ -126,25 +126,25 @@ class ModuleNetwork(nn.Module):
             UnknownOutput: no embedding can be read from what it returns.
         """
         if not output_hidden_states:
-            return self._read(self.module(pixel_values))
+            return self._read(self.module(pixel_values), pixel_values)
         if self.maps is None:
-            own = self._read(self.module(pixel_values))
+            own = self._read(self.module(pixel_values), pixel_values)
             self.maps = [] if own.hidden_states or own.maps else self._find_maps(pixel_values)
         outputs, output = self._run_with_outputs(pixel_values, self.maps)
-        read = self._read(output)
+        read = self._read(output, pixel_values)
         found = tuple(self._as_map(name, outputs.get(name), pixel_values) for name in self.maps)
         read.maps = found or read.maps
         return read
 
-    def _read(self, output) -> ModuleOutput:
+    def _read(self, output, pixel_values: Tensor) -> ModuleOutput:
         """The output in one form, whichever of ``OUTPUT_FORMS`` it has."""
+        maps = tuple(_channels_first(one, pixel_values) for one in _as_maps(output))
         if self.embedding is not None:
-            return _vector(self._embedded(output), maps=_as_maps(output))
+            return _vector(self._embedded(output), maps=maps)
         if isinstance(output, Features):
             return _vector(output.embedding, maps=tuple(output.maps), logits=output.logits)
-        maps = _as_maps(output)
-        if maps:
-            return ModuleOutput(maps[-1], maps=maps if len(maps) > 1 else ())
+        if maps:  # the last one is pooled by its own axes
+            return ModuleOutput(_as_maps(output)[-1], maps=maps if len(maps) > 1 else ())
         hidden = _entry(output, "last_hidden_state")
         pooled = _entry(output, "pooler_output")
         if _is_tensor(output, 2):

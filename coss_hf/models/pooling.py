@@ -124,7 +124,7 @@ def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor,
 
 def _to_map(hidden: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
     if hidden.dim() == 4:
-        return hidden
+        return hidden.permute(0, 3, 1, 2) if is_channels_last(tuple(hidden.shape), size) else hidden
     tokens = hidden[:, layout.patches]
     height = round((tokens.shape[1] * size[0] / size[1]) ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (height, -1))

@@ -130,8 +130,8 @@ def stopped_run_exits():
 def _print_error(error: Exception, at_once: bool) -> None:
     """Print an error in one paragraph; one that all processes have by the first of them alone.
 
-    Another process waits: where the first one has the same error, it ends, and the launcher then ends all others. Who is
-    still there has an error of its own.
+    Another process waits: where the first one has the same error, it ends, and the launcher then ends all others. A
+    process that is still there has an error of its own.
     """
     named = ""
     if not at_once:

@@ -199,6 +199,22 @@ def test_maps_of_timm_that_keeps_channels_last():
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)]
 
 
+def test_maps_in_a_list_that_keep_channels_last():
+    """Their rows were taken for channels."""
+    channels_first = own("maps")
+    module = copy.deepcopy(channels_first.model.module)
+    forward = module.forward
+    module.forward = lambda images: [one.permute(0, 2, 3, 1) for one in forward(images)]
+    backbone = Backbone.from_module(module, **INPUT)
+    pixels = backbone.preprocess(IMAGES)
+    for one in (backbone, channels_first):
+        one.maps = 2
+        one.freeze()
+    found, expected = backbone.features(pixels), channels_first.features(pixels)
+    torch.testing.assert_close(found.embedding, expected.embedding)
+    torch.testing.assert_close(found.maps, expected.maps)
+
+
 def test_wrapped_modules_are_unwrapped():
     module = encoder()
     compiled = nn.Module()

@@ -428,7 +428,7 @@ def test_bad_settings(options, message):
 
 
 def test_deepspeed_of_the_launcher_has_the_same_rules(monkeypatch):
-    """By `accelerate launch` AdamW was trained at 0.05, and the table said bf16 False where the launcher had said so."""
+    """AdamW was trained at 0.05, and the table said bf16 False where the launcher had asked for it."""
     args = arguments()
     args.deepspeed_plugin = object()
     args.mixed_precision = "bf16"
