@@ -79,7 +79,7 @@ def lock_output_dir(output_dir: str | Path) -> None:
     Waits a while for one that is on its way out: what a killed launcher left behind ends with its step.
 
     Raises:
-        ValueError: another run is at work there, or it cannot be made.
+        ValueError: another run is at work there, or it cannot be made or written.
     """
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -97,6 +97,10 @@ def lock_output_dir(output_dir: str | Path) -> None:
             raise ValueError(
                 f"--output_dir={output_dir}: another run is at work there; stop it, or give another folder."
             ) from None
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir={output_dir} cannot be written ({error}); give a folder that you may write to."
+        ) from error
     _locks.append(lock)  # released with the process
 
 
@@ -124,12 +128,12 @@ def remove_temporary_files(output_dir: str | Path) -> None:
 def holds_run(output_dir: str | Path) -> bool:
     """Whether a student or checkpoints are in a folder."""
     output = Path(output_dir)
-    return (output / "model.safetensors").exists() or any(output.glob("checkpoint-*"))
+    return os.path.exists(output / "model.safetensors") or any(output.glob("checkpoint-*"))
 
 
 def may_be_refused(args: TrainingArguments) -> bool:
     """Whether ``claim_output_dir`` may refuse the output folder; the same on all processes, which call together."""
-    locked = Path(args.output_dir, LOCK).exists()  # by a run at work, or by one that has ended
+    locked = os.path.exists(Path(args.output_dir, LOCK))  # by a run at work, or by one that has ended
     found = holds_run(args.output_dir) and not args.overwrite_output_dir
     return any(Processes().gather(found or locked))
 
