@@ -53,6 +53,7 @@ UNUSED = {
     "include_num_input_tokens_seen": NO_TEXT,
     "use_liger_kernel": "its kernels are those of language models",
     "auto_find_batch_size": "the loss depends on the size of a batch, which must stay the one given",
+    "save_on_each_node": "a run has one --output_dir, which all machines share, and the first process writes it",
     "enable_jit_checkpoint": "on SIGTERM a checkpoint is written in any case",
 }
 # The smallest and the largest value that works; ``inf`` for no limit.

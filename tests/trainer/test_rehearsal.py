@@ -30,6 +30,7 @@ REFUSED_AT_ONCE = {
     "smoothing": ({"label_smoothing_factor": 0.1}, "^label_smoothing_factor=0.1: distillation reads no labels"),
     "half precision on a CPU": ({"fp16": True}, "^fp16: a CPU has no half precision.*bf16"),
     "half precision in evaluation": ({"bf16_full_eval": True}, "^bf16_full_eval=True: .*student_dtype"),
+    "a folder of each machine": ({"save_on_each_node": True}, "^save_on_each_node=True: a run has one output_dir"),
     "another batch size": ({"auto_find_batch_size": True}, "^auto_find_batch_size=True: the loss depends"),
     "lengths": ({"train_sampling_strategy": "group_by_length"}, "^train_sampling_strategy=group_by_length: views"),
     "unknown optimizer": ({"optim": "adamm"}, "^optim=adamm: .*adamw_torch"),
