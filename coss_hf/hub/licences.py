@@ -8,6 +8,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from coss_hf.models.files import find_file
+from coss_hf.models.revision import commit_of
 from coss_hf.utils.messages import get_logger
 
 logger = get_logger(__name__)
@@ -33,13 +34,18 @@ WORDS = {
 }
 
 
-def on_hub(name: str | None) -> bool:
-    """Whether a model or dataset given by ``name`` came from the Hub, and not from a disk."""
+def on_hub(name: str | None, kind: str = "model") -> bool:
+    """Whether a model or dataset given by ``name`` came from the Hub, and not from a disk or from memory.
+
+    A network in memory may be called by its class. So a model has an owner in its name, or it is in the cache.
+    """
     try:
         validate_repo_id(name or "")
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    if Path(name).exists():
+        return False
+    return "/" in name or kind == "dataset" or commit_of(name) is not None
 
 
 def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]:
@@ -49,6 +55,12 @@ def licence_of(name: str, revision: str | None = None) -> tuple[str | None, str]
         name: Hub name or folder.
         revision: on the Hub.
     """
+    if not (on_hub(name) or Path(name).exists()):
+        return (
+            None,
+            "**not known**: it is neither on the Hub nor in a folder that is there; look it up where it comes from "
+            "before you publish or use this student.",
+        )
     gated = False
     try:
         if on_hub(name):

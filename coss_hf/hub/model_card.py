@@ -70,7 +70,7 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         pipeline_tag=TASK,
         base_model=base_models[0] if len(base_models) == 1 else base_models or None,
         base_model_relation="finetune" if base_models else None,
-        datasets=arguments.get("dataset") if on_hub(arguments.get("dataset")) else None,
+        datasets=arguments.get("dataset") if on_hub(arguments.get("dataset"), "dataset") else None,
         tags=[*dict.fromkeys([*TAGS, *trainer.methods, *_library_tags(subject), *own_tags])],
         widget=[WIDGET],
         model_name=title,
@@ -119,7 +119,7 @@ def _results(record: dict) -> list[EvalResult]:
     row = (record.get("results") or {}).get("student", {})
     where = {
         "task_type": TASK,
-        "dataset_type": dataset if on_hub(dataset) else _hub_word(Path(dataset).name),
+        "dataset_type": dataset if on_hub(dataset, "dataset") else _hub_word(Path(dataset).name),
         "dataset_name": Path(dataset).name or dataset,
         "dataset_config": record.get("arguments", {}).get("dataset_name"),
         "dataset_split": record.get("evaluated_on"),
@@ -138,7 +138,8 @@ def _hub_word(name: str) -> str:
 
 
 def _link(name: str, prefix: str = "") -> str:
-    return f"[{name}]({HUB}/{prefix}{name})" if on_hub(name) else f"`{name}`"
+    kind = "dataset" if prefix else "model"
+    return f"[{name}]({HUB}/{prefix}{name})" if on_hub(name, kind) else f"`{name}`"
 
 
 def _training_images(record: dict) -> str:
@@ -201,7 +202,7 @@ def _citations(trainer, dataset: str | None) -> list[str]:
     links = [f"* [{paper}]({address})" if address else f"* {paper}" for paper, address, _ in cited]
     if on_hub(trainer.teacher.name):
         links.append(f"* teacher: {_link(trainer.teacher.name)}")
-    if on_hub(dataset):
+    if on_hub(dataset, "dataset"):
         links.append(f"* dataset: {_link(dataset, 'datasets/')}")
     parts = []
     if entries:

@@ -205,6 +205,15 @@ def test_licence_lookup_without_network_does_not_fail_the_run(trainer, caplog):
     assert "Licence of the teacher" in caplog.text
 
 
+def test_a_network_that_is_called_by_its_class_is_none_of_the_hub(trainer, tmp_path):
+    """Its card linked to a page that does not exist, and its licence was one that the Hub did not tell."""
+    run = trainer()
+    run.teacher.name = "ViTModel"
+    run.create_model_card(record=RECORD | {"arguments": {"dataset": "cifar10"}})
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "co/ViTModel" not in card and "**not known**" in card and "datasets/cifar10)" in card
+
+
 def test_each_method_has_its_paper():
     for method in LOSSES:
         ((title, _, entry),) = papers([method])
