@@ -53,17 +53,19 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
     name = trainer.hub_model_id or args.output_dir
     title = title or Path(name).absolute().name
     arguments = record.get("arguments", trainer.arguments)
+    init = arguments.get("student_init", "pretrained")
     revision = revision_of(teacher, arguments.get("teacher_revision"))
-    licence, sentence = licence_of(teacher.name, revision)
-    if licence not in PERMISSIVE:
-        logger.warning("Licence of the teacher %s: %s", teacher.name, sentence.replace("*", ""))
+    licences = {"its licence": _licence("teacher", teacher, revision)}
+    if init == "pretrained" and on_hub(trainer.student.name) and trainer.student.name != teacher.name:
+        start = revision_of(trainer.student, arguments.get("student_revision"))
+        licences["licence of its start"] = _licence("student's start", trainer.student, start)
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     warn_of_stale_exports(folder)
     subject = Subject(name, trainer.student, trainer.full_model.head, folder, on_hub=bool(trainer.hub_model_id))
     own_tags = metadata.pop("tags", None) or []
     own_tags = [own_tags] if isinstance(own_tags, str) else own_tags
-    base_models = _base_models(trainer.student, teacher, arguments.get("student_init", "pretrained"))
+    base_models = _base_models(trainer.student, teacher, init)
     data = ModelCardData(
         **{key: value for key, value in metadata.items() if key in ("license", "language") and value},
         library_name=_library(subject),
@@ -82,13 +84,21 @@ def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None
         f"to imitate those of its teacher.",
         "\n\n".join(record.get("verdict", [])),
         f"## Use\n\n{usage(subject)}",
-        f"## Training\n\n{_training(trainer, arguments, record, revision, sentence)}",
+        f"## Training\n\n{_training(trainer, arguments, record, revision, licences)}",
         f"```\n{record['command']}\n```" if "command" in record else "",
         *_evaluation(record, folder),
         *_citations(trainer, arguments.get("dataset")),
     ]
     body = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "README.md").write_text(f"---\n{data.to_yaml()}\n---\n\n{body}")
+
+
+def _licence(role: str, network: Backbone, revision: str | None) -> str:
+    """A sentence on the licence of a network that the student was made from; a warning where it has terms."""
+    licence, sentence = licence_of(network.name, revision)
+    if licence not in PERMISSIVE:
+        logger.warning("Licence of the %s %s: %s", role, network.name, sentence.replace("*", ""))
+    return sentence
 
 
 def _base_models(student: Backbone, teacher: Backbone, init: str | None) -> list[str]:
@@ -152,7 +162,7 @@ def _training_images(record: dict) -> str:
     return f", of {record['train_images']:,} training images{undecoded}"
 
 
-def _training(trainer, arguments: dict, record: dict, revision: str | None, licence: str) -> str:
+def _training(trainer, arguments: dict, record: dict, revision: str | None, licences: dict[str, str]) -> str:
     """What the student was made from, as a table."""
     teacher = trainer.teacher
     student = trainer.student
@@ -166,9 +176,10 @@ def _training(trainer, arguments: dict, record: dict, revision: str | None, lice
     facts = {
         "teacher": f"{_link(teacher.name)}, {teacher.num_parameters():,} parameters",
         "its revision": f"`{revision}`" if revision else f"weights and settings `{teacher.fingerprint()}`",
-        "its licence": licence,
+        "its licence": licences["its licence"],
         "student": f"{class_name(student.model)}, {student.num_parameters():,} parameters, started from "
         f"`{student.name}` ({arguments.get('student_init', 'as given')})",
+        **{key: text for key, text in licences.items() if key != "its licence"},
         "embedding": f"{student.dim} numbers, pooling `{student.pooling}`; input {student.size[1]} x {student.size[0]}",
         "head": head,
         "method": f"`{trainer.method}`, no labels",

@@ -205,6 +205,22 @@ def test_licence_lookup_without_network_does_not_fail_the_run(trainer, caplog):
     assert "Licence of the teacher" in caplog.text
 
 
+def test_the_licence_of_the_students_start_is_on_the_card(trainer, tmp_path, monkeypatch, caplog):
+    """That of the teacher was the only one which was looked at."""
+    terms = {"some/student": ("cc-by-nc-4.0", "`cc-by-nc-4.0`: **no commercial use**.")}
+    monkeypatch.setattr(model_card, "licence_of", lambda name, revision: terms.get(name, ("mit", "`mit`.")))
+    run = trainer()
+    run.student.name = "some/student"
+    run.create_model_card(record=RECORD)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| its licence | `mit`. |" in card and "| licence of its start | `cc-by-nc-4.0`: **no comm" in card
+    assert "Licence of the student's start some/student: `cc-by-nc-4.0`: no commercial use." in caplog.text
+    for arguments, name in (({"student_init": "random"}, "some/student"), ({}, run.teacher.name)):
+        run.student.name = name
+        run.create_model_card(record=RECORD | {"arguments": arguments})
+        assert "licence of its start" not in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_network_that_is_called_by_its_class_is_none_of_the_hub(trainer, tmp_path):
     """Its card linked to a page that does not exist, and its licence was one that the Hub did not tell."""
     run = trainer()
