@@ -135,6 +135,7 @@ class Backbone:
     ):
         check_space(space, pooling, argument)
         self.name = model.name_or_path or type(model).__name__
+        _check_in_one_place(model, self.name, argument)
         self.maps = 0
         self.classifier: nn.Linear | None = None
         self.checkpoint: str | None = None
@@ -609,6 +610,29 @@ def _shapes(model: PreTrainedModel | ModuleNetwork, run):
     with evaluating(model):
         model.requires_grad_(True)
         yield model, run(model)
+
+
+def _check_in_one_place(model: nn.Module, name: str, argument: str) -> None:
+    """Refuse a network whose weights are quantised, or are not all on one device.
+
+    Raises:
+        ValueError: what it is, and how to load it.
+    """
+    parts = list(model.modules())
+    devices = {str(one) for part in parts for one in (getattr(part, "hf_device_map", None) or {}).values()}
+    # To embed alone, several GPUs do.
+    is_spread = len(devices) > 1 and (bool(argument) or bool(devices & {"cpu", "disk"}))
+    if any(getattr(part, "hf_quantizer", None) is not None for part in parts):
+        kind = "is quantised"
+    elif is_spread or "disk" in devices:
+        kind = f"is spread by device_map over {', '.join(sorted(devices))}"
+    else:
+        return
+    remedy = f"{flag(argument, 'dtype')} bfloat16" if argument else "dtype=torch.bfloat16"
+    raise ValueError(
+        f"{flag(argument)}={name} {kind}, and it is moved and computed with as one network of floating-point weights; "
+        f"load it as such, in bfloat16 if memory is short ({remedy})."
+    )
 
 
 def _output_of_images(network: PreTrainedModel, size: tuple[int, int], options: dict):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoImageProcessor,
@@ -25,6 +26,7 @@ from transformers import (
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.embedding import embed, embed_dataset
 from coss_hf.models.loading import load_backbone
+from coss_hf.models.modules import ModuleNetwork
 from coss_hf.neighbors.embedding_store import embed_shards
 from coss_hf.utils.errors import NonFiniteEmbedding
 from tests.helpers.networks import NETWORKS, SMALL, build, half, images, save
@@ -426,3 +428,27 @@ def test_a_backbone_without_processor_names_the_remedy():
     for use in (lambda: embed(bare, images()), lambda: bare.normalize(views), bare.fingerprint):
         with pytest.raises(ValueError, match=r"^processor=None: ViTModel .* build it as Backbone\(model, processor\)"):
             use()
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("attributes", "kind"),
+    [
+        ({"hf_quantizer": object()}, "is quantised"),
+        ({"hf_device_map": {"a": 0, "b": "cpu"}}, "is spread by device_map over 0, cpu"),
+        ({"hf_device_map": {"": "disk"}}, "is spread by device_map over disk"),
+        ({"hf_device_map": {"a": 0, "b": 1}}, "is spread by device_map over 0, 1"),
+        ({"hf_device_map": {"": "cpu"}}, None),
+    ],
+)
+def test_a_network_that_is_not_in_one_place_is_refused(attributes, kind, wrapped):
+    """Each ended in an error of torch, of a data type or of the device meta."""
+    model = ViTModel(ViTConfig(**SMALL))
+    for name, value in attributes.items():
+        setattr(model, name, value)
+    network = ModuleNetwork(nn.Sequential(model), lambda output: output.pooler_output) if wrapped else model
+    if kind is None:
+        assert Backbone(network, None, size=32, argument="teacher").dim == 32
+        return
+    with pytest.raises(ValueError, match=f"^--teacher=.* {kind}, .*bfloat16 if memory is short .--teacher_dtype bf"):
+        Backbone(network, None, size=32, argument="teacher")
