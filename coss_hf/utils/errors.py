@@ -9,8 +9,8 @@ from pathlib import Path
 
 from coss_hf.utils.ending import ENDING
 
-# Seconds in which a launcher ends the other processes of a run after one has ended with an error.
-LAUNCHER_ENDS = 3.0
+# Seconds in which a process with an error ends, which takes some with a GPU, and its launcher then ends the others.
+LAUNCHER_ENDS = 10.0
 
 
 class RunStopped(RuntimeError):
