@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -28,6 +29,7 @@ logger = get_logger(__name__)
 # Where torchvision's networks have their classifier.
 CLASSIFIERS = ("fc", "classifier", "head", "heads")
 CLASSES = 1000  # of torchvision's published weights
+RESAMPLING = {name.lower(): value for name, value in Image.Resampling.__members__.items()}  # by timm's names, too
 
 
 @dataclass
@@ -175,7 +177,11 @@ def read_defaults(module: nn.Module) -> InputDefaults:
     """Size, mean and std of a module, from timm's configuration, torchvision's published weights, or its attributes."""
     cfg = _timm_cfg(module)
     if cfg:
-        return InputDefaults(tuple(cfg["input_size"][1:]), tuple(cfg["mean"]), tuple(cfg["std"]))
+        found = InputDefaults(tuple(cfg["input_size"][1:]), tuple(cfg["mean"]), tuple(cfg["std"]))
+        if cfg.get("crop_pct") and cfg.get("crop_mode", "center") == "center":
+            found.resize = math.floor(max(found.size) / cfg["crop_pct"])
+        found.resample = RESAMPLING.get(cfg.get("interpolation"), found.resample)
+        return found
     if _is_of_torchvision(module):
         return _torchvision_defaults(module)
     size = getattr(module, "image_size", None)

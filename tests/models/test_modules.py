@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModel, TimmWrapperModel, ViTForImageClassification
@@ -192,6 +193,22 @@ def test_timm_objects_that_no_name_gives_are_plain_modules(tmp_path):
     backbone.processor.save_pretrained(tmp_path)
     again = load_backbone(str(tmp_path), module=build)
     torch.testing.assert_close(embed(again, IMAGES), embed(backbone, IMAGES))
+
+
+@pytest.mark.parametrize("options", [{"features_only": True}, {"act_layer": nn.ReLU}])
+def test_plain_modules_of_timm_resize_images_as_their_weights_were_evaluated(options):
+    """They cropped the full shorter side, by bicubic interpolation."""
+    module = timm.create_model("test_vit", **options)
+    cfg = {**module.pretrained_cfg, "crop_pct": 0.8, "interpolation": "bilinear", "input_size": (3, 160, 160)}
+    module.pretrained_cfg = module.default_cfg = cfg
+    backbone = Backbone.from_module(module)
+    assert isinstance(backbone.model, ModuleNetwork) and backbone.size == (160, 160)
+    processor = backbone.processor
+    assert processor.size["shortest_edge"] == 200 and processor.crop_size["height"] == 160
+    assert processor.resample == Image.Resampling.BILINEAR
+    assert Backbone.from_module(module, size=160).processor.size["shortest_edge"] == 200
+    del cfg["crop_pct"]
+    assert Backbone.from_module(module).processor.size["shortest_edge"] == 160
 
 
 def test_maps_of_timm_that_keeps_channels_last():
