@@ -21,6 +21,11 @@ def is_timm_processor(processor) -> bool:
     return type(processor).__name__ == "TimmWrapperImageProcessor"
 
 
+def brings_code(processor) -> bool:
+    """Whether an image processor is saved with code of its own, so that loading it needs ``trust_remote_code``."""
+    return bool(getattr(processor, "auto_map", None) or getattr(processor, "_auto_class", None))
+
+
 def transformers_processor(processor, argument: str = ""):
     """An image processor of Transformers with the pixels of timm's, whose class writes nothing next to other networks.
 

@@ -35,6 +35,7 @@ from coss_hf.hub.model_card import write_card
 from coss_hf.losses.base import DistillationLoss
 from coss_hf.losses.registry import LOSSES, read_by, summands
 from coss_hf.models.backbone import Backbone
+from coss_hf.models.image_processor import brings_code
 from coss_hf.models.loading import has_own_code
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.reporting.closing import closing_summary, next_lines
@@ -983,7 +984,7 @@ class DistillationTrainer(Trainer):
             record,
             in_teacher_space=self.student.model.config.teacher_space is not None,
             from_module=isinstance(self.student.model, ModuleNetwork),
-            own_code=has_own_code(self.student.model.config),
+            own_code=has_own_code(self.student.model.config) or brings_code(self.student.processor),
             in_python=in_python,
         )
 

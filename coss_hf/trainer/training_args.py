@@ -409,7 +409,7 @@ class DistillationArguments(TrainingArguments):
             )
 
     def _optimizer(self) -> str:
-        return str(getattr(self.optim, "value", self.optim or PAPER["optim"]))
+        return str(plain(self.optim or PAPER["optim"]))
 
     def check_deepspeed(self) -> None:
         """Refuse another optimizer than SGD without a rate under DeepSpeed, whoever has asked for that.
