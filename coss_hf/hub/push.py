@@ -137,11 +137,11 @@ def push(
         text = new = None
         if card.is_file():  # its snippet loads the student by name
             text = card.read_text()
-            new = renamed(text, repo_id, on_hub=True)
+            new = renamed(text, repo_id, on_hub=True, revision=revision)
         with _errors_as_problems(repo_id), _with_card(folder, new) as place:
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
-            code = ["*.py"] if "auto_map" in _read(folder / "config.json") else []
+            code = ["*.py"] if _brings_code(folder) else []
             folders = published_folders(folder)
             replaced = _replaced_exports(api, repo_id, revision, folder, folders)
             commit = api.upload_folder(
@@ -322,6 +322,13 @@ def _problems_as_push_failed(folder: Path, repo_id: str, private: bool | None, r
         raise PushFailed(
             f"{why}. {folder} is complete; push it with: {command_to('push')} {shlex.join(words)}"
         ) from problem
+
+
+def _brings_code(folder: Path) -> bool:
+    """Whether the network or its image processor is loaded by code in the folder."""
+    processor = folder / PROCESSOR
+    described = [_read(folder / "config.json"), _read(processor) if processor.is_file() else {}]
+    return any("auto_map" in one for one in described)
 
 
 def _images_seen(folder: Path) -> str:

@@ -18,7 +18,7 @@ from coss_hf.hub import sentence_modules
 from coss_hf.hub.export_folders import exported_folders, exported_with_head
 from coss_hf.models.backbone import Backbone, evaluating
 from coss_hf.models.from_module import removal_of_classifier, torchvision_name
-from coss_hf.models.image_processor import is_timm_processor
+from coss_hf.models.image_processor import brings_code, is_timm_processor
 from coss_hf.models.loading import has_own_code
 from coss_hf.models.modules import ModuleNetwork
 from coss_hf.models.pooler import FIRST_TIMM, TIMM, PoolerOutput, pooler_is_embedding, pooler_output
@@ -27,6 +27,7 @@ from coss_hf.models.towers import describe_space
 LOCAL = "local-dir:"  # timm's words for a folder
 HUB = "hf-hub:"  # and for a name on the Hub
 NOT_MENTIONED = None
+TRUST = ", trust_remote_code=True"
 # By what is imported: the package to install, where its name is another or its version matters.
 PACKAGES = {
     "PIL": "pillow",
@@ -93,10 +94,33 @@ class Loader:
     language: str = "python"
 
 
-def renamed(card: str, name: str, on_hub: bool | None = None) -> str:
-    """The card with code that loads ``name``, a folder or a name on the Hub; ``on_hub`` is as in ``Subject``."""
+def renamed(card: str, name: str, on_hub: bool | None = None, revision: str | None = None) -> str:
+    """The card with code that loads ``name``, a folder or a name on the Hub; ``on_hub`` is as in ``Subject``.
+
+    Args:
+        card: its text.
+        name: that is loaded.
+        on_hub: whether it is one on the Hub.
+        revision: branch that it is loaded from; None for main.
+    """
     card = re.sub(r'(?m)^((?:const )?name = )".*"(?=;?$)', lambda found: f'{found[1]}"{name}"', card)
-    return re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name, on_hub)}"', card)
+    card = re.sub(rf'"(?:{LOCAL}|{HUB})"(?= \+ name\b)', f'"{_timm_source(name, on_hub)}"', card)
+    return _at_revision(card, None if revision == "main" else revision)
+
+
+def _at_revision(card: str, revision: str | None) -> str:
+    """The card with code that loads the student, which each code calls ``name``, from a branch; None for main."""
+    given = f', revision="{revision}"' if revision else ""
+    call = r'((?:from_pretrained|load_backbone|SentenceTransformer)\(name\b|\bmodel=name\b|cached_file\(name, "[^"]*")'
+    card = re.sub(rf'{call}(?:, revision="[^"]*")?', lambda found: found[1] + given, card)
+    at = f' + "@{revision}"' if revision else ""
+    card = re.sub(rf'("{HUB}" \+ name)(?: \+ "@[^"]*")?', lambda found: found[1] + at, card)
+    option = f', revision: "{revision}"' if revision else ""
+    card = re.sub(r'(, name, \{ dtype: "\w+")(?:, revision: "[^"]*")?', lambda found: found[1] + option, card)
+    if not revision:
+        return card
+    trust = TRUST if f"coss_hf.embed(student, [image]{TRUST})" in card else ""
+    return re.sub(r"(?m)^student = name$", f"student = coss_hf.load_backbone(name{given}{trust})", card)
 
 
 def usage(subject: Subject) -> str:
@@ -153,7 +177,16 @@ def _needs(code: str, with_timm: bool = False) -> str:
 
 
 def _trust(subject: Subject) -> str:
-    return ", trust_remote_code=True" if getattr(subject.student.model.config, "auto_map", None) else ""
+    return TRUST if getattr(subject.student.model.config, "auto_map", None) else ""
+
+
+def _trust_processor(subject: Subject) -> str:
+    return TRUST if brings_code(subject.student.processor) else ""
+
+
+def _trust_either(subject: Subject) -> str:
+    """Where one call loads network and image processor."""
+    return _trust(subject) or _trust_processor(subject)
 
 
 def _dtype(subject: Subject) -> str:
@@ -194,7 +227,7 @@ from transformers import AutoImageProcessor, AutoModel
 
 name = "{subject.name}"
 model = AutoModel.from_pretrained(name{_trust(subject)}{_dtype(subject)}).eval()
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name{_trust_processor(subject)})
 
 {_image(subject)}
 with torch.no_grad():
@@ -225,7 +258,7 @@ def _pooled(student: Backbone, hidden: str) -> str:
 
 def _transformers_remark(subject: Subject, code: str) -> str:
     text = f"{_needs(code, _is_of_timm(subject))}.{_own_space(subject)}"
-    trust = _trust(subject)
+    trust = _trust_either(subject)
     return f"{text} Its code is in this repository (`trust_remote_code`)." if trust else text
 
 
@@ -243,7 +276,7 @@ from PIL import Image
 from transformers import pipeline
 
 name = "{subject.name}"
-extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust(subject)}{dtype})
+extractor = pipeline("image-feature-extraction", model=name, pool=True{_trust_either(subject)}{dtype})
 
 {_image(subject)}
 embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)}'''.lstrip()
@@ -252,7 +285,7 @@ embedding = extractor(image, return_tensors=True).flatten(1)  # {_shape(subject)
 def _pipeline_remark(subject: Subject, code: str) -> str:
     needs = _needs(code, _is_of_timm(subject))
     text = f"{needs}. The same embedding from the pipeline of Transformers"
-    if _trust(subject):
+    if _trust_either(subject):
         return f"{text}. Inference Endpoints do not run its code by themselves: they need a handler of your own."
     if _is_of_timm(subject):
         return f"{text}. Inference Endpoints need a handler of your own, with `timm` installed."
@@ -287,7 +320,7 @@ def _why_no_pipeline(subject: Subject) -> str | None:
 def _sentence_code(subject: Subject) -> str:
     options = "".join(f", {key}={value}" for key, value in subject.student.options.items())
     dim = subject.space["dim"] if subject.space else subject.student.dim
-    trust = _trust(subject) or (", trust_remote_code=True" if sentence_modules.needs_code(subject.student) else "")
+    trust = _trust_either(subject) or (TRUST if sentence_modules.needs_code(subject.student) else "")
     return f'''from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -336,7 +369,7 @@ import torch
 from PIL import Image
 """
     pixels = 'processor(image, return_tensors="pt")["pixel_values"]'
-    prepare = "processor = AutoImageProcessor.from_pretrained(name)"
+    prepare = f"processor = AutoImageProcessor.from_pretrained(name{_trust_processor(subject)})"
     if is_timm_processor(subject.student.processor):
         pixels = "transform(image).unsqueeze(0)"
         prepare = "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
@@ -386,7 +419,7 @@ name = "{subject.name}"
 {build}{_reading(subject)}
 {without}module.load_state_dict(load_file(cached_file(name, "model.safetensors")))
 module.eval()
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name{_trust_processor(subject)})
 
 {_image(subject)}
 with torch.no_grad():
@@ -440,7 +473,7 @@ def _only_module(subject: Subject) -> str | None:
 
 def _own_trust(subject: Subject) -> str:
     """Networks of this package bring code for others, and need none here."""
-    return ", trust_remote_code=True" if has_own_code(subject.student.model.config) else ""
+    return _trust_processor(subject) or (TRUST if has_own_code(subject.student.model.config) else "")
 
 
 def _own_code(subject: Subject) -> str:
@@ -468,9 +501,10 @@ def _own_loading(subject: Subject) -> str:
             f"coss_hf.Backbone.from_module(module, embedding=read, size={subject.student.size}, "
             f"mean={tuple(processor.image_mean)}, std={tuple(processor.image_std)})"
         )
-    load = f"coss_hf.Student.from_pretrained(name, module={built})"
+    trust = _trust_processor(subject)
+    load = f"coss_hf.Student.from_pretrained(name, module={built}{trust})"
     if subject.space is None:
-        load = f'coss_hf.load_backbone(name, module={built}, argument="student")'
+        load = f'coss_hf.load_backbone(name, module={built}, argument="student"{trust})'
     line = f"module = ...  # a {config.architecture}, built as the trained one was; its weights are replaced"
     if subject.builder is not None:
         line = f"module = torchvision.models.{subject.builder}()  # its weights are replaced"
@@ -544,7 +578,7 @@ from transformers.utils import cached_file
 
 name = "{subject.name}"
 {load}
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name{_trust_processor(subject)})
 
 {_image(subject)}
 pixels = processor(image, return_tensors="pt")["pixel_values"]
@@ -575,7 +609,7 @@ def _why_no_optimum(subject: Subject) -> str | None:
     reason = _exported("onnx")(subject)
     if reason != "":
         return reason
-    if _trust(subject):
+    if _trust_either(subject):
         return "it supports an earlier Transformers, for which the code in this student's folder was not written"
     if is_timm_processor(subject.student.processor):
         return "it supports an earlier Transformers, which was not tried with students of timm"
@@ -589,7 +623,7 @@ from transformers import AutoImageProcessor
 
 name = "{subject.name}"
 model = ORTModelForFeatureExtraction.from_pretrained(name, subfolder="onnx", file_name="model.onnx")
-processor = AutoImageProcessor.from_pretrained(name)
+processor = AutoImageProcessor.from_pretrained(name{_trust_processor(subject)})
 
 {_image(subject)}
 embedding = model(**processor(image, return_tensors="pt")).last_hidden_state  # (1, d), and no tokens'''

@@ -248,3 +248,62 @@ def test_files_of_another_student_do_not_stay(tmp_path, monkeypatch):
         "a.md",
     ]
     assert {*filter_repo_objects(there, allow_patterns=given["delete_patterns"])} == {*there[:4]}
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list[dict]:
+    """What is uploaded of the folders that are pushed; nothing is on the Hub."""
+    found = []
+
+    def upload(self, **options):
+        found.append(options | {"card": Path(options["folder_path"], "README.md").read_text()})
+        return type("Commit", (), {"repo_url": "", "oid": ""})
+
+    answers = {"upload_folder": upload, "list_repo_files": lambda self, repo_id, revision: []}
+    api = type("Api", (), answers | {"create_branch": lambda self, repo_id, branch, exist_ok: None})
+    monkeypatch.setattr(pushing, "HfApi", lambda **options: api())
+    monkeypatch.setattr(pushing, "_open_repo", lambda api, name, *rest: name)
+    return found
+
+
+def test_an_image_processor_with_code_of_its_own_is_pushed_and_loaded_with_it(tmp_path, uploads):
+    """Its code was left out, and the card loaded it without trust."""
+    made = student("vit")
+    Student(made).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("# Student\n")
+    path = tmp_path / "preprocessor_config.json"
+    pushing.push(tmp_path, "me/it")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoImageProcessor": "own.Own"}}))
+    pushing.push(tmp_path, "me/it")
+    assert ["*.py" in one["allow_patterns"] for one in uploads] == [False, True]
+    made.processor.auto_map = {"AutoImageProcessor": "own.Own"}
+    codes = {title: CODE[title].code(subject(made)) for title in ("Transformers", "Pipeline", "sentence-transformers")}
+    assert "AutoModel.from_pretrained(name)" in codes["Transformers"]
+    assert "AutoImageProcessor.from_pretrained(name, trust_remote_code=True)" in codes["Transformers"]
+    assert all("trust_remote_code=True" in code for code in (*codes.values(), CODE["coss_hf"].code(subject(made))))
+
+
+def test_a_card_on_a_branch_loads_that_branch(tmp_path, uploads):
+    """It loaded main, which may have another student, or none."""
+    made = {"vit": student("vit"), "timm": timm_student(tmp_path / "timm")}
+    made["space"] = student("siglip_vision")
+    for name, one in made.items():
+        folder = tmp_path / f"{name} student"
+        given = exported_subject(one, folder, "projected") if name == "space" else subject(one)
+        if name != "space":
+            Student(one).save_pretrained(folder)
+        card = f"# It\n\n## Use\n\n{usage(given)}\n\n## Training\n"
+        (folder / "README.md").write_text(card)
+        for revision in ("v2", "v3", None):
+            pushing.push(folder, "me/it", revision=revision)
+            pushed = uploads[-1]["card"]
+            codes = re.findall(r"```(python|javascript)\n(.*?)```", pushed, re.DOTALL)
+            assert codes and (folder / "README.md").read_text() == pushed
+            for language, code in codes:
+                marks = re.findall(r'revision(?:="|: ")(\w+)"|"@(\w+)"', code)
+                assert {a or b for a, b in marks} == ({revision} if revision else set()), code
+                loads = re.findall(r"[( ]name[,)]|model=name|\+ name", code)
+                assert len(marks) == (len(loads) if revision else 0), code
+                if language == "python":
+                    compile(code, "card", "exec")
+        assert pushed.replace("student = coss_hf.load_backbone(name)", "student = name") == card
