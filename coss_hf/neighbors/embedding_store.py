@@ -120,6 +120,7 @@ def embed_shards(
     ]
     with processes.together():
         folder.mkdir(parents=True, exist_ok=True)
+    processes.check_shared(folder, f"--neighbors_cache {folder.parent}")  # before hours are spent
     # One process looks, since the others may already be writing.
     missing = processes.gather(_missing(shards, folder) if processes.rank == 0 else None)[0]
     with processes.together():

@@ -187,15 +187,17 @@ def enter_output_dir(args: TrainingArguments, resume_from_checkpoint: str | bool
     """Lock a run's folder and put it in order. All processes of a run call together.
 
     Raises:
-        ValueError: another run is at work there, or it cannot be made.
+        ValueError: another run is at work there, it cannot be made, or not all machines share it.
     """
-    with args.main_process_first(local=False, desc="checkpoints"):
+    processes = Processes()
+    with processes.together():
         if args.process_index == 0:
             lock_output_dir(args.output_dir)
             remove_temporary_files(args.output_dir)
             # Only where the run is to be resumed: a refusal changes nothing.
             if resume_from_checkpoint or args.overwrite_output_dir:
                 recover(args.output_dir)
+    processes.check_shared(Path(args.output_dir), f"--output_dir={args.output_dir}")
 
 
 def shapes(module: nn.Module) -> str:

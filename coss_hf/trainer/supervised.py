@@ -51,6 +51,7 @@ from coss_hf.trainer.rehearsal import noise_views, short_arguments, try_trainer
 from coss_hf.trainer.schedule import RunLength
 from coss_hf.utils.distributed import leave
 from coss_hf.utils.messages import parameter_names
+from coss_hf.utils.process_group import Processes
 from coss_hf.utils.randomness import StepSeed
 
 TRAINING_TIME = "training_time.json"
@@ -338,7 +339,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     Raises:
         ValueError: any input that the run cannot use.
     """
-    if Path(args.output_dir).exists():  # bad input makes no folder
+    if any(Processes().gather(Path(args.output_dir).exists())):  # bad input makes no folder
         enter_output_dir(args, args.resume_from_checkpoint)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     check_processes(args)
