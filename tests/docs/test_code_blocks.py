@@ -66,6 +66,13 @@ def test_every_block_has_a_language():
     assert languages == {"python", "bash", "yaml"}, "say `text` for what is only shown"
 
 
+def test_commands_for_several_machines_say_which_one_each_is():
+    """As documented, all waited for a first process at 127.0.0.1."""
+    words = [words for block in BLOCKS if block.language == "bash" for words in d.commands(block.text)]
+    found = [one for one in words if "accelerate_configs/multi_node.yaml" in one]
+    assert found and all(set(d.OF_EACH_MACHINE) <= set(one) for one in found)
+
+
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in RUN))
 def test_blocks_of_a_page_run(page, in_world, tmp_path, monkeypatch, capsys):
     if "export" in page:

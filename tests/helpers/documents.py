@@ -80,9 +80,13 @@ def commands(text: str) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
+# What each of several machines gives the launcher.
+OF_EACH_MACHINE = ("--machine_rank", "--main_process_ip")
+
+
 def recipe_words(words: list[str]) -> tuple[str, list[str]] | None:
     """The recipe that a command runs and its arguments; None for another program."""
-    words = without_options(words, "--num_processes", "--accelerate_config", "--config_file")
+    words = without_options(words, "--num_processes", "--accelerate_config", "--config_file", *OF_EACH_MACHINE)
     if words[0] == "coss-hf":
         return words[1], words[2:]
     if words[:2] == ["accelerate", "launch"]:
