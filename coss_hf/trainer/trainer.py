@@ -1276,6 +1276,7 @@ class DistillationTrainer(Trainer):
                 f"--commit_message={commit_message!r} looks like a repository: give that as --hub_model_id of the "
                 f"trainer's arguments."
             )
+        Processes().gather(None)  # the first one may be at its report for longer than other groups wait
         self.save_model(_internal_call=True)
         self._write_first_record(self.args.output_dir)
         if not self.is_world_process_zero():
