@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from coss_hf.features import Features
-from coss_hf.models.pooling import is_channels_last
+from coss_hf.models.pooling import channels_first
 from coss_hf.utils.messages import did_you_mean, first_line, first_names, flag, get_logger
 
 logger = get_logger(__name__)
@@ -138,7 +138,7 @@ class ModuleNetwork(nn.Module):
 
     def _read(self, output, pixel_values: Tensor) -> ModuleOutput:
         """The output in one form, whichever of ``OUTPUT_FORMS`` it has."""
-        maps = tuple(_channels_first(one, pixel_values) for one in _as_maps(output))
+        maps = channels_first(_as_maps(output), tuple(pixel_values.shape[2:]))
         if self.embedding is not None:
             return _vector(self._embedded(output), maps=maps)
         if isinstance(output, Features):
@@ -312,7 +312,7 @@ def _as_maps(output) -> tuple[Tensor, ...]:
 
 
 def _channels_first(value: Tensor, pixel_values: Tensor) -> Tensor:
-    return value.permute(0, 3, 1, 2) if is_channels_last(tuple(value.shape), tuple(pixel_values.shape[2:])) else value
+    return channels_first([value], tuple(pixel_values.shape[2:]))[0]
 
 
 def _described(output) -> str:

@@ -1,6 +1,7 @@
 """Pooling: one embedding per image from the output of a network, and its feature maps."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -66,6 +67,20 @@ def is_channels_last(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
     return not _is_grid(shape[2:], size) and _is_grid(shape[1:3], size)
 
 
+def channels_first(maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
+    """The maps of one network as ``(b, d, h, w)``: among maps ``(b, h, w, d)``, one in doubt is as the others.
+
+    Args:
+        maps: of one layout, or each of its own.
+        size: ``(H, W)`` of the input in pixels.
+    """
+    shapes = [tuple(one.shape) for one in maps]
+    last = [is_channels_last(shape, size) for shape in shapes]
+    if any(last) and all(_is_grid(shape[1:3], size) for shape in shapes):
+        last = [True] * len(last)
+    return tuple(one.permute(0, 3, 1, 2) if turned else one for one, turned in zip(maps, last, strict=True))
+
+
 def _is_grid(sides: tuple[int, ...], size: tuple[int, int]) -> bool:
     strides = range(1, max(size) + 1)
     floors = any((size[0] // stride, size[1] // stride) == tuple(sides) for stride in strides)
@@ -117,14 +132,17 @@ def feature_maps(output, layout: Layout, size: tuple[int, int]) -> tuple[Tensor,
         return ()
     # The last one as the embedding is made of it, behind a transformer's final norm.
     last = output.last_hidden_state.permute(0, 3, 1, 2) if layout.channels_last else output.last_hidden_state
-    maps = tuple(_to_map(x, layout, size) for x in (*hidden[:-1], last))
+    earlier = hidden[:-1]
+    if all(x.dim() == 4 for x in earlier):
+        earlier = channels_first(earlier, size)
+    maps = tuple(_to_map(x, layout, size) for x in (*earlier, last))
     last_of_size = {x.shape[-2:]: x for x in maps}
     return tuple(last_of_size.values()) if len(last_of_size) > 1 else maps
 
 
 def _to_map(hidden: Tensor, layout: Layout, size: tuple[int, int]) -> Tensor:
     if hidden.dim() == 4:
-        return hidden.permute(0, 3, 1, 2) if is_channels_last(tuple(hidden.shape), size) else hidden
+        return hidden
     tokens = hidden[:, layout.patches]
     height = round((tokens.shape[1] * size[0] / size[1]) ** 0.5)
     return tokens.transpose(1, 2).unflatten(2, (height, -1))
