@@ -30,6 +30,12 @@ PHOTOGRAPH_STUDENTS = {
     "vit-tiny": "ViT-tiny",
     "resnet18": "resnet18",
 }
+# Methods of the photographs as the front page calls them: its default has no neighbours.
+FRONT_NAMES = {
+    "coss, no neighbours": "CoSS",
+    "coss": "CoSS, 3 neighbours",
+    "cosine alone": "cosine alone, 3 neighbours",
+}
 BLOCK = re.compile(r"<!-- begin: (\w+) -->\n.*?<!-- end: \1 -->", re.DOTALL)
 TITLES = "Shapes|Several processes|Exact accumulation|Use when|Args|Returns|Raises|Example|References"
 SECTION = re.compile(rf"^({TITLES})(?: \(when called\))?:[ \n]", re.MULTILINE)
@@ -117,7 +123,7 @@ def front_picture(path: Path) -> None:
     untrained = next(values for row, values in rows if row["method"] == "random weights")
     for row, values in rows:
         if row["settings"] == settings:
-            name = row["method"].replace("coss", "CoSS")
+            name = FRONT_NAMES[row["method"]]
             photographs.setdefault(name, {0: untrained})[row["images_seen"]] = values
     teachers = [front_teacher()[0]["knn20"], next(photograph_rows())[1][0]["knn20"]]
     plots = {
@@ -622,11 +628,16 @@ def photographs_front() -> str:
     for _, found, _ in rows:
         longest[found[0]["student"]] = max(longest.get(found[0]["student"], 0), found[0]["images_seen"])
     kept = [
-        (name.partition(" (sgd")[0].partition(" (adamw")[0], found, cost)
+        (front_name(name, found[0]["method"]), found, cost)
         for name, found, cost in rows
         if found[0]["images_seen"] in (0, longest[found[0]["student"]])
     ]
     return photographs_table(kept)
+
+
+def front_name(name: str, method: str) -> str:
+    """Name of a row of ``photograph_rows`` without its settings."""
+    return f"{name.partition(':')[0]}: {FRONT_NAMES[method]}" if method in FRONT_NAMES else name
 
 
 def photographs_table(rows: list[tuple[str, list[dict], dict]]) -> str:

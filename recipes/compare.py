@@ -1,7 +1,7 @@
 """Find the best method for your teacher, student and images: a ranked table at equal images seen.
 
     python recipes/compare.py --teacher facebook/dinov2-small --student timm/resnet18.a1_in1k \
-        --dataset path/to/images --hours 8 --neighbors_k 3 --output_dir compared
+        --dataset path/to/images --hours 8 --output_dir compared
 
 Every method runs with the same seeds, from the same initial weights, on as many images as --hours allow (or
 --num_images). Baselines run with them: random weights, the student's own weights if it has any, cosine alone

@@ -1,7 +1,7 @@
 """Report whether distillation helped: CoSS and its baselines at equal images seen, quality against cost, on one page.
 
     python recipes/report.py --teacher facebook/dinov2-small --student timm/resnet18.a1_in1k \
-        --dataset path/to/images --hours 8 --neighbors_k 3 --output_dir report
+        --dataset path/to/images --hours 8 --output_dir report
 
 Rows: random weights, the student's own weights if it has any, cosine alone (lambda_ss=0), CoSS without neighbours (with
 --neighbors_k), CoSS, the teacher. Each trained row runs with the same seeds, from the same initial weights, on as many

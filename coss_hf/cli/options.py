@@ -72,8 +72,17 @@ LAUNCH_OPTIONS = {"num_processes": "N", "accelerate_config": "FILE"}
 STUDIES = ("compare", "report", "reproduce")
 
 # Options that a command shares with others, but does not read, or refuses.
-_NOT_OF_STUDIES = ("method", "beta", "seed", *OF_ONE_RUN)
+_REFUSED = (
+    "auto_find_batch_size",
+    "bf16_full_eval",
+    "enable_jit_checkpoint",
+    "eval_accumulation_steps",
+    "fp16_full_eval",
+    "save_on_each_node",
+)
+_NOT_OF_STUDIES = ("method", "beta", "seed", *OF_ONE_RUN, *_REFUSED)
 NOT_READ = {
+    "distill": _REFUSED,
     "neighbors": (
         "student",
         "student_config_overrides",
@@ -121,11 +130,13 @@ _RESULTS = "Folder of the tables, the plots and the finished trials. Default: "
 _BY_COMMAND = {
     "validation_size": {
         ("distill", "neighbors"): f"{_HELD_OUT}2,000, a tenth of train at most; none below 200 images, or where the "
-        "dataset brings images to measure on.",
-        ("compare", "report"): f"{_HELD_OUT}2,000, a tenth of train at most; none where the dataset brings images to "
-        "measure on.",
-        ("evaluate", "embed", "export"): f"{_HELD_OUT}those that the student's own run held out, else none.",
-        ("reproduce", "train-teacher"): f"{_HELD_OUT}none.",
+        "dataset has a validation split next to its test split, or a column of neighbours.",
+        ("compare",): f"{_HELD_OUT}2,000, a tenth of train at most; none where the dataset has a validation split next "
+        "to its test split.",
+        ("report",): f"{_HELD_OUT}2,000, a tenth of train at most; none where the dataset brings images to measure on.",
+        ("evaluate", "export"): f"{_HELD_OUT}those that the student's own run held out, else none.",
+        ("reproduce",): f"{_HELD_OUT}none; needed where scales are chosen or --eval_at is given.",
+        ("train-teacher", "embed"): f"{_HELD_OUT}none.",
     },
     "on_bad_image": {
         ("distill",): f"{_DAMAGED}leave out those that are found at the start, and take another image in the place of "

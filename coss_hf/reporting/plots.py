@@ -379,14 +379,18 @@ def length_plot(
         metric: its name, for the axis, too.
     """
     figure = _figure(4.6 * len(plots), 3.6)
+    names = dict.fromkeys(name for methods, _ in plots.values() for name in methods)
+    colors = dict(zip(names, STUDENTS * len(names)))
     for axes, (title, (methods, teacher)) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots.items()):
-        _lengths(axes, methods, teacher, metric)
+        _lengths(axes, methods, teacher, metric, colors)
         _dress(axes, title, x="images seen in training", y=unit_of(metric).axis(metric))
     figure.tight_layout(w_pad=3)
     figure.savefig(path, format="png")
 
 
-def _lengths(axes, methods: dict[str, dict[int, list[float]]], teacher: float, metric: str) -> None:
+def _lengths(
+    axes, methods: dict[str, dict[int, list[float]]], teacher: float, metric: str, colors: dict[str, str]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
     unit = unit_of(metric)
@@ -398,7 +402,8 @@ def _lengths(axes, methods: dict[str, dict[int, list[float]]], teacher: float, m
         name: sum(by_length[max(by_length)]) / len(by_length[max(by_length)]) for name, by_length in methods.items()
     }
     lowest = -1e9
-    for name, color in zip(sorted(ends, key=ends.get), STUDENTS * len(ends)):
+    for name in sorted(ends, key=ends.get):
+        color = colors[name]
         by_length = dict(sorted(methods[name].items()))
         for seen, some in by_length.items():
             heights = [unit.factor * value for value in some]
@@ -410,6 +415,6 @@ def _lengths(axes, methods: dict[str, dict[int, list[float]]], teacher: float, m
         place = (1.03 * longest, lowest - 3 if abs(ends[name] - teacher) < 0.02 else lowest)
         axes.annotate(f"{name} {unit.text(ends[name])}", place, fontsize=8.5, color=color, va="center")
     axes.set_ylim(0, 105)
-    axes.set_xlim(-0.04 * longest, 1.75 * longest)
+    axes.set_xlim(-0.04 * longest, 1.9 * longest)
     axes.xaxis.set_major_locator(MaxNLocator(4))
     _thousands(axes)

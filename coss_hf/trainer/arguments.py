@@ -202,7 +202,7 @@ class DataArguments(SearchOptions):
         metadata={
             "help": "Number of images held out of train before anything else, or their share, below 1. Default of "
             "distill, neighbors, compare and report, where the dataset brings no images to measure on: 2,000, a tenth "
-            "of train at most (distill and neighbors: none below 200 images). Default of evaluate, embed and export: "
+            "of train at most (distill and neighbors: none below 200 images). Default of evaluate and export: "
             "those that the student's own run held out, else none. Default of other commands: none."
         },
     )

@@ -76,8 +76,8 @@ def test_the_front_page_shows_the_longest_training_by_the_chosen_settings(genera
     found = [[cell.strip() for cell in line.split("|")[1:4]] for line in generate.photographs_front().splitlines()[2:]]
     assert found == [
         ["teacher (EfficientNet-Lite1)", "", "90.0"],
-        ["mobilenetv3_small_100: coss", "200", "50.0"],
-        ["mobilenetv3_small_100: cosine alone", "200", "30.0"],
+        ["mobilenetv3_small_100: CoSS, 3 neighbours", "200", "50.0"],
+        ["mobilenetv3_small_100: cosine alone, 3 neighbours", "200", "30.0"],
         ["mobilenetv3_small_100: random weights", "", "10.0"],
     ]
     assert len(generate.photographs().splitlines()) == 2 + 8 + 7
