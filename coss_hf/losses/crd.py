@@ -24,6 +24,7 @@ from coss_hf.utils.vectors import l2_normalize
 
 EPS = 1e-7
 MOST_NEGATIVES = 16_384
+NOT_SET = torch.finfo(torch.float32).min  # the logarithm of 0, as a number that checkpoints may hold
 
 
 class CRDLoss(FullPrecisionBuffers, DistillationLoss):
@@ -120,8 +121,7 @@ class CRDLoss(FullPrecisionBuffers, DistillationLoss):
         self.embed_t = _Projection(teacher_dim, feature_dim)
         self.register_buffer("memory_s", uniform_rows(num_images, feature_dim))
         self.register_buffer("memory_t", uniform_rows(num_images, feature_dim))
-        # Of student and teacher; that of 0 until the first call.
-        self.register_buffer("log_Z", torch.full((2,), -math.inf))
+        self.register_buffer("log_Z", torch.full((2,), NOT_SET))  # of student and teacher
 
     @property
     def Z(self) -> Tensor:
@@ -167,7 +167,7 @@ class CRDLoss(FullPrecisionBuffers, DistillationLoss):
         sums[rank()] = torch.stack([log_e_s.flatten().logsumexp(0), log_e_t.flatten().logsumexp(0), count.log()])
         total = all_reduce_sum(sums).logsumexp(0)
         first = math.log(len(self.memory_s)) + total[:2] - total[2]
-        self.log_Z.copy_(torch.where(self.log_Z.isfinite(), self.log_Z, first))
+        self.log_Z.copy_(torch.where(self.log_Z > NOT_SET, self.log_Z, first))
 
     def _contrast(self, log_p: Tensor, v: Tensor, memory: Tensor, candidates: Tensor) -> Tensor:
         """Compute the loss of one network from the logarithm of ``p`` ``(b, 1 + K)``, with a gradient for ``v``."""
@@ -186,7 +186,7 @@ class CRDLoss(FullPrecisionBuffers, DistillationLoss):
         # Checkpoints of earlier versions hold Z itself.
         constants = state_dict.pop(f"{prefix}Z", None)
         if constants is not None:
-            state_dict[f"{prefix}log_Z"] = constants.log()
+            state_dict[f"{prefix}log_Z"] = constants.log().clamp(min=NOT_SET)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

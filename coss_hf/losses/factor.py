@@ -93,6 +93,7 @@ class FactorLoss(DistillationLoss):
     """
 
     name = "factor"
+    revision = 2  # 1: with neighbours, fewer images in the batches of the pre-training
     reads = "last_map"
     citation = Citation(
         authors="Kim, J. and others",

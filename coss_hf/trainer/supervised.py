@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import os
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from time import monotonic
@@ -339,7 +340,7 @@ def build_supervised_run(data: DataArguments, args: TeacherArguments) -> Supervi
     Raises:
         ValueError: any input that the run cannot use.
     """
-    if any(Processes().gather(Path(args.output_dir).exists())):  # bad input makes no folder
+    if any(Processes().gather(os.path.exists(args.output_dir))):  # bad input makes no folder
         enter_output_dir(args, args.resume_from_checkpoint)
     checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
     check_processes(args)

@@ -140,7 +140,8 @@ def _as_parameter(found: re.Match, own: Mapping[str, str]) -> str:
 def command_to(name: str) -> str:
     """How a command is typed: ``coss-hf train-teacher``, or by a script of ``recipes/`` where such a one runs."""
     script = Path(sys.argv[0])
-    in_clone = script.suffix == ".py" and script.parent.name == "recipes" and script.parent.parent.name != "coss_hf"
+    folder = script.absolute().parent
+    in_clone = script.suffix == ".py" and folder.name == "recipes" and folder.parent.name != "coss_hf"
     if in_clone and not os.environ.get("COSS_HF_COMMAND"):
         return f"python {script.with_name(name.replace('-', '_') + '.py')}"
     return f"coss-hf {name}"

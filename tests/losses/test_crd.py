@@ -102,6 +102,12 @@ def test_a_small_temperature_stays_in_the_range_of_float32():
     assert found[0][1].any()
 
 
+def test_memories_without_a_first_call_are_finite():
+    """Checkpoints refuse what is not; an untrained loss could not be saved."""
+    loss = build()
+    assert all(tensor.isfinite().all() for tensor in loss.state_dict().values()) and loss.Z.tolist() == [0, 0]
+
+
 def test_the_constants_of_earlier_checkpoints_are_read():
     loss, s, t = build(), *draw((4, 3), (4, 4))
     loss(Features(s), Features(t), torch.arange(4))
