@@ -12,7 +12,6 @@ from coss_hf.hub.licences import PERMISSIVE, licence_of, on_hub
 from coss_hf.hub.snippets import Subject, is_loaded_by, usage
 from coss_hf.losses.registry import papers
 from coss_hf.models.backbone import Backbone, class_name
-from coss_hf.models.revision import commit_of
 from coss_hf.utils.messages import get_logger
 
 logger = get_logger(__name__)
@@ -35,8 +34,8 @@ METRICS = {
 
 
 def revision_of(network: Backbone, given: str | None = None) -> str | None:
-    """The commit that a network of the Hub was loaded from; that of ``given`` or of main where it is not known."""
-    return (network.revision or commit_of(network.name, given)) if on_hub(network.name) else None
+    """The commit that a network of the Hub was loaded from; ``given`` where that is not known."""
+    return (network.revision or given) if on_hub(network.name) else None
 
 
 def write_card(trainer, title: str | None, record: dict, metadata: dict) -> None:

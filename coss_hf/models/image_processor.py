@@ -23,7 +23,8 @@ def is_timm_processor(processor) -> bool:
 
 def brings_code(processor) -> bool:
     """Whether an image processor is saved with code of its own, so that loading it needs ``trust_remote_code``."""
-    return bool(getattr(processor, "auto_map", None) or getattr(processor, "_auto_class", None))
+    of_package = type(processor).__module__.partition(".")[0] in ("coss_hf", "transformers")
+    return not of_package and bool(getattr(processor, "auto_map", None) or getattr(processor, "_auto_class", None))
 
 
 def transformers_processor(processor, argument: str = ""):

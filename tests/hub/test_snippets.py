@@ -276,7 +276,9 @@ def test_an_image_processor_with_code_of_its_own_is_pushed_and_loaded_with_it(tm
     path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoImageProcessor": "own.Own"}}))
     pushing.push(tmp_path, "me/it")
     assert ["*.py" in one["allow_patterns"] for one in uploads] == [False, True]
-    made.processor.auto_map = {"AutoImageProcessor": "own.Own"}
+    made.processor.auto_map = {"AutoImageProcessor": "own.Own"}  # of a checkpoint whose class Transformers has, too
+    assert "trust" not in CODE["Transformers"].code(subject(made))
+    made.processor.__class__ = type("Own", (type(made.processor),), {"_auto_class": "AutoImageProcessor"})
     codes = {title: CODE[title].code(subject(made)) for title in ("Transformers", "Pipeline", "sentence-transformers")}
     assert "AutoModel.from_pretrained(name)" in codes["Transformers"]
     assert "AutoImageProcessor.from_pretrained(name, trust_remote_code=True)" in codes["Transformers"]
