@@ -254,8 +254,8 @@ def test_unsafe_hub_strategies_are_rejected(trainer, monkeypatch, caplog):
         trainer(hub_strategy="checkpoint")
     pushed = []
 
-    def push(folder, name, *, message, **options):
-        pushed.append((str(folder).rsplit("/")[-1], message))
+    def push(folder, name, *, commit_message, **options):
+        pushed.append((str(folder).rsplit("/")[-1], commit_message))
         raise PushFailed("broken")
 
     monkeypatch.setattr(publishing, "push", push)

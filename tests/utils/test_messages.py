@@ -107,6 +107,14 @@ def test_commands_are_named_as_they_can_be_typed(monkeypatch, script, environmen
     assert command_to("train-teacher") == expected
 
 
+def test_a_script_is_known_from_its_own_folder(monkeypatch):
+    """There its path names no folder."""
+    monkeypatch.chdir(ROOT / "recipes")
+    monkeypatch.setattr(sys, "argv", ["distill.py"])
+    monkeypatch.delenv("COSS_HF_COMMAND", raising=False)
+    assert command_to("train-teacher") == "python train_teacher.py"
+
+
 def test_log_lines_name_parameters_in_python(caplog):
     """Only errors did: warnings told callers in Python to give --neighbors_k."""
     logger = get_logger("coss_hf.example")
