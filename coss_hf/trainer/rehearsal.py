@@ -103,7 +103,7 @@ def rehearse(
 
 
 def short_arguments(args: TrainingArguments) -> TrainingArguments:
-    """Arguments of one small step, with nothing evaluated or saved; values that are too small stay as they are."""
+    """Arguments of one small step that evaluates, saves and deletes nothing; values that are too small stay."""
     args = copy.copy(args)
     args.per_device_train_batch_size = min(args.per_device_train_batch_size, 2)
     args.gradient_accumulation_steps = min(args.gradient_accumulation_steps, 1)
@@ -112,6 +112,7 @@ def short_arguments(args: TrainingArguments) -> TrainingArguments:
     args.dataloader_num_workers = int(bool(needs_workers)) if workers is None else min(workers, 1)
     args.max_steps = 1
     args.save_strategy = SaveStrategy.NO
+    args.save_total_limit = None  # in the folder are the checkpoints of the run that is resumed
     args.eval_strategy = IntervalStrategy.NO
     args.eval_on_start = False
     args.load_best_model_at_end = False

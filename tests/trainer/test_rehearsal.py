@@ -12,6 +12,7 @@ from coss_hf.models.loading import load_backbone
 from coss_hf.trainer.arguments import DataArguments, ModelArguments
 from coss_hf.trainer.factory import build_run
 from coss_hf.trainer.inputs import build_evaluator
+from coss_hf.trainer.publishing import HubPublisher
 from coss_hf.trainer.rehearsal import noise_views, rehearse
 from coss_hf.trainer.supervised import TeacherArguments, build_supervised_run
 from coss_hf.trainer.trainer import DistillationTrainer
@@ -120,6 +121,19 @@ def test_a_rehearsal_leaves_nothing_behind(tmp_path, networks, options):
         assert not network.model._forward_pre_hooks and network.maps == 0
     assert student.model.config.to_dict() == config and not student.model.is_gradient_checkpointing
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_rehearsal_leaves_checkpoints_as_they_are(tmp_path, networks, monkeypatch, dry_run):
+    """It deleted all but the newest at its end: the best student, and the checkpoint that the run was to resume."""
+    monkeypatch.setattr(HubPublisher, "open_repo", lambda publisher, *args: "me/x")
+    checkpoints = [tmp_path / "out" / f"checkpoint-{step}" for step in (100, 200, 300)]
+    for folder in checkpoints:
+        folder.mkdir(parents=True)
+    options = {"push_to_hub": True, "hub_token": "t", "save_total_limit": 1, "resume_from_checkpoint": "auto"}
+    args = arguments(tmp_path, dry_run=dry_run, **options)
+    rehearse(load_backbone(networks.small), load_backbone(networks.teacher).freeze(), args)
+    assert all(folder.is_dir() for folder in checkpoints) and args.save_total_limit == 1
 
 
 def test_arguments_are_tried_before_the_images(tmp_path, networks, monkeypatch):
