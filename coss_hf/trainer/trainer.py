@@ -465,8 +465,13 @@ class DistillationTrainer(Trainer):
         """The unsharded model: under FSDP a copy, as of the last ``collect``."""
         return self._unsharded if is_sharded(self.model) else self.unwrapped_model
 
+    def _wait_for_first(self) -> None:
+        """Wait for the first process, which may be at a report or an upload for longer than the run's group waits."""
+        Processes().gather(None)
+
     def collect(self) -> None:
         """Make ``student`` and ``project`` the same on every process; all of them must call."""
+        self._wait_for_first()
         broadcast_buffers(self.unwrapped_model.network)
         if is_sharded(self.model):
             gather(self.unwrapped_model, self._unsharded)
@@ -505,6 +510,7 @@ class DistillationTrainer(Trainer):
             end_of_messages()
 
     def _train(self, resume_from_checkpoint: str | bool | None, kwargs: dict) -> TrainOutput:
+        self._wait_for_first()
         checkpoint = self._claim_output_dir(resume_from_checkpoint)
         self._take_recorded_images(checkpoint)
         self._find_neighbors()
@@ -1017,6 +1023,8 @@ class DistillationTrainer(Trainer):
             CheckpointError: on every process, where one could not write; before any of them waits for another.
             NotReloadable: on the first process; what was saved does not load as the student, and is left as it is.
         """
+        if not _internal_call:
+            self._wait_for_first()
         with self.checkpoints.same_error_everywhere(output_dir or self.args.output_dir):
             if self.is_deepspeed_enabled and self.deepspeed is None:  # a finished run: nothing was wrapped
                 self._save(output_dir)
@@ -1252,6 +1260,8 @@ class DistillationTrainer(Trainer):
 
     def _finish_current_push(self) -> None:
         self.publisher.wait()
+        if self.args.push_to_hub:
+            self._wait_for_first()
 
     @parameter_names()
     def push_to_hub(
@@ -1276,7 +1286,7 @@ class DistillationTrainer(Trainer):
                 f"--commit_message={commit_message!r} looks like a repository: give that as --hub_model_id of the "
                 f"trainer's arguments."
             )
-        Processes().gather(None)  # the first one may be at its report for longer than other groups wait
+        self._wait_for_first()
         self.save_model(_internal_call=True)
         self._write_first_record(self.args.output_dir)
         if not self.is_world_process_zero():

@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import time
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +31,45 @@ def unequal(splits, teacher) -> Evaluator:
     return UnequalEvaluator(teacher, splits.test, splits.image_column)
 
 
+class _Reached(Exception):
+    """A process is where it enters the group of the run itself."""
+
+
+def waits_for_first(rank: int, folder: Path, paths: list[str]) -> dict[str, bool]:
+    """By call: whether this process waited for the first one, which is late, before it entered the run's own group."""
+    trainer = h.make_trainer(folder, *paths, evaluator=unequal, push_to_hub=False)
+    trainer.args.push_to_hub = True  # no repository is asked for
+    found = {}
+
+    def late(name: str) -> None:
+        if rank == 0:
+            time.sleep(1)  # at a report, or an upload
+            (folder / name).touch()
+
+    def reached(*args, **options) -> None:
+        raise _Reached
+
+    def push() -> None:
+        trainer._finish_current_push()
+        reached()
+
+    calls = {"evaluate": trainer.evaluate, "train": trainer.train, "save": trainer.save_model, "push": push}
+    for name, call in calls.items():
+        if name == "push":
+            trainer.publisher.wait = lambda: late("push")
+        else:
+            late(name)
+        with (
+            mock.patch("coss_hf.trainer.trainer.broadcast_buffers", reached),
+            mock.patch.object(trainer, "_claim_output_dir", reached),
+            mock.patch.object(trainer.checkpoints, "same_error_everywhere", reached),
+            contextlib.suppress(_Reached),
+        ):
+            call()
+        found[name] = (folder / name).exists()
+    return found
+
+
 def work(rank: int, folder: Path) -> None:
     """One of two processes: an evaluation, a dry run, and how long the others may be waited for."""
     paths = [str(folder / name) for name in ("images", "teacher", "small")]
@@ -45,6 +86,7 @@ def work(rank: int, folder: Path) -> None:
     found["dry run"] = out.getvalue()
     found["any"] = any_process(rank == 1)
     found["gathered"] = Processes().gather(rank)
+    found["late"] = waits_for_first(rank, folder, paths)
     found["timeout"] = patient_group()._get_backend(torch.device("cpu")).options._timeout
     torch.save(found, folder / f"{rank}.pt")
 
@@ -76,3 +118,9 @@ def test_a_dry_run_of_several_processes_ends_and_is_printed_once(found):
 def test_processes_wait_for_one_that_measures_or_uploads(found):
     """They gave up after half an hour."""
     assert all(one["timeout"] > timedelta(days=30) and one["any"] and one["gathered"] == [0, 1] for one in found)
+
+
+@pytest.mark.parametrize("call", ["evaluate", "train", "save", "push"])
+def test_processes_wait_for_a_report_or_an_upload_of_the_first_before_they_enter_the_group_of_the_run(found, call):
+    """Its timeout of half an hour ended a run whose first process waited for pushes in the background."""
+    assert all(one["late"][call] for one in found)
