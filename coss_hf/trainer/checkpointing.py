@@ -86,7 +86,7 @@ class CheckpointWriter:
             yield
         except Exception as e:  # each library has an error of its own for a full disk
             error = e
-        if any_process(error is not None):
+        if any_process(error is not None, patient=True):
             if isinstance(error, NonFiniteLoss):
                 raise error
             raise self._not_written(path, error) from error

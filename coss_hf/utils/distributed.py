@@ -86,22 +86,36 @@ def all_gather(x: Tensor) -> Tensor:
     return _AllGather.apply(x) if world_size() > 1 else x
 
 
-@lru_cache(maxsize=1)
-def _gloo_group(default) -> dist.ProcessGroup:
-    # torch's own timeout of half an hour ends a run whose first process measures or uploads for longer.
-    return dist.new_group(backend="gloo", timeout=timedelta(days=100))
+@lru_cache(maxsize=2)
+def _gloo_group(default: dist.ProcessGroup, timeout: timedelta) -> dist.ProcessGroup:
+    # One for each start of torch.distributed: tests start it anew.
+    return dist.new_group(backend="gloo", timeout=timeout)
 
 
 def patient_group() -> dist.ProcessGroup:
     """The group of all processes in which one may wait long for another, over gloo; all must call."""
-    # One for each start of torch.distributed: tests start it anew.
-    return _gloo_group(dist.group.WORLD)
+    # torch's own timeout of half an hour ends a run whose first process measures or uploads for longer.
+    return _gloo_group(dist.group.WORLD, timedelta(days=100))
 
 
-def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is true on any process; all must call. Over gloo, so that no GPU is waited for."""
+def step_group() -> dist.ProcessGroup:
+    """The group of all processes for what they agree on at each step, over gloo; all must call.
+
+    It waits as long as the run's own group (``--ddp_timeout``): a machine that is lost does not hang the others.
+    """
+    default = dist.group.WORLD
+    return _gloo_group(default, default._get_backend(default._device_types[0]).options._timeout)
+
+
+def any_process(flag: bool, *, patient: bool = False) -> bool:
+    """Whether ``flag`` is true on any process; all must call. Over gloo, so that no GPU is waited for.
+
+    Args:
+        flag: of this process.
+        patient: wait for the others as long as it takes, rather than as long as for a step.
+    """
     if world_size() == 1:
         return flag
     value = torch.tensor(float(flag))
-    dist.all_reduce(value, group=patient_group())
+    dist.all_reduce(value, group=patient_group() if patient else step_group())
     return bool(value)

@@ -12,7 +12,8 @@ import torch
 
 import tests.helpers.runs as h
 from coss_hf.evaluation.evaluator import Evaluator
-from coss_hf.utils.distributed import any_process, patient_group
+from coss_hf.utils.distributed import any_process, patient_group, step_group
+from coss_hf.utils.errors import CheckpointError
 from coss_hf.utils.process_group import Processes
 from tests.helpers.processes import spawn
 
@@ -29,6 +30,10 @@ class UnequalEvaluator(Evaluator):
 
 def unequal(splits, teacher) -> Evaluator:
     return UnequalEvaluator(teacher, splits.test, splits.image_column)
+
+
+def timeout_of(group) -> timedelta:
+    return group._get_backend(torch.device("cpu")).options._timeout
 
 
 class _Reached(Exception):
@@ -84,10 +89,19 @@ def work(rank: int, folder: Path) -> None:
     with contextlib.redirect_stdout(out):
         h.make_trainer(folder, *paths, dry_run=True).train()
     found["dry run"] = out.getvalue()
-    found["any"] = any_process(rank == 1)
     found["gathered"] = Processes().gather(rank)
     found["late"] = waits_for_first(rank, folder, paths)
-    found["timeout"] = patient_group()._get_backend(torch.device("cpu")).options._timeout
+    found["timeout"] = timeout_of(patient_group())
+    found["timeout of a step"] = timeout_of(step_group())
+    found["timeout of the run"] = timeout_of(torch.distributed.group.WORLD)
+    with mock.patch("coss_hf.utils.distributed.patient_group", side_effect=AssertionError):
+        found["any in a step"] = any_process(rank == 1)
+    with mock.patch("coss_hf.utils.distributed.step_group", side_effect=AssertionError):
+        found["any"] = any_process(rank == 1, patient=True)
+        with contextlib.suppress(CheckpointError), trainer.checkpoints.same_error_everywhere(folder):
+            if rank == 1:
+                raise OSError
+            found["same error"] = True
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -118,6 +132,12 @@ def test_a_dry_run_of_several_processes_ends_and_is_printed_once(found):
 def test_processes_wait_for_one_that_measures_or_uploads(found):
     """They gave up after half an hour."""
     assert all(one["timeout"] > timedelta(days=30) and one["any"] and one["gathered"] == [0, 1] for one in found)
+
+
+def test_a_lost_machine_does_not_hang_the_others_in_what_they_agree_on_at_each_step(found):
+    """They waited for it for 100 days."""
+    assert all(one["any in a step"] and one["timeout of a step"] == one["timeout of the run"] for one in found)
+    assert found[0]["timeout of a step"] < timedelta(hours=1)
 
 
 @pytest.mark.parametrize("call", ["evaluate", "train", "save", "push"])
