@@ -442,6 +442,23 @@ def _hub_arguments(name: str, argument: str, revision: str | None, trust_remote_
     return hub
 
 
+def _hub_arguments_in_memory(name: str, argument: str, commit: str | None, trust_remote_code: bool) -> dict:
+    """As ``_hub_arguments``, for what lies next to the weights of a network in memory.
+
+    Nobody gave its commit. Where the Hub does not have it, since the history was squashed, the files are those of that
+    commit in the cache, else those of main.
+    """
+    try:
+        return _hub_arguments(name, argument, commit, trust_remote_code)
+    except ValueError as error:
+        if not isinstance(error.__cause__, RevisionNotFoundError):
+            raise
+    hub = {"revision": commit, "trust_remote_code": trust_remote_code}
+    if any(isinstance(try_to_load_from_cache(name, file, revision=commit), str) for file in PROCESSOR_FILES):
+        return hub | {"local_files_only": True}
+    return hub | {"revision": None}
+
+
 def _load_config(name: str, argument: str, hub: dict):
     given = f"{flag(argument)}={name}"
     try:
@@ -567,7 +584,7 @@ def find_processor(
         return TimmWrapperImageProcessor(pretrained_cfg, architecture=model.config.architecture)
     absent = "it is not from a checkpoint"
     if name and not _is_architecture(name):
-        hub = hub or _hub_arguments(name, argument, commit_in_memory(model), trust_remote_code)
+        hub = hub or _hub_arguments_in_memory(name, argument, commit_in_memory(model), trust_remote_code)
         file = _processor_file(name, argument, hub)
         if file is not None:
             return _load_processor(name, argument, hub, file)

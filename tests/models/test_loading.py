@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -291,6 +292,27 @@ def test_what_the_hub_answers(error, revision, match, monkeypatch, caplog):
     assert ("Did you mean vit-base" in message) == (error is RepositoryNotFoundError)
     if error is ConnectionError:
         assert "The Hub cannot be reached (Name or service not known)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("is_cached", "expected"), [(True, {"revision": "abc", "local_files_only": True}), (False, {"revision": None})]
+)
+def test_the_commit_of_a_network_in_memory_may_be_gone_from_the_hub(is_cached, expected, monkeypatch):
+    """It was refused for a revision that nobody gave."""
+
+    class Hub:
+        def model_info(self, name, revision, timeout):
+            raise RevisionNotFoundError.__new__(RevisionNotFoundError, "no such revision")
+
+    asked = []
+    loading = coss_hf.models.loading
+    monkeypatch.setattr(loading, "HfApi", Hub)
+    monkeypatch.setattr(loading, "try_to_load_from_cache", lambda *args, **options: "a file" if is_cached else None)
+    monkeypatch.setattr(loading, "_processor_file", lambda name, argument, hub: asked.append(hub))
+    model = SimpleNamespace(name_or_path="me/squashed", config=SimpleNamespace(_commit_hash="abc"))
+    teacher = SimpleNamespace(processor="the teacher's")
+    assert loading.find_processor(model, teacher, argument="student") == "the teacher's"
+    assert asked == [{"trust_remote_code": False} | expected]
 
 
 def test_a_text_network_is_refused_before_its_weights_are_read(world):
