@@ -622,7 +622,13 @@ def _check_in_one_place(model: nn.Module, name: str, argument: str) -> None:
     devices = {str(one) for part in parts for one in (getattr(part, "hf_device_map", None) or {}).values()}
     # To embed alone, several GPUs do.
     is_spread = len(devices) > 1 and (bool(argument) or bool(devices & {"cpu", "disk"}))
-    if any(getattr(part, "hf_quantizer", None) is not None for part in parts):
+    quantizers = [part.hf_quantizer for part in parts if getattr(part, "hf_quantizer", None) is not None]
+    if any(getattr(quantizer, "pre_quantized", False) for quantizer in quantizers):
+        raise ValueError(
+            f"{flag(argument)}={name} is a checkpoint of quantised weights, and floating-point ones are needed; give "
+            f"the checkpoint that it was quantised from."
+        )
+    if quantizers:
         kind = "is quantised"
     elif is_spread or "disk" in devices:
         kind = f"is spread by device_map over {', '.join(sorted(devices))}"

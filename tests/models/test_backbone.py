@@ -4,6 +4,7 @@ import copy
 import functools
 from functools import partial
 from io import BytesIO
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -452,3 +453,12 @@ def test_a_network_that_is_not_in_one_place_is_refused(attributes, kind, wrapped
         return
     with pytest.raises(ValueError, match=f"^--teacher=.* {kind}, .*bfloat16 if memory is short .--teacher_dtype bf"):
         Backbone(network, None, size=32, argument="teacher")
+
+
+def test_a_quantised_checkpoint_is_refused_with_a_remedy_that_helps():
+    """The data type that was named instead led to the same error."""
+    model = ViTModel(ViTConfig(**SMALL))
+    model.hf_quantizer = SimpleNamespace(pre_quantized=True)
+    with pytest.raises(ValueError, match="^--teacher=.* quantised weights, .* that it was quantised from.$") as error:
+        Backbone(model, None, size=32, argument="teacher")
+    assert "dtype" not in str(error.value)
