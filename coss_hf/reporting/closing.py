@@ -55,7 +55,7 @@ def _more_images(record: dict) -> list[str]:
 def _use(output_dir: str, in_teacher_space: bool, from_module: bool, own_code: bool) -> list[str]:
     """Three lines of Python at most."""
     trust = ", trust_remote_code=True" if own_code else ""
-    module = ", module=...)  # built as the trained one was" if from_module else f"{trust})"
+    module = f", module=...{trust})  # built as the trained one was" if from_module else f"{trust})"
     if in_teacher_space:
         return [
             "import coss_hf",

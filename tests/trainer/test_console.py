@@ -117,6 +117,9 @@ def test_closing_summary_in_python_and_of_a_plain_module():
 
 @pytest.mark.parametrize(("in_space", "call"), [(True, "Student.from_pretrained"), (False, "embed")])
 def test_closing_summary_allows_code_of_the_student(in_space, call):
+    """That of a plain module's image processor was left out."""
+    made = closing_summary("out", {"results": {}, "verdict": []}, in_space, from_module=True, own_code=True)
+    assert '("out", module=..., trust_remote_code=True)  # built as' in made
     text = closing_summary("out", {"results": {}, "verdict": []}, in_space, own_code=True)
     assert re.search(rf'coss_hf.{call}\("out".*, trust_remote_code=True\)', text)
 
