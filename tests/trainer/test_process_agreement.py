@@ -32,6 +32,22 @@ def unequal(splits, teacher) -> Evaluator:
     return UnequalEvaluator(teacher, splits.test, splits.image_column)
 
 
+class ReadableEvaluator(Evaluator):
+    """As of one process that cannot read the image that the second of two cannot."""
+
+    def __call__(self, student, project=None):
+        self.test_readable[1] = False
+        return super().__call__(student, project)
+
+
+def readable_alone(splits, teacher) -> Evaluator:
+    return ReadableEvaluator(teacher, splits.test, splits.image_column)
+
+
+def paths_in(folder: Path) -> list[str]:
+    return [str(folder / name) for name in ("images", "teacher", "small")]
+
+
 def timeout_of(group) -> timedelta:
     return group._get_backend(torch.device("cpu")).options._timeout
 
@@ -77,7 +93,7 @@ def waits_for_first(rank: int, folder: Path, paths: list[str]) -> dict[str, bool
 
 def work(rank: int, folder: Path) -> None:
     """One of two processes: an evaluation, a dry run, and how long the others may be waited for."""
-    paths = [str(folder / name) for name in ("images", "teacher", "small")]
+    paths = paths_in(folder)
     trainer = h.make_trainer(folder, *paths, evaluator=unequal)
     metrics = trainer.evaluate()
     found = {
@@ -119,9 +135,11 @@ def test_metrics_that_steer_the_training_are_those_of_the_first_process(found):
     assert [one["overlap"] for one in found] == [0.5, 0.5]
 
 
-def test_the_loss_of_held_out_images_is_that_of_images_which_all_processes_read(found):
+def test_the_loss_of_held_out_images_is_that_of_images_which_all_processes_read(found, saved, tmp_path):
     assert [int((~one["readable"]).sum()) for one in found] == [1, 1] and not found[0]["readable"][1]
-    assert found[0]["loss"] == found[1]["loss"]
+    alone = h.make_trainer(tmp_path, *paths_in(saved), evaluator=readable_alone, per_device_train_batch_size=16)
+    expected = alone.evaluate()["eval_loss"]
+    assert [one["loss"] for one in found] == pytest.approx([expected] * 2, rel=1e-4)
 
 
 def test_a_dry_run_of_several_processes_ends_and_is_printed_once(found):
