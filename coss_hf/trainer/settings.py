@@ -492,7 +492,7 @@ def loader_batches(args: DistillationArguments, size: int, pixels_to_embed: int)
 
 
 def recorded_settings(checkpoint: str | Path | None) -> dict[str, object] | None:
-    """Return the settings that a checkpoint was trained with; None without one, or of a run that is none of these."""
+    """The settings that a checkpoint was trained with; None without a checkpoint, or where it has no settings."""
     if checkpoint is None:
         return None
     return json.loads(Path(checkpoint, RECORD).read_text()).get(RECORDED)
