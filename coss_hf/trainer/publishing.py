@@ -46,7 +46,7 @@ class HubPublisher:
         )
 
     def wants_checkpoints(self) -> bool:
-        """Whether a checkpoint that is written now should be pushed: one push in the background at a time."""
+        """Whether to push a checkpoint that is written now: not during another push, but with ``--hub_always_push``."""
         busy = self.pushed_folders() and not self.args.hub_always_push
         return self.args.hub_strategy != HubStrategy.END and not busy
 
@@ -57,11 +57,17 @@ class HubPublisher:
     def push_checkpoint(self, folder: str, repo_id: str, images_seen: int) -> None:
         """Push the student of a checkpoint in the background; a push that fails is a warning.
 
+        A push that has not begun is given up for a newer one: else each checkpoint that waits for a slow network stays
+        on the disk. The last one is never given up.
+
         Args:
             folder: the checkpoint.
             repo_id: full name of the repository.
             images_seen: number of images seen so far, for the message of the commit.
         """
+        for waiting in self._running:
+            waiting.cancel()  # not one that has begun
+        self._running = {job: waiting for job, waiting in self._running.items() if not job.cancelled()}
         job = self._api.run_as_future(
             push,
             folder,
@@ -113,5 +119,5 @@ class HubPublisher:
 
 
 def _warn_of_failure(job: Future) -> None:
-    if job.exception() is not None:
+    if not job.cancelled() and job.exception() is not None:
         logger.warning("Training continues. %s", first_line(job.exception()))

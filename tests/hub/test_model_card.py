@@ -1,5 +1,6 @@
 import logging
 import re
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from coss_hf.hub.push import PushFailed
 from coss_hf.hub.snippets import LOADERS, Subject
 from coss_hf.losses.registry import LOSSES, papers
 from coss_hf.trainer import publishing
+from coss_hf.trainer.training_args import DistillationArguments
 from tests.helpers.hub_server import card_errors
 
 RESULTS = {"teacher": {"parameters": 5}, "student": {"parameters": 3, "knn20": 0.82341, "cosine": None}}
@@ -275,7 +277,7 @@ def test_unsafe_hub_strategies_are_rejected(trainer, monkeypatch, caplog):
 def test_pushes_in_the_background_keep_their_order_and_their_checkpoints(trainer, tmp_path, monkeypatch):
     """They ran at once, so that an older one could end last, and a checkpoint was removed while it was pushed."""
     pushed = []
-    last = tmp_path / "out" / "checkpoint-3"
+    last = tmp_path / "out" / "checkpoint-2"
 
     def push(folder, name, **options):
         end = time.monotonic() + 300
@@ -287,9 +289,30 @@ def test_pushes_in_the_background_keep_their_order_and_their_checkpoints(trainer
     monkeypatch.setattr(publishing, "push", push)
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "hub_always_push": True}
     options |= {"hub_strategy": "every_save", "push_to_hub": True, "hub_model_id": "me/x", "hub_token": "t"}
-    trainer(max_steps=3, **options).train()
-    assert pushed == [(f"checkpoint-{step}", True) for step in (1, 2, 3)]
+    trainer(max_steps=2, **options).train()
+    assert pushed == [(f"checkpoint-{step}", True) for step in (1, 2)]
     assert [path.name for path in last.parent.glob("checkpoint-*")] == [last.name]
+
+
+def test_a_newer_push_takes_the_place_of_one_that_has_not_begun(tmp_path, monkeypatch):
+    """Over a slow network the checkpoints that waited for their push filled the disk."""
+    begun, may_end = threading.Event(), threading.Event()
+    pushed = []
+
+    def push(folder, name, **options):
+        begun.set()
+        may_end.wait(300)
+        pushed.append(Path(folder).name)
+
+    monkeypatch.setattr(publishing, "push", push)
+    publisher = publishing.HubPublisher(DistillationArguments(str(tmp_path), use_cpu=True))
+    for step in (1, 2, 3):
+        publisher.push_checkpoint(str(tmp_path / f"checkpoint-{step}"), "me/x", images_seen=8)
+        begun.wait(300)
+    waiting = publisher.pushed_folders()
+    may_end.set()
+    publisher.wait()
+    assert pushed == ["checkpoint-1", "checkpoint-3"] and waiting == {str(tmp_path / name) for name in pushed}
 
 
 def test_an_invalid_name_is_refused_at_the_start(trainer):
