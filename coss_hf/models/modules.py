@@ -132,8 +132,8 @@ class ModuleNetwork(nn.Module):
             self.maps = [] if own.hidden_states or own.maps else self._find_maps(pixel_values)
         outputs, output = self._run_with_outputs(pixel_values, self.maps)
         read = self._read(output, pixel_values)
-        found = tuple(self._as_map(name, outputs.get(name), pixel_values) for name in self.maps)
-        read.maps = found or read.maps
+        found = [self._checked_map(name, outputs.get(name)) for name in self.maps]
+        read.maps = channels_first(found, tuple(pixel_values.shape[2:])) or read.maps
         return read
 
     def _read(self, output, pixel_values: Tensor) -> ModuleOutput:
@@ -197,21 +197,20 @@ class ModuleNetwork(nn.Module):
         """Names of the two outermost levels of submodules that give the last map of each size; none for one size."""
         candidates = [name for name, _ in self.module.named_modules() if name and name.count(".") < 2]
         outputs, _ = self._run_with_outputs(pixel_values, candidates)
-        last_of_size = {}
-        for name, output in outputs.items():
-            if _is_tensor(output, 4) and len(output) == len(pixel_values):
-                size = tuple(_channels_first(output, pixel_values).shape[-2:])
-                if min(size) > 1:
-                    last_of_size[size] = name
+        count = len(pixel_values)
+        found = {name: output for name, output in outputs.items() if _is_tensor(output, 4) and len(output) == count}
+        maps = channels_first(list(found.values()), tuple(pixel_values.shape[2:]))
+        sizes = {name: tuple(one.shape[-2:]) for name, one in zip(found, maps, strict=True)}
+        last_of_size = {size: name for name, size in sizes.items() if min(size) > 1}
         return list(last_of_size.values()) if len(last_of_size) > 1 else []
 
-    def _as_map(self, name: str, output, pixel_values: Tensor) -> Tensor:
+    def _checked_map(self, name: str, output) -> Tensor:
         if not _is_tensor(output, 4):
             raise ValueError(
                 f"maps: {name} of {self.name_or_path} gives {_described(output)}, no feature map (b, c, h, w); name "
                 f"other submodules."
             )
-        return _channels_first(output, pixel_values)
+        return output
 
     def save_pretrained(self, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write the module's state dict by its own keys to ``model.safetensors``, and what is known of it.
@@ -309,10 +308,6 @@ def _as_maps(output) -> tuple[Tensor, ...]:
     """Maps, where the output is one or a list of them."""
     values = output if isinstance(output, (list, tuple)) else (output,)
     return tuple(values) if values and all(_is_tensor(value, 4) for value in values) else ()
-
-
-def _channels_first(value: Tensor, pixel_values: Tensor) -> Tensor:
-    return channels_first([value], tuple(pixel_values.shape[2:]))[0]
 
 
 def _described(output) -> str:

@@ -68,7 +68,7 @@ def is_channels_last(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
 
 
 def channels_first(maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tensor, ...]:
-    """The maps of one network as ``(b, d, h, w)``: among maps ``(b, h, w, d)``, one in doubt is as the others.
+    """The maps of one network as ``(b, d, h, w)``: where one is ``(b, h, w, d)``, so are those that can be either.
 
     Args:
         maps: of one layout, or each of its own.
@@ -76,8 +76,8 @@ def channels_first(maps: Sequence[Tensor], size: tuple[int, int]) -> tuple[Tenso
     """
     shapes = [tuple(one.shape) for one in maps]
     last = [is_channels_last(shape, size) for shape in shapes]
-    if any(last) and all(_is_grid(shape[1:3], size) for shape in shapes):
-        last = [True] * len(last)
+    if any(last):  # one whose first sizes are no grid has been turned by the network, often behind its last stage
+        last = [_is_grid(shape[1:3], size) for shape in shapes]
     return tuple(one.permute(0, 3, 1, 2) if turned else one for one, turned in zip(maps, last, strict=True))
 
 

@@ -216,6 +216,28 @@ def test_maps_of_timm_that_keeps_channels_last():
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 16, 16), (192, 8, 8), (384, 4, 4), (768, 2, 2)]
 
 
+@pytest.mark.parametrize("names", [None, ["0", "1", "2"]])
+def test_a_map_in_doubt_is_as_the_other_submodules_that_keep_channels_last(names):
+    """Of swin_t at 384 pixels the first, 96 x 96 x 96, had its rows for channels: the last output is turned."""
+    to_last, to_first = ([0, 2, 3, 1], [0, 3, 1, 2])
+    permute = torchvision.ops.Permute
+    stages = [
+        nn.Sequential(nn.Conv2d(3, 16, 2, 2), permute(to_last)),
+        nn.Sequential(permute(to_first), nn.Conv2d(16, 32, 2, 2), permute(to_last)),
+        nn.Sequential(permute(to_first), nn.Conv2d(32, 48, 2, 2)),
+    ]
+    blocks = [nn.Sequential(stage) for stage in stages]  # maps are looked for on two levels
+    backbone = Backbone.from_module(
+        nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten()), **INPUT | {"size": 32}, maps=names
+    )
+    shapes = [tuple(one.shape[1:]) for one in backbone.example(maps=True).maps]
+    assert shapes == [(16, 16, 16), (32, 8, 8), (48, 4, 4)]
+    backbone.maps = 3
+    backbone.freeze()
+    pixels = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(backbone.features(pixels).maps[0], stages[0][0](pixels))
+
+
 def test_maps_in_a_list_that_keep_channels_last():
     """Their rows were taken for channels."""
     channels_first = own("maps")
