@@ -672,11 +672,12 @@ def _exported_remark(kind: str) -> Callable[[Subject, str], str]:
 
 
 def renewed(card: str, subject: Subject) -> str:
-    """The card with its section on use as of the files that are there now; its name stays."""
+    """The card with its section on use as of the files that are there now; its name and its branch stay."""
     named = re.search(r'(?m)^name = "(.*)"$', card)
     if named is None:
         return card
-    section = f"## Use\n\n{usage(replace(subject, name=named[1]))}\n\n"
+    branch = re.search(r'\bname, revision="([^"]*)"', card)
+    section = f"## Use\n\n{_at_revision(usage(replace(subject, name=named[1])), branch and branch[1])}\n\n"
     return re.sub(r"(?ms)^## Use\n.*?(?=^## Training$)", lambda _: section, card, count=1)
 
 

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import coss_hf
 import tests.helpers.networks as n
 from coss_hf.hub import sentence_modules
 from coss_hf.hub.export_folders import FILES, RECORD, weights_digest
-from coss_hf.hub.snippets import LOADERS, Subject, renamed, usage
+from coss_hf.hub.snippets import LOADERS, Subject, renamed, renewed, usage
 from coss_hf.hub.student import Student
 from coss_hf.models.backbone import Backbone
 from coss_hf.models.from_module import torchvision_name, without_classifier
@@ -286,7 +287,7 @@ def test_an_image_processor_with_code_of_its_own_is_pushed_and_loaded_with_it(tm
 
 
 def test_a_card_on_a_branch_loads_that_branch(tmp_path, uploads):
-    """It loaded main, which may have another student, or none."""
+    """It loaded main, which may have another student, or none, at once or when its section on use was renewed."""
     made = {"vit": student("vit"), "timm": timm_student(tmp_path / "timm")}
     made["space"] = student("siglip_vision")
     for name, one in made.items():
@@ -308,4 +309,5 @@ def test_a_card_on_a_branch_loads_that_branch(tmp_path, uploads):
                 assert len(marks) == (len(loads) if revision else 0), code
                 if language == "python":
                     compile(code, "card", "exec")
+            assert not revision or renewed(pushed, replace(given, on_hub=True)) == pushed, "of the same files"
         assert pushed.replace("student = coss_hf.load_backbone(name)", "student = name") == card
