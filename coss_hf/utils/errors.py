@@ -128,14 +128,17 @@ def stopped_run_exits():
 
 
 def _print_error(error: Exception, at_once: bool) -> None:
-    """Print an error in one paragraph; one that all processes have by the first of them alone.
+    """Print an error in one paragraph. Where all processes have the same one, it is printed once on each machine.
 
-    Another process waits: where the first one has the same error, it ends, and the launcher then ends all others. A
-    process that is still there has an error of its own.
+    The process that prints at once ends, and its launcher then ends the others of its machine, which wait for that. A
+    process that is still there has an error of its own. On a machine on which none prints at once, its first process
+    prints after that time, and the others wait for that, too.
     """
     named = ""
     if not at_once:
-        end = time.monotonic() + LAUNCHER_ENDS
+        local = os.environ.get("LOCAL_RANK", "0")
+        is_first_machine = os.environ.get("RANK", "0") == local
+        end = time.monotonic() + (1 if is_first_machine or local == "0" else 2) * LAUNCHER_ENDS
         while time.monotonic() < end:
             if ENDING.received is not None:
                 return
