@@ -103,8 +103,11 @@ def step_group() -> dist.ProcessGroup:
 
     It waits as long as the run's own group (``--ddp_timeout``): a machine that is lost does not hang the others.
     """
+    from torch.distributed.constants import default_pg_timeout  # not in every build of torch
+
     default = dist.group.WORLD
-    return _gloo_group(default, default._get_backend(default._device_types[0]).options._timeout)
+    options = getattr(default._get_backend(default._device_types[0]), "options", None)  # not of every backend
+    return _gloo_group(default, getattr(options, "_timeout", default_pg_timeout))
 
 
 def any_process(flag: bool, *, patient: bool = False) -> bool:
