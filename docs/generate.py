@@ -620,19 +620,14 @@ def photographs() -> str:
 
 def photographs_front() -> str:
     """The longest training of the student that is smaller than its teacher, by the settings that were chosen for it."""
+    shown = ("", chosen_settings("mobilenetv3"))  # the teacher and random weights have none
     rows = [
-        row for row in photograph_rows() if row[1][0]["student"] == "mobilenetv3" or row[1][0]["method"] == "teacher"
-    ]
-    longest: dict[str, int] = {}
-    rows = [row for row in rows if row[1][0]["settings"] in ("", chosen_settings(row[1][0]["student"]))]
-    for _, found, _ in rows:
-        longest[found[0]["student"]] = max(longest.get(found[0]["student"], 0), found[0]["images_seen"])
-    kept = [
         (front_name(name, found[0]["method"]), found, cost)
-        for name, found, cost in rows
-        if found[0]["images_seen"] in (0, longest[found[0]["student"]])
+        for name, found, cost in photograph_rows()
+        if found[0]["method"] == "teacher" or (found[0]["student"] == "mobilenetv3" and found[0]["settings"] in shown)
     ]
-    return photographs_table(kept)
+    longest = max(found[0]["images_seen"] for _, found, _ in rows)
+    return photographs_table([row for row in rows if row[1][0]["images_seen"] in (0, longest)])
 
 
 def front_name(name: str, method: str) -> str:
@@ -872,7 +867,8 @@ def cifar100_result(name: str) -> str:
     if not parts:
         return ""
     rows = select(cifar100_rows(), pair="resnet20/resnet56", split="test")
-    teacher, untrained = (score(select(rows, method=kind)[:1], "linear") for kind in ("teacher", "random"))
+    by_seed = [{row["seed"]: row for row in select(rows, method=kind)} for kind in ("teacher", "random")]
+    teacher, untrained = (score([*found.values()], "linear") for found in by_seed)
     return (
         f"CIFAR-100, test images: {'; '.join(parts)}; by linear evaluation the teacher has {teacher} %, random weights "
         f"have {untrained} %. The paper's figures are next to them in "

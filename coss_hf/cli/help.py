@@ -105,10 +105,10 @@ def _groups(command: str, dataclass_types: Iterable[type], everything: bool) -> 
         fields |= found
         texts |= {name: own_help(kind, field) for name, field in found.items()}
         declared = kind.__dict__.get("__annotations__", {})
-        if kind.__name__ == "TeacherArguments":
-            own += [name for name in found if name in declared and name not in shared | hidden]
-        elif not kind.__module__.startswith("coss_hf.trainer"):
-            own += [name for name in found if name in declared and name not in (shared - of_training) | hidden]
+        is_training = kind.__name__ == "TeacherArguments"
+        if is_training or not kind.__module__.startswith("coss_hf.trainer"):
+            elsewhere = hidden | (shared if is_training else shared - of_training)
+            own += [name for name in found if name in declared and name not in elsewhere]
     texts |= {name: COMMAND_SENTENCES[command, name] for name in fields if (command, name) in COMMAND_SENTENCES}
     groups = {"Options of this command": own}
     groups |= {title: [name for name in names if name not in own] for title, names in GROUPS.items()}

@@ -398,18 +398,18 @@ def _lengths(
     axes.axhline(unit.factor * teacher, color=TEXT, linewidth=1, linestyle="--")
     above = {"textcoords": "offset points", "fontsize": 8.5}
     axes.annotate(f"teacher {unit.text(teacher)}", (0, unit.factor * teacher), (0, 4), color=TEXT, **above)
-    ends = {
-        name: sum(by_length[max(by_length)]) / len(by_length[max(by_length)]) for name, by_length in methods.items()
+    means = {
+        name: {seen: sum(some) / len(some) for seen, some in sorted(by_length.items())}
+        for name, by_length in methods.items()
     }
+    ends = {name: own[max(own)] for name, own in means.items()}
     lowest = -1e9
     for name in sorted(ends, key=ends.get):
         color = colors[name]
-        by_length = dict(sorted(methods[name].items()))
-        for seen, some in by_length.items():
+        for seen, some in methods[name].items():
             heights = [unit.factor * value for value in some]
             axes.plot([seen] * len(some), heights, "o", color=color, alpha=0.4, markersize=4, markeredgewidth=0)
-        means = [unit.factor * sum(some) / len(some) for some in by_length.values()]
-        axes.plot(list(by_length), means, color=color, linewidth=1.5)
+        axes.plot(list(means[name]), [unit.factor * mean for mean in means[name].values()], color=color, linewidth=1.5)
         # Names stand on the right of the last dots; those that are close to each other are moved apart, upwards.
         lowest = max(unit.factor * ends[name], lowest + 5.5)
         place = (1.03 * longest, lowest - 3 if abs(ends[name] - teacher) < 0.02 else lowest)

@@ -10,7 +10,7 @@ class RunLength(NamedTuple):
 
     Attributes:
         batches: batches of an epoch, one from each process counted once.
-        accumulation: batches of an optimiser step.
+        accumulation: batches of an optimizer step.
         images: images of one batch over all processes.
     """
 
@@ -20,21 +20,21 @@ class RunLength(NamedTuple):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimiser steps of one pass over the anchors."""
+        """Optimizer steps of one pass over the anchors."""
         return -(-self.batches // self.accumulation)
 
     @property
     def images_per_step(self) -> int:
-        """Images of an optimiser step, unless it is the last one of an epoch."""
+        """Images of an optimizer step, unless it is the last one of an epoch."""
         return self.accumulation * self.images
 
     def images_after(self, steps: int) -> int:
-        """Images seen after ``steps`` optimiser steps."""
+        """Images seen after ``steps`` optimizer steps."""
         epochs, rest = divmod(steps, self.steps_per_epoch)
         return (epochs * self.batches + min(rest * self.accumulation, self.batches)) * self.images
 
     def steps_for(self, images: int) -> int:
-        """Optimiser steps that see at most ``images`` images."""
+        """Optimizer steps that see at most ``images`` images."""
         epochs, rest = divmod(images // self.images, self.batches)
         return epochs * self.steps_per_epoch + rest // self.accumulation
 

@@ -52,7 +52,7 @@ ENUMERATIONS = {
     "hub_strategy": HubStrategy,
 }
 
-# Not the others of transformers: they publish the state of the optimiser.
+# Not the others of transformers: they publish the state of the optimizer.
 HUB_STRATEGIES = ["end", "every_save"]
 
 
@@ -710,13 +710,13 @@ class DistillationArguments(TrainingArguments):
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes; on a CPU without a number, which torch 2.8 cannot load an optimiser onto."""
+        """Where this process computes; on a CPU without a number, which torch 2.8 cannot load an optimizer onto."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
     @property
     def images_per_step(self) -> int:
-        """Images of one optimiser step over all processes, neighbours included."""
+        """Images of one optimizer step over all processes, neighbours included."""
         return self.images_per_batch * self.gradient_accumulation_steps
 
     @property
